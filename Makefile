@@ -1,0 +1,49 @@
+# The words a newcomer types. Everything lives in .venv; only Python 3.11+, git and make are needed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help setup demo test lint check lock clean
+
+help:
+	@echo "make demo    sandbox API, a run over the last 30 days, the first answers"
+	@echo "make test    run the tests"
+	@echo "make setup   create the environment in $(VENV), nothing else"
+	@echo "make lint    ruff, mypy, sqlfluff"
+	@echo "make check   lint, tests (a second time under another time zone), wheel"
+	@echo "make lock    resolve requirements.lock anew (needs uv)"
+
+# The environment is made anew when the lock or the package's own description changed.
+$(VENV)/.made: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.12"'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --require-hashes --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+setup: $(VENV)/.made
+
+demo: setup
+	@$(BIN)/faletl demo
+
+test: setup
+	$(BIN)/python -m pytest -n 2
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/sqlfluff lint sql
+
+# Warnings are errors; dates must not depend on where the machine stands; the wheel must hold all.
+check: lint test
+	TZ=America/Los_Angeles $(BIN)/python -m pytest -n 2 tests/unit tests/property tests/integration
+	$(BIN)/python tests/wheel_smoke.py
+
+lock:
+	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+		--no-header --upgrade --group dev pyproject.toml -o requirements.lock
+
+clean:
+	rm -rf $(VENV) faletl-demo dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,349 @@
+"""What people read in a terminal: query results, the state of the warehouse, the first answers."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import sqlalchemy as sa
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from faletl.config import Settings
+from faletl.errors import UsageError, WarehouseBusyError
+from faletl.resources import RESOURCES
+from faletl.warehouse import open_warehouse
+from faletl.warehouse.tables import BUILDS, FAILURES, LOADS
+from faletl.windows import instant
+
+COVERAGE = "Model APIs only: serverless and compute are not in these sums."
+
+Format = Literal["table", "csv", "json", "parquet"]
+
+_MOST_ROWS = 1000  # of a table for people; the other formats hold all
+
+
+# --- faletl sql -----------------------------------------------------------------------------------
+
+
+def print_query(settings: Settings, query: str, form: Format) -> None:
+    """Run one select on what is published and write its rows to stdout.
+
+    Raises:
+        UsageError: nothing is published yet, or the query is none.
+    """
+    warehouse = open_warehouse(settings)
+    try:
+        if form == "parquet":
+            if sys.stdout.isatty():
+                raise UsageError("Parquet is not for a terminal; send it to a file: … > rows.parquet")
+            with tempfile.TemporaryDirectory(prefix="faletl-") as scratch:
+                path = Path(scratch) / "rows.parquet"
+                if not warehouse.export(query, path):
+                    raise UsageError(_UNPUBLISHED)
+                with path.open("rb") as file:
+                    shutil.copyfileobj(file, sys.stdout.buffer)
+            return
+        with _published(settings) as connection:
+            result = connection.exec_driver_sql(query)
+            _WRITERS[form](list(result.keys()), result)
+    except sa.exc.DBAPIError as error:
+        raise UsageError(f"the query was refused: {str(error.orig).splitlines()[0]}") from None
+
+
+_UNPUBLISHED = "nothing is published yet; run faletl run first"
+
+
+@contextmanager
+def _published(settings: Settings) -> Iterator[sa.Connection]:
+    with open_warehouse(settings).published() as connection:
+        if connection is None:
+            raise UsageError(_UNPUBLISHED)
+        yield connection
+
+
+def _write_table(names: Sequence[str], rows: sa.CursorResult[Any]) -> None:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    shown = rows.fetchmany(_MOST_ROWS)
+    for position, name in enumerate(names):
+        is_number = any(isinstance(row[position], (int, Decimal)) for row in shown)
+        table.add_column(Text(name), justify="right" if is_number else "left", overflow="fold")
+    for row in shown:
+        table.add_row(*(Text(_shown(value)) for value in row))
+    _console().print(table)
+    if rows.fetchone() is not None:
+        sys.stderr.write(f"only the first {_MOST_ROWS:,} rows are shown; --format csv has all\n")
+
+
+def _shown(value: object) -> str:
+    """A value for people: amounts without trailing zeros, control characters made visible."""
+    if value is None:
+        return ""
+    if isinstance(value, Decimal):
+        return plain(value)
+    text = value.isoformat(" ") if isinstance(value, datetime) else str(value)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def plain(amount: Decimal) -> str:
+    """The amount in plain notation, without trailing zeros."""
+    text = f"{amount:f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def _write_csv(names: Sequence[str], rows: sa.CursorResult[Any]) -> None:
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(names)
+    for row in rows:
+        writer.writerow([_csv_cell(value) for value in row])
+
+
+def _csv_cell(value: object) -> object:
+    """A cell that no spreadsheet takes for a formula."""
+    if isinstance(value, Decimal):
+        return plain(value)
+    if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r"):
+        return f"'{value}"
+    return value.isoformat() if isinstance(value, datetime) else value
+
+
+def _write_json(names: Sequence[str], rows: sa.CursorResult[Any]) -> None:
+    encoder = msgspec.json.Encoder(decimal_format="number")  # all digits, never through a float
+    sys.stdout.write("[")
+    for number, row in enumerate(rows):
+        line = encoder.encode(dict(zip(names, row, strict=True))).decode()
+        sys.stdout.write(f"{',' if number else ''}\n{line}")
+    sys.stdout.write("\n]\n")
+
+
+_WRITERS = {"table": _write_table, "csv": _write_csv, "json": _write_json}
+
+
+# --- faletl status --------------------------------------------------------------------------------
+
+
+def print_status(settings: Settings, *, as_json: bool) -> None:
+    """Write what is loaded, how old it is and what failed; never waits for a run under way."""
+    found = status(settings)
+    if as_json:
+        sys.stdout.write(json.dumps(found, indent=1, default=str) + "\n")
+        return
+    if not found["resources"]:
+        sys.stdout.write("Nothing is loaded yet; run faletl run.\n")
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("account", "resource", "newest window", "lag", "windows", "rows", "open failures"):
+        table.add_column(
+            name, justify="right" if name in ("windows", "rows", "open failures") else "left"
+        )
+    for line in found["resources"]:
+        lag = "" if line["lag_seconds"] is None else _span(line["lag_seconds"])
+        cells = (line["account"], line["resource"], line["newest_window"] or "", lag,
+                 f"{line['windows']:,}", f"{line['rows']:,}", str(line["open_failures"]))  # fmt: skip
+        table.add_row(*(Text(_shown(cell)) for cell in cells))
+    _console().print(table)
+    for failure in found["failures"]:
+        sys.stdout.write(f"failed {failure['failed_at']}: {_shown(failure['message'])}\n")
+    if found["last_build"]:
+        build = found["last_build"]
+        sys.stdout.write(f"Last build {build['finished_at']}: {build['days']} days of usage, "
+                         f"{build['checks']} checks.\n")  # fmt: skip
+    if found["is_published_copy"]:
+        sys.stdout.write("A run is writing now; this is the state that readers see.\n")
+    sys.stdout.write(COVERAGE + "\n")
+
+
+def status(settings: Settings) -> dict[str, Any]:
+    """The state of the warehouse; from the published copy while a run writes."""
+    warehouse = open_warehouse(settings)
+    try:
+        with warehouse.reading(wait=False) as connection:
+            return _status(connection, is_published_copy=False)
+    except WarehouseBusyError:
+        with warehouse.published() as connection:
+            return _status(connection, is_published_copy=True)
+
+
+def _status(connection: sa.Connection | None, *, is_published_copy: bool) -> dict[str, Any]:
+    empty: dict[str, Any] = {"resources": [], "failures": [], "last_build": None}
+    if connection is None:
+        return {**empty, "is_published_copy": is_published_copy, "coverage": COVERAGE}
+    now = datetime.now(UTC)
+    failures = [
+        {**row, "window_start": _utc(row["window_start"]), "failed_at": _utc(row["failed_at"])}
+        for row in connection.execute(sa.select(FAILURES).order_by(FAILURES.c.failed_at)).mappings()
+    ]
+    loads = connection.execute(
+        sa.select(
+            LOADS.c.account,
+            LOADS.c.resource,
+            sa.func.max(LOADS.c.window_start).label("newest"),
+            sa.func.max(LOADS.c.window_end).label("until"),
+            sa.func.count().label("windows"),
+            sa.func.sum(LOADS.c.rows).label("rows"),
+        )
+        .where(LOADS.c.is_current)
+        .group_by(LOADS.c.account, LOADS.c.resource)
+    )
+    held = {(row.account, row.resource): row for row in loads}
+    order = list(RESOURCES)
+    keys = held.keys() | {(failure["account"], failure["resource"]) for failure in failures}
+    lines = []
+    for account, resource in sorted(keys, key=lambda key: (key[0], order.index(key[1]))):
+        row = held.get((account, resource))
+        mine = [f for f in failures if (f["account"], f["resource"]) == (account, resource)]
+        lines.append(
+            {
+                "account": account,
+                "resource": resource,
+                "newest_window": _utc(row.newest) if row else None,
+                "loaded_until": _utc(row.until) if row else None,
+                "lag_seconds": max(0, int((now - row.until).total_seconds())) if row else None,
+                "windows": row.windows if row else 0,
+                "rows": int(row.rows) if row else 0,
+                "open_failures": len(mine),
+            }
+        )
+    newest = (
+        connection.execute(sa.select(BUILDS).order_by(BUILDS.c.fencing_token.desc()).limit(1))
+        .mappings()
+        .first()
+    )
+    last_build = newest and {
+        "build_id": newest["build_id"],
+        "finished_at": _utc(newest["finished_at"]),
+        "days": newest["days"],
+        "checks": newest["checks"],
+    }
+    return {
+        "resources": lines,
+        "failures": failures,
+        "last_build": last_build,
+        "is_published_copy": is_published_copy,
+        "coverage": COVERAGE,
+    }
+
+
+def _utc(at: datetime) -> str:
+    return instant(at.replace(microsecond=0))
+
+
+def _span(seconds: int) -> str:
+    days, rest = divmod(seconds, 86_400)
+    hours, rest = divmod(rest, 3_600)
+    return f"{days} d {hours} h" if days else f"{hours} h {rest // 60} min"
+
+
+# --- The first answers ----------------------------------------------------------------------------
+
+_TOTAL = """
+select currency, sum(cost_total) as cost_total, min(usage_date) as first_day, max(usage_date) as last_day
+from reports.rpt_spend_daily group by currency order by currency
+"""
+
+_DAYS = """
+select usage_date, sum(cost_total) as cost_total from reports.rpt_spend_daily
+where currency = 'USD' group by usage_date order by usage_date
+"""
+
+_TOP = """
+select
+    endpoint_id, unit, sum(quantity) as quantity, sum(cost_total) as cost_total,
+    quotient(sum(cost_subtotal), sum(quantity)) as effective_unit_price,
+    max(list_unit_price) as list_unit_price, max(list_unit) as list_unit
+from reports.rpt_spend_daily where currency = 'USD'
+group by endpoint_id, unit order by cost_total desc limit 10
+"""
+
+_CREDITS = """
+select balance, currency, read_at from marts.fct_credit_balance order by read_at desc limit 1
+"""
+
+TRY_NEXT = (
+    "select usage_date, endpoint_id, quantity, unit, cost_total "
+    "from reports.rpt_spend_daily order by cost_total desc limit 5"
+)
+
+
+def print_first_answers(settings: Settings) -> None:
+    """Total spend, spend per day, the endpoints that cost most, credits left, and where to go on."""
+    console = _console()
+    with _published(settings) as connection:
+        asked = {
+            name: connection.exec_driver_sql(query).mappings().all()
+            for name, query in (
+                ("total", _TOTAL),
+                ("days", _DAYS),
+                ("top", _TOP),
+                ("credits", _CREDITS),
+            )
+        }
+        file = connection.engine.url.database
+    for total in asked["total"]:
+        console.print(f"\n[bold]{_money(total['cost_total'])} {total['currency']}[/bold] "
+                      f"from {total['first_day']} to {total['last_day']}. {COVERAGE}\n")  # fmt: skip
+    _print_days(console, asked["days"])
+    _print_top(console, asked["top"])
+    for credit in asked["credits"]:
+        console.print(f"\nCredits left: {_money(credit['balance'])} {credit['currency']}")
+    console.print(f"Database for your tools: {file}", soft_wrap=True)
+    where = "" if settings.publish is None else f"FALETL_PUBLISH={settings.publish} "
+    console.print("\nTry next:")
+    console.print(
+        f'  {where}FALETL_WAREHOUSE={settings.warehouse} faletl sql "{TRY_NEXT}"',
+        soft_wrap=True, markup=False, highlight=False,
+    )  # fmt: skip
+
+
+def _print_days(console: Console, days: Sequence[sa.RowMapping]) -> None:
+    most = max((day["cost_total"] for day in days), default=Decimal(0))
+    width = 40
+    for day in days:
+        bar = "█" * int(day["cost_total"] * width / most) if most else ""
+        console.print(f"{day['usage_date']}  {_money(day['cost_total']):>12}  {bar}", highlight=False)
+
+
+def _print_top(console: Console, top: Sequence[sa.RowMapping]) -> None:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    columns = (
+        "endpoint",
+        "unit",
+        "quantity",
+        "cost USD",
+        "effective price",
+        "list price",
+        "list unit",
+    )
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("endpoint", "unit", "list unit") else "right")
+    for row in top:
+        listed = row["list_unit_price"]
+        effective = row["effective_unit_price"]
+        cells = (
+            row["endpoint_id"], row["unit"], plain(row["quantity"]), _money(row["cost_total"]),
+            plain(round(effective, 6)) if effective is not None else "",
+            plain(listed) if listed is not None else "", row["list_unit"] or "",
+        )  # fmt: skip
+        table.add_row(*(Text(_shown(cell)) for cell in cells))
+    console.print()
+    console.print(table)
+
+
+def _money(amount: Decimal) -> str:
+    return f"{amount:,.2f}"
+
+
+def _console() -> Console:
+    # Not narrower than a table needs when the output goes to a file or a pipe.
+    return Console(width=None if sys.stdout.isatty() else 160, highlight=False)

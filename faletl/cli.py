@@ -1,0 +1,361 @@
+"""The `faletl` command: a thin skin on `faletl.pipeline`.
+
+Results go to stdout, progress and sentences to stderr, the designed exit code to the shell. Nothing
+heavy is imported before a command needs it: `faletl --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+
+import typer
+from typer.exceptions import TyperException
+
+from faletl import __version__
+from faletl.errors import FaletlError, UsageError
+from faletl.resources import RESOURCES
+
+if TYPE_CHECKING:
+    from faletl.pipeline import Progress, Report
+
+INTERRUPTED, TERMINATED = 130, 143
+
+app = typer.Typer(
+    name="faletl",
+    help="Know what you spend on fal.ai: extract, prove, load and model what fal's APIs tell.",
+    epilog="Settings are environment variables; the first is FAL_KEY. Exit codes: 0 done, 1 failed "
+    "and may be tried again, 2 wrong use, settings or key, 3 refused by a check, 4 changed behind our "
+    "back.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+class _Terminated(BaseException):
+    """SIGTERM came."""
+
+
+class _Options:
+    """What the options before the command say."""
+
+    debug = False
+    log_format = "text"
+
+
+def _day(text: str) -> date:
+    try:
+        return datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=UTC).date()
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no date like 2026-11-01") from None
+
+
+def _resource(name: str) -> str:
+    if name not in RESOURCES:
+        raise typer.BadParameter(f"{name!r} is none of {', '.join(RESOURCES)}")
+    return name
+
+
+Start = Annotated[
+    date | None,
+    typer.Option(parser=_day, metavar="DATE", help="First UTC day. Named days are fetched again."),
+]
+End = Annotated[
+    date | None,
+    typer.Option(parser=_day, metavar="DATE", help="Day after the last, exclusive. Default: up to now."),
+]
+Resources = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--resource",
+        parser=_resource,
+        metavar="NAME",
+        help=f"Only this one: {', '.join(RESOURCES)}. Repeatable.",
+    ),
+]
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option(help="Show tracebacks and every step.")] = False,
+    log_format: Annotated[
+        Literal["text", "json"], typer.Option(help="How to write what goes to stderr.")
+    ] = "text",
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            help="Show the version.",
+            callback=lambda on: _version_of(on),
+            is_eager=True,
+        ),
+    ] = False,
+) -> None:
+    """Remember what holds for every command."""
+    _Options.debug, _Options.log_format = debug, log_format
+    _set_up_logging()
+
+
+@app.command(epilog="Example: FAL_KEY=id:secret faletl run --start 2026-11-01 --end 2026-11-08")
+def run(start: Start = None, end: End = None, resource: Resources = None) -> None:
+    """The whole line: extract, prove, load, build and publish what is due, or the days given."""
+    from faletl import pipeline
+    from faletl.config import Settings
+
+    with _progress() as progress:
+        report = pipeline.run(
+            Settings.load(), start=start, end=end, resources=resource or (), progress=progress
+        )
+    _finish(report)
+
+
+@app.command(epilog="Example: faletl extract --start 2026-11-01 --resource usage")
+def extract(start: Start = None, end: End = None, resource: Resources = None) -> None:
+    """Land and prove pages of what is due, or of the days given; load nothing."""
+    from faletl import pipeline
+    from faletl.config import Settings
+
+    with _progress() as progress:
+        report = pipeline.extract(
+            Settings.load(), start=start, end=end, resources=resource or (), progress=progress
+        )
+    _finish(report)
+
+
+@app.command(epilog="Example: faletl load --resource usage")
+def load(start: Start = None, end: End = None, resource: Resources = None) -> None:
+    """Load what has landed and is not loaded yet; asks fal nothing."""
+    from faletl import pipeline
+    from faletl.config import Settings
+
+    with _progress() as progress:
+        report = pipeline.load(
+            Settings.load(), start=start, end=end, resources=resource or (), progress=progress
+        )
+    _finish(report)
+
+
+@app.command(epilog="Example: faletl build --full")
+def build(
+    full: Annotated[bool, typer.Option("--full", help="Even if nothing changed.")] = False,
+) -> None:
+    """Build marts and reports from what is loaded, and check them."""
+    from faletl import pipeline
+    from faletl.config import Settings
+
+    _finish(pipeline.build(Settings.load(), full=full))
+
+
+@app.command(epilog="Example: faletl publish")
+def publish() -> None:
+    """Show the newest build to readers, in one step."""
+    from faletl import pipeline
+    from faletl.config import Settings
+
+    _finish(pipeline.publish(Settings.load()))
+
+
+@app.command(epilog="Example: faletl status --json")
+def status(
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Per resource: newest window, lag, rows, open failures; the last build and publication."""
+    from faletl import answers
+    from faletl.config import Settings
+
+    answers.print_status(Settings.load(), as_json=as_json)
+
+
+@app.command(
+    epilog='Example: faletl sql "select sum(cost_total) from reports.rpt_spend_daily" --format csv'
+)
+def sql(
+    query: Annotated[str, typer.Argument(help="One select.")],
+    output: Annotated[
+        Literal["table", "csv", "json", "parquet"],
+        typer.Option("--format", help="How to write rows."),
+    ] = "table",
+) -> None:
+    """Ask what is published; never blocks a run, never changes anything."""
+    from faletl import answers
+    from faletl.config import Settings
+
+    answers.print_query(Settings.load(), query, output)
+
+
+@app.command(epilog="Example: faletl sandbox --port 8787")
+def sandbox(
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=0, max=65535)] = 8787,
+) -> None:
+    """A fal Platform API on loopback with invented, deterministic data, until Ctrl-C."""
+    from faletl.sandbox import FULL_KEY, Sandbox, invented_world
+
+    with Sandbox(invented_world(), port) as server:
+        typer.echo(f"Serving invented data on {server.url}; stop with Ctrl-C. To load it:")
+        typer.echo(f"  FALETL_API_URL={server.url} FAL_KEY={FULL_KEY} faletl run")
+        server.serve_forever()
+
+
+@app.command(epilog="Example: faletl demo")
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where the demo keeps its files.")] = Path("faletl-demo"),
+) -> None:
+    """Sandbox, a run over the last 30 days, and the first answers, in one go."""
+    from faletl import answers, pipeline
+    from faletl.config import Settings
+    from faletl.sandbox import FULL_KEY, Sandbox, invented_world
+
+    with Sandbox(invented_world()) as server:
+        # Not Settings.load(): invented spend must never meet a real warehouse.
+        settings = Settings.isolated(
+            key=FULL_KEY,
+            api_url=server.url,
+            warehouse=f"duckdb:///{folder / 'warehouse.duckdb'}",
+            landing=str(folder / "landing"),
+            rate=0,
+        )
+        with _progress() as progress:
+            report = pipeline.run(settings, progress=progress)
+    if report.exit_code == 0:
+        answers.print_first_answers(settings)
+    _finish(report, quiet=True)
+
+
+# --- How results, progress and errors are told ----------------------------------------------------
+
+
+def main() -> NoReturn:
+    """Run the command line; always ends the process with a designed exit code."""
+    signal.signal(signal.SIGTERM, _on_terminate)
+    try:
+        code = app(standalone_mode=False)
+        sys.stdout.flush()
+        if code == INTERRUPTED:  # typer's own handling of Ctrl-C
+            _tell_interrupted(code)
+    except (KeyboardInterrupt, typer.Abort):
+        code = _tell_interrupted(INTERRUPTED)
+    except _Terminated:
+        code = _tell_interrupted(TERMINATED)
+    except TyperException as error:
+        if str(error).startswith("Usage:"):  # no command was given
+            sys.stderr.write(f"{error}\n")
+        else:
+            _say(f"{error.format_message().rstrip('.')}; see faletl --help")
+        code = UsageError.exit_code
+    except FaletlError as error:
+        _tell_error(error)
+        code = error.exit_code
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output went away; nothing is left to be said
+        code = 1
+    sys.exit(code or 0)
+
+
+def _on_terminate(_signal: int, _frame: object) -> NoReturn:
+    raise _Terminated
+
+
+def _tell_interrupted(code: int) -> int:
+    _say("interrupted; what was loaded stays, the same command goes on from here")
+    return code
+
+
+def _version_of(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"faletl {__version__}")
+        raise typer.Exit
+
+
+def _finish(report: Report, *, quiet: bool = False) -> NoReturn:
+    """Tell what was done on stdout and what failed on stderr; end with the report's exit code."""
+    if not quiet:
+        for sentence in _sentences(report):
+            typer.echo(sentence)
+    for _, error in report.failures:
+        _tell_error(error)
+    raise typer.Exit(report.exit_code)
+
+
+def _sentences(report: Report) -> Iterator[str]:
+    for name in RESOURCES:
+        mine = [outcome for outcome in report.outcomes if outcome.resource == name]
+        if mine:
+            counts = {
+                kind: sum(o.outcome == kind for o in mine)
+                for kind in dict.fromkeys(o.outcome for o in mine)
+            }
+            told = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+            rows = sum(o.rows for o in mine)
+            windows = "window" if len(mine) == 1 else "windows"
+            yield f"{name}: {len(mine)} {windows} ({told}), {rows:,} rows"
+    if report.build:
+        yield f"built {report.build.days:,} days of usage; {report.build.checks} checks found nothing"
+    if report.published:
+        yield f"published {report.published}"
+    if not (report.outcomes or report.build or report.published or report.failures):
+        yield "nothing to do: what was due is loaded and built, and readers have it"
+
+
+def _tell_error(error: FaletlError) -> None:
+    if _Options.debug:
+        logging.getLogger("faletl").error("failed", exc_info=error)
+    if _Options.log_format == "json":
+        sys.stderr.write(json.dumps(error.as_dict(), ensure_ascii=False) + "\n")
+    else:
+        _say(str(error))
+
+
+def _say(sentence: str) -> None:
+    sys.stderr.write(f"faletl: {sentence}\n")
+
+
+class _JsonLines(logging.Formatter):
+    """One JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "at": datetime.fromtimestamp(record.created, UTC).isoformat(),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
+def _set_up_logging() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    is_json = _Options.log_format == "json"
+    handler.setFormatter(_JsonLines() if is_json else logging.Formatter("%(message)s"))
+    logger = logging.getLogger("faletl")
+    logger.handlers, logger.propagate = [handler], False
+    # On a terminal the bar tells the progress; elsewhere each window is one line.
+    quiet = sys.stderr.isatty() and not is_json and not _Options.debug
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A bar on a terminal; elsewhere the log lines tell."""
+    if not sys.stderr.isatty() or _Options.log_format == "json":
+        yield lambda _what, _done, _of: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("windows"),
+        TimeElapsedColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda what, done, of: bar.update(task, description=what, completed=done, total=of)

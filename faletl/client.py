@@ -1,0 +1,408 @@
+"""HTTP with fal: the key, timeouts, one deadline a request, retries, the rate, size caps, errors.
+
+A request either returns the whole decoded body of a 200, proven complete as far as transport can
+prove it, or raises a typed error. What the body means is not decided here.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import json
+import logging
+import math
+import random
+import re
+import socket
+import ssl
+import threading
+import time
+import weakref
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+import httpcore
+import httpx
+import tenacity
+
+from faletl import __version__
+from faletl.config import Settings
+from faletl.errors import (
+    ApiUnavailableError,
+    ContractError,
+    CursorRefusedError,
+    Fact,
+    KeyRefusedError,
+    NotFoundError,
+)
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+Params = Mapping[str, str | tuple[str, ...]]
+
+CONNECT_SECONDS = 10.0
+READ_SECONDS = 30.0
+DEADLINE_SECONDS = 120.0
+TRIES = 6
+BACKOFF_SECONDS = 20.0  # the longest wait that we choose ourselves
+RETRY_AFTER_SECONDS = 120  # the longest wait that fal may ask for; beyond it the run gives up
+CLOCK_SKEW_SECONDS = 300.0
+QUOTED_CHARACTERS = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A complete, decoded body that fal sent with status 200."""
+
+    body: bytes
+    request_id: str | None
+
+
+class MalformedBodyError(Exception):
+    """Raised by a reader of bodies: this is no whole JSON document, so ask for it again."""
+
+
+class StoppedError(Exception):
+    """The client was told to stop while it waited."""
+
+
+class FalClient:
+    """One keep-alive connection pool to fal, shared by all threads of a run.
+
+    Raises from every request: KeyRefusedError (401, 403), NotFoundError (404), ContractError (any
+    other refusal, a redirect, an answer that is not what was asked), ApiUnavailableError (network,
+    429, 5xx, after `TRIES` tries).
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._rate = _Rate(settings.rate)
+        self._stop = threading.Event()
+        self._backend = _DeadlineBackend(self._stop)
+        self._http = httpx.Client(
+            transport=_transport(settings, self._backend),
+            headers={
+                "user-agent": f"faletl/{__version__}",
+                "accept": "application/json",
+                "accept-encoding": "gzip",
+            },
+            follow_redirects=False,
+            trust_env=False,
+            timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
+        )
+        self._is_skew_told = False
+
+    def __enter__(self) -> FalClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.close()
+
+    def stop(self) -> None:
+        """End every request under way, from another thread, now; none can begin any more."""
+        self._stop.set()
+        self._backend.shut_down()
+
+    def get(
+        self, path: str, params: Params, read: Callable[[bytes], T], *, metrics: bool = False
+    ) -> tuple[Answer, T]:
+        """Ask until fal answers with a body that `read` accepts; return both.
+
+        `read` raises MalformedBodyError for a body worth asking for again, ContractError for one
+        that would not get better.
+        """
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(_is_worth_a_retry),
+            stop=tenacity.stop_after_attempt(TRIES),
+            wait=_wait,
+            sleep=self._sleep,
+            before_sleep=lambda state: self._tell_retry(path, state),
+            reraise=True,
+        )
+        answer: tuple[Answer, T] = retrying(self._once, path, params, read, metrics)
+        return answer
+
+    def _once(
+        self, path: str, params: Params, read: Callable[[bytes], T], metrics: bool
+    ) -> tuple[Answer, T]:
+        self._sleep(self._rate.reserve())
+        key = self._settings.key_for(metrics=metrics)
+        request = self._http.build_request(
+            "GET",
+            self._settings.api_url + path,
+            params=[(name, value) for name, values in params.items() for value in _each(values)],
+            headers={"authorization": f"Key {key}"} if key else {},
+        )
+        deadline = _deadline.set(time.monotonic() + DEADLINE_SECONDS)
+        try:
+            response = self._http.send(request, stream=True)
+            try:
+                body = self._body(response)
+            finally:
+                response.close()
+        except (httpx.TransportError, OSError) as error:
+            if self._stop.is_set():
+                raise StoppedError from None
+            reason = self._settings.redact(str(error)) or type(error).__name__
+            raise ApiUnavailableError(f"fal could not be reached ({reason}); try again later") from None
+        finally:
+            _deadline.reset(deadline)
+        request_id = response.headers.get("x-fal-request-id") or response.headers.get("x-request-id")
+        self._watch_clock(response.headers.get("date"))
+        if response.status_code != httpx.codes.OK:
+            raise self._refusal(path, response, body, params).at(request_id=request_id)
+        answer = Answer(body, request_id)
+        try:
+            return answer, read(body)
+        except MalformedBodyError as error:
+            raise _MalformedAnswerError(f"{error}; fal sent {self._quote(body)}").at(
+                status=200, request_id=request_id
+            ) from None
+        except ContractError as error:
+            raise error.at(request_id=request_id) from None
+
+    def _body(self, response: httpx.Response) -> bytes:
+        """The decoded body; its size is capped while it is read, a cut gzip stream is an error."""
+        cap = int(self._settings.max_body)
+        coding = response.headers.get("content-encoding", "identity").strip().lower()
+        if coding not in ("identity", "", "gzip", "x-gzip"):
+            raise ContractError(f"fal answered in the encoding {coding!r}, which was not asked for")
+        gunzip = zlib.decompressobj(wbits=31) if "gzip" in coding else None
+        parts: list[bytes] = []
+        size = 0
+        for received in response.iter_raw():
+            try:
+                part = gunzip.decompress(received, cap - size + 1) if gunzip else received
+            except zlib.error as error:
+                raise _MalformedAnswerError(f"the gzip body is damaged: {error}") from None
+            size += len(part)
+            if size > cap:
+                raise ContractError(
+                    f"the answer is larger than {cap:,} bytes; raise FALETL_MAX_BODY if that is meant"
+                )
+            parts.append(part)
+        if gunzip and parts and (not gunzip.eof or gunzip.unused_data):
+            raise _MalformedAnswerError("the gzip body is not whole")
+        return b"".join(parts)
+
+    def _refusal(
+        self, path: str, response: httpx.Response, body: bytes, params: Params
+    ) -> ApiUnavailableError | ContractError | KeyRefusedError:
+        """The error that an answer other than 200 means (docs/fal-api.md, "Errors")."""
+        status = response.status_code
+        said = self._quote(body)
+        facts: dict[str, Fact] = {"status": status, "path": path}
+        is_html = body.lstrip()[:1] == b"<"
+        if status == httpx.codes.TOO_MANY_REQUESTS or status >= 500 or (status == 403 and is_html):
+            wait = _retry_after(response.headers.get("retry-after"))
+            told = f"; it asks to come back in {wait} s" if wait else ""
+            if wait and wait <= RETRY_AFTER_SECONDS:
+                self._rate.hold(wait)
+            return ApiUnavailableError(
+                f"fal answered {status} to {path}: {said}{told}", retry_after=wait, **facts
+            )
+        if status in (401, 403):
+            return KeyRefusedError(
+                f"fal refused the key for {path} ({status}: {said}); check FAL_KEY",
+                **facts,
+            )
+        if response.is_redirect:
+            return ContractError(
+                f"fal answered {status}, a redirect, to {path}; faletl never follows one", **facts
+            )
+        if status == httpx.codes.NOT_FOUND:
+            return NotFoundError(f"fal answered 404 to {path}: {said}", **facts)
+        if status == httpx.codes.BAD_REQUEST and "cursor" in params:
+            return CursorRefusedError(f"fal refused its own cursor (400: {said})", **facts)
+        if 200 <= status < 300:
+            return _MalformedAnswerError(f"fal answered {status} without data to {path}", **facts)
+        return ContractError(f"fal answered {status} to {path}: {said}", **facts)
+
+    def _quote(self, body: bytes) -> str:
+        """What fal said, short, on one line, printable, without the key."""
+        text = body[:10_000].decode("utf-8", "replace")
+        try:
+            text = str(json.loads(text)["error"]["message"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            text = re.sub(r"<[^>]*>|\s+", " ", text)
+        text = self._settings.redact(text).strip()[:QUOTED_CHARACTERS]
+        return ascii(text)[1:-1] if text else "nothing"
+
+    def _sleep(self, seconds: float) -> None:
+        if self._stop.wait(seconds) if seconds > 0 else self._stop.is_set():
+            raise StoppedError
+
+    def _tell_retry(self, path: str, state: tenacity.RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        log.warning(
+            "%s: %s; trying again in %.1f s (try %d of %d)",
+            path, error, state.upcoming_sleep, state.attempt_number, TRIES,
+        )  # fmt: skip
+
+    def _watch_clock(self, date: str | None) -> None:
+        at = _http_date(date)
+        if at is None or self._is_skew_told:
+            return
+        skew = abs((datetime.now(UTC) - at).total_seconds())
+        if skew > CLOCK_SKEW_SECONDS:
+            self._is_skew_told = True
+            log.warning("this machine's clock and fal's are %.0f s apart; which is right?", skew)
+
+
+class _MalformedAnswerError(ContractError):
+    """Status 200, but no whole JSON document: once more may help; in the end it breaks the contract."""
+
+
+class _Rate:
+    """Spaces out requests over all threads: at most `per_second` of them, 0 for no limit."""
+
+    def __init__(self, per_second: float) -> None:
+        self._gap = 1 / per_second if per_second else 0.0
+        self._next = 0.0
+        self._lock = threading.Lock()
+
+    def reserve(self) -> float:
+        """Take the next free moment; return how many seconds it is away."""
+        with self._lock:
+            now = time.monotonic()
+            at = max(now, self._next)
+            self._next = at + self._gap
+            return at - now
+
+    def hold(self, seconds: float) -> None:
+        """Let no thread ask before so many seconds have gone: fal said so to one of them."""
+        with self._lock:
+            self._next = max(self._next, time.monotonic() + seconds)
+
+
+def _is_worth_a_retry(error: BaseException) -> bool:
+    return isinstance(error, (ApiUnavailableError, _MalformedAnswerError)) and not (
+        isinstance(asked := error.facts.get("retry_after"), int) and asked > RETRY_AFTER_SECONDS
+    )
+
+
+def _wait(state: tenacity.RetryCallState) -> float:
+    """What fal asked for; else exponential back-off with full jitter."""
+    error = state.outcome.exception() if state.outcome else None
+    asked = error.facts.get("retry_after") if isinstance(error, ApiUnavailableError) else None
+    longest = min(BACKOFF_SECONDS, 0.5 * 2**state.attempt_number)
+    jitter = random.uniform(longest / 4, longest)  # noqa: S311  # spreading load, not secrecy
+    return float(asked) + jitter / 10 if isinstance(asked, int) else jitter
+
+
+def _retry_after(value: str | None) -> int | None:
+    """Whole seconds to wait, rounded up, never negative; None when the header means nothing.
+
+    The header is a number of seconds or an HTTP date in any of its three forms (RFC 9110, 10.2.3).
+    """
+    if not value:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        at = _http_date(value)
+        seconds = (at - datetime.now(UTC)).total_seconds() if at else math.nan
+    return max(0, math.ceil(seconds)) if math.isfinite(seconds) else None
+
+
+def _http_date(value: str | None) -> datetime | None:
+    if not value:
+        return None
+    try:
+        at = email.utils.parsedate_to_datetime(value)
+    except (ValueError, TypeError):
+        return None
+    return at if at.tzinfo else at.replace(tzinfo=UTC)  # the asctime form names no zone; it is UTC
+
+
+def _each(values: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (values,) if isinstance(values, str) else values
+
+
+# --- One deadline for everything a request does: a slow drip resets every read timeout. ---
+
+_deadline: ContextVar[float] = ContextVar("deadline")
+
+
+def _left(timeout: float | None) -> float:
+    left = _deadline.get(math.inf) - time.monotonic()
+    if left <= 0:
+        raise httpcore.ReadTimeout(f"no whole answer within {DEADLINE_SECONDS:.0f} s")
+    return left if timeout is None else min(left, timeout)
+
+
+class _DeadlineStream(httpcore.NetworkStream):
+    def __init__(self, stream: httpcore.NetworkStream) -> None:
+        self._stream = stream
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        return self._stream.read(max_bytes, _left(timeout))
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self._stream.write(buffer, _left(timeout))
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def start_tls(
+        self,
+        ssl_context: ssl.SSLContext,
+        server_hostname: str | None = None,
+        timeout: float | None = None,
+    ) -> httpcore.NetworkStream:
+        return _DeadlineStream(self._stream.start_tls(ssl_context, server_hostname, _left(timeout)))
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._stream.get_extra_info(info)
+
+
+class _DeadlineBackend(httpcore.NetworkBackend):
+    """Sockets that know the deadline of the request under way, and can be shut from outside."""
+
+    def __init__(self, stop: threading.Event) -> None:
+        self._stop = stop
+        self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+        self._backend = httpcore.SyncBackend()
+
+    def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore.NetworkStream:
+        stream = self._backend.connect_tcp(host, port, _left(timeout), local_address, socket_options)
+        self._sockets.add(stream.get_extra_info("socket"))
+        if self._stop.is_set():  # after the sockets were shut, or while they are
+            stream.close()
+            raise httpcore.ConnectError("stopped")
+        return _DeadlineStream(stream)
+
+    def shut_down(self) -> None:
+        """Wake every thread that waits for a byte: its read ends with an error."""
+        for open_socket in list(self._sockets):
+            try:
+                open_socket.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                continue  # already closed
+
+
+def _transport(settings: Settings, backend: httpcore.NetworkBackend) -> httpx.HTTPTransport:
+    """Httpx's own transport over our sockets: TLS always verified, a proxy only when set."""
+    tls = ssl.create_default_context(cafile=str(settings.ca_file) if settings.ca_file else None)
+    transport = httpx.HTTPTransport(verify=tls, trust_env=False)
+    transport._pool.close()  # httpx 0.28 has no public way to name the network backend
+    proxy = settings.proxy.get_secret_value() if settings.proxy else None
+    transport._pool = httpcore.ConnectionPool(
+        ssl_context=tls,
+        proxy=httpcore.Proxy(proxy) if proxy else None,
+        max_connections=settings.parallel,
+        max_keepalive_connections=settings.parallel,
+        keepalive_expiry=30,
+        network_backend=backend,
+    )
+    return transport

@@ -1,0 +1,167 @@
+"""Settings: alone reads the environment, alone holds the key, alone knows how to hide it."""
+
+from __future__ import annotations
+
+import base64
+import ipaddress
+import re
+from pathlib import Path
+from typing import Annotated, Self
+from urllib.parse import quote, urlsplit
+
+import pydantic
+from pydantic import ByteSize, Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from faletl.errors import SettingsError
+
+REDACTED = "[key]"
+
+
+class Settings(BaseSettings):
+    """Everything a run can be told, by environment variable (README, "Settings").
+
+    Raises:
+        SettingsError: a value cannot be right. The message never shows a value, only its name.
+    """
+
+    model_config = SettingsConfigDict(
+        extra="ignore",
+        frozen=True,
+        populate_by_name=True,
+        hide_input_in_errors=True,
+        env_ignore_empty=True,
+    )
+
+    key: SecretStr | None = Field(None, validation_alias="FAL_KEY")
+    metrics_key: SecretStr | None = Field(None, validation_alias="FAL_METRICS_KEY")
+    api_url: str = Field("https://api.fal.ai/v1", validation_alias="FALETL_API_URL")
+    warehouse: str = Field("duckdb:///faletl.duckdb", validation_alias="FALETL_WAREHOUSE")
+    landing: str = Field("landing", validation_alias="FALETL_LANDING")
+    account: str | None = Field(None, validation_alias="FALETL_ACCOUNT")
+    publish: str | None = Field(None, validation_alias="FALETL_PUBLISH")
+    first_days: Annotated[int, Field(ge=0)] = Field(30, validation_alias="FALETL_FIRST_DAYS")
+    parallel: Annotated[int, Field(ge=1, le=64)] = Field(4, validation_alias="FALETL_PARALLEL")
+    rate: Annotated[float, Field(ge=0)] = Field(5, validation_alias="FALETL_RATE")
+    max_body: ByteSize = Field(ByteSize(64 * 2**20), validation_alias="FALETL_MAX_BODY")
+    memory: str = Field("256MB", validation_alias="FALETL_MEMORY")
+    units: Path | None = Field(None, validation_alias="FALETL_UNITS")
+    proxy: SecretStr | None = Field(None, validation_alias="FALETL_PROXY")
+    ca_file: Path | None = Field(None, validation_alias="FALETL_CA_FILE")
+    allow_http: bool = Field(False, validation_alias="FALETL_ALLOW_HTTP")
+    lock_seconds: Annotated[float, Field(ge=0)] = Field(120, validation_alias="FALETL_LOCK_SECONDS")
+
+    @classmethod
+    def load(cls, **given: object) -> Self:
+        """Settings from the environment; `given` wins over it. Empty variables count as unset."""
+        try:
+            return cls(**given)  # type: ignore[arg-type]  # pydantic converts
+        except pydantic.ValidationError as error:
+            first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+            name = str(first["loc"][0]) if first["loc"] else "settings"
+            reason = first["msg"].removeprefix("Value error, ")
+            raise SettingsError(f"{name}: {reason}") from None
+
+    @classmethod
+    def isolated(cls, **given: object) -> Self:
+        """Settings from `given` alone, whatever the environment holds."""
+        defaults = {name: field.default for name, field in cls.model_fields.items() if name not in given}
+        return cls.load(**defaults, **given)
+
+    @field_validator("key", "metrics_key")
+    @classmethod
+    def _key_is_well_formed(cls, key: SecretStr | None) -> SecretStr | None:
+        if key is None:
+            return None
+        text = key.get_secret_value().strip()
+        if not re.fullmatch(r"[!-9;-~]+:[!-~]+", text):
+            raise ValueError(
+                f"a fal key looks like key_id:secret, in printable ASCII without blanks; "
+                f"the {len(text)} characters given do not (their text is not shown)"
+            )
+        return SecretStr(text)
+
+    @field_validator("api_url")
+    @classmethod
+    def _url_is_plain(cls, url: str) -> str:
+        parts = urlsplit(url.strip())
+        if parts.scheme not in ("https", "http") or not parts.hostname:
+            raise ValueError("must be an https:// URL, such as https://api.fal.ai/v1")
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise ValueError("must hold no user, password, query or fragment")
+        if not parts.hostname.isascii():
+            raise ValueError("the host name must be plain ASCII")
+        return url.strip().rstrip("/")
+
+    @field_validator("memory")
+    @classmethod
+    def _memory_is_a_size(cls, memory: str) -> str:
+        if not re.fullmatch(r"\d+(\.\d+)? ?([KMGT]i?B)", memory):
+            raise ValueError("must be a size for DuckDB, such as 256MB")
+        return memory
+
+    @field_validator("account")
+    @classmethod
+    def _account_is_a_label(cls, account: str | None) -> str | None:
+        if account is not None and (not account.strip() or not account.isprintable()):
+            raise ValueError("must be a printable label")
+        return account
+
+    @model_validator(mode="after")
+    def _plain_http_is_meant(self) -> Self:
+        parts = urlsplit(self.api_url)
+        if parts.scheme == "http" and not self.allow_http and not _is_loopback(parts.hostname or ""):
+            raise ValueError(
+                "FALETL_API_URL: plain http would show the key to the network; use https, "
+                "or set FALETL_ALLOW_HTTP=1 if you mean it"
+            )
+        return self
+
+    def key_for(self, *, metrics: bool = False) -> str | None:
+        """The key that reads this kind of data, or None when none is set."""
+        key = (self.metrics_key if metrics else None) or self.key
+        return key.get_secret_value() if key else None
+
+    def require_key(self) -> None:
+        """Raises SettingsError when FAL_KEY is not set."""
+        if self.key is None:
+            raise SettingsError(
+                "FAL_KEY is not set; make a key with preset BILLING or FULL on fal's dashboard "
+                "and set FAL_KEY=key_id:secret"
+            )
+
+    def redact(self, text: str) -> str:
+        """`text` without any form in which a key of ours may have been echoed back."""
+        return self.redact_bytes(text.encode("utf-8", "surrogatepass")).decode("utf-8", "replace")
+
+    def redact_bytes(self, body: bytes) -> bytes:
+        """`body` without any form in which a key of ours may have been echoed back."""
+        for form in self._key_forms():
+            if form in body:
+                body = body.replace(form, REDACTED.encode())
+        return body
+
+    def _key_forms(self) -> list[bytes]:
+        """The keys and their secret halves, plain, percent-encoded and in base64; longest first."""
+        forms: set[str] = set()
+        for secret in (self.key, self.metrics_key, self.proxy):
+            if secret is None:
+                continue
+            whole = secret.get_secret_value()
+            # A short secret half would redact innocent text; fal's are much longer.
+            halves = [half for half in whole.split(":", 1) if len(half) >= 8]
+            for text in (whole, *halves):
+                forms |= {text, quote(text, safe="")}
+                # Inside longer base64 a text shows in one of three alignments; its first and last
+                # characters also depend on the neighbours and are left out.
+                for lead in range(3):
+                    coded = base64.b64encode(b"\0" * lead + text.encode()).decode()
+                    forms.add(coded[4 if lead else 0 : len(coded) // 4 * 4 - 4])
+        return [form.encode() for form in sorted(forms, key=len, reverse=True) if len(form) >= 8]
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,131 @@
+"""Every error faletl raises on purpose, as one tree.
+
+A class says what to do about it: its exit code (README, "Exit codes") and whether trying again can
+help. An error keeps its facts; whoever knows more of them (which window, which page) adds them with
+`at` on the way up, so that the final sentence names the place.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Self
+
+Fact = str | int | None
+
+# Facts that the sentence names, in reading order; all others stand in `facts` only.
+_NAMED = ("resource", "window", "page")
+
+
+class FaletlError(Exception):
+    """Something went wrong that a person or a scheduler can act upon."""
+
+    exit_code: ClassVar[int] = 1
+    is_retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, **facts: Fact) -> None:
+        super().__init__(message)
+        self.message = message
+        self.facts: dict[str, Fact] = facts
+
+    def at(self, **facts: Fact) -> Self:
+        """Add the facts that are not known yet, and return the same error."""
+        for name, value in facts.items():
+            if self.facts.get(name) is None:
+                self.facts[name] = value
+        return self
+
+    def __str__(self) -> str:
+        place = ", ".join(f"{name} {self.facts[name]}" for name in _NAMED if self.facts.get(name))
+        place = place.removeprefix("resource ")
+        request_id = self.facts.get("request_id")
+        told = f" (fal request {request_id})" if request_id else ""
+        return f"{place}: {self.message}{told}" if place else f"{self.message}{told}"
+
+    def as_dict(self) -> dict[str, Fact | bool]:
+        """The error for machines: class, sentence, exit code, whether to retry, and all facts."""
+        return {
+            "error": type(self).__name__,
+            "message": self.message,
+            "exit_code": self.exit_code,
+            "is_retryable": self.is_retryable,
+            **self.facts,
+        }
+
+
+class UsageError(FaletlError):
+    """Wrong use: a command, a date or a setting that cannot mean anything. Exit 2."""
+
+    exit_code = 2
+
+
+class SettingsError(UsageError):
+    """A setting is missing or cannot be right."""
+
+
+class KeyRefusedError(FaletlError):
+    """Fal refused the key (401 or 403): another key or preset is needed, never a retry. Exit 2."""
+
+    exit_code = 2
+
+
+class ApiUnavailableError(FaletlError):
+    """Fal could not be reached, or answered 429 or 5xx until we gave up. Exit 1, retry later."""
+
+    is_retryable = True
+
+
+class ContractError(FaletlError):
+    """Fal answered with something its contract (docs/fal-api.md) does not allow. Exit 3."""
+
+    exit_code = 3
+
+
+class NotFoundError(ContractError):
+    """Fal answered 404: for a batch of ids this means that one of them is unknown."""
+
+
+class CursorRefusedError(ContractError):
+    """Fal refused (400) a cursor it had given out itself: the walk has to start over."""
+
+
+class UnprovenError(FaletlError):
+    """What we hold is not what fal's own control total says. Exit 3."""
+
+    exit_code = 3
+
+
+class DataRefusedError(FaletlError):
+    """Rows that cannot be right (type, sign, precision). Exit 3."""
+
+    exit_code = 3
+
+
+class WarehouseError(FaletlError):
+    """The warehouse cannot be used right now: gone, broken or full. Exit 1."""
+
+    is_retryable = True
+
+
+class WarehouseBusyError(WarehouseError):
+    """Somebody else writes to the warehouse, and did so for as long as we waited. Exit 1."""
+
+
+class LeaseLostError(FaletlError):
+    """A newer run took the lease over: this one must not write any more. Exit 1."""
+
+
+class CheckFailedError(FaletlError):
+    """A SQL check found rows after a build: the build was undone. Exit 3."""
+
+    exit_code = 3
+
+
+class TamperedError(FaletlError):
+    """Landed pages or the warehouse were changed behind our back: a person must look. Exit 4."""
+
+    exit_code = 4
+
+
+class StorageError(FaletlError):
+    """The disk refused: full, read-only, no permission. Exit 1."""
+
+    is_retryable = True

@@ -1,0 +1,289 @@
+"""Landing: pages as fal sent them, on disk, with a sealed manifest. Alone knows landing paths.
+
+    <landing>/<account>/<resource>/<window start>/<load id>/<call>-<page>.json.zst
+                                                           /manifest.json
+
+A read of a window lands in a folder of its own, which nobody changes once its manifest is there. Each
+page goes to a temporary name, is flushed to the disk, and is then renamed: a page that has its name
+is whole. Without a manifest the read is not complete, but its pages may be taken up again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from datetime import UTC, date, datetime
+from pathlib import Path
+
+import filelock
+import msgspec
+import zstandard
+
+from faletl.client import Params
+from faletl.config import Settings
+from faletl.errors import StorageError, TamperedError
+from faletl.pages import Page
+from faletl.windows import Window
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_LOCK = ".reading"
+_STAMP = "%Y%m%dT%H%M%S%fZ"
+
+
+class LandedPage(msgspec.Struct, frozen=True):
+    """One page on disk. `bytes` and `sha256` are those of the file as it lies there."""
+
+    file: str
+    rows: int
+    bytes: int
+    sha256: str
+    request_id: str | None = None
+
+
+class Call(msgspec.Struct, frozen=True):
+    """One walk: the question (never the key) and the pages that answered it, in order.
+
+    `label` is `rows` for the records, `proof` for fal's control total, `again` for a second walk of
+    the records that stands in for a control total which fal refused.
+    """
+
+    label: str
+    path: str
+    query: dict[str, list[str]]
+    pages: list[LandedPage]
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """What a complete read of a window holds.
+
+    `planned_from` is the first day that the run meant to read of this resource. `fencing_token` is
+    the newest one that was known when the read was planned: whatever was loaded under a greater one
+    may be newer than this read.
+    """
+
+    load_id: str
+    run_id: str
+    account: str
+    resource: str
+    window_start: datetime
+    window_end: datetime
+    started_at: datetime
+    finished_at: datetime
+    planned_from: date
+    fencing_token: int
+    calls: list[Call]
+    unknown_ids: list[str] = []
+    redacted_pages: int = 0
+    faletl_version: str = ""
+    format: int = FORMAT
+
+    @property
+    def window(self) -> Window:
+        """The window that was read."""
+        return Window(self.window_start, self.window_end)
+
+    def pages(self, label: str) -> list[LandedPage]:
+        """The pages of all calls with that label, in order."""
+        return [page for call in self.calls if call.label == label for page in call.pages]
+
+
+class Landed(msgspec.Struct, frozen=True):
+    """A complete read: its folder and its manifest."""
+
+    folder: Path
+    manifest: Manifest
+
+    def body(self, page: LandedPage) -> bytes:
+        """The page as fal sent it.
+
+        Raises:
+            TamperedError: the file is gone, or is not the one that was landed.
+        """
+        path = self.folder / page.file
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            content = b""
+        if hashlib.sha256(content).hexdigest() != page.sha256:
+            raise TamperedError(
+                f"the landed page {path} is not the one that fal sent; restore it, or read the window "
+                "again with faletl run --start … --end …",
+                file=str(path),
+            )
+        return zstandard.ZstdDecompressor().decompress(content)
+
+
+class Attempt:
+    """A read of one window under way: lands pages, then seals them with a manifest."""
+
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        self.folder = folder
+        self.load_id = folder.name
+        self.started_at = _started_at(folder.name)
+        self._settings = settings
+        self._redacted = 0
+        self._lock = filelock.FileLock(folder / _LOCK, timeout=0, thread_local=False)
+        self._lock.acquire()
+
+    def landed(self, label: str, params: Params) -> Iterator[bytes]:
+        """The pages of this very question that an interrupted read left, in order."""
+        for number in range(1, 1 + sum(1 for _ in self.folder.iterdir())):
+            path = self.folder / page_name(label, params, number)
+            try:
+                body = zstandard.ZstdDecompressor().decompress(path.read_bytes())
+            except (FileNotFoundError, zstandard.ZstdError):
+                return  # ask fal from here on
+            yield body
+
+    def land(self, label: str, params: Params, page: Page) -> LandedPage:
+        """Write the page for good, without the key should fal have echoed it; raises StorageError."""
+        body = self._settings.redact_bytes(page.body)
+        self._redacted += body != page.body
+        content = zstandard.ZstdCompressor(level=1, write_checksum=True).compress(body)
+        name = page_name(label, params, page.number)
+        write_durably(self.folder / name, content)
+        return _described(name, content, page)
+
+    def described(self, label: str, params: Params, page: Page) -> LandedPage:
+        """The record of a page that was landed before."""
+        name = page_name(label, params, page.number)
+        return _described(name, (self.folder / name).read_bytes(), page)
+
+    def seal(self, manifest: Manifest) -> Landed:
+        """Make the read complete: from here on nothing in the folder changes."""
+        sealed = msgspec.structs.replace(manifest, redacted_pages=self._redacted)
+        kept = {page.file for call in sealed.calls for page in call.pages} | {_LOCK}
+        for path in self.folder.iterdir():  # a batch that was halved, a page of an older question
+            if path.name not in kept:
+                path.unlink()
+        content = msgspec.json.format(msgspec.json.encode(sealed), indent=1)
+        write_durably(self.folder / MANIFEST, content)
+        self.close()
+        return Landed(self.folder, sealed)
+
+    def close(self) -> None:
+        """Let go of the folder; without a manifest the next read may take it up."""
+        self._lock.release()
+        if (self.folder / MANIFEST).exists():
+            (self.folder / _LOCK).unlink(missing_ok=True)
+
+    def discard(self) -> None:
+        """Forget the read."""
+        self._lock.release()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def begin(settings: Settings, account: str, resource: str, window: Window, at: datetime) -> Attempt:
+    """Open a new folder for a read of the window; raises StorageError."""
+    load_id = f"{at.astimezone(UTC).strftime(_STAMP)}-{secrets.token_hex(3)}"
+    folder = _window_folder(settings, account, resource, window) / load_id
+    try:
+        folder.mkdir(mode=0o700, parents=True)
+    except OSError as error:
+        raise _storage_error(error, folder) from None
+    return Attempt(folder, settings)
+
+
+def resume(
+    settings: Settings, account: str, resource: str, window: Window, since: datetime
+) -> Attempt | None:
+    """The newest unfinished read of the window that began after `since` and that nobody works on."""
+    parent = _window_folder(settings, account, resource, window)
+    for folder in sorted(_load_folders(parent), reverse=True):
+        if (folder / MANIFEST).exists() or _started_at(folder.name) < since:
+            return None
+        try:
+            return Attempt(folder, settings)
+        except filelock.Timeout:
+            continue
+    return None
+
+
+def complete_reads(settings: Settings) -> Iterator[Landed]:
+    """Every complete read, oldest first within each window."""
+    root = Path(settings.landing)
+    for path in sorted(root.glob(f"*/*/*/*/{MANIFEST}")):
+        yield open_read(path.parent)
+
+
+def open_read(folder: Path) -> Landed:
+    """The complete read in that folder; raises TamperedError when its manifest is not ours."""
+    try:
+        return Landed(folder, msgspec.json.decode((folder / MANIFEST).read_bytes(), type=Manifest))
+    except (OSError, msgspec.MsgspecError) as error:
+        raise TamperedError(f"{folder / MANIFEST} cannot be read: {error}") from None
+
+
+def relative_path(settings: Settings, folder: Path) -> str:
+    """Where the read lies below the landing folder."""
+    return folder.relative_to(Path(settings.landing)).as_posix()
+
+
+def page_name(label: str, params: Params, number: int) -> str:
+    """The file of a page: nothing that fal sent is part of it, the question only as a digest."""
+    question = msgspec.json.encode(dict(sorted(params.items())))
+    return f"{label}-{hashlib.sha256(question).hexdigest()[:12]}-{number:05d}.json.zst"
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a file so that it has its name only when it is whole and on the disk."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.rename(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise _storage_error(error, path) from None
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in the folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _described(name: str, content: bytes, page: Page) -> LandedPage:
+    digest = hashlib.sha256(content).hexdigest()
+    return LandedPage(name, page.rows, len(content), digest, page.request_id)
+
+
+def _window_folder(settings: Settings, account: str, resource: str, window: Window) -> Path:
+    # A day has a folder for all its reads; snapshots of a day lie side by side.
+    return Path(settings.landing) / _slug(account) / resource / window.day.isoformat()
+
+
+def _load_folders(parent: Path) -> list[Path]:
+    return [path for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
+
+
+def _started_at(load_id: str) -> datetime:
+    return datetime.strptime(load_id.split("-")[0], _STAMP).replace(tzinfo=UTC)
+
+
+def _slug(label: str) -> str:
+    """A folder name for any account label; labels that differ never share one."""
+    if re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", label):
+        return label
+    readable = re.sub(r"[^a-z0-9_-]+", "-", label.lower()).strip("-")[:40]
+    return f"{readable or 'account'}.{hashlib.sha256(label.encode()).hexdigest()[:12]}"
+
+
+def _storage_error(error: OSError, path: Path) -> StorageError:
+    try:
+        free = shutil.disk_usage(path.parent if path.parent.exists() else Path()).free
+    except OSError:
+        free = -1
+    reason = error.strerror or str(error)
+    return StorageError(f"cannot write {path}: {reason} ({free:,} bytes free there)", file=str(path))

@@ -1,0 +1,49 @@
+"""Exact amounts: from the text of a JSON number to DECIMAL(38,12), or refused.
+
+A money number is never a float here. What fal's server made with floats may carry binary noise in
+its text (0.1 + 0.2 is written 0.30000000000000004): digits behind the twelfth decimal are rounded
+away only when they are smaller than a double could tell at that size; otherwise they are meant, and
+an amount that we cannot hold exactly is refused. docs/decisions.md, "Amounts".
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from decimal import ROUND_HALF_EVEN, Context, Decimal
+
+PRECISION = 38
+SCALE = 12
+DECIMAL_TYPE = f"decimal({PRECISION},{SCALE})"
+
+# What DuckDB casts to DECIMAL(38,12) without losing a digit.
+EXACT_TEXT = rf"\d{{1,{PRECISION - SCALE}}}(\.\d{{1,{SCALE}}})?"
+
+_exact = re.compile(EXACT_TEXT, re.ASCII)
+_number = re.compile(r"-?\d+(\.\d+)?([eE][+-]?\d{1,3})?", re.ASCII)
+_QUANTUM = Decimal(1).scaleb(-SCALE)
+_WIDE = Context(prec=3000, rounding=ROUND_HALF_EVEN)
+
+
+def exact_text(number: str) -> tuple[str, bool]:
+    """The text of a JSON number as plain decimal text that DECIMAL(38,12) holds exactly.
+
+    Returns the text, and whether binary noise was rounded off it. A number that cannot be held comes
+    back as it was given: it does not match `EXACT_TEXT`, and so the staging step refuses it by name.
+    """
+    if _exact.fullmatch(number) or not _number.fullmatch(number):
+        return number, False
+    value = _WIDE.create_decimal(number)
+    rounded = value.quantize(_QUANTUM, context=_WIDE)
+    is_rounded = rounded != value
+    if is_rounded and abs(rounded - value) > _resolution(value):
+        return number, False
+    plain = f"{rounded:f}".rstrip("0").rstrip(".")
+    plain = "0" if plain in ("-0", "") else plain
+    return (plain, is_rounded) if _exact.fullmatch(plain) else (number, False)
+
+
+def _resolution(value: Decimal) -> Decimal:
+    """The distance between two doubles at `value`; 0 where a double cannot hold it at all."""
+    nearest = float(value)
+    return Decimal(math.ulp(nearest)) if nearest and math.isfinite(nearest) else Decimal(0)

@@ -1,0 +1,122 @@
+"""The cursor walk: pages in order until fal says that there is no next one, and only then."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import msgspec
+
+from faletl.client import Answer, FalClient, MalformedBodyError, Params
+from faletl.errors import ContractError
+
+log = logging.getLogger(__name__)
+
+MAX_PAGES = 100_000
+
+BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """One answer of a walk. `rows` counts its records, `number` counts from 1."""
+
+    number: int
+    body: bytes
+    request_id: str | None
+    rows: int
+    next_cursor: str | None
+
+
+def read_envelope(body: bytes, rows_path: tuple[str, ...]) -> tuple[int, str | None]:
+    """How many records the body holds, and the cursor of the next page (None at the end).
+
+    Raises:
+        MalformedBodyError: no whole JSON document.
+        ContractError: another document: no record list, or a cursor and `has_more` that disagree.
+    """
+    try:
+        envelope = _envelope(rows_path).decode(body.removeprefix(BOM))
+    except msgspec.ValidationError as error:
+        raise ContractError(f"fal's answer is not what was asked for: {error}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise MalformedBodyError(f"the answer is no whole JSON document ({error})") from None
+    if b"\\u0000" in body:
+        raise ContractError("fal's answer holds a NUL character")
+    if not rows_path:
+        return 1, None
+    cursor: str | None = envelope.next_cursor
+    if envelope.has_more is None:
+        log.warning("fal left has_more out; the cursor decides")
+    elif envelope.has_more != (cursor is not None):
+        said = "a next page but gave no cursor" if envelope.has_more else "no next page but a cursor"
+        raise ContractError(f"fal announced {said}; the walk cannot be complete")
+    return _count(envelope, rows_path), cursor
+
+
+def walk(
+    client: FalClient,
+    path: str,
+    params: Params,
+    rows_path: tuple[str, ...],
+    landed: Iterator[bytes],
+    *,
+    metrics: bool = False,
+) -> Iterator[tuple[Page, bool]]:
+    """Yield every page and whether it is new: first the `landed` ones, then what fal has behind them.
+
+    Only a missing cursor ends the walk: not a short page, not an empty one.
+
+    Raises:
+        ContractError: a cursor came twice, or there are more pages than can be meant.
+    """
+    asked: set[str] = set()
+    cursor: str | None = None
+    for number in range(1, MAX_PAGES + 1):
+        body = next(landed, None)
+        is_new = body is None
+        if body is None:
+            answer, (rows, following) = client.get(
+                path,
+                params if cursor is None else {**params, "cursor": cursor},
+                lambda body: read_envelope(body, rows_path),
+                metrics=metrics,
+            )
+        else:
+            answer, (rows, following) = Answer(body, None), read_envelope(body, rows_path)
+        yield Page(number, answer.body, answer.request_id, rows, following), is_new
+        if following is None:
+            return
+        if following in asked:
+            raise ContractError("fal gave the same cursor twice; the walk would never end").at(
+                page=number, request_id=answer.request_id
+            )
+        asked.add(following)
+        cursor = following
+    raise ContractError(f"fal announced more than {MAX_PAGES:,} pages").at(page=MAX_PAGES)
+
+
+@cache
+def _envelope(rows_path: tuple[str, ...]) -> msgspec.json.Decoder[Any]:
+    """A decoder of everything around the records; the records themselves stay unparsed bytes."""
+    if not rows_path:
+        return msgspec.json.Decoder(dict[str, msgspec.Raw])
+    inner: Any = msgspec.Raw
+    for step in reversed(rows_path[1:]):
+        inner = msgspec.defstruct("Level", [("rows", list[inner])], rename={"rows": step})
+    fields: list[tuple[str, Any] | tuple[str, Any, Any]] = [
+        ("rows", list[inner]),
+        ("next_cursor", str | None, None),
+        ("has_more", bool | None, None),
+    ]
+    return msgspec.json.Decoder(msgspec.defstruct("Envelope", fields, rename={"rows": rows_path[0]}))
+
+
+def _count(envelope: Any, rows_path: tuple[str, ...]) -> int:
+    levels = [envelope]
+    for _ in rows_path[1:]:
+        levels = [inner for level in levels for inner in level.rows]
+    return sum(len(level.rows) for level in levels)

@@ -1,0 +1,31 @@
+"""A fal Platform API on loopback with invented data: for demos, tests and your own DAGs.
+
+Example:
+    with Sandbox(invented_world()) as sandbox:
+        httpx.get(f"{sandbox.url}/models/usage", headers={"Authorization": f"Key {FULL_KEY}"})
+"""
+
+from faletl.sandbox.server import (
+    BILLING_KEY,
+    DEFAULT_KEYS,
+    FULL_KEY,
+    READONLY_KEY,
+    Fault,
+    Request,
+    Sandbox,
+)
+from faletl.sandbox.world import Credential, UsageLine, World, invented_world
+
+__all__ = [
+    "BILLING_KEY",
+    "DEFAULT_KEYS",
+    "FULL_KEY",
+    "READONLY_KEY",
+    "Credential",
+    "Fault",
+    "Request",
+    "Sandbox",
+    "UsageLine",
+    "World",
+    "invented_world",
+]

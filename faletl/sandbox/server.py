@@ -1,0 +1,655 @@
+"""The HTTP side of the sandbox: key check, parameters, pages, errors, and faults on demand.
+
+What a path takes and who may ask it is read from openapi.json; what it answers, from a World.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import json
+import re
+import socket
+import socketserver
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime, timedelta, tzinfo
+from decimal import Decimal, localcontext
+from functools import cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, NamedTuple, Self, TypeVar
+from urllib.parse import parse_qs, urlsplit
+from zoneinfo import ZoneInfo
+
+from faletl.sandbox.world import UsageLine, World
+
+FULL_KEY = "sandbox-full:not-a-secret"
+BILLING_KEY = "sandbox-billing:not-a-secret"
+READONLY_KEY = "sandbox-readonly:not-a-secret"
+DEFAULT_KEYS = {FULL_KEY: "FULL", BILLING_KEY: "BILLING", READONLY_KEY: "READONLY"}
+
+BASE_PATH = "/v1"
+MAX_VALUES = 50  # of a list parameter
+
+ERROR_TYPES = {
+    400: "validation_error",
+    401: "authorization_error",
+    403: "authorization_error",
+    404: "not_found",
+    405: "not_implemented",
+    429: "rate_limited",
+}
+
+# Documented parameters that the sandbox has no data for: it refuses them rather than ignore them.
+NOT_OFFERED = {("/models", "sort"), ("/models", "expand"), ("/models/usage", "tag")}
+
+# Half as long again as a bucket: from its start this lands inside the next one, whatever daylight
+# saving or the calendar makes of its length.
+PAST_NEXT_BORDER = {
+    "minute": timedelta(seconds=90),
+    "hour": timedelta(minutes=90),
+    "day": timedelta(hours=36),
+    "week": timedelta(days=10),
+    "month": timedelta(days=45),
+}
+# Below each length of range, the timeframe that is picked where none was asked for; else months.
+TIMEFRAME_BELOW = (
+    (timedelta(hours=2), "minute"),
+    (timedelta(days=2), "hour"),
+    (timedelta(days=64), "day"),
+    (timedelta(days=183), "week"),
+)
+
+RFC_3339 = re.compile(
+    r"\d{4}-\d{2}-\d{2}([Tt ]\d{2}:\d{2}:\d{2}(\.\d+)?([Zz]|[+-]\d{2}:\d{2}))?", re.ASCII
+)
+
+Json = dict[str, Any]
+Query = dict[str, list[str]]
+Group = tuple[str | None, list[UsageLine]]  # the lines of one row, under their bucket; None: summary
+T = TypeVar("T")
+
+
+@dataclass
+class Request:
+    """One request as it came in. `path` is the one below /v1, header names are in lower case.
+
+    `status` is what was answered: 0 until then, and for good where the answer was dropped.
+    """
+
+    method: str
+    path: str
+    query: Query
+    headers: dict[str, str]
+    request_id: str
+    status: int = 0
+
+
+@dataclass(frozen=True)
+class Fault:
+    """How to break one answer, for real. What is not set stays as it would have been.
+
+    A `status` without a body takes fal's error body for it. `headers` add or replace; an empty
+    value leaves the header out, and without a length the body ends where the connection does.
+    `truncate_to` announces the whole body, sends so many bytes of it, and closes the connection;
+    `drop` closes it without a word. `delay_seconds` passes before anything else.
+    """
+
+    status: int | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes | None = None
+    delay_seconds: float = 0
+    truncate_to: int | None = None
+    drop: bool = False
+
+
+class Refusal(Exception):  # noqa: N818 a proper answer, not a failure of the sandbox
+    """Answered as fal's error body with this status."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Sandbox:
+    """A server on 127.0.0.1, from construction on `port` (0: any free one), answering once entered.
+
+    `keys` maps each key to its preset. A page holds at most `page_size` rows; `limit` may lower it.
+    `fault` sees each request before it is answered and may say how to break the answer.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        port: int = 0,
+        *,
+        keys: Mapping[str, str] = DEFAULT_KEYS,
+        page_size: int = 1000,
+        fault: Callable[[Request], Fault | None] | None = None,
+    ) -> None:
+        self.world = world
+        self.keys = keys
+        self.page_size = page_size
+        self.fault = fault
+        self.requests: list[Request] = []
+        self._server = _Server(self, port)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}{BASE_PATH}"
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        # The default poll of half a second is how long every test would take to stop.
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(0.02,), name="sandbox", daemon=True
+        )
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._thread:
+            self._server.shutdown()
+            self._thread.join()
+            self._thread = None
+        self._server.server_close()
+
+    def serve_forever(self) -> None:
+        """Answer until Ctrl-C (KeyboardInterrupt), which ends the wait without an error."""
+        with nullcontext() if self._thread else self, suppress(KeyboardInterrupt):
+            threading.Event().wait()
+
+
+def answer(sandbox: Sandbox, request: Request) -> bytes:
+    """The JSON that answers a request.
+
+    Raises:
+        Refusal: the path, method, key or a parameter is not as documented.
+    """
+    if request.method != "GET":
+        raise Refusal(405, f"{request.method} is not offered here")
+    if request.path == "/openapi.json":
+        return _document_bytes()
+    if request.path not in ANSWERS:
+        raise Refusal(404, f"No such path: {request.path}")
+    check_key(sandbox.keys, request)
+    query = read_query(request)
+    return to_json(ANSWERS[request.path](sandbox, query)).encode()
+
+
+def check_key(keys: Mapping[str, str], request: Request) -> None:
+    """Refuse a request whose key is missing, unknown or of a preset that lacks the permission."""
+    operation = _document()["paths"][request.path]["get"]
+    if {} in operation["security"]:
+        return
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "key" or key not in keys:
+        raise Refusal(401, "Authentication required")
+    presets = operation["x-key-presets"]
+    if presets != ["any key"] and keys[key] not in presets:
+        needed = ", ".join(operation["x-permissions"])
+        raise Refusal(403, f"Access denied: the key lacks one of {needed}")
+
+
+def read_query(request: Request) -> Query:
+    """The parameters as lists of values, comma-separated ones split.
+
+    Raises:
+        Refusal: a name, number, choice or count of values that the document does not allow.
+    """
+    known = _parameters(request.path)
+    query: Query = {}
+    for name, sent in request.query.items():
+        if name not in known:
+            raise Refusal(400, f"Unknown parameter: {name}")
+        if (request.path, name) in NOT_OFFERED:
+            raise Refusal(400, f"{name} is not offered by the sandbox")
+        # The catalogue documents the repeated form only; there a comma is part of the value.
+        is_split = known[name].is_list and request.path != "/models"
+        values = [value for text in sent for value in text.split(",")] if is_split else sent
+        query[name] = known[name].check(values)
+    for name, parameter in known.items():
+        if parameter.is_required and name not in query:
+            raise Refusal(400, f"{name} is required")
+    return query
+
+
+class Parameter(NamedTuple):
+    """What the document says of one query parameter. No `choices` means any text."""
+
+    name: str
+    is_required: bool
+    is_list: bool
+    is_integer: bool
+    choices: frozenset[str]
+
+    def check(self, values: list[str]) -> list[str]:
+        """The values, when they are allowed.
+
+        Raises:
+            Refusal: they are not.
+        """
+        most = MAX_VALUES if self.is_list else 1
+        if len(values) > most:
+            raise Refusal(400, f"{self.name} takes at most {most} values")
+        for value in values:
+            if self.is_list and not value:
+                raise Refusal(400, f"{self.name} has an empty value")
+            if self.choices and value not in self.choices:
+                raise Refusal(400, f"{self.name} is one of {', '.join(sorted(self.choices))}")
+            if self.is_integer and not re.fullmatch("0*[1-9][0-9]{0,8}", value):
+                raise Refusal(400, f"{self.name} is a whole number from 1 on")
+        return values
+
+
+def models(sandbox: Sandbox, query: Query) -> Json:
+    """A page of the catalogue. Ids that it does not hold are left out."""
+    ids, words = query.get("endpoint_id"), query.get("q", [""])[0].lower()
+    wanted = {name: query[name][0] for name in ("category", "status") if name in query}
+
+    def matches(model: Json) -> bool:
+        facts = model.get("metadata", {})
+        texts = (model["endpoint_id"], *map(facts.get, ("display_name", "description", "category")))
+        return (
+            (ids is None or model["endpoint_id"] in ids)
+            and all(facts.get(name) == value for name, value in wanted.items())
+            and any(words in text.lower() for text in texts if text)
+        )
+
+    found = [model for model in sandbox.world.models() if matches(model)]
+    page, cursor = cut_page("/models", found, query, sandbox.page_size)
+    return {"models": page, **cursor}
+
+
+def pricing(sandbox: Sandbox, query: Query) -> Json:
+    """The prices of known ids; those without a price are left out, one unknown id refuses all."""
+    asked = list(dict.fromkeys(query["endpoint_id"]))
+    prices = sandbox.world.prices()
+    known = prices.keys() | {model["endpoint_id"] for model in sandbox.world.models()}
+    if not known.issuperset(asked):
+        raise Refusal(404, "One or more endpoints were not found")
+    listed = [prices[endpoint_id] for endpoint_id in asked if endpoint_id in prices]
+    return {"prices": listed, "next_cursor": None, "has_more": False}
+
+
+def usage(sandbox: Sandbox, query: Query) -> Json:
+    """A page of rows: those of the time series in bucket order, then those of the summary.
+
+    A bucket that does not fit goes on under the same name on the next page.
+    """
+    expand = query.get("expand", ["time_series"])
+    if not {"time_series", "summary"} & set(expand):
+        raise Refusal(400, "expand needs time_series or summary")
+    if query.get("source", ["estimate"]) != ["estimate"]:
+        raise Refusal(400, "Tagged sources are not enabled for this account")
+    try:
+        groups = usage_groups(sandbox.world, query, expand)
+    except OverflowError:
+        raise Refusal(400, "start or end lies outside the calendar") from None
+    page, cursor = cut_page("/models/usage", groups, query, sandbox.page_size)
+    buckets: dict[str | None, list[Json]] = {}
+    for bucket, lines in page:
+        buckets.setdefault(bucket, []).append(row_of(lines, expand))
+    report = {
+        "summary": buckets.pop(None, []),
+        "time_series": [{"bucket": name, "results": rows} for name, rows in buckets.items()],
+    }
+    return {name: report[name] for name in ("time_series", "summary") if name in expand} | cursor
+
+
+def usage_groups(world: World, query: Query, expand: Sequence[str]) -> list[Group]:
+    """The lines of each row of the whole report."""
+    zone = read_zone(query.get("timezone", ["UTC"])[0])
+    start, end, timeframe = read_range(world, query, zone)
+    lines = [line for line in world.usage(start, end) if is_asked(line, query)]
+    lines.sort(key=lambda line: line.hour)
+
+    @cache
+    def bucket_name(hour: datetime) -> str:
+        return bucket_of(hour, timeframe, zone).astimezone(zone).isoformat()
+
+    groups: list[Group] = []
+    if "time_series" in expand:
+        groups += group(lines, bucket_name, expand)
+    if "summary" in expand:
+        groups += group(lines, lambda _: None, expand)
+    return groups
+
+
+def billing(sandbox: Sandbox, query: Query) -> Json:
+    """The account's name, and its credits when asked for."""
+    credits_asked = "credits" in query.get("expand", [])
+    extra = {"credits": sandbox.world.credits()} if credits_asked else {}
+    return {"username": sandbox.world.account, **extra}
+
+
+ANSWERS: Mapping[str, Callable[[Sandbox, Query], Json]] = {
+    "/models": models,
+    "/models/pricing": pricing,
+    "/models/usage": usage,
+    "/account/billing": billing,
+}
+
+
+def read_zone(name: str) -> tzinfo:
+    """The zone of that IANA name. UTC needs no zone files, which small images lack.
+
+    Raises:
+        Refusal: there is none.
+    """
+    if name == "UTC":
+        return UTC
+    try:
+        return ZoneInfo(name)
+    except (KeyError, ValueError, OSError):  # OSError: "America" is a folder
+        raise Refusal(400, f"No such timezone: {name}") from None
+
+
+def read_range(world: World, query: Query, zone: tzinfo) -> tuple[datetime, datetime, str]:
+    """Start and end (exclusive), as they are or widened to whole buckets, and the timeframe.
+
+    Without them: the last 24 hours. A plain date is midnight UTC.
+    """
+    # An invented world has a clock of its own, which a test may have set.
+    now: datetime = getattr(world, "now", lambda: datetime.now(UTC))()
+    start = read_instant(query["start"][0]) if "start" in query else now - timedelta(days=1)
+    end = read_instant(query["end"][0]) if "end" in query else now
+    if end < start:
+        raise Refusal(400, "end lies before start")
+    if "timeframe" in query:
+        timeframe = query["timeframe"][0]
+    else:
+        shorter = (name for length, name in TIMEFRAME_BELOW if end - start < length)
+        timeframe = next(shorter, "month")
+    if query.get("bound_to_timeframe") != ["false"]:
+        start = bucket_of(start, timeframe, zone)
+        last = bucket_of(end, timeframe, zone)
+        if last < end:
+            end = bucket_of(last + PAST_NEXT_BORDER[timeframe], timeframe, zone)
+    return start, end, timeframe
+
+
+def read_instant(text: str) -> datetime:
+    """An RFC 3339 instant or a plain date, in UTC.
+
+    Raises:
+        Refusal: it is neither, or no such time exists.
+    """
+    if RFC_3339.fullmatch(text):
+        with suppress(ValueError):
+            instant = datetime.fromisoformat(text.upper())
+            return (instant if instant.tzinfo else instant.replace(tzinfo=UTC)).astimezone(UTC)
+    raise Refusal(400, f"Not a date or an RFC 3339 instant: {text}")
+
+
+def bucket_of(instant: datetime, timeframe: str, zone: tzinfo) -> datetime:
+    """The start of the bucket that holds `instant`, in UTC; its borders are those of the zone."""
+    floor = instant.astimezone(zone).replace(second=0, microsecond=0)
+    if timeframe != "minute":
+        floor = floor.replace(minute=0)
+    if timeframe in ("day", "week", "month"):
+        floor = floor.replace(hour=0, fold=0)
+    if timeframe == "week":
+        floor -= timedelta(days=floor.weekday())
+    if timeframe == "month":
+        floor = floor.replace(day=1)
+    return floor.astimezone(UTC)
+
+
+def is_asked(line: UsageLine, query: Query) -> bool:
+    """Whether the line passes every filter of the query."""
+    facts = {
+        "endpoint_id": line.endpoint_id,
+        "api_key_id": line.credential.api_key_id,
+        "login_username": line.credential.login_username,
+    }
+    return all(fact in query[name] for name, fact in facts.items() if name in query)
+
+
+def group(
+    lines: Iterable[UsageLine],
+    bucket_name: Callable[[datetime], str | None],
+    expand: Sequence[str],
+) -> list[Group]:
+    """One group per bucket, endpoint, unit, price, discount, currency (and credential, expanded).
+
+    Groups stand in the order in which their first lines came.
+    """
+    by_credential = not {"auth_method", "auth_method_structured"}.isdisjoint(expand)
+    groups: dict[tuple[Any, ...], list[UsageLine]] = {}
+    for line in lines:
+        key = (
+            bucket_name(line.hour),
+            line.endpoint_id,
+            line.unit,
+            line.unit_price,
+            line.percent_discount,
+            line.currency,
+            line.credential if by_credential else None,
+        )
+        groups.setdefault(key, []).append(line)
+    return [(key[0], together) for key, together in groups.items()]
+
+
+def row_of(lines: Sequence[UsageLine], expand: Sequence[str]) -> Json:
+    """One row of usage: what the lines have in common, and the exact sums of their amounts."""
+
+    def total(amounts: Iterable[Decimal]) -> Decimal:
+        with localcontext(prec=200):  # exact, whatever amounts a world makes up
+            return sum(amounts, Decimal(0))
+
+    first = lines[0]
+    cost_total = total(line.cost_total for line in lines)
+    row = {
+        "endpoint_id": first.endpoint_id,
+        "unit": first.unit,
+        "quantity": total(line.quantity for line in lines),
+        "unit_price": first.unit_price,
+        "percent_discount": first.percent_discount,
+        "cost_subtotal": total(line.cost_subtotal for line in lines),
+        "cost_discount": total(line.cost_discount for line in lines),
+        "cost_total": cost_total,
+        "cost": cost_total,
+        "currency": first.currency,
+    }
+    if "auth_method" in expand:
+        row["auth_method"] = first.credential.detail
+    if "auth_method_structured" in expand:
+        structured = asdict(first.credential)
+        row["auth_method_structured"] = {k: v for k, v in structured.items() if v is not None}
+    return row
+
+
+def cut_page(path: str, rows: Sequence[T], query: Query, page_size: int) -> tuple[Sequence[T], Json]:
+    """The page that the query's cursor asks for, with the fields that lead to the next one.
+
+    Raises:
+        Refusal: the cursor was not made for this path and these parameters.
+    """
+    size = min(int(query["limit"][0]), page_size) if "limit" in query else page_size
+    first = read_cursor(path, query)
+    following = cursor_of(first + size, path, query) if first + size < len(rows) else None
+    return rows[first : first + size], {
+        "next_cursor": following,
+        "has_more": following is not None,
+    }
+
+
+def cursor_of(first: int, path: str, query: Query) -> str:
+    """A token for the rows from `first` on, bound to the path and all other parameters."""
+    others = sorted((name, values) for name, values in query.items() if name != "cursor")
+    digest = hashlib.sha256(json.dumps([path, others]).encode()).hexdigest()
+    return base64.urlsafe_b64encode(f"{first}.{digest[:16]}".encode()).decode()
+
+
+def read_cursor(path: str, query: Query) -> int:
+    """The first row that the cursor asks for; 0 without a cursor.
+
+    Raises:
+        Refusal: it was not made for this path and these parameters.
+    """
+    if "cursor" not in query:
+        return 0
+    cursor = query["cursor"][0]
+    with suppress(ValueError):
+        first = int(base64.urlsafe_b64decode(cursor).split(b".")[0])
+        if cursor == cursor_of(first, path, query):
+            return first
+    raise Refusal(400, "The cursor does not belong to this request")
+
+
+def to_json(value: object) -> str:
+    """JSON with every Decimal in plain notation, digit by digit; `json` would want floats."""
+    if isinstance(value, Decimal):
+        return format(value, "f")
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{json.dumps(k)}:{to_json(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(to_json, value)) + "]"
+    return json.dumps(value)
+
+
+def error_body(status: int, message: str, request_id: str) -> bytes:
+    """Fal's error envelope."""
+    kind = ERROR_TYPES.get(status, "validation_error" if status < 500 else "server_error")
+    error = {"type": kind, "message": message, "request_id": request_id}
+    return to_json({"error": error}).encode()
+
+
+@cache
+def _document_bytes() -> bytes:
+    return Path(__file__).with_name("openapi.json").read_bytes()
+
+
+@cache
+def _document() -> Json:
+    document: Json = json.loads(_document_bytes())
+    return document
+
+
+@cache
+def _parameters(path: str) -> Mapping[str, Parameter]:
+    shared = _document()["components"]["parameters"]
+    found = {}
+    for entry in _document()["paths"][path]["get"]["parameters"]:
+        spec = shared[entry["$ref"].rsplit("/", 1)[1]] if "$ref" in entry else entry
+        schema = spec["schema"]
+        found[spec["name"]] = Parameter(
+            name=spec["name"],
+            is_required=spec["required"],
+            is_list=any(choice["type"] == "array" for choice in schema.get("anyOf", [])),
+            is_integer=schema.get("type") == "integer",
+            choices=frozenset(schema.get("enum") or spec.get("x-values", [])),
+        )
+    return found
+
+
+class _Server(ThreadingHTTPServer):
+    """Loopback only. Remembers its connections, so that stopping also ends kept-alive ones."""
+
+    request_queue_size = 128
+
+    def __init__(self, sandbox: Sandbox, port: int) -> None:
+        self.sandbox = sandbox
+        self.connections: set[socket.socket] = set()
+        super().__init__(("127.0.0.1", port), _Handler)
+
+    def server_bind(self) -> None:
+        # HTTPServer would look up the name of the host here: seconds, where there is no network.
+        socketserver.TCPServer.server_bind(self)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self.connections.discard(request)
+        super().shutdown_request(request)
+
+    def server_close(self) -> None:
+        super().server_close()
+        for connection in list(self.connections):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # clients may leave when they like
+            super().handle_error(request, client_address)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    wbufsize = -1  # headers and body in one packet
+
+    def respond(self) -> None:
+        """Log the request, answer it, and break the answer where the fault hook says so."""
+        sandbox, url = self.server.sandbox, urlsplit(self.path)
+        is_below_base = url.path.startswith(f"{BASE_PATH}/")
+        request = Request(
+            method=self.command,
+            path=url.path.removeprefix(BASE_PATH) if is_below_base else f"..{url.path}",
+            query=parse_qs(url.query, keep_blank_values=True),
+            headers={name.lower(): value for name, value in self.headers.items()},
+            request_id=str(uuid.uuid4()),
+        )
+        sandbox.requests.append(request)
+        length = request.headers.get("content-length", "")
+        if length.isdecimal():
+            self.rfile.read(int(length))
+        fault = (sandbox.fault and sandbox.fault(request)) or Fault()
+        time.sleep(fault.delay_seconds)
+        if fault.drop:
+            self.close_connection = True
+        else:
+            self._send(request, fault, *self._answer(request, fault))
+
+    def _answer(self, request: Request, fault: Fault) -> tuple[int, bytes]:
+        if fault.body is not None:
+            return fault.status or 200, fault.body
+        if fault.status is not None:
+            message = "The sandbox was told to answer so"
+            return fault.status, error_body(fault.status, message, request.request_id)
+        try:
+            return 200, answer(self.server.sandbox, request)
+        except Refusal as refusal:
+            return refusal.status, error_body(refusal.status, str(refusal), request.request_id)
+
+    def _send(self, request: Request, fault: Fault, status: int, body: bytes) -> None:
+        headers = {
+            "Date": self.date_time_string(),
+            "Content-Type": "application/json",
+            "X-Fal-Request-Id": request.request_id,
+        }
+        if fault.body is None and accepts_gzip(request.headers.get("accept-encoding", "")):
+            headers["Content-Encoding"] = "gzip"
+            body = gzip.compress(body, compresslevel=1, mtime=0)
+        headers["Content-Length"] = str(len(body))
+        if request.method not in ("GET", "HEAD"):  # their bodies may be of unknown length
+            headers["Connection"] = "close"
+        headers |= {name.title(): value for name, value in fault.headers.items()}
+        request.status = status
+        self.send_response_only(status)
+        for name, value in headers.items():
+            if value:
+                self.send_header(name, value)
+        self.end_headers()
+        if request.method != "HEAD":
+            self.wfile.write(body[: fault.truncate_to])
+        if fault.truncate_to is not None or not headers["Content-Length"]:
+            self.close_connection = True
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = respond  # noqa: N815
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 the name in the base class
+        """Keep the terminal for what matters; `Sandbox.requests` has the log."""
+
+
+def accepts_gzip(header: str) -> bool:
+    """Whether an Accept-Encoding header names gzip without forbidding it."""
+    return bool(re.search(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))", header, re.IGNORECASE))

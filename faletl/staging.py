@@ -1,0 +1,499 @@
+"""Staging: landed pages → typed, proven rows of one window, set-wise in DuckDB.
+
+JSON numbers never pass through a float: the text of each is taken from the landed bytes, made plain
+(faletl/money.py) and cast to DECIMAL by DuckDB. The result is one Parquet file with the columns of
+the raw table, which any warehouse can take in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import duckdb
+import msgspec
+
+from faletl.config import Settings
+from faletl.errors import (
+    ContractError,
+    DataRefusedError,
+    FaletlError,
+    StorageError,
+    UnprovenError,
+)
+from faletl.landing import Landed
+from faletl.money import DECIMAL_TYPE, EXACT_TEXT, SCALE, exact_text
+from faletl.pages import BOM
+from faletl.resources import RESOURCES, Column, Kind, Proof, Resource
+from faletl.windows import instant
+
+log = logging.getLogger(__name__)
+
+HALF_NANO = "0.0000000005"
+"""What a sum may differ from fal's, per row summed: fal rounds each amount to a nano-dollar."""
+
+LARGEST_RECORD = 4 * 2**20
+"""Bytes of JSON in one record; DuckDB sets buffers aside for twice as much on each thread."""
+
+_TELL = 3  # so many offenders are named in an error
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """Typed rows of one window, ready to be loaded.
+
+    `path` is a Parquet file with the columns of the raw table. `digest` depends on the rows alone:
+    not on their order, their pages, or the load. `proof` says how completeness was shown: `summary`,
+    `two walks`, `none` (the resource has no control total) or `differs` (a day still open).
+    """
+
+    path: Path
+    landed: Landed
+    resource: Resource
+    rows: int
+    digest: str
+    proof: str
+    dropped_rows: int
+    rounded_amounts: int
+    cost_total: str
+    endpoint_ids: frozenset[str]
+
+
+def stage_window(settings: Settings, landed: Landed, scratch: Path) -> Staged:
+    """Type, check and prove the rows of a complete read; the Parquet file goes to `scratch`.
+
+    Raises:
+        TamperedError: a landed page is not the one that was landed.
+        ContractError, DataRefusedError: a record is not what the catalogue says.
+        UnprovenError: the rows do not add up to fal's control total, and the window is closed.
+    """
+    manifest = landed.manifest
+    resource = RESOURCES[manifest.resource]
+    try:
+        with _engine(settings, scratch) as connection:
+            return _stage(connection, landed, resource, scratch)
+    except FaletlError as error:
+        raise error.at(resource=resource.name, window=str(manifest.window)) from None
+    except duckdb.InvalidInputException as error:
+        raise DataRefusedError(
+            f"fal's records cannot be read: {str(error).splitlines()[0]}",
+            resource=resource.name, window=str(manifest.window),
+        ) from None  # fmt: skip
+    except (OSError, duckdb.IOException, duckdb.OutOfMemoryException) as error:
+        raise StorageError(
+            f"staging failed: {str(error).splitlines()[0]}; free some disk below {scratch}, or raise "
+            "FALETL_MEMORY", resource=resource.name, window=str(manifest.window),
+        ) from None  # fmt: skip
+
+
+def _stage(
+    connection: duckdb.DuckDBPyConnection, landed: Landed, resource: Resource, scratch: Path
+) -> Staged:
+    manifest = landed.manifest
+    path = scratch / f"{manifest.load_id}.parquet"
+    rounded = _typed(connection, landed, resource, "rows", path)
+    _refuse_breaches(connection, resource, path)
+    dropped = _count(connection, f"select count(*) from {_quoted(path)} where not _is_inside")
+    if dropped:
+        log.warning("%s, window %s: fal sent %d rows outside the window; they are dropped",
+                    resource.name, manifest.window, dropped)  # fmt: skip
+    final = scratch / f"{manifest.load_id}.staged.parquet"
+    connection.execute(
+        f"copy ({_final_rows(landed, resource, path)}) to {_quoted(final)} (format parquet)"
+    )
+    path.unlink()
+    digest = _digest(connection, resource, final)
+    proof = _prove(connection, landed, resource, final, digest, scratch)
+    cost = "sum(cost_total)" if any(c.name == "cost_total" for c in resource.columns) else "null"
+    total = connection.execute(f"select coalesce({cost}, 0)::varchar from {_quoted(final)}").fetchone()
+    return Staged(
+        path=final,
+        landed=landed,
+        resource=resource,
+        rows=_count(connection, f"select count(*) from {_quoted(final)}"),
+        digest=digest,
+        proof=proof,
+        dropped_rows=dropped,
+        rounded_amounts=rounded,
+        cost_total=str(total[0]) if total else "0",
+        endpoint_ids=_endpoint_ids(connection, resource, final),
+    )
+
+
+def _engine(settings: Settings, scratch: Path) -> duckdb.DuckDBPyConnection:
+    connection = duckdb.connect(
+        config={
+            "memory_limit": settings.memory,
+            "temp_directory": str(scratch / "spill"),
+            "autoinstall_known_extensions": "false",
+            "autoload_known_extensions": "false",
+        }
+    )
+    connection.execute("set TimeZone = 'UTC'")
+    return connection
+
+
+def _endpoint_ids(
+    connection: duckdb.DuckDBPyConnection, resource: Resource, path: Path
+) -> frozenset[str]:
+    if not any(column.name == "endpoint_id" for column in resource.columns):
+        return frozenset()
+    found = connection.execute(f"select distinct endpoint_id from {_quoted(path)}").fetchall()
+    return frozenset(endpoint for (endpoint,) in found)
+
+
+# --- From landed bytes to typed columns -----------------------------------------------------------
+
+
+def _typed(
+    connection: duckdb.DuckDBPyConnection,
+    landed: Landed,
+    resource: Resource,
+    label: str,
+    path: Path,
+) -> int:
+    """Write the records of the `label` calls as typed columns; return how many amounts were rounded.
+
+    Beside the resource's columns stand `_page`, `_row`, `_is_inside` (the window) and `_breach` (why
+    the record cannot be taken, else null).
+    """
+    is_proof = label == "proof"
+    rows_path = resource.proof.rows_path if is_proof and resource.proof else resource.rows_path
+    columns = _proof_columns(resource) if is_proof else resource.columns
+    lines = path.with_suffix(".ndjson")
+    rounded = 0
+    with lines.open("wb") as file:
+        for number, page in enumerate(landed.manifest.pages(label), start=1):
+            try:
+                body = landed.body(page)
+                _check_types(body, rows_path, columns)
+                records, noise = _records(body, rows_path)
+            except FaletlError as error:
+                raise error.at(page=number, request_id=page.request_id) from None
+            rounded += noise
+            for row, record in enumerate(records, start=1):
+                record["_page"], record["_row"] = number, row
+            file.write(msgspec.json.Encoder().encode_lines(records))
+    window = landed.manifest.window
+    time = None if is_proof else resource.time
+    inside = (
+        f"{time} >= timestamptz '{instant(window.start)}' "
+        f"and {time} < timestamptz '{instant(window.end)}'"
+        if time
+        else "true"
+    )
+    columns_read = {name: _read_type(tree) for name, tree in _tree(columns).items()}
+    source = connection.read_json(
+        str(lines),
+        format="newline_delimited",
+        columns={"_page": "integer", "_row": "integer", **columns_read},
+        maximum_object_size=LARGEST_RECORD,
+    )
+    source.create_view("landed_records")
+    typed = ", ".join(f"{_typed_expression(column)} as {column.name}" for column in columns)
+    breaches = ", ".join(_breach_expression(column) for column in columns)
+    connection.execute(f"""
+        copy (
+            select *, {inside} as _is_inside
+            from (
+                select _page, _row, {typed}, concat_ws('; ', {breaches}) as _breach
+                from landed_records
+            )
+        ) to {_quoted(path)} (format parquet)
+    """)
+    connection.execute("drop view landed_records")
+    lines.unlink()
+    return rounded
+
+
+def _records(body: bytes, rows_path: tuple[str, ...]) -> tuple[list[dict[str, Any]], int]:
+    """The records of a page, amounts as exact text; and how many were rounded."""
+    rounded = 0
+
+    def exact(number: str) -> str:
+        nonlocal rounded
+        text, is_rounded = exact_text(number)
+        rounded += is_rounded
+        return text
+
+    try:
+        document = msgspec.json.Decoder(float_hook=exact).decode(body.removeprefix(BOM))
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ContractError(f"fal's answer cannot be read: {error}") from None
+    if not rows_path:
+        return [document], rounded
+    return list(_descend(document, rows_path, {})), rounded
+
+
+def _descend(
+    level: dict[str, Any], path: tuple[str, ...], outer: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    step, *rest = path
+    for item in level[step]:
+        if not rest:
+            yield {**outer, **item} if outer else item
+        else:
+            scalars = {k: v for k, v in item.items() if not isinstance(v, (list, dict))}
+            yield from _descend(item, tuple(rest), {**outer, **scalars})
+
+
+# --- The contract, from the catalogue -------------------------------------------------------------
+
+_Tree: TypeAlias = "dict[str, Column | _Tree]"
+
+
+def _tree(columns: tuple[Column, ...]) -> _Tree:
+    """The columns as they are nested in a record; a fallback field is one more field."""
+    tree: _Tree = {}
+    for column in columns:
+        level = tree
+        for step in column.steps[:-1]:
+            inner = level.setdefault(step, {})
+            assert isinstance(inner, dict)  # noqa: S101  # the catalogue's own consistency
+            level = inner
+        level[column.steps[-1]] = column
+        if column.fallback:
+            level.setdefault(column.fallback, Column(column.fallback, column.kind, "", required=False))
+    return tree
+
+
+def _check_types(body: bytes, rows_path: tuple[str, ...], columns: tuple[Column, ...]) -> None:
+    try:
+        _contract(rows_path, columns).decode(body.removeprefix(BOM))
+    except msgspec.ValidationError as error:
+        raise DataRefusedError(f"fal's record is not what its contract says: {error}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ContractError(f"fal's answer cannot be read: {error}") from None
+
+
+@cache
+def _contract(rows_path: tuple[str, ...], columns: tuple[Column, ...]) -> msgspec.json.Decoder[Any]:
+    """A strict decoder of the whole page: names, types and nullability of every catalogued field.
+
+    What it decodes is thrown away (its numbers are floats); it checks at the speed of C and names
+    the JSON path of the first offence.
+    """
+    within = _struct(_tree(tuple(c for c in columns if not c.is_outer)))
+    for depth, step in enumerate(reversed(rows_path)):
+        outer = tuple(c for c in columns if c.is_outer) if depth == 0 else ()
+        within = _struct({step: within, **_tree(outer)})
+    return msgspec.json.Decoder(within)
+
+
+def _struct(fields: Mapping[str, Any]) -> Any:
+    """A msgspec type for a JSON object; a value that is a type already is a required list of it."""
+    specs: list[Any] = []
+    for name, node in fields.items():
+        if isinstance(node, Column):
+            kind: Any = _JSON_TYPES[node.kind]
+            is_needed = node.required and not node.fallback
+            specs.append((name, kind) if is_needed else (name, kind | None, None))
+        elif isinstance(node, dict):
+            specs.append((name, _struct(node) | None, None))
+        else:
+            specs.append((name, _list_of(node)))
+    names = [f"f{number}" for number in range(len(specs))]
+    return msgspec.defstruct(
+        "Record",
+        [(plain, *spec[1:]) for plain, spec in zip(names, specs, strict=True)],
+        rename={plain: spec[0] for plain, spec in zip(names, specs, strict=True)},
+        kw_only=True,
+    )
+
+
+def _list_of(kind: Any) -> Any:
+    return list[kind]
+
+
+_JSON_TYPES: Mapping[Kind, Any] = {
+    Kind.TEXT: str,
+    Kind.AMOUNT: float,
+    Kind.INSTANT: str,
+    Kind.LIST: list[str],
+}
+
+
+def _read_type(tree: Column | _Tree) -> str:
+    """The type in which DuckDB reads a JSON field: every scalar as its text."""
+    if isinstance(tree, Column):
+        return "varchar"
+    inner = ", ".join(f'"{name}" {_read_type(child)}' for name, child in tree.items())
+    return f"struct({inner})"
+
+
+# An instant without an offset could mean any zone, so it is not one.
+_INSTANT_TEXT = r"\d{4}-\d{2}-\d{2}[Tt ]\d{2}:\d{2}(:\d{2}(\.\d+)?)?([Zz]|[+-]\d{2}(:?\d{2})?)"
+
+_CASTS = {Kind.AMOUNT: (EXACT_TEXT, DECIMAL_TYPE), Kind.INSTANT: (_INSTANT_TEXT, "timestamptz")}
+
+
+def _text(column: Column) -> str:
+    """The SQL for the text that the record holds."""
+    path = ".".join(f'"{step}"' for step in column.steps)
+    return f'coalesce({path}, "{column.fallback}")' if column.fallback else path
+
+
+def _typed_expression(column: Column) -> str:
+    text = _text(column)
+    if column.kind not in _CASTS:
+        return text
+    pattern, target = _CASTS[column.kind]
+    return f"case when regexp_full_match({text}, '{pattern}') then try_cast({text} as {target}) end"
+
+
+def _breach_expression(column: Column) -> str:
+    """SQL for why the field cannot be taken, null when it can."""
+    text, typed = _text(column), _typed_expression(column)
+    shown = f"left({text}, 80)"
+    cases = []
+    if column.required:
+        cases.append(f"when {text} is null then '{column.name} is missing'")
+    if column.kind is Kind.AMOUNT:
+        cases.append(f"when {text} like '-%' then '{column.name} is negative: ' || {shown}")
+        cases.append(
+            f"when {text} is not null and {typed} is null then '{column.name} cannot be kept exactly "
+            f"(at most {SCALE} decimals): ' || {shown}"
+        )
+    if column.kind is Kind.INSTANT:
+        cases.append(
+            f"when {text} is not null and {typed} is null "
+            f"then '{column.name} is no instant with an offset: ' || {shown}"
+        )
+    return f"case {' '.join(cases)} end" if cases else "null"
+
+
+def _refuse_breaches(connection: duckdb.DuckDBPyConnection, resource: Resource, path: Path) -> None:
+    found = connection.execute(f"""
+        select _page, _row, _breach, count(*) over () from {_quoted(path)}
+        where _breach <> '' order by _page, _row limit {_TELL}
+    """).fetchall()
+    if found:
+        told = "; ".join(f"page {page} row {row}: {ascii(why)[1:-1]}" for page, row, why, _ in found)
+        raise DataRefusedError(
+            f"{found[0][3]} of fal's {resource.name} rows cannot be right ({told}); the window is "
+            "not loaded",
+            rows=found[0][3],
+        )
+
+
+def _final_rows(landed: Landed, resource: Resource, path: Path) -> str:
+    """The rows that the window holds; where a key comes twice (a shifted page), the later one."""
+    manifest = landed.manifest
+    account = manifest.account.replace("'", "''")
+    lead = f"'{account}' as _account, '{manifest.load_id}' as _load_id, _page, _row"
+    if resource.window == "snapshot":
+        lead += f", timestamptz '{instant(manifest.window_start)}' as _snapshot_at"
+    names = ", ".join(column.name for column in resource.columns)
+    rows = f"select {lead}, {names} from {_quoted(path)} where _is_inside"
+    if resource.repeats or not resource.key:
+        return rows
+    key = ", ".join(resource.key)
+    return f"{rows} qualify row_number() over (partition by {key} order by _page desc, _row desc) = 1"
+
+
+def _digest(connection: duckdb.DuckDBPyConnection, resource: Resource, path: Path) -> str:
+    """A fingerprint of the multiset of rows: the same in whatever order and pages they came."""
+    row = ", ".join(f"{column.name} := {column.name}" for column in resource.columns)
+    sums = connection.execute(f"""
+        select count(*), sum(md5_number_lower(row)::hugeint), sum(md5_number_upper(row)::hugeint)
+        from (select struct_pack({row})::varchar as row from {_quoted(path)})
+    """).fetchone()
+    return hashlib.sha256(repr(sums).encode()).hexdigest()
+
+
+def _count(connection: duckdb.DuckDBPyConnection, query: str) -> int:
+    row = connection.execute(query).fetchone()
+    return int(row[0]) if row else 0
+
+
+# --- Proof ----------------------------------------------------------------------------------------
+
+
+def _proof_columns(resource: Resource) -> tuple[Column, ...]:
+    if resource.proof is None:
+        return ()
+    return tuple(resource.column(name) for name in (*resource.proof.key, *resource.proof.sums))
+
+
+def _prove(
+    connection: duckdb.DuckDBPyConnection,
+    landed: Landed,
+    resource: Resource,
+    rows: Path,
+    digest: str,
+    scratch: Path,
+) -> str:
+    """Show that the rows are all there; returns how. docs/fal-api.md, "Control totals"."""
+    if resource.proof is None:
+        return "none"
+    if landed.manifest.pages("again"):
+        again = scratch / f"{landed.manifest.load_id}.again.parquet"
+        _typed(connection, landed, resource, "again", again)
+        kept = again.with_suffix(".kept.parquet")
+        connection.execute(
+            f"copy ({_final_rows(landed, resource, again)}) to {_quoted(kept)} (format parquet)"
+        )
+        second = _digest(connection, resource, kept)
+        differs = [] if second == digest else ["two walks one after the other gave other rows"]
+        proof = "two walks"
+    else:
+        totals = scratch / f"{landed.manifest.load_id}.proof.parquet"
+        _typed(connection, landed, resource, "proof", totals)
+        _refuse_breaches(connection, resource, totals)
+        differs = _differences(connection, resource.proof, rows, totals)
+        proof = "summary"
+    if not differs:
+        return proof
+    told = f"{len(differs)} differences: {'; '.join(differs[:_TELL])}"
+    if landed.manifest.window.is_provisional:
+        log.warning("%s, window %s: the day is still open and does not add up to fal's control total "
+                    "yet (%s)", resource.name, landed.manifest.window, told)  # fmt: skip
+        return "differs"
+    raise UnprovenError(f"the rows do not add up to fal's control total ({told})")
+
+
+def _differences(
+    connection: duckdb.DuckDBPyConnection, proof: Proof, rows: Path, totals: Path
+) -> list[str]:
+    """Where our sums per key are not fal's, as sentences.
+
+    A sum may differ by half a nano per row summed, as fal rounds each amount to a nano-dollar; a
+    quantity also by one part in 10^12, as fal may have summed it in doubles.
+    """
+    key = ", ".join(proof.key)
+    ours = ", ".join(f"sum({name}) as {name}" for name in proof.sums)
+    same = " and ".join(f"ours.{name} is not distinct from fals.{name}" for name in proof.key)
+    off = " or ".join(
+        f"abs(coalesce(ours.{name}, 0) - coalesce(fals.{name}, 0)) > "
+        f"coalesce(ours.n, 1) * {_tolerance(name)}"
+        for name in proof.sums
+    )
+    told = ", ".join(
+        f"'{name} ' || coalesce(ours.{name}, 0) || ' held, ' || coalesce(fals.{name}, 0) || ' by fal'"
+        for name in proof.sums
+    )
+    found = connection.execute(f"""
+        with ours as (select {key}, count(*) as n, {ours} from {_quoted(rows)} group by {key}),
+        fals as (select {key}, {ours} from {_quoted(totals)} group by {key})
+        select coalesce(ours.endpoint_id, fals.endpoint_id), concat_ws(', ', {told})
+        from ours full join fals on {same}
+        where {off} order by 1, 2
+    """).fetchall()
+    return [f"{ascii(endpoint)[1:-1]}: {figures}" for endpoint, figures in found]
+
+
+def _tolerance(amount: str) -> str:
+    if amount == "quantity":
+        return (
+            f"greatest({HALF_NANO}, cast(coalesce(fals.quantity, 0) as decimal(26,0)) * 0.000000000001)"
+        )
+    return HALF_NANO
+
+
+def _quoted(path: Path) -> str:
+    return "'" + str(path).replace("'", "''") + "'"

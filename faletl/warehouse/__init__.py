@@ -1,0 +1,83 @@
+"""The warehouse: what every database must provide, and which module provides it.
+
+The core (load.py, models.py, pipeline.py) speaks SQL through SQLAlchemy and never asks which
+database it has; what a database needs words of its own for stands in its module here.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import sqlalchemy as sa
+
+from faletl.config import Settings
+from faletl.errors import SettingsError
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to write. `token` grows with every lease; each commit checks that it is the newest."""
+
+    connection: sa.Connection
+    token: int
+
+
+class Warehouse(Protocol):
+    """What a database must provide to hold faletl's tables."""
+
+    dialect: str
+    """The sqlglot name of its SQL."""
+
+    def lease(self, holder: str) -> AbstractContextManager[Lease]:
+        """Become the only writer, creating the warehouse when there is none.
+
+        Raises:
+            WarehouseBusyError: somebody else held the lease for as long as we wait; says who.
+            TamperedError, SettingsError: the file is no warehouse of ours, or of a newer faletl.
+        """
+
+    def reading(self, *, wait: bool = True) -> AbstractContextManager[sa.Connection | None]:
+        """A connection for reading what is loaded now; None when there is no warehouse yet.
+
+        Raises:
+            WarehouseBusyError: somebody writes; at once, or after as long as we `wait`.
+        """
+
+    def published(self) -> AbstractContextManager[sa.Connection | None]:
+        """A connection for readers: never blocks a run, never sees half of one."""
+
+    def export(self, query: str, path: Path) -> bool:
+        """Write the rows of a reader's query to a Parquet file; False when nothing is published."""
+
+    def take_in(self, connection: sa.Connection, table: sa.Table, rows: Path) -> None:
+        """Insert a staged Parquet file in bulk; its columns are columns of the table."""
+
+    def publish(self, holder: str) -> Path | None:
+        """Show the newest build to readers, in one step; None when there is nothing new to show.
+
+        Returns the file that readers open, where there is one.
+
+        Raises:
+            WarehouseError: something was loaded that is not built yet.
+        """
+
+
+def open_warehouse(settings: Settings) -> Warehouse:
+    """The warehouse that FALETL_WAREHOUSE names; raises SettingsError when there is no such kind."""
+    try:
+        url = sa.make_url(settings.warehouse)
+    except sa.exc.ArgumentError:
+        raise SettingsError(
+            "FALETL_WAREHOUSE is no SQLAlchemy URL; use duckdb:///path/to/file.duckdb"
+        ) from None
+    if url.get_backend_name() != "duckdb":
+        raise SettingsError(
+            f"FALETL_WAREHOUSE: faletl keeps no warehouse in {url.get_backend_name()!r}; "
+            "use duckdb:///path/to/file.duckdb"
+        )
+    from faletl.warehouse.duckdb import DuckDBWarehouse
+
+    return DuckDBWarehouse(settings, url)

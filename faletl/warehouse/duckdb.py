@@ -1,0 +1,340 @@
+"""DuckDB: the warehouse as one file, readers on a copy of it.
+
+One process writes at a time. A lock file beside the database makes others wait and tells them who
+holds it; the operating system frees it when its holder dies. What a writer does between opening and
+closing the file is one lease.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import filelock
+import sqlalchemy as sa
+
+from faletl.config import Settings
+from faletl.errors import (
+    SettingsError,
+    StorageError,
+    TamperedError,
+    WarehouseBusyError,
+    WarehouseError,
+)
+from faletl.landing import sync_folder
+from faletl.warehouse import Lease, tables
+from faletl.windows import instant
+
+_POLL_SECONDS = 0.2
+
+# Exact to 12 decimals, half away from zero; DECIMAL / DECIMAL would be a DOUBLE in DuckDB. Amounts
+# become whole numbers of 10^-12; the numerator may be up to 8 * 10^13.
+_QUOTIENT = """
+create or replace macro quotient(a, b) as case when b <> 0 then
+    sign(a) * sign(b) * cast(
+        (2 * cast(abs(cast(a as decimal(38,12))) * 1000000000000 as hugeint) * 1000000000000
+            + cast(abs(cast(b as decimal(38,12))) * 1000000000000 as hugeint))
+        // (2 * cast(abs(cast(b as decimal(38,12))) * 1000000000000 as hugeint))
+    as decimal(38,0)) * 0.000000000001
+end
+"""
+
+
+class DuckDBWarehouse:
+    """See `faletl.warehouse.Warehouse`."""
+
+    dialect = "duckdb"
+
+    def __init__(self, settings: Settings, url: sa.URL) -> None:
+        if not url.database or url.database.startswith(":"):
+            raise SettingsError("FALETL_WAREHOUSE: a DuckDB warehouse needs a file, duckdb:///path")
+        self._settings = settings
+        self._path = Path(url.database)
+        self._published = (
+            Path(settings.publish) if settings.publish else self._path.with_name("spend.duckdb")
+        )
+        if self._published.resolve() == self._path.resolve():
+            raise SettingsError("FALETL_PUBLISH: the published copy cannot be the warehouse itself")
+
+    @contextmanager
+    def lease(self, holder: str) -> Iterator[Lease]:
+        """Become the only writer; see the protocol."""
+        with self._lock(holder, self._settings.lock_seconds):
+            if not self._path.exists():
+                self._create()
+            with self._connected() as connection:
+                yield Lease(connection, self._take_token(connection, holder))
+
+    @contextmanager
+    def reading(self, *, wait: bool = True) -> Iterator[sa.Connection | None]:
+        """What is loaded now. Blocks writers for as long as it is open: read and let go."""
+        if not self._path.exists():
+            yield None
+            return
+        with (
+            self._lock("a reader", self._settings.lock_seconds if wait else 0),
+            self._connected(read_only=True) as connection,
+        ):
+            _check_version(connection, self._path)
+            yield connection
+
+    @contextmanager
+    def published(self) -> Iterator[sa.Connection | None]:
+        """The copy for readers; it can neither be changed nor reach any other file."""
+        with self._confined() as connection:
+            yield connection
+
+    def export(self, query: str, path: Path) -> bool:
+        """Write the rows of a reader's query to a Parquet file; see the protocol."""
+        with self._confined(path) as connection:
+            if connection is not None:
+                connection.exec_driver_sql(f"copy ({query}) to {_quoted(path)} (format parquet)")
+        return connection is not None
+
+    @contextmanager
+    def _confined(self, writable: Path | None = None) -> Iterator[sa.Connection | None]:
+        """The published copy; of all other files the connection reaches at most the writable one."""
+        if not self._published.exists():
+            yield None
+            return
+        with _connected(self._published, self._settings, read_only=True) as connection:
+            if writable is not None:
+                connection.exec_driver_sql(f"set allowed_paths = [{_quoted(writable)}]")
+            connection.exec_driver_sql("set enable_external_access = false")
+            connection.exec_driver_sql("set lock_configuration = true")
+            yield connection
+
+    def take_in(self, connection: sa.Connection, table: sa.Table, rows: Path) -> None:
+        """Insert a staged Parquet file; see the protocol."""
+        names = ", ".join(f'"{column.name}"' for column in table.columns)
+        connection.exec_driver_sql(
+            f"insert into {table.fullname} ({names}) select {names} from read_parquet({_quoted(rows)})"
+        )
+
+    def publish(self, holder: str) -> Path | None:
+        """Copy the file to its readers' place: temporary name, flush, rename."""
+        with self._lock(holder, self._settings.lock_seconds):
+            if not self._path.exists():
+                return None
+            with self._connected() as connection:
+                build = _newest_build(connection)
+                loaded = connection.execute(sa.select(tables.WAREHOUSE.c.data_version)).scalar_one()
+                if build is None or build[1] != loaded:
+                    raise WarehouseError("not all that is loaded is built; run faletl build first")
+                with self.published() as shown:
+                    if shown is not None and _newest_build(shown) == build:
+                        return None
+                connection.commit()
+                connection.exec_driver_sql("checkpoint")
+            # The database must be closed here: closing any other handle on a file would drop
+            # DuckDB's own lock on it. The lock file still keeps other writers out.
+            part = self._published.with_name(f".{self._published.name}.part")
+            try:
+                self._published.parent.mkdir(parents=True, exist_ok=True)
+                part.unlink(missing_ok=True)
+                shutil.copyfile(self._path, part)
+                part.chmod(0o440)
+                _sync_file(part)
+                part.replace(self._published)
+                sync_folder(self._published.parent)
+            except OSError as error:
+                part.unlink(missing_ok=True)
+                raise StorageError(f"cannot publish {self._published}: {error.strerror}") from None
+        return self._published
+
+    def _create(self) -> None:
+        """Make the file under another name first: a kill must not leave one that cannot be opened."""
+        part = self._path.with_name(f".{self._path.name}.new")
+        part_wal = part.with_name(part.name + ".wal")
+        stale_wal = self._path.with_name(self._path.name + ".wal")
+        if stale_wal.exists():
+            raise TamperedError(
+                f"{stale_wal} is there but {self._path} is not: restore the warehouse, or move the "
+                ".wal file away to start a new one"
+            )
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            part.unlink(missing_ok=True)
+            part_wal.unlink(missing_ok=True)
+            with _connected(part, self._settings) as connection, connection.begin():
+                _create_tables(connection)
+            part.chmod(0o600)
+            _sync_file(part)
+            part.replace(self._path)
+            sync_folder(self._path.parent)
+        except OSError as error:
+            raise StorageError(f"cannot create {self._path}: {error.strerror}") from None
+
+    def _take_token(self, connection: sa.Connection, holder: str) -> int:
+        with connection.begin():
+            _check_version(connection, self._path)
+            token = connection.execute(
+                sa.update(tables.WAREHOUSE)
+                .values(
+                    fencing_token=tables.WAREHOUSE.c.fencing_token + 1,
+                    holder=holder,
+                    held_since=datetime.now(UTC),
+                )
+                .returning(tables.WAREHOUSE.c.fencing_token)
+            ).scalar_one()
+        return int(token)
+
+    @contextmanager
+    def _lock(self, holder: str, seconds: float) -> Iterator[None]:
+        lock = filelock.FileLock(self._path.with_name(f"{self._path.name}.lock"), thread_local=False)
+        told = self._path.with_name(f"{self._path.name}.holder")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=seconds, poll_interval=_POLL_SECONDS)
+        except filelock.Timeout:
+            raise WarehouseBusyError(
+                f"the warehouse {self._path} is held by {_told(told)}; waited {seconds:.0f} s, "
+                "try again later"
+            ) from None
+        except OSError as error:
+            raise StorageError(f"cannot lock {self._path}: {error.strerror}") from None
+        try:
+            by = {
+                "holder": holder,
+                "pid": os.getpid(),
+                "host": socket.gethostname(),
+                "since": instant(datetime.now(UTC).replace(microsecond=0)),
+            }
+            told.write_text(json.dumps(by), "utf-8")
+            yield
+        finally:
+            told.unlink(missing_ok=True)
+            lock.release()
+
+    @contextmanager
+    def _connected(self, *, read_only: bool = False) -> Iterator[sa.Connection]:
+        until = time.monotonic() + self._settings.lock_seconds
+        while True:
+            try:
+                connecting = _connected(self._path, self._settings, read_only=read_only)
+                connection = connecting.__enter__()
+                break
+            except WarehouseBusyError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(_POLL_SECONDS)
+        try:
+            yield connection
+        finally:
+            connecting.__exit__(None, None, None)
+
+
+@contextmanager
+def _connected(path: Path, settings: Settings, *, read_only: bool = False) -> Iterator[sa.Connection]:
+    """A connection to a DuckDB file; what DuckDB says on opening becomes an error of ours."""
+    engine = sa.create_engine(
+        sa.URL.create("duckdb", database=str(path)),
+        poolclass=sa.pool.NullPool,
+        connect_args={
+            "read_only": read_only,
+            "config": {
+                "memory_limit": settings.memory,
+                "autoinstall_known_extensions": "false",
+                "autoload_known_extensions": "false",
+            },
+        },
+    )
+    sa.event.listen(engine, "before_cursor_execute", _with_literals, retval=True)
+    try:
+        connection = engine.connect()
+        connection.exec_driver_sql("set TimeZone = 'UTC'")
+        connection.commit()
+    except (sa.exc.DBAPIError, duckdb.Error) as error:
+        raise _opening_error(path, error) from None
+    try:
+        yield connection
+    finally:
+        connection.close()
+        engine.dispose()
+
+
+def _with_literals(
+    connection: sa.Connection,
+    _cursor: object,
+    statement: str,
+    parameters: Any,
+    context: Any,
+    is_many: bool,
+) -> tuple[str, Any]:
+    """Write values into the SQL, quoted by SQLAlchemy: for a bound one DuckDB imports all of pandas."""
+    if is_many or not parameters or context.invoked_statement is None:
+        return statement, parameters
+    literal = context.invoked_statement.compile(
+        dialect=connection.dialect, compile_kwargs={"literal_binds": True}
+    )
+    return str(literal), ()
+
+
+def _opening_error(path: Path, error: Exception) -> WarehouseError | TamperedError:
+    said = str(getattr(error, "orig", error)).splitlines()[0]
+    if "lock" in said.lower():
+        return WarehouseBusyError(f"another program has {path} open ({said}); close it there")
+    return TamperedError(
+        f"{path} cannot be opened as a DuckDB warehouse ({said}); restore it, or move it away and "
+        "load it again"
+    )
+
+
+def _check_version(connection: sa.Connection, path: Path) -> None:
+    try:
+        version = connection.execute(sa.select(tables.WAREHOUSE.c.schema_version)).scalar_one()
+    except sa.exc.SQLAlchemyError:
+        raise SettingsError(f"{path} is a DuckDB file, but no faletl warehouse") from None
+    if version > tables.SCHEMA_VERSION:
+        raise SettingsError(
+            f"{path} was written by a newer faletl (schema {version}, this one knows "
+            f"{tables.SCHEMA_VERSION}); upgrade faletl"
+        )
+
+
+def _create_tables(connection: sa.Connection) -> None:
+    for schema in tables.SCHEMAS:  # DuckDB keeps no comments on schemas
+        connection.execute(sa.schema.CreateSchema(schema))
+    tables.METADATA.create_all(connection)
+    connection.exec_driver_sql(_QUOTIENT)
+    connection.execute(
+        sa.insert(tables.WAREHOUSE).values(
+            schema_version=tables.SCHEMA_VERSION, fencing_token=0, data_version=0
+        )
+    )
+
+
+def _newest_build(connection: sa.Connection) -> tuple[str, int] | None:
+    builds = tables.BUILDS.c
+    newest = sa.select(builds.build_id, builds.data_version).order_by(builds.fencing_token.desc())
+    found = connection.execute(newest.limit(1)).first()
+    return (found.build_id, found.data_version) if found else None
+
+
+def _sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _quoted(path: Path) -> str:
+    return "'" + str(path).replace("'", "''") + "'"
+
+
+def _told(path: Path) -> str:
+    try:
+        by: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        return f"{by['holder']} (process {by['pid']} on {by['host']}, since {by['since']})"
+    except (OSError, ValueError, KeyError):
+        return "another process"

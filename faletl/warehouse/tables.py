@@ -1,0 +1,164 @@
+"""The tables that faletl writes row by window: raw from the catalogue, ops by hand.
+
+Marts and reports are not here: they are what `sql/` selects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import sqlalchemy as sa
+
+from faletl.money import PRECISION, SCALE
+from faletl.resources import RESOURCES, Kind, Resource
+
+SCHEMA_VERSION = 1
+"""Grows when a table here changes; a warehouse of a newer version is refused."""
+
+SCHEMAS: Mapping[str, str] = {
+    "raw": "What fal says, row by row, with where each row was landed.",
+    "staging": "Raw, renamed and cast: instants in UTC, one credential id. Views and seeds; no sums.",
+    "marts": "Dimensions and facts: what analysts join.",
+    "reports": "What dashboards read: wide, named for people.",
+    "ops": "What faletl did: loads, builds, failures, and who may write.",
+}
+
+METADATA = sa.MetaData()
+
+
+def _instant() -> sa.DateTime:
+    return sa.DateTime(timezone=True)
+
+
+_TYPES: Mapping[Kind, sa.types.TypeEngine[Any]] = {
+    Kind.TEXT: sa.Text(),
+    Kind.AMOUNT: sa.Numeric(PRECISION, SCALE),
+    Kind.INSTANT: _instant(),
+    Kind.LIST: sa.Text(),
+}
+
+
+def _raw_table(resource: Resource) -> sa.Table:
+    lead: list[sa.Column[Any]] = [
+        sa.Column("_account", sa.Text, comment="account label; see marts.dim_account"),
+        sa.Column("_load_id", sa.Text, comment="the load that brought the row; see ops.loads"),
+        sa.Column("_page", sa.Integer, comment="page of the load, counted from 1"),
+        sa.Column("_row", sa.Integer, comment="row of the page, counted from 1"),
+    ]
+    if resource.window == "snapshot":
+        lead.append(sa.Column("_snapshot_at", _instant(), comment="instant of the snapshot"))
+    body = [
+        sa.Column(column.name, _TYPES[column.kind], comment=column.comment)
+        for column in resource.columns
+    ]
+    return sa.Table(resource.name, METADATA, *lead, *body, schema="raw", comment=resource.comment)
+
+
+RAW: Mapping[str, sa.Table] = {name: _raw_table(r) for name, r in RESOURCES.items()}
+
+
+def _ops_table(name: str, comment: str, **columns: tuple[sa.types.TypeEngine[Any], str]) -> sa.Table:
+    return sa.Table(
+        name,
+        METADATA,
+        *(sa.Column(column, kind, comment=text) for column, (kind, text) in columns.items()),
+        schema="ops",
+        comment=comment,
+    )
+
+
+_TEXT, _COUNT, _AT, _FLAG = sa.Text(), sa.BigInteger(), _instant(), sa.Boolean()
+
+SEED_UNIT = sa.Table(
+    "seed_unit",
+    METADATA,
+    sa.Column("unit", sa.Text, comment="unit as billed, trimmed and in lower case"),
+    sa.Column("canonical_unit", sa.Text, comment="one spelling for all of its spellings"),
+    sa.Column("family", sa.Text, comment="image, pixel, time, text, token, compute, request, other"),
+    sa.Column("base_unit", sa.Text, comment="what a quantity can be counted in"),
+    sa.Column("factor", sa.Numeric(PRECISION, SCALE), comment="base units in one unit"),
+    schema="staging",
+    comment="What units mean: sql/seeds/unit.csv, and the user's own table (FALETL_UNITS).",
+)
+
+WAREHOUSE = _ops_table(
+    "warehouse",
+    "The warehouse itself: one row.",
+    schema_version=(sa.Integer(), "version of the raw and ops tables"),
+    fencing_token=(_COUNT, "token of the newest lease; an older one may not commit"),
+    holder=(_TEXT, "who took the newest lease"),
+    held_since=(_AT, "when"),
+    data_version=(_COUNT, "grows with every change of a raw table"),
+)
+
+LOADS = _ops_table(
+    "loads",
+    "Loads of windows: the ledger of what raw holds and what it held before.",
+    load_id=(_TEXT, "id of the read and its load; the folder of its pages has that name"),
+    run_id=(_TEXT, "run that read the window"),
+    account=(_TEXT, "account label"),
+    resource=(_TEXT, "collection of the fal API"),
+    window_start=(_AT, "start of the window, or instant of the snapshot"),
+    window_end=(_AT, "end of the window, exclusive; equal to the start for a snapshot"),
+    pages=(_COUNT, "pages that hold the rows"),
+    rows=(_COUNT, "rows loaded"),
+    digest=(_TEXT, "fingerprint of the rows, whatever their order"),
+    proof=(_TEXT, "how completeness was shown: summary, two walks, none; differs on an open day"),
+    dropped_rows=(_COUNT, "rows that fal sent from outside the window"),
+    rounded_amounts=(_COUNT, "amounts that lost the noise of a binary float"),
+    fencing_token=(_COUNT, "token of the lease under which it was loaded"),
+    last_fencing_token=(_COUNT, "token of the newest lease under which the same rows were found"),
+    landing_path=(_TEXT, "folder of the landed pages, below the landing folder"),
+    read_at=(_AT, "when the read began that brought the rows"),
+    last_read_at=(_AT, "when the newest read began that found the same rows"),
+    loaded_at=(_AT, "when the rows were loaded"),
+    is_current=(_FLAG, "whether raw holds these rows, and not those of a newer load"),
+    is_provisional=(_FLAG, "whether the day was still open when it was last read"),
+)
+
+HORIZONS = _ops_table(
+    "horizons",
+    "From which day on the ledger of an account's resource is to be complete: the first ever planned.",
+    account=(_TEXT, "account label"),
+    resource=(_TEXT, "collection of the fal API"),
+    first_day=(sa.Date(), "every UTC day from here on that is not loaded is due"),
+)
+
+UNKNOWN_ENDPOINTS = _ops_table(
+    "unknown_endpoints",
+    "Endpoint ids that a fal API answered 404 for; they are not asked again for some days.",
+    account=(_TEXT, "account label"),
+    resource=(_TEXT, "collection of the fal API"),
+    endpoint_id=(_TEXT, "fal's id of the model endpoint"),
+    seen_at=(_AT, "when fal last said that it does not know it"),
+)
+
+FAILURES = _ops_table(
+    "failures",
+    "Windows whose last attempt failed; a window that loads leaves no row.",
+    run_id=(_TEXT, "run that failed"),
+    account=(_TEXT, "account label"),
+    resource=(_TEXT, "collection of the fal API"),
+    window_start=(_AT, "start of the window"),
+    error=(_TEXT, "kind of the error"),
+    message=(_TEXT, "the error in one sentence"),
+    failed_at=(_AT, "when"),
+)
+
+BUILDS = _ops_table(
+    "builds",
+    "Builds of staging, marts and reports that passed their checks.",
+    build_id=(_TEXT, "id of the build"),
+    run_id=(_TEXT, "run that built"),
+    days=(_COUNT, "days of usage in the build"),
+    checks=(_COUNT, "checks that returned no rows"),
+    data_version=(_COUNT, "version of the raw tables it stands on"),
+    fencing_token=(
+        _COUNT,
+        "token of the lease under which it was built; the greatest is the newest",
+    ),
+    models_digest=(_TEXT, "fingerprint of the SQL and seeds it was made with"),
+    started_at=(_AT, "start"),
+    finished_at=(_AT, "end"),
+)

@@ -1,0 +1,114 @@
+"""Windows: half-open spans of UTC time, and the rule that tells which of them are due."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, time, timedelta
+
+DAY = timedelta(days=1)
+HOUR = timedelta(hours=1)
+
+SETTLE = timedelta(minutes=5)
+"""How far behind now an hour must have ended before we read it (docs/fal-api.md, "Arrival")."""
+
+WATCH = timedelta(days=90)
+"""For how long after its end a window is read again for late and restated data."""
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Window:
+    """`[start, end)` in UTC. A snapshot is the empty window at its instant: start = end."""
+
+    start: datetime
+    end: datetime
+
+    def __post_init__(self) -> None:
+        if self.start.utcoffset() != timedelta(0) or self.end.utcoffset() != timedelta(0):
+            raise ValueError("a window is in UTC")
+        if self.end < self.start:
+            raise ValueError("a window ends at or after its start")
+
+    @classmethod
+    def of_day(cls, day: date) -> Window:
+        """The UTC day."""
+        start = datetime.combine(day, time(), UTC)
+        return cls(start, start + DAY)
+
+    @classmethod
+    def snapshot(cls, at: datetime) -> Window:
+        """The instant of a snapshot."""
+        return cls(at, at)
+
+    @property
+    def day(self) -> date:
+        """The UTC day in which the window starts."""
+        return self.start.date()
+
+    @property
+    def is_snapshot(self) -> bool:
+        """Whether the window is an instant."""
+        return self.start == self.end
+
+    @property
+    def is_provisional(self) -> bool:
+        """Whether the window is a day that was cut because it had not ended yet."""
+        return not self.is_snapshot and self.end < self.start + DAY
+
+    def settled(self, now: datetime) -> Window | None:
+        """The part of the window up to the last full hour that ended `SETTLE` ago; None if empty."""
+        last = (now - SETTLE).replace(minute=0, second=0, microsecond=0)
+        end = min(self.end, last)
+        return Window(self.start, end) if end > self.start else None
+
+    def __str__(self) -> str:
+        if self.is_snapshot:
+            return instant(self.start)
+        if self.end - self.start == DAY:
+            return self.day.isoformat()
+        return f"{instant(self.start)}/{instant(self.end)}"
+
+
+def instant(at: datetime) -> str:
+    """RFC 3339 in UTC with a Z, to the second where that is exact."""
+    return at.astimezone(UTC).isoformat().replace("+00:00", "Z")
+
+
+def utc_days(first: date, end: date) -> Iterator[Window]:
+    """The UTC days from `first` to before `end`, in order."""
+    for offset in range((end - first).days):
+        yield Window.of_day(first + timedelta(days=offset))
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """When a loaded window was last read, and whether it was still open then."""
+
+    read_at: datetime
+    is_provisional: bool
+
+
+def next_due(window: Window, read: Read | None) -> datetime | None:
+    """When the window should be read (again); None when it has been watched long enough.
+
+    A window never read, or read while it was open, is due at once. A closed one is due when its age
+    has doubled since the last read, and once more at the end of the watch: late and restated data
+    is found for 90 days at a logarithmic number of calls.
+    """
+    if read is None or read.is_provisional:
+        return window.start
+    last_look = window.end + WATCH
+    if read.read_at >= last_look:
+        return None
+    return min(window.end + max(HOUR, 2 * (read.read_at - window.end)), last_look)
+
+
+def due_days(now: datetime, reads: Mapping[date, Read], first_day: date) -> Iterable[Window]:
+    """The UTC days from `first_day` to today that are to be read now, in order."""
+    for window in utc_days(first_day, now.date() + DAY):
+        read = reads.get(window.day)
+        if read is not None and read.read_at > now:
+            read = None  # the clock was ahead when it was read; do not wait until it is right again
+        due = next_due(window, read)
+        if due is not None and due <= now:
+            yield window

@@ -1,0 +1,44 @@
+-- Calendar: every day of the years in which something was used or read.
+-- grain: date_day
+with recursive
+
+seen as (
+    select used_at as seen_at from staging.stg_fal__usage
+    union all
+    select snapshot_at as seen_at from staging.stg_fal__prices
+    union all
+    select read_at as seen_at from staging.stg_fal__credits
+),
+
+years as (
+    select
+        cast(date_trunc('year', min(seen_at)) as date) as first_day,
+        cast(date_trunc('year', max(seen_at)) + interval '1 year' as date) as end_day
+    from seen
+),
+
+days as (
+    select
+        first_day as date_day,
+        end_day
+    from years
+    where first_day is not null
+    union all
+    select
+        cast(date_day + interval '1 day' as date) as date_day,
+        end_day
+    from days
+    where date_day + interval '1 day' < end_day
+)
+
+select
+    date_day,  -- the UTC day
+    cast(extract(year from date_day) as integer) as year,  -- calendar year
+    cast(extract(quarter from date_day) as integer) as quarter,  -- 1 to 4
+    cast(extract(month from date_day) as integer) as month,  -- 1 to 12
+    cast(date_trunc('month', date_day) as date) as month_start,  -- first day of the month
+    cast(extract(isoyear from date_day) as integer) as iso_year,  -- year of the ISO week
+    cast(extract(week from date_day) as integer) as iso_week,  -- ISO week, 1 to 53
+    cast(extract(isodow from date_day) as integer) as iso_weekday,  -- 1 Monday to 7 Sunday
+    extract(isodow from date_day) in (6, 7) as is_weekend  -- Saturday or Sunday
+from days

@@ -1,0 +1,73 @@
+-- Model endpoints: from the catalogue, from prices, and from use alone.
+-- grain: endpoint_id
+with
+
+sightings as (
+    select
+        endpoint_id,
+        used_at as seen_at
+    from staging.stg_fal__usage
+    union all
+    select
+        endpoint_id,
+        snapshot_at as seen_at
+    from staging.stg_fal__models
+    union all
+    select
+        endpoint_id,
+        snapshot_at as seen_at
+    from staging.stg_fal__prices
+),
+
+seen as (
+    select
+        endpoint_id,
+        min(seen_at) as first_seen_at,
+        max(seen_at) as last_seen_at
+    from sightings
+    group by endpoint_id
+),
+
+catalogue as (
+    select
+        *,
+        row_number() over (partition by endpoint_id order by snapshot_at desc, account asc) as recency
+    from staging.stg_fal__models
+),
+
+newest as (
+    select
+        account,
+        max(snapshot_at) as snapshot_at
+    from staging.stg_fal__models
+    group by account
+),
+
+listed as (
+    select distinct models.endpoint_id
+    from staging.stg_fal__models as models
+    inner join newest
+        on models.account = newest.account and models.snapshot_at = newest.snapshot_at
+)
+
+select
+    seen.endpoint_id,
+    split_part(seen.endpoint_id, '/', 1) as owner,  -- first part of the id
+    coalesce(
+        catalogue.group_label, catalogue.group_key, nullif(split_part(seen.endpoint_id, '/', 2), '')
+    ) as family,  -- model family by fal's catalogue; else the second part of the id
+    catalogue.display_name,
+    catalogue.category,
+    case
+        when catalogue.category like '%-to-%' then split_part(catalogue.category, '-to-', 2)
+    end as output_modality,  -- what comes out: image, video, audio, …; null where the category does not say
+    catalogue.status,
+    catalogue.kind,  -- inference or training
+    seen.first_seen_at,  -- oldest usage, price or catalogue entry, UTC
+    seen.last_seen_at,  -- newest usage, price or catalogue entry, UTC
+    listed.endpoint_id is not null as is_in_catalogue  -- in the newest snapshot of fal's catalogue
+from seen
+left join catalogue
+    on seen.endpoint_id = catalogue.endpoint_id and catalogue.recency = 1
+left join listed
+    on seen.endpoint_id = listed.endpoint_id

@@ -1,0 +1,11 @@
+-- List price per unit of each endpoint, as of each snapshot.
+-- grain: account, snapshot_at, endpoint_id
+select
+    _account as account,  -- account label: fal's username, or FALETL_ACCOUNT
+    _snapshot_at at time zone 'UTC' as snapshot_at,  -- instant of the snapshot, UTC
+    endpoint_id,
+    unit,
+    unit_price,
+    coalesce(currency, 'XXX') as currency,  -- ISO 4217 code of every amount in the row; XXX when fal gave none
+    _load_id as load_id  -- the load that brought the row; see ops.loads
+from raw.prices

@@ -1,0 +1,34 @@
+-- Usage as fal reports it: hours in UTC, one id per credential.
+-- grain: none; raw may hold one line in two parts, fct_usage adds them up
+with
+
+usage_rows as (
+    select
+        *,
+        coalesce(auth_detail, auth_method) as auth_label
+    from raw.usage
+)
+
+select
+    _account as account,  -- account label: fal's username, or FALETL_ACCOUNT
+    bucket at time zone 'UTC' as used_at,  -- start of the hour, UTC
+    endpoint_id,
+    unit,
+    unit_price,
+    percent_discount,
+    coalesce(currency, 'XXX') as currency,  -- ISO 4217 code of every amount in the row; XXX when fal gave none
+    case
+        when api_key_id is not null then 'key:' || api_key_id
+        when login_username is not null then 'user:' || login_username
+        when auth_label is null or auth_label in ('', 'None') then 'none'
+        else 'label:' || auth_label
+    end as credential_id,  -- key:…, user:…, label:… (where fal told no id) or none
+    auth_label as credential_label,  -- name of the credential at that hour
+    api_key_id,
+    login_username,
+    quantity,
+    cost_subtotal,
+    cost_discount,
+    cost_total,
+    _load_id as load_id  -- the load that brought the row; see ops.loads
+from usage_rows

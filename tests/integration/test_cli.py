@@ -1,0 +1,269 @@
+"""The `faletl` command as a person or a scheduler types it: output, sentences, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from decimal import Decimal
+from pathlib import Path
+
+import duckdb
+import pytest
+
+from faletl import __version__
+from faletl.config import Settings
+from faletl.sandbox import FULL_KEY, Fault, Request, Sandbox
+from tests import truth
+from tests.conftest import settings_for
+from tests.integration.test_kills import environment
+
+CANARY = "canary-id:canary-secret-0123456789"
+
+
+def faletl(
+    *args: str, settings: Settings | None = None, folder: Path | None = None, **more: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the installed command line in a process of its own."""
+    env = environment(settings, **more) if settings else {"PATH": os.environ["PATH"], **more}
+    return subprocess.run(
+        [sys.executable, "-c", "from faletl.cli import main; main()", *args],
+        env={**env, "PYTHONPATH": os.pathsep.join(sys.path)},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+
+
+@pytest.fixture
+def open_account() -> truth.Account:
+    """Usage of the last two days before the real now: these tests do not move the clock."""
+    return truth.two_days()
+
+
+def loaded(settings: Settings) -> subprocess.CompletedProcess[str]:
+    """A run over the days of the account."""
+    return faletl("run", "--start", "2026-11-21", "--end", "2026-11-23", settings=settings)
+
+
+def test_version_and_help_answer_without_importing_anything_heavy() -> None:
+    assert faletl("--version").stdout == f"faletl {__version__}\n"
+    probe = (
+        "import sys; sys.argv = ['faletl', '--help']\n"
+        "from faletl.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'httpx', 'duckdb', 'sqlalchemy', 'sqlglot', 'pandas', 'pydantic', 'msgspec', "
+        "'great_expectations', 'airflow'}\n"
+        "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "run" in done.stdout
+
+
+def test_a_run_tells_what_it_did_and_the_answers_follow(settings: Settings) -> None:
+    done = loaded(settings)
+    assert done.returncode == 0, done.stderr
+    assert "usage: 2 windows (2 loaded), 30 rows" in done.stdout
+    assert "published" in done.stdout
+    assert "usage, window 2026-11-21: 15 rows, loaded, proof summary" in done.stderr
+
+    spent = sum(one.cost_total for one in truth.two_days().lines)
+    query = "select sum(cost_total) as cost_total from reports.rpt_spend_daily"
+    as_json = faletl("sql", query, "--format", "json", settings=settings)
+    assert json.loads(as_json.stdout, parse_float=Decimal) == [{"cost_total": spent}]
+    assert faletl("sql", query, "--format", "csv", settings=settings).stdout == f"cost_total\n{spent}\n"
+    assert str(spent) in faletl("sql", query, settings=settings).stdout
+
+    state = json.loads(faletl("status", "--json", settings=settings).stdout)
+    usage = next(line for line in state["resources"] if line["resource"] == "usage")
+    assert usage["newest_window"] == "2026-11-22T00:00:00Z"
+    assert (usage["windows"], usage["rows"], usage["open_failures"]) == (2, 30, 0)
+    told = faletl("status", settings=settings).stdout
+    assert "serverless and compute are not in these sums" in told
+
+
+def test_parquet_goes_to_a_pipe(settings: Settings, tmp_path: Path) -> None:
+    loaded(settings)
+    done = subprocess.run(
+        [
+            sys.executable, "-c", "from faletl.cli import main; main()",
+            "sql", "from reports.rpt_spend_daily", "--format", "parquet",
+        ],
+        env={**environment(settings), "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        check=True,
+    )  # fmt: skip
+    (tmp_path / "rows.parquet").write_bytes(done.stdout)
+    total = duckdb.sql(f"select sum(cost_total) from '{tmp_path / 'rows.parquet'}'").fetchall()
+    assert total == [(sum(one.cost_total for one in truth.two_days().lines),)]
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "delete from reports.rpt_spend_daily",
+        "create table x as select 1",
+        "select * from read_text('/etc/passwd')",
+        "copy (select 1) to 'out.csv'",
+        "attach 'other.duckdb'",
+        "set enable_external_access = true",
+        "select nothing from nowhere",
+    ],
+)
+def test_sql_can_only_read_what_is_published(query: str, settings: Settings, tmp_path: Path) -> None:
+    loaded(settings)
+    done = faletl("sql", query, settings=settings, folder=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("faletl: the query was refused: ")
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_csv_cells_cannot_become_formulas(settings: Settings) -> None:
+    loaded(settings)
+    done = faletl("sql", "select '=1+1' as a, -5 as b", "--format", "csv", settings=settings)
+    assert done.stdout == "a,b\n'=1+1,-5\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "env", "said"),
+    [
+        (["run"], {"FAL_KEY": ""}, "FAL_KEY is not set"),
+        (["run"], {"FAL_KEY": "no-colon-here"}, "key_id:secret"),
+        (["run", "--start", "2026-11-31"], {}, "'2026-11-31' is no date"),
+        (["run", "--start", "2026-11-02", "--end", "2026-11-02"], {}, "--end is exclusive"),
+        (["run", "--end", "2026-11-02"], {}, "--end needs --start"),
+        (["run", "--start", "2999-01-01"], {}, "in the future"),
+        (["run", "--resource", "invoices"], {}, "is none of usage"),
+        (["run"], {"FALETL_API_URL": "http://192.0.2.1/v1"}, "plain http"),
+        (["run"], {"FALETL_API_URL": "file:///etc/passwd"}, "https://"),
+        (["run"], {"FALETL_WAREHOUSE": "mysql://x/y"}, "faletl keeps no warehouse in 'mysql'"),
+        (["run"], {"FALETL_PARALLEL": "many"}, "FALETL_PARALLEL"),
+        (["sql", "select 1"], {}, "nothing is published yet"),
+        (["fly"], {}, "No such command"),
+    ],
+)
+def test_wrong_use_is_one_sentence_and_exit_2(
+    args: list[str], env: dict[str, str], said: str, settings: Settings, tmp_path: Path
+) -> None:
+    done = faletl(*args, settings=settings, folder=tmp_path, **env)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in done.stderr
+    assert "no-colon-here" not in done.stderr
+
+
+def test_a_newer_warehouse_is_refused_with_a_sentence(settings: Settings) -> None:
+    loaded(settings)
+    path = settings.warehouse.removeprefix("duckdb:///")
+    with duckdb.connect(path) as connection:
+        connection.execute("update ops.warehouse set schema_version = 999")
+    for command in ("run", "status", "build"):
+        done = faletl(command, settings=settings)
+        assert done.returncode == 2
+        assert "upgrade faletl" in done.stderr
+
+
+@pytest.mark.parametrize("content", [b"not a database", b"\0" * 4096])
+def test_a_foreign_file_is_left_alone(content: bytes, settings: Settings) -> None:
+    path = Path(settings.warehouse.removeprefix("duckdb:///"))
+    path.write_bytes(content)
+    done = faletl("run", settings=settings)
+    assert done.returncode == 4
+    assert "cannot be opened" in done.stderr
+    assert path.read_bytes() == content
+
+
+def test_a_window_that_fails_is_told_and_the_others_load(tmp_path: Path) -> None:
+    def refuse_the_21st(request: Request) -> Fault | None:
+        is_it = request.query.get("start") == ["2026-11-21T00:00:00Z"]
+        return Fault(body=b'{"error": {"message": "no data"}}') if is_it else None
+
+    with Sandbox(truth.two_days(), fault=refuse_the_21st) as server:
+        settings = settings_for(server.url, tmp_path)
+        done = loaded(settings)
+        assert done.returncode == 3
+        failed = [line for line in done.stderr.splitlines() if line.startswith("faletl: ")]
+        assert len(failed) == 1
+        assert failed[0].startswith("faletl: usage, window 2026-11-21, page 1: ")
+        assert "(fal request " in failed[0]
+        state = json.loads(faletl("status", "--json", settings=settings).stdout)
+        assert [line["open_failures"] for line in state["resources"] if line["resource"] == "usage"] == [1]
+        assert state["failures"][0]["message"] in failed[0]
+    with Sandbox(truth.two_days()) as server:
+        healed = settings_for(server.url, tmp_path)
+        assert loaded(healed).returncode == 0
+        state = json.loads(faletl("status", "--json", settings=healed).stdout)
+        assert state["failures"] == []
+
+
+def test_errors_can_be_read_by_machines(tmp_path: Path) -> None:
+    with Sandbox(truth.two_days()) as server:
+        settings = settings_for(server.url, tmp_path)
+        done = faletl("--log-format", "json", "run", settings=settings, FAL_KEY="un:known-key")
+    last = json.loads(done.stderr.splitlines()[-1])
+    assert done.returncode == 2
+    assert last["error"] == "KeyRefusedError"
+    assert (last["status"], last["is_retryable"], last["resource"]) == (401, False, "usage")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_soon_and_leaves_it_resumable(
+    number: signal.Signals, code: int, tmp_path: Path
+) -> None:
+    with Sandbox(truth.two_days(), fault=lambda _: Fault(delay_seconds=30)) as server:
+        settings = settings_for(server.url, tmp_path, account="acme")
+        process = subprocess.Popen(
+            [sys.executable, "-c", "from faletl.cli import main; main()", "run"],
+            env={**environment(settings, FALETL_ACCOUNT="acme"), "PYTHONPATH": os.pathsep.join(sys.path)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        deadline = time.monotonic() + 60
+        while not server.requests and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=20)  # far less than the delay
+        assert process.returncode == code
+        assert said.strip().splitlines()[-1].startswith("faletl: interrupted")
+        assert "Traceback" not in said
+    with Sandbox(truth.two_days()) as server:
+        assert loaded(settings_for(server.url, tmp_path)).returncode == 0
+
+
+def test_the_key_is_in_no_byte_that_is_written(tmp_path: Path) -> None:
+    echo = f'{{"error": {{"message": "bad header Key {CANARY}"}}}}'.encode()
+
+    def echoing(request: Request) -> Fault | None:
+        return Fault(status=400, body=echo) if request.path == "/models" else None
+
+    with Sandbox(truth.two_days(), keys={CANARY: "FULL"}, fault=echoing) as server:
+        settings = settings_for(server.url, tmp_path)
+        said = ""
+        for args in (["--debug", "run"], ["run", "--start", "2026-11-21"], ["status"], ["build", "--full"]):
+            done = faletl(*args, settings=settings, FAL_KEY=CANARY)
+            said += done.stdout + done.stderr
+        assert "[key]" in said
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    for secret in (CANARY, CANARY.split(":")[1]):
+        assert secret not in said
+        assert secret.encode() not in written
+
+
+def test_demo_answers_and_keeps_to_its_own_folder(tmp_path: Path) -> None:
+    hostile = {"FAL_KEY": "real:production-key", "FALETL_WAREHOUSE": "duckdb:///real.duckdb"}
+    for _ in range(2):
+        done = faletl("demo", folder=tmp_path, **hostile)
+        assert done.returncode == 0, done.stderr
+        for expected in ("USD", "█", "fal-ai/", "list price", "Credits left", "spend.duckdb", "Try next"):
+            assert expected in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"faletl-demo"}
+    assert FULL_KEY not in done.stdout + done.stderr

@@ -1,0 +1,294 @@
+"""The whole line against a served account: every figure, every run, every step."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+
+import time_machine
+
+from faletl import pipeline
+from faletl.config import Settings
+from faletl.sandbox import BILLING_KEY, READONLY_KEY, Sandbox
+from tests import truth
+from tests.conftest import Query, all_tables, ask, settings_for, total
+from tests.truth import FLUX, VIDEO, VOICE, Account, line, rounded
+
+
+def test_every_figure_of_a_run_is_that_of_the_served_account(
+    clock: time_machine.Traveller, account: Account, settings: Settings, query: Query
+) -> None:
+    report = pipeline.run(settings)
+
+    assert report.exit_code == 0, report.failures
+    daily = {
+        row[:5]: row[5:]
+        for row in query(
+            "select account, usage_date, endpoint_id, unit, currency, quantity, cost_subtotal, "
+            "cost_discount, cost_total, effective_unit_price from reports.rpt_spend_daily"
+        )
+    }
+    assert daily == truth.spend_daily(account)
+    hourly = {
+        row[:8]: row[8:]
+        for row in query(
+            "select account, used_at, endpoint_id, unit, unit_price, percent_discount, currency, "
+            "credential_id, quantity, cost_total from marts.fct_usage"
+        )
+    }
+    assert hourly == truth.spend_by_hour(account)
+
+
+def test_a_second_run_asks_little_and_changes_nothing_but_credits(
+    clock: time_machine.Traveller, settings: Settings, sandbox: Sandbox
+) -> None:
+    pipeline.run(settings)
+    before = all_tables(settings)
+    asked = len(sandbox.requests)
+    clock.shift(60)
+    report = pipeline.run(settings)
+
+    assert report.exit_code == 0
+    assert sorted(request.path for request in sandbox.requests[asked:]) == [
+        "/account/billing",  # the account's label
+        "/account/billing",  # the balance, a level of each run
+        "/models/usage",  # today, which is open: rows
+        "/models/usage",  # and control total
+    ]
+    after = all_tables(settings)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"raw.credits", "marts.fct_credit_balance", "marts.dim_account"}
+
+
+def test_naming_days_fetches_them_again_and_changes_nothing(
+    clock: time_machine.Traveller, settings: Settings
+) -> None:
+    pipeline.run(settings)
+    before = all_tables(settings)
+    loads = ask(settings, "select load_id from ops.loads where resource <> 'credits' order by all")
+    clock.shift(60)
+    report = pipeline.run(settings, start=truth.day(21), resources=["usage", "models", "prices"])
+
+    assert {outcome.outcome for outcome in report.outcomes} == {"unchanged"}
+    assert len(report.outcomes) == 5  # three days, models, prices
+    assert report.build is None
+    assert report.published is None
+    assert all_tables(settings) == before
+    assert (
+        ask(settings, "select load_id from ops.loads where resource <> 'credits' order by all") == loads
+    )
+
+
+def test_late_and_restated_rows_replace_their_window(
+    clock: time_machine.Traveller, account: Account, settings: Settings
+) -> None:
+    pipeline.run(settings)
+    at = datetime.fromisoformat("2026-11-22T05:00:00+00:00")
+    account.lines.append(line(at, VIDEO, "8", "0.4", unit="second"))  # late
+    account.lines[15] = line(account.lines[15].hour, FLUX, "30", "0.025")  # restated
+    del account.lines[16]  # taken back
+    clock.shift(timedelta(days=1))
+    report = pipeline.run(settings)
+
+    assert report.exit_code == 0
+    assert total(settings) == sum(one.cost_total for one in account.lines)
+    ledger = ask(
+        settings,
+        "select window_start::date, count(*), count(*) filter (where is_current) from ops.loads "
+        "where resource = 'usage' group by 1 order by 1",
+    )
+    assert ledger == [
+        (truth.day(21), 1, 1),
+        (truth.day(22), 2, 1),
+        (truth.day(23), 1, 1),
+        (truth.day(24), 1, 1),
+    ]
+
+
+def test_an_open_day_is_read_to_its_last_settled_hour_and_closed_later(
+    clock: time_machine.Traveller, account: Account, settings: Settings
+) -> None:
+    today = truth.NOW.replace(hour=0, minute=0)
+    account.lines += [line(today + timedelta(hours=hour)) for hour in (0, 9, 10)]
+    pipeline.run(settings)
+    provisional = (
+        "select window_end, is_provisional from ops.loads "
+        "where is_current and resource = 'usage' and window_start::date = '2026-11-23'"
+    )
+    assert ask(settings, provisional) == [(today + timedelta(hours=10), True)]
+    assert total(settings) == sum(row[3] for row in truth.spend_daily(account).values())
+
+    clock.shift(timedelta(days=1))
+    pipeline.run(settings)
+    assert ask(settings, provisional) == [(today + timedelta(days=1), False)]
+    assert total(settings) == sum(one.cost_total for one in account.lines)
+
+
+def test_steps_one_by_one_end_in_the_same_tables_as_a_run(
+    clock: time_machine.Traveller, sandbox: Sandbox, tmp_path: Path
+) -> None:
+    at_once, by_steps = (settings_for(sandbox.url, tmp_path / name) for name in ("once", "steps"))
+    pipeline.run(at_once)
+    assert pipeline.extract(by_steps).exit_code == 0
+    assert pipeline.load(by_steps).exit_code == 0
+    pipeline.build(by_steps)
+    pipeline.publish(by_steps)
+
+    assert all_tables(by_steps) == all_tables(at_once)
+    assert pipeline.load(by_steps).outcomes == []
+
+
+def test_prices_keep_their_history_in_touching_intervals(
+    clock: time_machine.Traveller, account: Account, settings: Settings, query: Query
+) -> None:
+    first = truth.NOW.replace(tzinfo=None)
+    pipeline.run(settings)
+    account.list_price(FLUX, "0.05")
+    clock.shift(timedelta(days=1))
+    pipeline.run(settings)
+    account.list_price(FLUX, "0.06", "megapixels")
+    del account.listed[VOICE]
+    clock.shift(timedelta(days=1))
+    pipeline.run(settings)
+
+    history = query(
+        "select endpoint_id, valid_from, valid_to, unit, unit_price, change_ratio, is_current, is_stale "
+        "from marts.dim_price order by all"
+    )
+    second, third = first + timedelta(days=1), first + timedelta(days=2)
+    assert history == [
+        (FLUX, first, second, "images", Decimal("0.025"), None, False, False),
+        (FLUX, second, third, "images", Decimal("0.05"), Decimal(2), False, False),
+        (FLUX, third, None, "megapixels", Decimal("0.06"), None, True, False),
+        (VOICE, first, None, "1000 characters", Decimal("0.02"), None, True, True),
+    ]
+
+
+def test_a_price_that_changes_within_a_day_leaves_both_snapshots(
+    clock: time_machine.Traveller, account: Account, settings: Settings, query: Query
+) -> None:
+    pipeline.run(settings)
+    account.list_price(FLUX, "0.05")
+    clock.shift(timedelta(hours=2))
+    pipeline.run(settings, start=truth.day(22), resources=["prices"])
+
+    assert query("select count(*) from marts.dim_price where endpoint_id = 'fal-ai/flux/dev'") == [(2,)]
+
+
+def test_list_price_is_shown_beside_the_bill_and_never_enters_it(
+    clock: time_machine.Traveller, account: Account, settings: Settings, query: Query
+) -> None:
+    account.list_price(FLUX, "0.5")  # the bill says 0.025
+    pipeline.run(settings)
+    shown = query(
+        "select unit, effective_unit_price, list_unit_price, list_unit, price_difference, "
+        "is_list_price_assumed from reports.rpt_spend_daily "
+        "where endpoint_id = 'fal-ai/flux/dev' and usage_date = '2026-11-22' order by unit"
+    )
+    assert shown == [
+        ("images", rounded(Decimal("0.025")), Decimal("0.5"), "images", Decimal("-0.475"), True),
+        ("megapixels", Decimal("0.03"), Decimal("0.5"), "images", None, True),
+    ]
+    assert total(settings) == sum(one.cost_total for one in account.lines)
+
+
+def test_units_that_mean_the_same_are_compared(
+    clock: time_machine.Traveller, settings: Settings, query: Query
+) -> None:
+    pipeline.run(settings)
+    assert query(
+        "select distinct unit, list_unit, price_difference from reports.rpt_spend_daily "
+        "where endpoint_id = 'fal-ai/kokoro'"
+    ) == [("1000 characters ", "1000 characters", Decimal(0))]
+
+
+def test_an_endpoint_that_pricing_does_not_know_is_found_by_halving_and_remembered(
+    clock: time_machine.Traveller, settings: Settings, sandbox: Sandbox, query: Query
+) -> None:
+    pipeline.run(settings)  # VIDEO is used, but neither in the catalogue nor in the price list
+    assert query("select endpoint_id from ops.unknown_endpoints") == [(VIDEO,)]
+    assert query("select count(*) from raw.prices") == [(2,)]
+
+    clock.shift(timedelta(days=1))
+    asked = len(sandbox.requests)
+    pipeline.run(settings)
+    pricing = [request for request in sandbox.requests[asked:] if request.path == "/models/pricing"]
+    assert [request.query["endpoint_id"] for request in pricing] == [[FLUX, VOICE]]
+
+
+def test_two_accounts_in_one_warehouse_never_mix(
+    clock: time_machine.Traveller, account: Account, settings: Settings, tmp_path: Path
+) -> None:
+    other = truth.two_days()
+    other.account = "Ümlaut & Söhne/../x"
+    other.lines = other.lines[:4]
+    with Sandbox(other) as server:
+        pipeline.run(settings)
+        pipeline.run(settings_for(server.url, tmp_path))
+
+    spent = dict(
+        ask(settings, "select account, sum(cost_total) from reports.rpt_spend_daily group by 1")
+    )
+    assert spent == {
+        "acme": sum(one.cost_total for one in account.lines),
+        other.account: sum(one.cost_total for one in other.lines),
+    }
+    assert {path.name for path in tmp_path.iterdir()} >= {
+        "landing",
+        "warehouse.duckdb",
+        "spend.duckdb",
+    }
+    assert len(list((tmp_path / "landing").iterdir())) == 2
+
+
+def test_other_currencies_load_and_are_never_summed_with_dollars(
+    clock: time_machine.Traveller, account: Account, settings: Settings, query: Query
+) -> None:
+    euro = line(account.lines[0].hour, FLUX, "3", "0.025", currency="EUR")
+    account.lines.append(euro)
+    pipeline.run(settings)
+    assert query(
+        "select currency, sum(cost_total) from reports.rpt_spend_daily group by 1 order by 1"
+    ) == [
+        ("EUR", euro.cost_total),
+        ("USD", sum(one.cost_total for one in account.lines[:-1])),
+    ]
+
+
+def test_an_account_without_usage_is_loaded_with_nothing(
+    clock: time_machine.Traveller, account: Account, settings: Settings, query: Query
+) -> None:
+    account.lines.clear()
+    assert pipeline.run(settings).exit_code == 0
+    assert query("select count(*), sum(rows) from ops.loads where resource = 'usage'") == [(3, 0)]
+    assert query("select count(*) from reports.rpt_spend_daily") == [(0,)]
+
+
+def test_a_refused_key_ends_at_once_with_2_and_leaves_no_warehouse(
+    clock: time_machine.Traveller, sandbox: Sandbox, tmp_path: Path
+) -> None:
+    for key in ("nobody:knows-this-key", READONLY_KEY):
+        settings = settings_for(sandbox.url, tmp_path / key[:5], key=key)
+        asked = len(sandbox.requests)
+        report = pipeline.run(settings)
+        assert report.exit_code == 2
+        assert "FAL_KEY" in str(report.failures[0][1])
+        assert key not in str(report.failures)
+        assert len(sandbox.requests) - asked <= 1 + settings.parallel
+        assert not (tmp_path / key[:5] / "warehouse.duckdb").exists()
+
+
+def test_a_billing_key_is_enough(
+    clock: time_machine.Traveller, sandbox: Sandbox, tmp_path: Path
+) -> None:
+    assert pipeline.run(settings_for(sandbox.url, tmp_path, key=BILLING_KEY)).exit_code == 0
+
+
+def test_sums_are_one_number_in_every_layer(
+    clock: time_machine.Traveller, account: Account, settings: Settings, query: Query
+) -> None:
+    pipeline.run(settings)
+    spent = sum(one.cost_total for one in account.lines)
+    for table in ("raw.usage", "marts.fct_usage", "reports.rpt_spend_daily"):
+        assert query(f"select sum(cost_total) from {table}") == [(spent,)]

@@ -1,0 +1,10 @@
+"""Properties run many times: no waiting between retries."""
+
+import pytest
+
+from faletl import client
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "BACKOFF_SECONDS", 0.01)

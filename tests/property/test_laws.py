@@ -1,0 +1,220 @@
+"""Laws that no cut, order, interruption or repetition may break: the tables are the same."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+
+import time_machine
+from hypothesis import HealthCheck, example, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from faletl import pipeline
+from faletl.config import Settings
+from faletl.sandbox import Fault, Request, Sandbox, UsageLine
+from tests import truth
+from tests.conftest import all_tables, ask, settings_for
+from tests.truth import FLUX, KEY, LOGIN, NOBODY, NOW, VIDEO, VOICE, Account, line
+
+# Every example is a whole run or several, over HTTP, into a warehouse of its own.
+a_few = hypothesis_settings(
+    max_examples=8,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+hours = st.builds(
+    lambda day, hour: datetime(2026, 11, day, hour, tzinfo=NOW.tzinfo),
+    st.integers(21, 23),
+    st.integers(0, 23),
+)
+amounts = st.decimals(0, 10**6, places=4)
+lines = st.builds(
+    line,
+    hours,
+    st.sampled_from([FLUX, VIDEO, VOICE, "x/é", "x/e\u0301"]),
+    amounts.map(str),
+    st.sampled_from(["0", "0.025", "0.0007", "0.4"]),
+    unit=st.sampled_from(["images", "image", "", "1000 characters "]),
+    percent_discount=st.sampled_from([None, "0", "10", "100"]),
+    currency=st.sampled_from(["USD", "USD", "EUR"]),
+    credential=st.sampled_from([KEY, LOGIN, NOBODY]),
+)
+accounts = st.lists(lines, max_size=12).map(lambda found: replace(truth.two_days(), lines=found))
+
+
+def run_to_the_end(
+    account: Account,
+    folder: Path,
+    *,
+    page_size: int = 1000,
+    fault: Callable[[Request], Fault | None] | None = None,
+) -> Settings:
+    """One run against the account, at `NOW`; it must succeed."""
+    with Sandbox(account, page_size=page_size, fault=fault) as server:
+        settings = settings_for(server.url, folder)
+        report = pipeline.run(settings)
+        assert report.exit_code == 0, report.failures
+    return settings
+
+
+def check_against_truth(account: Account, settings: Settings, until: datetime = NOW) -> None:
+    """Quantities and costs by hour and by day are those of the served lines, to the last digit."""
+    daily = ask(
+        settings,
+        "select account, usage_date, endpoint_id, unit, currency, quantity, cost_subtotal, "
+        "cost_discount, cost_total, effective_unit_price from reports.rpt_spend_daily",
+    )
+    assert {row[:5]: row[5:] for row in daily} == truth.spend_daily(account, until)
+    hourly = ask(
+        settings,
+        "select account, used_at, endpoint_id, unit, unit_price, percent_discount, currency, "
+        "credential_id, quantity, cost_total from marts.fct_usage",
+    )
+    assert {row[:8]: row[8:] for row in hourly} == truth.spend_by_hour(account, until)
+
+
+@a_few
+@given(account=accounts, page_size=st.integers(1, 7), order=st.randoms(use_true_random=False))
+def test_how_fal_cuts_and_orders_its_pages_does_not_matter(
+    account: Account, page_size: int, order: object
+) -> None:
+    shuffled = replace(account, lines=list(account.lines))
+    order.shuffle(shuffled.lines)  # type: ignore[attr-defined]  # a random.Random
+    with (
+        time_machine.travel(NOW, tick=False),
+        tempfile.TemporaryDirectory() as one,
+        tempfile.TemporaryDirectory() as other,
+    ):
+        whole = run_to_the_end(account, Path(one))
+        cut = run_to_the_end(shuffled, Path(other), page_size=page_size)
+        assert all_tables(cut) == all_tables(whole)
+        assert digests(cut) == digests(whole)
+        check_against_truth(account, whole)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What fal does between two runs: days pass, rows come late, are restated, or taken back."""
+
+    passed: timedelta
+    late: tuple[UsageLine, ...]
+    restated: int | None
+    taken_back: int | None
+
+    def apply(self, account: Account) -> None:
+        """Change what is served."""
+        if account.lines and self.restated is not None:
+            at = self.restated % len(account.lines)
+            old = account.lines[at]
+            account.lines[at] = line(
+                old.hour, old.endpoint_id, old.quantity + Decimal("1.5"), str(old.unit_price),
+                unit=old.unit, currency=old.currency, credential=old.credential,
+            )  # fmt: skip
+        if account.lines and self.taken_back is not None:
+            del account.lines[self.taken_back % len(account.lines)]
+        account.lines += self.late
+
+
+changes = st.builds(
+    Change,
+    passed=st.sampled_from([timedelta(minutes=1), timedelta(hours=1), timedelta(days=2)]),
+    late=st.lists(lines, max_size=2).map(tuple),
+    restated=st.none() | st.integers(0, 50),
+    taken_back=st.none() | st.integers(0, 50),
+)
+
+
+@a_few
+@given(account=accounts, story=st.lists(changes, min_size=1, max_size=3))
+@example(
+    account=truth.two_days(),
+    story=[Change(timedelta(minutes=1), (), restated=3, taken_back=4)] * 2,
+)
+def test_any_interleaving_of_restatements_and_runs_ends_as_one_clean_read(
+    account: Account, story: list[Change]
+) -> None:
+    account = replace(account, lines=list(account.lines))
+    with (
+        time_machine.travel(NOW, tick=False) as clock,
+        tempfile.TemporaryDirectory() as one,
+        tempfile.TemporaryDirectory() as other,
+    ):
+        settings = run_to_the_end(account, Path(one))
+        for change in story:
+            clock.shift(change.passed)
+            change.apply(account)
+            run_to_the_end(account, Path(one))
+        clock.shift(60)
+        now = NOW + sum((change.passed for change in story), timedelta(seconds=60))
+        with Sandbox(account, page_size=3) as server:
+            for folder in (one, other):
+                report = pipeline.run(
+                    settings_for(server.url, Path(folder)), start=truth.day(21), resources=["usage"]
+                )
+                assert report.exit_code == 0, report.failures
+        check_against_truth(account, settings, now)
+        fresh = all_tables(settings_for("http://127.0.0.1:9", Path(other)))
+        for name in ("raw.usage", "marts.fct_usage", "marts.dim_credential"):
+            assert all_tables(settings)[name] == fresh[name]
+
+
+@a_few
+@given(order=st.permutations(range(3)))
+def test_the_order_in_which_days_are_loaded_does_not_matter(order: list[int]) -> None:
+    account = truth.two_days()
+    with (
+        time_machine.travel(NOW, tick=False),
+        tempfile.TemporaryDirectory() as one,
+        tempfile.TemporaryDirectory() as other,
+        Sandbox(account, page_size=4) as server,
+    ):
+        at_once, in_turn = (settings_for(server.url, Path(f)) for f in (one, other))
+        pipeline.run(at_once, start=truth.day(21), end=truth.day(24), resources=["usage"])
+        for offset in order:
+            first = truth.day(21 + offset)
+            pipeline.run(in_turn, start=first, end=first + timedelta(days=1), resources=["usage"])
+        assert all_tables(in_turn) == all_tables(at_once)
+
+
+@a_few
+@given(
+    account=accounts,
+    broken=st.dictionaries(
+        st.integers(0, 30),
+        st.sampled_from(
+            [
+                Fault(status=500),
+                Fault(status=429, headers={"retry-after": "0"}),
+                Fault(drop=True),
+                Fault(truncate_to=30),
+                Fault(status=403, body=b"<html>down</html>"),
+                Fault(body=b""),
+                Fault(body=b'{"time_series":[{"bucket":'),
+            ]
+        ),
+        max_size=6,
+    ),
+)
+def test_transport_faults_that_pass_leave_no_trace(account: Account, broken: dict[int, Fault]) -> None:
+    asked = iter(range(10**6))
+
+    def fault(_request: Request) -> Fault | None:
+        return broken.get(next(asked))
+
+    with time_machine.travel(NOW, tick=False), tempfile.TemporaryDirectory() as folder:
+        settings = run_to_the_end(account, Path(folder), page_size=3, fault=fault)
+        check_against_truth(account, settings)
+
+
+def digests(settings: Settings) -> list[tuple[object, ...]]:
+    """The fingerprints of what is loaded, which must not depend on how it came."""
+    return ask(
+        settings,
+        "select resource, window_start, digest from ops.loads where is_current order by all",
+    )

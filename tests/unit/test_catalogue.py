@@ -1,0 +1,207 @@
+"""What follows from a catalogue entry, for every resource alike; a new one is picked up by itself."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import msgspec
+import pytest
+
+from faletl import landing
+from faletl.config import Settings
+from faletl.errors import ContractError, DataRefusedError, FaletlError
+from faletl.landing import Call, Landed, Manifest
+from faletl.models import column_comments, models
+from faletl.pages import Page, read_envelope
+from faletl.resources import RESOURCES, Kind, Resource
+from faletl.staging import Staged, stage_window
+from faletl.warehouse.tables import RAW
+from faletl.windows import Window
+from tests import truth
+
+FIXTURES = Path(__file__).parent.parent / "fixtures"
+
+every_resource = pytest.mark.parametrize("resource", RESOURCES.values(), ids=lambda r: r.name)
+
+
+def first(resource: Resource) -> Any:
+    """The recorded answer."""
+    return json.loads((FIXTURES / resource.name / "first.json").read_text())
+
+
+def stage(resource: Resource, body: bytes, folder: Path) -> Staged:
+    """Land the body as the only page of a read and stage it; its control total is left out."""
+    settings = Settings.isolated(landing=str(folder / "landing"))
+    window = Window.of_day(truth.day(22)) if resource.window == "day" else Window.snapshot(truth.NOW)
+    attempt = landing.begin(settings, "acme", resource.name, window, at=truth.NOW)
+    rows, cursor = read_envelope(body, resource.rows_path)
+    page = attempt.land("rows", {}, Page(1, body, "req-1", rows, cursor))
+    again = attempt.land("again", {}, Page(1, body, "req-2", rows, cursor))  # two equal walks
+    manifest = Manifest(
+        load_id=attempt.load_id,
+        run_id="run",
+        account="acme",
+        resource=resource.name,
+        window_start=window.start,
+        window_end=window.end,
+        started_at=truth.NOW,
+        finished_at=truth.NOW,
+        planned_from=window.day,
+        fencing_token=0,
+        calls=[Call("rows", resource.path, {}, [page]), Call("again", resource.path, {}, [again])],
+    )
+    return stage_window(settings, attempt.seal(manifest), folder)
+
+
+def staged_rows(staged: Staged) -> list[dict[str, Any]]:
+    """The staged rows by column name."""
+    with duckdb.connect() as connection:
+        connection.execute("set TimeZone = 'UTC'")
+        found = connection.execute(f"from '{staged.path}' order by _page, _row")
+        names = [column[0] for column in found.description or ()]
+        return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
+
+
+def records(document: Any, path: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """The records of a recorded answer."""
+    if not path:
+        yield document
+        return
+    for item in document[path[0]]:
+        yield from records(item, path[1:]) if path[1:] else [item]
+
+
+@every_resource
+def test_a_recorded_answer_is_staged_field_by_field(resource: Resource, tmp_path: Path) -> None:
+    body = (FIXTURES / resource.name / "first.json").read_bytes()
+    rows = staged_rows(stage(resource, body, tmp_path))
+    exact = json.loads(body, parse_float=Decimal, parse_int=Decimal)
+    held = list(records(exact, resource.rows_path))
+
+    assert len(rows) == len(held) > 0
+    for row, record in zip(rows, held, strict=True):
+        for column in resource.columns:
+            if column.is_outer:
+                continue
+            value: Any = record
+            for step in column.steps:
+                value = (value or {}).get(step)
+            if value is None and column.fallback:
+                value = record.get(column.fallback)
+            if column.kind is Kind.AMOUNT and value is not None:
+                value = value.quantize(Decimal("1e-12"))
+            if column.kind is Kind.LIST and value is not None:
+                value = json.dumps(value)
+            assert row[column.name] == value, column.name
+
+
+@every_resource
+def test_the_staged_file_has_the_columns_and_types_of_the_raw_table(
+    resource: Resource, tmp_path: Path
+) -> None:
+    staged = stage(resource, (FIXTURES / resource.name / "first.json").read_bytes(), tmp_path)
+    with duckdb.connect() as connection:
+        described = connection.execute(f"describe from '{staged.path}'").fetchall()
+    assert {name for name, *_ in described} == {column.name for column in RAW[resource.name].columns}
+    for name, kind, *_ in described:
+        column = next((c for c in resource.columns if c.name == name), None)
+        if column is not None and column.kind is Kind.AMOUNT:
+            assert kind == "DECIMAL(38,12)", name
+        assert "DOUBLE" not in kind
+        assert "FLOAT" not in kind
+
+
+def broken(resource: Resource) -> Iterator[tuple[str, Any]]:
+    """The recorded answer, broken in one field at a time, with the field's name."""
+    for column in resource.columns:
+        wrong: list[Any] = {
+            Kind.TEXT: [5, {}, []],
+            Kind.AMOUNT: ["0.1", {}, True, -1],
+            Kind.INSTANT: [1763802000, "2026-11-22T07:00:00", "2026-02-29T00:00:00Z", "yesterday"],
+            Kind.LIST: ["new", {}],
+        }[column.kind]
+        if column.required and not column.fallback:
+            wrong = [*wrong, None]
+        for value in wrong:
+            document = first(resource)
+            level = document if column.is_outer else next(records(document, resource.rows_path))
+            if column.is_outer:
+                level = document[resource.rows_path[0]][0]
+            for step in column.steps[:-1]:
+                level = level[step]
+            level[column.steps[-1]] = value
+            yield f"{column.name}={value!r}", document
+
+
+BROKEN = [
+    pytest.param(resource, document, id=f"{resource.name}-{name}")
+    for resource in RESOURCES.values()
+    for name, document in broken(resource)
+]
+
+
+@pytest.mark.parametrize(("resource", "document"), BROKEN)
+def test_a_field_of_another_type_refuses_the_window_and_names_the_place(
+    resource: Resource, document: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(DataRefusedError) as caught:
+        stage(resource, json.dumps(document).encode(), tmp_path)
+    assert str(caught.value).startswith(f"{resource.name}, window ")
+    assert re.search(r"page 1|`\$", str(caught.value))
+
+
+@every_resource
+def test_amounts_that_no_column_could_hold_exactly_are_refused(
+    resource: Resource, tmp_path: Path
+) -> None:
+    body = (FIXTURES / resource.name / "first.json").read_text()
+    amounts = [column for column in resource.columns if column.kind is Kind.AMOUNT and column.required]
+    for column in amounts:
+        for token in ("1e999", "NaN", "0.1234567890123", "1e-400", "9" * 60, "1" * 5000, "1e26"):
+            name = column.fallback or column.steps[-1]
+            spoilt, count = re.subn(rf'("{name}": )[0-9.e-]+', rf"\g<1>{token}", body, count=1)
+            assert count == 1
+            with pytest.raises((DataRefusedError, ContractError, FaletlError, Exception)) as caught:
+                stage(resource, spoilt.encode(), tmp_path / token[:9] / column.name)
+            assert type(caught.value).__module__ in ("faletl.errors", "faletl.client"), token
+
+
+@every_resource
+def test_fields_that_fal_adds_are_survived(resource: Resource, tmp_path: Path) -> None:
+    document = first(resource)
+    document["new_envelope_field"] = {"x": [1]}
+    for record in records(document, resource.rows_path):
+        record["new_field"] = {"deep": [1.5, None]}
+    before = stage(resource, (FIXTURES / resource.name / "first.json").read_bytes(), tmp_path / "a")
+    after = stage(resource, json.dumps(document).encode(), tmp_path / "b")
+    assert after.digest == before.digest
+
+
+@every_resource
+def test_every_resource_has_a_staging_model_of_its_own(resource: Resource) -> None:
+    assert f"staging.stg_fal__{resource.name}" in {model.table for model in models()}
+    assert f"staging.stg_fal__{resource.name}" in column_comments()
+
+
+@every_resource
+def test_every_column_is_commented_and_every_key_is_a_column(resource: Resource) -> None:
+    names = [column.name for column in resource.columns]
+    assert len(names) == len(set(names))
+    assert set(resource.key) <= set(names)
+    assert all(column.comment for column in RAW[resource.name].columns)
+    if resource.proof:
+        assert set(resource.proof.key) | set(resource.proof.sums) <= set(names)
+
+
+def test_a_landed_manifest_survives_its_json(tmp_path: Path) -> None:
+    staged = stage(RESOURCES["usage"], (FIXTURES / "usage" / "first.json").read_bytes(), tmp_path)
+    reread = landing.open_read(staged.landed.folder)
+    assert isinstance(reread, Landed)
+    assert reread.manifest == staged.landed.manifest
+    assert msgspec.json.decode(msgspec.json.encode(reread.manifest), type=Manifest) == reread.manifest

@@ -1,0 +1,97 @@
+"""The SQL of the models: its form, its documentation, its translation, its arithmetic."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+from pathlib import Path
+
+import duckdb
+import pytest
+import sqlglot
+from hypothesis import given
+from hypothesis import strategies as st
+from sqlglot import exp
+
+from faletl.models import Model, checks, column_comments, models, sql_folder, translate
+from faletl.warehouse.duckdb import _QUOTIENT
+from faletl.warehouse.tables import METADATA, SCHEMAS
+from tests.truth import quotient
+
+every_model = pytest.mark.parametrize("model", models(), ids=lambda model: model.table)
+every_check = pytest.mark.parametrize("name", checks())
+LAYERS = ("raw", "staging", "marts", "reports")
+
+
+@every_model
+def test_a_model_is_one_bare_select_with_its_grain(model: Model) -> None:
+    lines = model.sql.splitlines()
+    assert lines[0].startswith("-- ")
+    assert lines[0].endswith(".")
+    assert lines[1].startswith("-- grain: ")
+    statements = [s for s in sqlglot.parse(model.sql, read="duckdb") if s is not None]
+    assert len(statements) == 1
+    assert isinstance(statements[0], exp.Select)
+    assert set(model.grain) <= set(column_comments()[model.table])
+
+
+@every_model
+def test_a_model_reads_only_earlier_layers_or_earlier_models(model: Model) -> None:
+    order = [other.table for other in models()]
+    for table in sqlglot.parse_one(model.sql, read="duckdb").find_all(exp.Table):
+        if not table.db:
+            continue
+        name = f"{table.db}.{table.name}"
+        assert table.db in LAYERS
+        if name in order:
+            assert order.index(name) < order.index(model.table), name
+        else:
+            assert name in METADATA.tables, name
+        if model.layer != "staging":
+            assert table.db != "raw", f"{model.table} reads {name} past staging"
+
+
+@every_model
+def test_every_column_of_a_model_is_documented(model: Model) -> None:
+    assert all(text.strip() for text in column_comments()[model.table].values())
+    assert model.layer in SCHEMAS
+
+
+@every_model
+def test_a_model_translates_to_postgresql(model: Model) -> None:
+    assert sqlglot.parse_one(translate(model.sql, "postgres"), read="postgres")
+
+
+@every_check
+def test_a_check_translates_to_postgresql(name: str) -> None:
+    assert sqlglot.parse_one(translate(checks()[name], "postgres"), read="postgres")
+
+
+def test_no_sql_divides_or_averages_into_a_double() -> None:
+    for path in Path(sql_folder()).rglob("*.sql"):
+        code = re.sub(r"--[^\n]*", "", path.read_text())
+        assert not re.search(r"\bavg\s*\(|\bdouble\b|\bfloat\b|\breal\b|[^-'/]/[^-'/]", code), path
+
+
+def test_every_written_table_and_column_is_commented() -> None:
+    for table in METADATA.tables.values():
+        assert table.comment, table
+        assert all(column.comment for column in table.columns), table
+
+
+amounts = st.decimals(-(10**13), 10**13, places=12)
+
+
+@given(numerator=amounts, denominator=amounts | st.sampled_from([Decimal(0), Decimal("1e-12")]))
+def test_quotients_are_exact_to_twelve_decimals(numerator: Decimal, denominator: Decimal) -> None:
+    expected = quotient(numerator, denominator)
+    if expected is not None and abs(expected) >= 10**25:
+        return  # beyond what the type holds
+    with duckdb.connect() as connection:
+        connection.execute(_QUOTIENT)
+        found = connection.execute(
+            f"select q, typeof(q) from (select quotient({numerator:f}::decimal(38,12), "
+            f"{denominator:f}::decimal(38,12)) as q)"
+        ).fetchall()
+    assert found[0][0] == expected
+    assert expected is None or found[0][1] == "DECIMAL(38,12)"
