@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -298,10 +299,10 @@ def print_first_answers(settings: Settings) -> None:
     for credit in asked["credits"]:
         console.print(f"\nCredits left: {_money(credit['balance'])} {credit['currency']}")
     console.print(f"Database for your tools: {file}", soft_wrap=True)
-    where = "" if settings.publish is None else f"FALETL_PUBLISH={settings.publish} "
+    command = "faletl" if shutil.which("faletl") else os.path.relpath(sys.argv[0])
     console.print("\nTry next:")
     console.print(
-        f'  {where}FALETL_WAREHOUSE={settings.warehouse} faletl sql "{TRY_NEXT}"',
+        f'  FALETL_WAREHOUSE={settings.warehouse} {command} sql "{TRY_NEXT}"',
         soft_wrap=True, markup=False, highlight=False,
     )  # fmt: skip
 

@@ -33,6 +33,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 _LOCK = ".reading"
 _STAMP = "%Y%m%dT%H%M%S%fZ"
+_LOAD_ID = re.compile(r"\d{8}T\d{12}Z-[0-9a-f]{6}")
 
 
 class LandedPage(msgspec.Struct, frozen=True):
@@ -265,7 +266,8 @@ def _window_folder(settings: Settings, account: str, resource: str, window: Wind
 
 
 def _load_folders(parent: Path) -> list[Path]:
-    return [path for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
+    found = parent.iterdir() if parent.is_dir() else ()
+    return [path for path in found if _LOAD_ID.fullmatch(path.name)]
 
 
 def _started_at(load_id: str) -> datetime:

@@ -23,7 +23,7 @@ import msgspec
 import sqlalchemy as sa
 
 from faletl import landing, models
-from faletl.client import FalClient, MalformedBodyError
+from faletl.client import FalClient, MalformedBodyError, StoppedError
 from faletl.config import Settings
 from faletl.errors import (
     ContractError,
@@ -116,19 +116,20 @@ def run(
     """
     report = Report(_new_run_id())
     warehouse = open_warehouse(settings)
-    extracted = _extracted(settings, warehouse, report, start, end, resources, progress)
-    try:
-        with closing(extracted):
-            for batch in extracted:
-                _load_batch(settings, warehouse, batch, report)
-    except KeyRefusedError as error:
-        report.failures.append((None, error))
-    _record_failures(warehouse, report)
-    try:
-        build(settings, report=report)
-        publish(settings, report=report)
-    except FaletlError as error:
-        report.failures.append((None, error))
+
+    def take(batch: list[Staged]) -> None:
+        _load_batch(settings, warehouse, batch, report)
+
+    is_writable = _extract_all(
+        settings, warehouse, report, take, start=start, end=end, resources=resources, progress=progress
+    )
+    if is_writable:
+        _record_failures(warehouse, report)
+        try:
+            build(settings, report=report)
+            publish(settings, report=report)
+        except FaletlError as error:
+            report.failures.append((None, error))
     return report
 
 
@@ -142,12 +143,14 @@ def extract(
 ) -> Report:
     """Land and prove the windows that `run` would; load nothing. Raises UsageError, as `run`."""
     report = Report(_new_run_id())
-    warehouse = open_warehouse(settings)
-    extracted = _extracted(settings, warehouse, report, start, end, resources, progress)
-    with closing(extracted):
-        for batch in extracted:
-            report.outcomes += [_outcome(staged, "landed") for staged in batch]
-            _forget(batch)
+
+    def take(batch: list[Staged]) -> None:
+        report.outcomes.extend(_outcome(staged, "landed") for staged in batch)
+
+    _extract_all(
+        settings, open_warehouse(settings), report, take,
+        start=start, end=end, resources=resources, progress=progress,
+    )  # fmt: skip
     return report
 
 
@@ -178,6 +181,7 @@ def load(
                 report.failures.append((task, error))
                 continue
             _load_batch(settings, warehouse, [staged], report)
+            staged.path.unlink()
         progress("loading", len(waiting), len(waiting))
     return report
 
@@ -208,6 +212,36 @@ def publish(settings: Settings, *, report: Report | None = None) -> Report:
 # --- Extraction -----------------------------------------------------------------------------------
 
 
+def _extract_all(
+    settings: Settings,
+    warehouse: Warehouse,
+    report: Report,
+    take: Callable[[list[Staged]], None],
+    *,
+    start: date | None,
+    end: date | None,
+    resources: Collection[str],
+    progress: Progress,
+) -> bool:
+    """Hand over what was extracted, batch by batch; returns whether the warehouse can be written.
+
+    A refused key ends extraction, as does a warehouse that cannot take what was extracted.
+    """
+    settings.require_key()
+    _check(start, end, resources)
+    extracted = _extracted(settings, warehouse, report, start, end, resources, progress)
+    try:
+        with closing(extracted):
+            for batch in extracted:
+                take(batch)
+                for staged in batch:
+                    staged.path.unlink(missing_ok=True)
+    except FaletlError as error:
+        report.failures.append((None, error))
+        return isinstance(error, KeyRefusedError)
+    return True
+
+
 def _extracted(
     settings: Settings,
     warehouse: Warehouse,
@@ -225,8 +259,6 @@ def _extracted(
         KeyRefusedError: fal refused the key; nothing more is asked.
         StorageError, WarehouseError: nothing more can be written.
     """
-    settings.require_key()
-    _check(start, end, resources)
     now = datetime.now(UTC)
     with FalClient(settings) as client, tempfile.TemporaryDirectory(prefix="faletl-") as scratch:
         label, is_credits_refused = _account(client, settings)
@@ -291,7 +323,9 @@ def _worked(
                 task = running.pop(future)
                 try:
                     batch.append(future.result())
-                except (KeyRefusedError, WarehouseError):
+                except StoppedError:
+                    continue  # the key was refused to another window, which tells
+                except KeyRefusedError:
                     raise
                 except FaletlError as error:
                     report.failures.append((task, error))
@@ -308,9 +342,13 @@ def _prove_or_reread(
 ) -> Staged:
     """Fetch and stage; where the rows do not add up, once more: pages may have shifted."""
     for again in (False, True):
-        landed = fetch_window(
-            client, settings, task.resource, task.window, origin=origin, ids=task.ids, again=again
-        )
+        try:
+            landed = fetch_window(
+                client, settings, task.resource, task.window, origin=origin, ids=task.ids, again=again
+            )
+        except KeyRefusedError:
+            client.stop()  # no other thread needs to hear it too
+            raise
         try:
             return stage_window(settings, landed, scratch)
         except UnprovenError as error:
@@ -418,17 +456,11 @@ def _load_batch(settings: Settings, warehouse: Warehouse, batch: list[Staged], r
             window = staged.landed.manifest.window
             told = f"{staged.rows:,} rows, {outcome}, proof {staged.proof}"
             log.info("%s, window %s: %s", staged.resource.name, window, told)
-    _forget(batch)
 
 
 def _outcome(staged: Staged, outcome: str) -> Outcome:
     window = staged.landed.manifest.window
     return Outcome(staged.resource.name, window, outcome, staged.rows, staged.landed.folder)
-
-
-def _forget(batch: list[Staged]) -> None:
-    for staged in batch:
-        staged.path.unlink(missing_ok=True)
 
 
 def _record_failures(warehouse: Warehouse, report: Report) -> None:

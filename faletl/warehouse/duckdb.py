@@ -37,16 +37,25 @@ from faletl.windows import instant
 _POLL_SECONDS = 0.2
 
 # Exact to 12 decimals, half away from zero; DECIMAL / DECIMAL would be a DOUBLE in DuckDB. Amounts
-# become whole numbers of 10^-12; the numerator may be up to 8 * 10^13.
-_QUOTIENT = """
-create or replace macro quotient(a, b) as case when b <> 0 then
-    sign(a) * sign(b) * cast(
-        (2 * cast(abs(cast(a as decimal(38,12))) * 1000000000000 as hugeint) * 1000000000000
-            + cast(abs(cast(b as decimal(38,12))) * 1000000000000 as hugeint))
-        // (2 * cast(abs(cast(b as decimal(38,12))) * 1000000000000 as hugeint))
-    as decimal(38,0)) * 0.000000000001
-end
-"""
+# become whole numbers of 10^-12, which are divided by hand, six decimals at a time, so that nothing
+# overflows: the divisor may be up to 8 * 10^19.
+MACROS = (
+    """
+    create or replace macro trillionths(a) as
+        cast(trunc(abs(cast(a as decimal(38,12)))) as hugeint) * 1000000000000
+        + cast((abs(cast(a as decimal(38,12))) % 1) * 1000000000000 as hugeint)
+    """,
+    """
+    create or replace macro quotient(a, b) as case when b <> 0 then
+        sign(a) * sign(b) * cast(
+            trillionths(a) // trillionths(b) * 1000000000000
+            + (trillionths(a) % trillionths(b) * 1000000) // trillionths(b) * 1000000
+            + (2 * ((trillionths(a) % trillionths(b) * 1000000) % trillionths(b)) * 1000000
+                + trillionths(b)) // (2 * trillionths(b))
+        as decimal(38,0)) * 0.000000000001
+    end
+    """,
+)
 
 
 class DuckDBWarehouse:
@@ -305,7 +314,8 @@ def _create_tables(connection: sa.Connection) -> None:
     for schema in tables.SCHEMAS:  # DuckDB keeps no comments on schemas
         connection.execute(sa.schema.CreateSchema(schema))
     tables.METADATA.create_all(connection)
-    connection.exec_driver_sql(_QUOTIENT)
+    for macro in MACROS:
+        connection.exec_driver_sql(macro)
     connection.execute(
         sa.insert(tables.WAREHOUSE).values(
             schema_version=tables.SCHEMA_VERSION, fencing_token=0, data_version=0

@@ -40,15 +40,18 @@ def faletl(
     )
 
 
-@pytest.fixture
-def open_account() -> truth.Account:
-    """Usage of the last two days before the real now: these tests do not move the clock."""
-    return truth.two_days()
-
-
 def loaded(settings: Settings) -> subprocess.CompletedProcess[str]:
     """A run over the days of the account."""
     return faletl("run", "--start", "2026-11-21", "--end", "2026-11-23", settings=settings)
+
+
+@pytest.fixture(scope="module")
+def readable(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """Settings of a warehouse that was loaded and published once, for tests that only read."""
+    with Sandbox(truth.two_days()) as server:
+        settings = settings_for(server.url, tmp_path_factory.mktemp("readable"))
+        assert loaded(settings).returncode == 0
+    return settings
 
 
 def test_version_and_help_answer_without_importing_anything_heavy() -> None:
@@ -89,14 +92,13 @@ def test_a_run_tells_what_it_did_and_the_answers_follow(settings: Settings) -> N
     assert "serverless and compute are not in these sums" in told
 
 
-def test_parquet_goes_to_a_pipe(settings: Settings, tmp_path: Path) -> None:
-    loaded(settings)
+def test_parquet_goes_to_a_pipe(readable: Settings, tmp_path: Path) -> None:
     done = subprocess.run(
         [
             sys.executable, "-c", "from faletl.cli import main; main()",
             "sql", "from reports.rpt_spend_daily", "--format", "parquet",
         ],
-        env={**environment(settings), "PYTHONPATH": os.pathsep.join(sys.path)},
+        env=environment(readable),
         capture_output=True,
         check=True,
     )  # fmt: skip
@@ -117,17 +119,15 @@ def test_parquet_goes_to_a_pipe(settings: Settings, tmp_path: Path) -> None:
         "select nothing from nowhere",
     ],
 )
-def test_sql_can_only_read_what_is_published(query: str, settings: Settings, tmp_path: Path) -> None:
-    loaded(settings)
-    done = faletl("sql", query, settings=settings, folder=tmp_path)
+def test_sql_can_only_read_what_is_published(query: str, readable: Settings, tmp_path: Path) -> None:
+    done = faletl("sql", query, settings=readable, folder=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("faletl: the query was refused: ")
     assert not (tmp_path / "out.csv").exists()
 
 
-def test_csv_cells_cannot_become_formulas(settings: Settings) -> None:
-    loaded(settings)
-    done = faletl("sql", "select '=1+1' as a, -5 as b", "--format", "csv", settings=settings)
+def test_csv_cells_cannot_become_formulas(readable: Settings) -> None:
+    done = faletl("sql", "select '=1+1' as a, -5 as b", "--format", "csv", settings=readable)
     assert done.stdout == "a,b\n'=1+1,-5\n"
 
 
@@ -195,7 +195,9 @@ def test_a_window_that_fails_is_told_and_the_others_load(tmp_path: Path) -> None
         assert failed[0].startswith("faletl: usage, window 2026-11-21, page 1: ")
         assert "(fal request " in failed[0]
         state = json.loads(faletl("status", "--json", settings=settings).stdout)
-        assert [line["open_failures"] for line in state["resources"] if line["resource"] == "usage"] == [1]
+        assert [line["open_failures"] for line in state["resources"] if line["resource"] == "usage"] == [
+            1
+        ]
         assert state["failures"][0]["message"] in failed[0]
     with Sandbox(truth.two_days()) as server:
         healed = settings_for(server.url, tmp_path)
@@ -222,7 +224,10 @@ def test_a_signal_ends_a_run_soon_and_leaves_it_resumable(
         settings = settings_for(server.url, tmp_path, account="acme")
         process = subprocess.Popen(
             [sys.executable, "-c", "from faletl.cli import main; main()", "run"],
-            env={**environment(settings, FALETL_ACCOUNT="acme"), "PYTHONPATH": os.pathsep.join(sys.path)},
+            env={
+                **environment(settings, FALETL_ACCOUNT="acme"),
+                "PYTHONPATH": os.pathsep.join(sys.path),
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -248,7 +253,12 @@ def test_the_key_is_in_no_byte_that_is_written(tmp_path: Path) -> None:
     with Sandbox(truth.two_days(), keys={CANARY: "FULL"}, fault=echoing) as server:
         settings = settings_for(server.url, tmp_path)
         said = ""
-        for args in (["--debug", "run"], ["run", "--start", "2026-11-21"], ["status"], ["build", "--full"]):
+        for args in (
+            ["--debug", "run"],
+            ["run", "--start", "2026-11-21"],
+            ["status"],
+            ["build", "--full"],
+        ):
             done = faletl(*args, settings=settings, FAL_KEY=CANARY)
             said += done.stdout + done.stderr
         assert "[key]" in said
@@ -259,11 +269,20 @@ def test_the_key_is_in_no_byte_that_is_written(tmp_path: Path) -> None:
 
 
 def test_demo_answers_and_keeps_to_its_own_folder(tmp_path: Path) -> None:
-    hostile = {"FAL_KEY": "real:production-key", "FALETL_WAREHOUSE": "duckdb:///real.duckdb"}
     for _ in range(2):
-        done = faletl("demo", folder=tmp_path, **hostile)
+        done = faletl(
+            "demo", folder=tmp_path, FAL_KEY="real:production", FALETL_WAREHOUSE="duckdb:///real.duckdb"
+        )
         assert done.returncode == 0, done.stderr
-        for expected in ("USD", "█", "fal-ai/", "list price", "Credits left", "spend.duckdb", "Try next"):
+        for expected in (
+            "USD",
+            "█",
+            "fal-ai/",
+            "list price",
+            "Credits left",
+            "spend.duckdb",
+            "Try next",
+        ):
             assert expected in done.stdout
     assert {path.name for path in tmp_path.iterdir()} == {"faletl-demo"}
     assert FULL_KEY not in done.stdout + done.stderr

@@ -117,15 +117,18 @@ def test_the_staged_file_has_the_columns_and_types_of_the_raw_table(
         assert "FLOAT" not in kind
 
 
+WRONG: dict[Kind, list[Any]] = {
+    Kind.TEXT: [5, {}, []],
+    Kind.AMOUNT: ["0.1", {}, True, -1],
+    Kind.INSTANT: [1763802000, "2026-11-22T07:00:00", "2026-02-29T00:00:00Z", "yesterday"],
+    Kind.LIST: ["new", {}],
+}
+
+
 def broken(resource: Resource) -> Iterator[tuple[str, Any]]:
     """The recorded answer, broken in one field at a time, with the field's name."""
     for column in resource.columns:
-        wrong: list[Any] = {
-            Kind.TEXT: [5, {}, []],
-            Kind.AMOUNT: ["0.1", {}, True, -1],
-            Kind.INSTANT: [1763802000, "2026-11-22T07:00:00", "2026-02-29T00:00:00Z", "yesterday"],
-            Kind.LIST: ["new", {}],
-        }[column.kind]
+        wrong = WRONG[column.kind]
         if column.required and not column.fallback:
             wrong = [*wrong, None]
         for value in wrong:

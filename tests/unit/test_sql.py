@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
 
 import duckdb
 import pytest
 import sqlglot
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from sqlglot import exp
 
 from faletl.models import Model, checks, column_comments, models, sql_folder, translate
-from faletl.warehouse.duckdb import _QUOTIENT
+from faletl.warehouse.duckdb import MACROS
 from faletl.warehouse.tables import METADATA, SCHEMAS
 from tests.truth import quotient
 
@@ -79,19 +80,31 @@ def test_every_written_table_and_column_is_commented() -> None:
         assert all(column.comment for column in table.columns), table
 
 
-amounts = st.decimals(-(10**13), 10**13, places=12)
+@pytest.fixture(scope="module")
+def database() -> Iterator[duckdb.DuckDBPyConnection]:
+    """A database that knows what a warehouse knows."""
+    with duckdb.connect() as connection:
+        for macro in MACROS:
+            connection.execute(macro)
+        yield connection
+
+
+small = st.decimals(-(10**4), 10**4, places=12)
+amounts = small | st.decimals(-(10**19), 10**19, places=12)
 
 
 @given(numerator=amounts, denominator=amounts | st.sampled_from([Decimal(0), Decimal("1e-12")]))
-def test_quotients_are_exact_to_twelve_decimals(numerator: Decimal, denominator: Decimal) -> None:
+@example(numerator=Decimal("99999999999999999999999999.999999999999"), denominator=Decimal(3))
+@example(numerator=Decimal("0.000000000001"), denominator=Decimal(2))
+def test_quotients_are_exact_to_twelve_decimals(
+    numerator: Decimal, denominator: Decimal, database: duckdb.DuckDBPyConnection
+) -> None:
     expected = quotient(numerator, denominator)
     if expected is not None and abs(expected) >= 10**25:
         return  # beyond what the type holds
-    with duckdb.connect() as connection:
-        connection.execute(_QUOTIENT)
-        found = connection.execute(
-            f"select q, typeof(q) from (select quotient({numerator:f}::decimal(38,12), "
-            f"{denominator:f}::decimal(38,12)) as q)"
-        ).fetchall()
+    found = database.execute(
+        f"select q, typeof(q) from (select quotient({numerator:f}::decimal(38,12), "
+        f"{denominator:f}::decimal(38,12)) as q)"
+    ).fetchall()
     assert found[0][0] == expected
     assert expected is None or found[0][1] == "DECIMAL(38,12)"

@@ -173,7 +173,7 @@ def reads_of(window: Window, every: timedelta, first: timedelta, runs: int) -> l
 
 @unhurried
 @given(
-    every=st.timedeltas(timedelta(minutes=5), 2 * DAY),
+    every=st.timedeltas(timedelta(minutes=20), 2 * DAY),
     first=st.timedeltas(SETTLE, 3 * DAY),
 )
 @example(every=HOUR, first=SETTLE)
@@ -192,7 +192,7 @@ def test_a_closed_window_is_read_a_logarithmic_number_of_times_and_last_at_the_e
 
 
 @unhurried
-@given(every=st.timedeltas(timedelta(minutes=5), HOUR), late=st.timedeltas(HOUR, WATCH - HOUR))
+@given(every=st.timedeltas(timedelta(minutes=20), HOUR), late=st.timedeltas(HOUR, WATCH - HOUR))
 def test_late_data_is_read_before_it_is_much_older_than_it_was_when_it_came(
     every: timedelta, late: timedelta
 ) -> None:
