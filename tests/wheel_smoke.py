@@ -32,7 +32,7 @@ def main() -> None:
         Path(site, "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
         where = [str(python), "-c", "import faletl; print(faletl.__file__)"]
         found = subprocess.run(where, check=True, capture_output=True, text=True, cwd=folder).stdout
-        assert found.startswith(str(scratch.resolve())) or found.startswith(folder), found
+        assert found.startswith((str(scratch.resolve()), folder)), found
         demo = [str(python), "-c", "from faletl.cli import main; main()", "demo"]
         done = subprocess.run(demo, check=True, capture_output=True, text=True, cwd=folder)
         assert "Credits left" in done.stdout

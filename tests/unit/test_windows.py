@@ -247,6 +247,15 @@ def test_every_day_that_was_not_loaded_is_due_and_those_just_read_are_not(gaps: 
     assert due == sorted({first + n * DAY for n in gaps} | {TODAY})
 
 
+@pytest.mark.parametrize("age", [HOUR, 5 * HOUR, 80 * DAY])
+def test_a_day_is_due_from_the_very_moment_on_that_it_was_told_for(age: timedelta) -> None:
+    day, read = YESTERDAY.day, Read(YESTERDAY.end + age, is_provisional=False)
+    due = next_due(YESTERDAY, read)
+    assert due is not None
+    assert YESTERDAY in due_days(due, {day: read}, day)
+    assert YESTERDAY not in due_days(due - SECOND, {day: read}, day)
+
+
 def test_days_before_the_first_one_are_left_alone() -> None:
     reads = {TODAY - 40 * DAY: Read(NOW - 30 * DAY, is_provisional=True)}
     assert [window.day for window in due_days(NOW, reads, TODAY)] == [TODAY]
