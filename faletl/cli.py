@@ -257,6 +257,8 @@ def main() -> NoReturn:
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output went away; nothing is left to be said
         code = 1
+    except Exception as error:  # noqa: BLE001  # a bug of ours; no traceback unless asked for
+        code = _tell_bug(error)
     sys.exit(code or 0)
 
 
@@ -267,6 +269,14 @@ def _on_terminate(_signal: int, _frame: object) -> NoReturn:
 def _tell_interrupted(code: int) -> int:
     _say("interrupted; what was loaded stays, the same command goes on from here")
     return code
+
+
+def _tell_bug(error: Exception) -> int:
+    if _Options.debug:
+        logging.getLogger("faletl").error("unexpected", exc_info=error)
+    # The text of a foreign exception may hold anything, so only its name is told.
+    _say(f"unexpected {type(error).__name__}: this is a bug of faletl; --debug shows where")
+    return 1
 
 
 def _version_of(is_asked: bool) -> None:
@@ -318,6 +328,13 @@ def _say(sentence: str) -> None:
     sys.stderr.write(f"faletl: {sentence}\n")
 
 
+class _Stderr(logging.Handler):
+    """Writes to what stderr is now: a progress bar puts itself in between."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stderr.write(self.format(record) + "\n")
+
+
 class _JsonLines(logging.Formatter):
     """One JSON object a line."""
 
@@ -333,7 +350,7 @@ class _JsonLines(logging.Formatter):
 
 
 def _set_up_logging() -> None:
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Stderr()
     is_json = _Options.log_format == "json"
     handler.setFormatter(_JsonLines() if is_json else logging.Formatter("%(message)s"))
     logger = logging.getLogger("faletl")

@@ -132,12 +132,14 @@ def column_comments() -> dict[str, dict[str, str]]:
 
 def needs_build(settings: Settings, connection: sa.Connection) -> bool:
     """Whether raw, the SQL or the seeds changed since the last build."""
-    last = connection.execute(
+    newest = (
         sa.select(BUILDS.c.data_version, BUILDS.c.models_digest)
         .order_by(BUILDS.c.fencing_token.desc())
         .limit(1)
-    ).first()
-    loaded = connection.execute(sa.select(WAREHOUSE.c.data_version)).scalar_one()
+    )
+    with connection.begin():
+        last = connection.execute(newest).first()
+        loaded = connection.execute(sa.select(WAREHOUSE.c.data_version)).scalar_one()
     return last is None or tuple(last) != (loaded, _models_digest(settings))
 
 

@@ -18,6 +18,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import sqlalchemy as sa
@@ -126,8 +127,7 @@ def run(
     if is_writable:
         _record_failures(warehouse, report)
         try:
-            build(settings, report=report)
-            publish(settings, report=report)
+            _build_and_publish(settings, report)
         except FaletlError as error:
             report.failures.append((None, error))
     return report
@@ -186,27 +186,46 @@ def load(
     return report
 
 
-def build(settings: Settings, *, full: bool = False, report: Report | None = None) -> Report:
+def build(settings: Settings, *, full: bool = False) -> Report:
     """Build marts and reports if raw, the SQL or the seeds changed (`full`: in any case).
 
     Raises:
         CheckFailedError: a SQL check found rows; nothing was changed.
     """
-    report = report or Report(_new_run_id())
+    report = Report(_new_run_id())
+    _build_and_publish(settings, report, builds="always" if full else "changed", publishes=False)
+    return report
+
+
+def publish(settings: Settings) -> Report:
+    """Show the newest build to readers, if they do not have it yet.
+
+    Raises:
+        WarehouseError: something was loaded that is not built yet.
+    """
+    report = Report(_new_run_id())
+    _build_and_publish(settings, report, builds="never")
+    return report
+
+
+def _build_and_publish(
+    settings: Settings,
+    report: Report,
+    *,
+    builds: Literal["changed", "always", "never"] = "changed",
+    publishes: bool = True,
+) -> None:
+    """Under one lease, so that nobody loads in between; a warehouse that is not there stays so."""
     warehouse = open_warehouse(settings)
     with warehouse.reading() as connection:
-        if connection is None or not (full or models.needs_build(settings, connection)):
-            return report
-    with warehouse.lease(f"faletl build, run {report.run_id}") as lease:
-        report.build = models.build(settings, warehouse, lease, run_id=report.run_id)
-    return report
-
-
-def publish(settings: Settings, *, report: Report | None = None) -> Report:
-    """Show the newest build to readers, if they do not have it yet."""
-    report = report or Report(_new_run_id())
-    report.published = open_warehouse(settings).publish(f"faletl publish, run {report.run_id}")
-    return report
+        if connection is None:
+            return
+    with warehouse.lease(f"faletl build and publish, run {report.run_id}") as lease:
+        is_due = builds == "changed" and models.needs_build(settings, lease.connection)
+        if is_due or builds == "always":
+            report.build = models.build(settings, warehouse, lease, run_id=report.run_id)
+        if publishes:
+            report.published = warehouse.publish(lease)
 
 
 # --- Extraction -----------------------------------------------------------------------------------

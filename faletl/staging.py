@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -172,7 +172,7 @@ def _typed(
             try:
                 body = landed.body(page)
                 _check_types(body, rows_path, columns)
-                records, noise = _records(body, rows_path)
+                records, noise = _records(body, rows_path, columns)
             except FaletlError as error:
                 raise error.at(page=number, request_id=page.request_id) from None
             rounded += noise
@@ -211,8 +211,11 @@ def _typed(
     return rounded
 
 
-def _records(body: bytes, rows_path: tuple[str, ...]) -> tuple[list[dict[str, Any]], int]:
+def _records(
+    body: bytes, rows_path: tuple[str, ...], columns: tuple[Column, ...]
+) -> tuple[list[dict[str, Any]], int]:
     """The records of a page, amounts as exact text; and how many were rounded."""
+    outer = [column.name for column in columns if column.is_outer]
     rounded = 0
 
     def exact(number: str) -> str:
@@ -227,19 +230,14 @@ def _records(body: bytes, rows_path: tuple[str, ...]) -> tuple[list[dict[str, An
         raise ContractError(f"fal's answer cannot be read: {error}") from None
     if not rows_path:
         return [document], rounded
-    return list(_descend(document, rows_path, {})), rounded
-
-
-def _descend(
-    level: dict[str, Any], path: tuple[str, ...], outer: dict[str, Any]
-) -> Iterator[dict[str, Any]]:
-    step, *rest = path
-    for item in level[step]:
-        if not rest:
-            yield {**outer, **item} if outer else item
-        else:
-            scalars = {k: v for k, v in item.items() if not isinstance(v, (list, dict))}
-            yield from _descend(item, tuple(rest), {**outer, **scalars})
+    levels = [document]
+    for step in rows_path[:-1]:
+        levels = [inner for level in levels for inner in level[step]]
+    return [
+        {**record, **{name: level[name] for name in outer}} if outer else record
+        for level in levels
+        for record in level[rows_path[-1]]
+    ], rounded
 
 
 # --- The contract, from the catalogue -------------------------------------------------------------

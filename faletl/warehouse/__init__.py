@@ -55,10 +55,11 @@ class Warehouse(Protocol):
     def take_in(self, connection: sa.Connection, table: sa.Table, rows: Path) -> None:
         """Insert a staged Parquet file in bulk; its columns are columns of the table."""
 
-    def publish(self, holder: str) -> Path | None:
-        """Show the newest build to readers, in one step; None when there is nothing new to show.
+    def publish(self, lease: Lease) -> Path | None:
+        """Show the newest build to readers, in one step; None when they have it already.
 
-        Returns the file that readers open, where there is one.
+        Returns the file that readers open, where there is one. It is the last thing that a lease can
+        be used for.
 
         Raises:
             WarehouseError: something was loaded that is not built yet.

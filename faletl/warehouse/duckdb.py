@@ -129,35 +129,33 @@ class DuckDBWarehouse:
             f"insert into {table.fullname} ({names}) select {names} from read_parquet({_quoted(rows)})"
         )
 
-    def publish(self, holder: str) -> Path | None:
+    def publish(self, lease: Lease) -> Path | None:
         """Copy the file to its readers' place: temporary name, flush, rename."""
-        with self._lock(holder, self._settings.lock_seconds):
-            if not self._path.exists():
+        connection = lease.connection
+        build = _newest_build(connection)
+        loaded = connection.execute(sa.select(tables.WAREHOUSE.c.data_version)).scalar_one()
+        if build is None or build[1] != loaded:
+            raise WarehouseError("not all that is loaded is built; run faletl build first")
+        with self.published() as shown:
+            if shown is not None and _newest_build(shown) == build:
                 return None
-            with self._connected() as connection:
-                build = _newest_build(connection)
-                loaded = connection.execute(sa.select(tables.WAREHOUSE.c.data_version)).scalar_one()
-                if build is None or build[1] != loaded:
-                    raise WarehouseError("not all that is loaded is built; run faletl build first")
-                with self.published() as shown:
-                    if shown is not None and _newest_build(shown) == build:
-                        return None
-                connection.commit()
-                connection.exec_driver_sql("checkpoint")
-            # The database must be closed here: closing any other handle on a file would drop
-            # DuckDB's own lock on it. The lock file still keeps other writers out.
-            part = self._published.with_name(f".{self._published.name}.part")
-            try:
-                self._published.parent.mkdir(parents=True, exist_ok=True)
-                part.unlink(missing_ok=True)
-                shutil.copyfile(self._path, part)
-                part.chmod(0o440)
-                _sync_file(part)
-                part.replace(self._published)
-                sync_folder(self._published.parent)
-            except OSError as error:
-                part.unlink(missing_ok=True)
-                raise StorageError(f"cannot publish {self._published}: {error.strerror}") from None
+        connection.commit()
+        connection.exec_driver_sql("checkpoint")
+        # The database must be closed here: closing any other handle on its file would drop DuckDB's
+        # own lock on it. The lock file still keeps other writers out.
+        connection.close()
+        part = self._published.with_name(f".{self._published.name}.part")
+        try:
+            self._published.parent.mkdir(parents=True, exist_ok=True)
+            part.unlink(missing_ok=True)
+            shutil.copyfile(self._path, part)
+            part.chmod(0o440)
+            _sync_file(part)
+            part.replace(self._published)
+            sync_folder(self._published.parent)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise StorageError(f"cannot publish {self._published}: {error.strerror}") from None
         return self._published
 
     def _create(self) -> None:
