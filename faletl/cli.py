@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -26,8 +27,6 @@ from faletl.resources import RESOURCES
 if TYPE_CHECKING:
     from faletl.pipeline import Progress, Report
 
-INTERRUPTED, TERMINATED = 130, 143
-
 app = typer.Typer(
     name="faletl",
     help="Know what you spend on fal.ai: extract, prove, load and model what fal's APIs tell.",
@@ -41,8 +40,8 @@ app = typer.Typer(
 )
 
 
-class _Terminated(BaseException):
-    """SIGTERM came."""
+class _Stopped(BaseException):
+    """Ctrl-C, or a request to terminate."""
 
 
 class _Options:
@@ -235,48 +234,47 @@ def demo(
 
 def main() -> NoReturn:
     """Run the command line; always ends the process with a designed exit code."""
-    signal.signal(signal.SIGTERM, _on_terminate)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _on_signal)
+    code = _run()
+    if _signals:
+        _say("interrupted; what was loaded stays, the same command goes on from here")
+        code = 128 + _signals[0]
+    sys.exit(code)
+
+
+def _run() -> int:
+    """Run the command line; every error becomes a sentence and an exit code."""
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()
-        if code == INTERRUPTED:  # typer's own handling of Ctrl-C
-            _tell_interrupted(code)
-    except (KeyboardInterrupt, typer.Abort):
-        code = _tell_interrupted(INTERRUPTED)
-    except _Terminated:
-        code = _tell_interrupted(TERMINATED)
-    except TyperException as error:
-        if str(error).startswith("Usage:"):  # no command was given
-            sys.stderr.write(f"{error}\n")
-        else:
-            _say(f"{error.format_message().rstrip('.')}; see faletl --help")
-        code = UsageError.exit_code
-    except FaletlError as error:
-        _tell_error(error)
-        code = error.exit_code
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output went away; nothing is left to be said
-        code = 1
-    except Exception as error:  # noqa: BLE001  # a bug of ours; no traceback unless asked for
-        code = _tell_bug(error)
-    sys.exit(code or 0)
+        return 1
+    except TyperException as error:
+        text = error.format_message()
+        if text.startswith("Usage:"):  # no command was given
+            sys.stderr.write(f"{text}\n")
+        else:
+            _say(f"{text.rstrip('.')}; see faletl --help")
+        return UsageError.exit_code
+    except (FaletlError, _Stopped, Exception) as error:  # noqa: BLE001  # a bug of ours, too
+        if _signals:  # told by main; DuckDB, say, makes an error of its own of an interrupted query
+            return 1
+        _tell_error(error)
+        return error.exit_code if isinstance(error, FaletlError) else 1
+    return int(code or 0)
 
 
-def _on_terminate(_signal: int, _frame: object) -> NoReturn:
-    raise _Terminated
+_signals: list[int] = []
 
 
-def _tell_interrupted(code: int) -> int:
-    _say("interrupted; what was loaded stays, the same command goes on from here")
-    return code
-
-
-def _tell_bug(error: Exception) -> int:
-    if _Options.debug:
-        logging.getLogger("faletl").error("unexpected", exc_info=error)
-    # The text of a foreign exception may hold anything, so only its name is told.
-    _say(f"unexpected {type(error).__name__}: this is a bug of faletl; --debug shows where")
-    return 1
+def _on_signal(number: int, _frame: object) -> NoReturn:
+    """Stop in good order at the first signal, at once at the second."""
+    if _signals:
+        os._exit(128 + number)
+    _signals.append(number)
+    raise _Stopped
 
 
 def _version_of(is_asked: bool) -> None:
@@ -315,10 +313,13 @@ def _sentences(report: Report) -> Iterator[str]:
         yield "nothing to do: what was due is loaded and built, and readers have it"
 
 
-def _tell_error(error: FaletlError) -> None:
+def _tell_error(error: BaseException) -> None:
     if _Options.debug:
         logging.getLogger("faletl").error("failed", exc_info=error)
-    if _Options.log_format == "json":
+    if not isinstance(error, FaletlError):
+        # The text of a foreign exception may hold anything, so only its name is told.
+        _say(f"unexpected {type(error).__name__}: this is a bug of faletl; --debug shows where")
+    elif _Options.log_format == "json":
         sys.stderr.write(json.dumps(error.as_dict(), ensure_ascii=False) + "\n")
     else:
         _say(str(error))

@@ -136,21 +136,26 @@ class FalClient:
             params=[(name, value) for name, values in params.items() for value in _each(values)],
             headers={"authorization": f"Key {key}"} if key else {},
         )
+        request_id: str | None = None
         deadline = _deadline.set(time.monotonic() + DEADLINE_SECONDS)
         try:
             response = self._http.send(request, stream=True)
+            request_id = _request_id(response)
             try:
                 body = self._body(response)
             finally:
                 response.close()
+        except ContractError as error:
+            raise error.at(request_id=request_id, status=response.status_code) from None
         except (httpx.TransportError, OSError) as error:
             if self._stop.is_set():
                 raise StoppedError from None
             reason = self._settings.redact(str(error)) or type(error).__name__
-            raise ApiUnavailableError(f"fal could not be reached ({reason}); try again later") from None
+            raise ApiUnavailableError(
+                f"fal could not be reached ({reason}); try again later", request_id=request_id
+            ) from None
         finally:
             _deadline.reset(deadline)
-        request_id = response.headers.get("x-fal-request-id") or response.headers.get("x-request-id")
         self._watch_clock(response.headers.get("date"))
         if response.status_code != httpx.codes.OK:
             raise self._refusal(path, response, body, params).at(request_id=request_id)
@@ -316,6 +321,11 @@ def _http_date(value: str | None) -> datetime | None:
     except (ValueError, TypeError):
         return None
     return at if at.tzinfo else at.replace(tzinfo=UTC)  # the asctime form names no zone; it is UTC
+
+
+def _request_id(response: httpx.Response) -> str | None:
+    found = response.headers.get("x-fal-request-id") or response.headers.get("x-request-id")
+    return found[:100] if found else None
 
 
 def _each(values: str | tuple[str, ...]) -> tuple[str, ...]:

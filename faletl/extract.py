@@ -74,9 +74,9 @@ def fetch_window(
             attempt = attempt or landing.begin(settings, origin.account, resource.name, window, at=now)
             try:
                 return _fetch(client, resource, window, attempt, ids, origin)
-            except CursorRefusedError:
-                attempt.discard()
-                if is_second_try:
+            except ContractError as error:
+                attempt.discard()  # what was landed so far would lead the next run astray, too
+                if is_second_try or not isinstance(error, CursorRefusedError):
                     raise
                 log.warning("%s, window %s: the cursor expired, starting over", resource.name, window)
             finally:
@@ -149,7 +149,8 @@ class _Asking:
     def walk(self, label: str, params: Params, rows_path: tuple[str, ...]) -> None:
         """Land all pages of one question."""
         path = self._resource.path
-        landed = self._attempt.landed(label, params)
+        # A control total is always asked anew: it must be that of the rows as they are at the end.
+        landed = self._attempt.landed(label, params) if label == "rows" else iter(())
         pages = []
         try:
             for page, is_new in walk(

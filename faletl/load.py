@@ -170,6 +170,7 @@ def _enter(settings: Settings, lease: Lease, staged: Staged) -> None:
             digest=staged.digest,
             proof=staged.proof,
             dropped_rows=staged.dropped_rows,
+            doubtful_rows=staged.doubtful_rows,
             rounded_amounts=staged.rounded_amounts,
             fencing_token=lease.token,
             last_fencing_token=lease.token,

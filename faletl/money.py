@@ -1,19 +1,20 @@
 """Exact amounts: from the text of a JSON number to DECIMAL(38,12), or refused.
 
-A money number is never a float here. What fal's server made with floats may carry binary noise in
-its text (0.1 + 0.2 is written 0.30000000000000004): digits behind the twelfth decimal are rounded
-away only when they are smaller than a double could tell at that size; otherwise they are meant, and
-an amount that we cannot hold exactly is refused. docs/decisions.md, "Amounts".
+A money number is never a float here. What fal's server made with floats may carry binary noise in its
+text (0.1 + 0.2 is written 0.30000000000000004): digits behind the twelfth decimal are rounded away only
+when that changes less than the fifteenth significant digit, the last that a double is sure of;
+otherwise they are meant, and an amount that we cannot hold exactly is refused (docs/decisions.md,
+"Amounts").
 """
 
 from __future__ import annotations
 
-import math
 import re
 from decimal import ROUND_HALF_EVEN, Context, Decimal
 
 PRECISION = 38
 SCALE = 12
+DOUBLE_DIGITS = 15
 DECIMAL_TYPE = f"decimal({PRECISION},{SCALE})"
 
 # What DuckDB casts to DECIMAL(38,12) without losing a digit.
@@ -36,14 +37,9 @@ def exact_text(number: str) -> tuple[str, bool]:
     value = _WIDE.create_decimal(number)
     rounded = value.quantize(_QUANTUM, context=_WIDE)
     is_rounded = rounded != value
-    if is_rounded and abs(rounded - value) > _resolution(value):
+    last_sure_digit = Decimal(1).scaleb(value.adjusted() - DOUBLE_DIGITS + 1)
+    if is_rounded and abs(rounded - value) >= last_sure_digit:
         return number, False
     plain = f"{rounded:f}".rstrip("0").rstrip(".")
     plain = "0" if plain in ("-0", "") else plain
     return (plain, is_rounded) if _exact.fullmatch(plain) else (number, False)
-
-
-def _resolution(value: Decimal) -> Decimal:
-    """The distance between two doubles at `value`; 0 where a double cannot hold it at all."""
-    nearest = float(value)
-    return Decimal(math.ulp(nearest)) if nearest and math.isfinite(nearest) else Decimal(0)

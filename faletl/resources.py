@@ -8,7 +8,7 @@ follow from it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
 
@@ -38,6 +38,8 @@ class Column:
     required: bool = False
     fallback: str | None = None
     is_outer: bool = False
+    at_most: int | None = None
+    may_be_empty: bool = True
 
     @property
     def steps(self) -> tuple[str, ...]:
@@ -72,6 +74,7 @@ class Resource:
     ids_per_call: int | None = None  # asked by endpoint ids, so many a call
     repeats: bool = True  # whether rows with the same key are separate rows, or one seen twice
     proof: Proof | None = None
+    doubts: Mapping[str, str] = field(default_factory=dict)  # what is warned about: SQL that finds it
     uses_metrics_key: bool = False
     permission: str = ""
     presets: str = ""
@@ -86,7 +89,9 @@ class Resource:
         return next(column for column in self.columns if column.name == name)
 
 
-_ENDPOINT = Column("endpoint_id", Kind.TEXT, "fal's id of the model endpoint", required=True)
+_ENDPOINT = Column(
+    "endpoint_id", Kind.TEXT, "fal's id of the model endpoint", required=True, may_be_empty=False
+)
 _CURRENCY = Column("currency", Kind.TEXT, "ISO 4217 code of every amount in the row")
 
 MODELS = Resource(
@@ -167,7 +172,7 @@ USAGE = Resource(
         Column("unit", Kind.TEXT, "billing unit, exactly as fal writes it", required=True),
         Column("quantity", Kind.AMOUNT, "units used", required=True),
         Column("unit_price", Kind.AMOUNT, "price of one unit before discount", required=True),
-        Column("percent_discount", Kind.AMOUNT, "percentage taken off; null for none"),
+        Column("percent_discount", Kind.AMOUNT, "percentage taken off; null for none", at_most=100),
         Column("cost_subtotal", Kind.AMOUNT, "charge before discount; null before July 2026"),
         Column("cost_discount", Kind.AMOUNT, "taken off by the discount; null before July 2026"),
         Column("cost_total", Kind.AMOUNT, "what fal charged", required=True, fallback="cost"),
@@ -204,6 +209,13 @@ USAGE = Resource(
         key=("endpoint_id", "unit", "unit_price", "percent_discount", "currency"),
         sums=("quantity", "cost_total"),
     ),
+    doubts={
+        "they are not in USD": "currency is distinct from 'USD'",
+        "subtotal less discount is not the total": (
+            "abs(cost_subtotal - cost_discount - cost_total) > 0.000000001"
+        ),
+        "cost is not cost_total": "abs(cost - cost_total) > 0.000000001",
+    },
     permission="billing:usage:read, auth:keys:read and account:users:read",
     presets="BILLING or FULL",
 )

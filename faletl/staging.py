@@ -8,6 +8,7 @@ the raw table, which any warehouse can take in.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ class Staged:
     digest: str
     proof: str
     dropped_rows: int
+    doubtful_rows: int
     rounded_amounts: int
     cost_total: str
     endpoint_ids: frozenset[str]
@@ -97,7 +99,7 @@ def _stage(
     manifest = landed.manifest
     path = scratch / f"{manifest.load_id}.parquet"
     rounded = _typed(connection, landed, resource, "rows", path)
-    _refuse_breaches(connection, resource, path)
+    _refuse_breaches(connection, landed, "rows", path)
     dropped = _count(connection, f"select count(*) from {_quoted(path)} where not _is_inside")
     if dropped:
         log.warning("%s, window %s: fal sent %d rows outside the window; they are dropped",
@@ -108,6 +110,7 @@ def _stage(
     )
     path.unlink()
     digest = _digest(connection, resource, final)
+    doubtful = _doubtful_rows(connection, landed, resource, final)
     proof = _prove(connection, landed, resource, final, digest, scratch)
     cost = "sum(cost_total)" if any(c.name == "cost_total" for c in resource.columns) else "null"
     total = connection.execute(f"select coalesce({cost}, 0)::varchar from {_quoted(final)}").fetchone()
@@ -119,10 +122,24 @@ def _stage(
         digest=digest,
         proof=proof,
         dropped_rows=dropped,
+        doubtful_rows=doubtful,
         rounded_amounts=rounded,
         cost_total=str(total[0]) if total else "0",
         endpoint_ids=_endpoint_ids(connection, resource, final),
     )
+
+
+def _doubtful_rows(
+    connection: duckdb.DuckDBPyConnection, landed: Landed, resource: Resource, path: Path
+) -> int:
+    """Count and warn about rows that are kept as fal sent them though something is odd about them."""
+    for doubt, predicate in resource.doubts.items():
+        found = _count(connection, f"select count(*) from {_quoted(path)} where {predicate}")
+        if found:
+            log.warning("%s, window %s: %d rows are kept as they are, but %s",
+                        resource.name, landed.manifest.window, found, doubt)  # fmt: skip
+    any_doubt = " or ".join(f"({predicate})" for predicate in resource.doubts.values()) or "false"
+    return _count(connection, f"select count(*) from {_quoted(path)} where {any_doubt}")
 
 
 def _engine(settings: Settings, scratch: Path) -> duckdb.DuckDBPyConnection:
@@ -226,6 +243,8 @@ def _records(
 
     try:
         document = msgspec.json.Decoder(float_hook=exact).decode(body.removeprefix(BOM))
+        if body.count(b'":') != msgspec.json.encode(document).count(b'":'):
+            json.loads(body.removeprefix(BOM), object_pairs_hook=_refuse_twice)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ContractError(f"fal's answer cannot be read: {error}") from None
     if not rows_path:
@@ -238,6 +257,16 @@ def _records(
         for level in levels
         for record in level[rows_path[-1]]
     ], rounded
+
+
+def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, refused when it has a key twice: which of the values would be meant?"""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ContractError(f"fal's answer has the key {twice[:80]!a} twice in one object")
+    return record
 
 
 # --- The contract, from the catalogue -------------------------------------------------------------
@@ -357,6 +386,13 @@ def _breach_expression(column: Column) -> str:
             f"when {text} is not null and {typed} is null then '{column.name} cannot be kept exactly "
             f"(at most {SCALE} decimals): ' || {shown}"
         )
+        if column.at_most is not None:
+            cases.append(
+                f"when {typed} > {column.at_most} "
+                f"then '{column.name} is more than {column.at_most}: ' || {shown}"
+            )
+    if column.kind is Kind.TEXT and not column.may_be_empty:
+        cases.append(f"when {text} = '' then '{column.name} is empty'")
     if column.kind is Kind.INSTANT:
         cases.append(
             f"when {text} is not null and {typed} is null "
@@ -365,17 +401,21 @@ def _breach_expression(column: Column) -> str:
     return f"case {' '.join(cases)} end" if cases else "null"
 
 
-def _refuse_breaches(connection: duckdb.DuckDBPyConnection, resource: Resource, path: Path) -> None:
+def _refuse_breaches(
+    connection: duckdb.DuckDBPyConnection, landed: Landed, label: str, path: Path
+) -> None:
     found = connection.execute(f"""
         select _page, _row, _breach, count(*) over () from {_quoted(path)}
         where _breach <> '' order by _page, _row limit {_TELL}
     """).fetchall()
     if found:
         told = "; ".join(f"page {page} row {row}: {ascii(why)[1:-1]}" for page, row, why, _ in found)
+        first = found[0][0]
         raise DataRefusedError(
-            f"{found[0][3]} of fal's {resource.name} rows cannot be right ({told}); the window is "
-            "not loaded",
+            f"{found[0][3]} of fal's rows cannot be right ({told}); the window is not loaded",
+            page=first,
             rows=found[0][3],
+            request_id=landed.manifest.pages(label)[first - 1].request_id,
         )
 
 
@@ -438,13 +478,13 @@ def _prove(
         )
         second = _digest(connection, resource, kept)
         differs = [] if second == digest else ["two walks one after the other gave other rows"]
-        proof = "two walks"
+        proof, label = "two walks", "again"
     else:
         totals = scratch / f"{landed.manifest.load_id}.proof.parquet"
         _typed(connection, landed, resource, "proof", totals)
-        _refuse_breaches(connection, resource, totals)
+        _refuse_breaches(connection, landed, "proof", totals)
         differs = _differences(connection, resource.proof, rows, totals)
-        proof = "summary"
+        proof, label = "summary", "proof"
     if not differs:
         return proof
     told = f"{len(differs)} differences: {'; '.join(differs[:_TELL])}"
@@ -452,7 +492,10 @@ def _prove(
         log.warning("%s, window %s: the day is still open and does not add up to fal's control total "
                     "yet (%s)", resource.name, landed.manifest.window, told)  # fmt: skip
         return "differs"
-    raise UnprovenError(f"the rows do not add up to fal's control total ({told})")
+    raise UnprovenError(
+        f"the rows do not add up to fal's control total ({told})",
+        request_id=next((page.request_id for page in landed.manifest.pages(label)), None),
+    )
 
 
 def _differences(

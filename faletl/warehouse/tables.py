@@ -106,6 +106,7 @@ LOADS = _ops_table(
     digest=(_TEXT, "fingerprint of the rows, whatever their order"),
     proof=(_TEXT, "how completeness was shown: summary, two walks, none; differs on an open day"),
     dropped_rows=(_COUNT, "rows that fal sent from outside the window"),
+    doubtful_rows=(_COUNT, "rows kept as sent though odd: another currency, costs that do not add up"),
     rounded_amounts=(_COUNT, "amounts that lost the noise of a binary float"),
     fencing_token=(_COUNT, "token of the lease under which it was loaded"),
     last_fencing_token=(_COUNT, "token of the newest lease under which the same rows were found"),

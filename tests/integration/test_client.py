@@ -420,6 +420,16 @@ def test_the_longest_wait_that_is_taken_is_that_of_the_settings(
             assert len(sandbox.requests) == requests
 
 
+@pytest.fixture
+def _far_from_utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("TZ", "America/Los_Angeles")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+@pytest.mark.usefixtures("_far_from_utc")
 @pytest.mark.parametrize("form", ["IMF", "RFC 850", "asctime"])
 def test_a_date_to_come_back_is_read_in_utc_in_each_of_its_forms(
     form: str, monkeypatch: pytest.MonkeyPatch
@@ -439,10 +449,14 @@ def test_a_date_to_come_back_is_read_in_utc_in_each_of_its_forms(
     ids=["zero", "negative", "negative fraction", "word", "nan", "inf", "-inf", "comma", "hex",
          "no date", "past IMF", "past RFC 850", "past asctime"],
 )  # fmt: skip
-def test_a_wait_that_means_nothing_is_taken_for_none(value: str) -> None:
+def test_a_wait_that_means_nothing_is_taken_for_none(
+    value: str, caplog: pytest.LogCaptureFixture
+) -> None:
     with served(first(2, Fault(status=429, headers={"retry-after": value}))) as sandbox:
         assert ask(sandbox.url)[0].body == BODY
         assert len(sandbox.requests) == 3
+    assert "trying again in 0.0 s" in caplog.text
+    assert "come back" not in caplog.text
 
 
 def test_requests_of_all_threads_together_keep_to_the_rate() -> None:
