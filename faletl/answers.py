@@ -23,6 +23,7 @@ from rich.text import Text
 
 from faletl.config import Settings
 from faletl.errors import UsageError, WarehouseBusyError
+from faletl.money import plain
 from faletl.resources import RESOURCES
 from faletl.warehouse import open_warehouse
 from faletl.warehouse.tables import BUILDS, FAILURES, LOADS
@@ -95,12 +96,6 @@ def _shown(value: object) -> str:
         return plain(value)
     text = value.isoformat(" ") if isinstance(value, datetime) else str(value)
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-def plain(amount: Decimal) -> str:
-    """The amount in plain notation, without trailing zeros."""
-    text = f"{amount:f}"
-    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def _write_csv(names: Sequence[str], rows: sa.CursorResult[Any]) -> None:

@@ -43,3 +43,9 @@ def exact_text(number: str) -> tuple[str, bool]:
     plain = f"{rounded:f}".rstrip("0").rstrip(".")
     plain = "0" if plain in ("-0", "") else plain
     return (plain, is_rounded) if _exact.fullmatch(plain) else (number, False)
+
+
+def plain(amount: Decimal) -> str:
+    """The amount in plain notation, without trailing zeros."""
+    text = f"{amount:f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text

@@ -12,6 +12,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -28,7 +29,7 @@ from faletl.errors import (
     UnprovenError,
 )
 from faletl.landing import Landed
-from faletl.money import DECIMAL_TYPE, EXACT_TEXT, SCALE, exact_text
+from faletl.money import DECIMAL_TYPE, EXACT_TEXT, SCALE, exact_text, plain
 from faletl.pages import BOM
 from faletl.resources import RESOURCES, Column, Kind, Proof, Resource
 from faletl.windows import instant
@@ -487,7 +488,7 @@ def _prove(
         proof, label = "summary", "proof"
     if not differs:
         return proof
-    told = f"{len(differs)} differences: {'; '.join(differs[:_TELL])}"
+    told = f"{len(differs)} lines differ: {'; '.join(differs[:_TELL])}"
     if landed.manifest.window.is_provisional:
         log.warning("%s, window %s: the day is still open and does not add up to fal's control total "
                     "yet (%s)", resource.name, landed.manifest.window, told)  # fmt: skip
@@ -514,18 +515,30 @@ def _differences(
         f"coalesce(ours.n, 1) * {_tolerance(name)}"
         for name in proof.sums
     )
-    told = ", ".join(
-        f"'{name} ' || coalesce(ours.{name}, 0) || ' held, ' || coalesce(fals.{name}, 0) || ' by fal'"
-        for name in proof.sums
-    )
+    figures = ", ".join(f"coalesce(ours.{name}, 0), coalesce(fals.{name}, 0)" for name in proof.sums)
+    whose = ", ".join(f"coalesce(ours.{name}, fals.{name})" for name in proof.key)
     found = connection.execute(f"""
         with ours as (select {key}, count(*) as n, {ours} from {_quoted(rows)} group by {key}),
         fals as (select {key}, {ours} from {_quoted(totals)} group by {key})
-        select coalesce(ours.endpoint_id, fals.endpoint_id), concat_ws(', ', {told})
-        from ours full join fals on {same}
-        where {off} order by 1, 2
+        select {whose}, {figures} from ours full join fals on {same} where {off} order by all
     """).fetchall()
-    return [f"{ascii(endpoint)[1:-1]}: {figures}" for endpoint, figures in found]
+    return [_difference(proof, row[: len(proof.key)], row[len(proof.key) :]) for row in found]
+
+
+def _difference(proof: Proof, key: tuple[Any, ...], figures: tuple[Decimal, ...]) -> str:
+    """One line that differs, as a sentence: which it is, what we hold, what fal says."""
+    which = ", ".join(
+        f"{name} {plain(value) if isinstance(value, Decimal) else ascii(value)}"
+        for name, value in zip(proof.key, key, strict=True)
+        if value is not None
+    )
+    ours, fals = figures[::2], figures[1::2]
+    sums = ", ".join(
+        f"{name} {plain(held)} held, {plain(said)} by fal"
+        for name, held, said in zip(proof.sums, ours, fals, strict=True)
+        if held != said
+    )
+    return f"{which}: {sums}"
 
 
 def _tolerance(amount: str) -> str:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
+import pytest
 import time_machine
 
 from faletl import pipeline
 from faletl.config import Settings
-from faletl.sandbox import BILLING_KEY, READONLY_KEY, Sandbox
+from faletl.errors import DataRefusedError, UnprovenError
+from faletl.sandbox import BILLING_KEY, READONLY_KEY, Fault, Request, Sandbox
 from tests import truth
 from tests.conftest import Query, all_tables, ask, settings_for, total
 from tests.truth import FLUX, VIDEO, VOICE, Account, line, rounded
@@ -292,3 +297,214 @@ def test_sums_are_one_number_in_every_layer(
     spent = sum(one.cost_total for one in account.lines)
     for table in ("raw.usage", "marts.fct_usage", "reports.rpt_spend_daily"):
         assert query(f"select sum(cost_total) from {table}") == [(spent,)]
+
+
+# --- Proof ----------------------------------------------------------------------------------------
+
+Broken = Callable[[Request], Fault | None]
+
+
+def is_summary(request: Request, start: str = "2026-11-22T00:00:00Z") -> bool:
+    """Whether the control total of that window is asked for."""
+    return request.query.get("expand") == ["summary"] and request.query["start"] == [start]
+
+
+def summary(cost_total: str) -> Fault:
+    """A control total of one line."""
+    row = {
+        "endpoint_id": FLUX, "unit": "images", "quantity": 1, "unit_price": 0.025,
+        "percent_discount": None, "cost_total": float(cost_total), "currency": "USD",
+    }  # fmt: skip
+    body = {"summary": [row], "next_cursor": None, "has_more": False}
+    return Fault(body=json.dumps(body).encode())
+
+
+def one_row() -> Account:
+    """An account with one row of 0.025 USD."""
+    account = truth.two_days()
+    account.lines = [line(datetime.fromisoformat("2026-11-22T05:00:00+00:00"))]
+    return account
+
+
+def run_broken(
+    account: Account, folder: Path, fault: Broken
+) -> tuple[pipeline.Report, Settings, Sandbox]:
+    """A run against a server that breaks some of its answers."""
+    with Sandbox(account, fault=fault) as server:
+        settings = settings_for(server.url, folder)
+        return pipeline.run(settings), settings, server
+
+
+@pytest.mark.parametrize("said", ["0.0250000006", "0.0249999994", "0.03", "0"])
+def test_rows_that_do_not_add_up_are_read_once_more_and_then_refused(
+    said: str, clock: time_machine.Traveller, tmp_path: Path
+) -> None:
+    report, settings, server = run_broken(
+        one_row(), tmp_path, lambda request: summary(said) if is_summary(request) else None
+    )
+    assert report.exit_code == 3
+    assert [type(error) for _, error in report.failures] == [UnprovenError]
+    told = str(report.failures[0][1])
+    assert told.startswith("usage, window 2026-11-22: ")
+    assert "cost_total 0.025 held, " in told
+    assert sum(is_summary(request) for request in server.requests) == 2
+    assert total(settings) == 0
+    assert ask(settings, "select count(*) from ops.loads where resource = 'usage'") == [(2,)]
+
+
+@pytest.mark.parametrize("said", ["0.0250000005", "0.0249999995"])
+def test_half_a_nano_per_row_is_rounding(
+    said: str, clock: time_machine.Traveller, tmp_path: Path
+) -> None:
+    report, settings, _ = run_broken(
+        one_row(), tmp_path, lambda request: summary(said) if is_summary(request) else None
+    )
+    assert report.exit_code == 0
+    assert total(settings) == Decimal("0.025")
+
+
+def test_pages_that_shifted_once_are_read_again(clock: time_machine.Traveller, tmp_path: Path) -> None:
+    wrong = iter([summary("99")])
+    report, settings, _ = run_broken(
+        one_row(), tmp_path, lambda request: next(wrong, None) if is_summary(request) else None
+    )
+    assert report.exit_code == 0
+    assert total(settings) == Decimal("0.025")
+
+
+def test_two_equal_walks_stand_in_for_a_refused_control_total(
+    clock: time_machine.Traveller, account: Account, tmp_path: Path
+) -> None:
+    def refuse(request: Request) -> Fault | None:
+        return Fault(status=403) if request.query.get("expand") == ["summary"] else None
+
+    report, settings, _ = run_broken(account, tmp_path, refuse)
+    assert report.exit_code == 0
+    assert total(settings) == sum(one.cost_total for one in account.lines)
+    proofs = "select distinct proof from ops.loads where resource = 'usage'"
+    assert ask(settings, proofs) == [("two walks",)]
+
+
+def test_an_open_day_that_does_not_add_up_yet_only_warns(
+    clock: time_machine.Traveller, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    today = "2026-11-23T00:00:00Z"
+    account = one_row()
+    account.lines = [line(datetime.fromisoformat(today))]
+    report, settings, _ = run_broken(
+        account, tmp_path, lambda request: summary("7") if is_summary(request, today) else None
+    )
+    assert report.exit_code == 0
+    assert "still open" in caplog.text
+    proofs = "select proof from ops.loads where resource = 'usage' and is_provisional"
+    assert ask(settings, proofs) == [("differs",)]
+
+
+# --- What fal sends now and then ------------------------------------------------------------------
+
+
+def usage_page(*rows: dict[str, Any], bucket: str = "2026-11-22T05:00:00Z") -> bytes:
+    """A page of one bucket."""
+    series = [{"bucket": bucket, "results": list(rows)}]
+    return json.dumps({"time_series": series, "next_cursor": None, "has_more": False}).encode()
+
+
+def served_as(rows: bytes, total: Fault) -> Broken:
+    """The 22nd is served as these bytes, with that control total."""
+
+    def fault(request: Request) -> Fault | None:
+        if is_summary(request):
+            return total
+        is_it = request.query.get("start") == ["2026-11-22T00:00:00Z"]
+        return Fault(body=rows) if is_it else None
+
+    return fault
+
+
+PLAIN: dict[str, Any] = {
+    "endpoint_id": FLUX, "unit": "images", "quantity": 1, "unit_price": 0.025, "percent_discount": None,
+    "cost_subtotal": 0.025, "cost_discount": 0, "cost_total": 0.025, "cost": 0.025, "currency": "USD",
+}  # fmt: skip
+
+
+def test_rows_of_before_july_2026_have_their_cost_and_no_subtotal(
+    clock: time_machine.Traveller, tmp_path: Path
+) -> None:
+    old = {
+        name: PLAIN[name]
+        for name in ("endpoint_id", "unit", "quantity", "unit_price", "cost", "currency")
+    }
+    old |= {"auth_method": "legacy key"}
+    _, settings, _ = run_broken(one_row(), tmp_path, served_as(usage_page(old), summary("0.025")))
+    assert ask(
+        settings,
+        "select credential_id, percent_discount, cost_subtotal, cost_discount, cost_total "
+        "from marts.fct_usage",
+    ) == [("label:legacy key", None, None, None, Decimal("0.025"))]
+    assert ask(settings, "select effective_unit_price from reports.rpt_spend_daily") == [(None,)]
+
+
+def test_rows_outside_the_window_are_dropped_counted_and_warned_about(
+    clock: time_machine.Traveller, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    page = json.loads(usage_page(PLAIN))
+    page["time_series"].append({"bucket": "2026-11-23T00:00:00Z", "results": [PLAIN]})
+    body = json.dumps(page).encode()
+    report, settings, _ = run_broken(one_row(), tmp_path, served_as(body, summary("0.025")))
+    assert report.exit_code == 0
+    assert "1 rows outside the window" in caplog.text
+    assert ask(settings, "select sum(dropped_rows) from ops.loads") == [(1,)]
+    assert total(settings) == Decimal("0.025")
+
+
+@pytest.mark.parametrize(
+    ("odd", "said"),
+    [
+        ({"cost_discount": 0.01}, "subtotal less discount is not the total"),
+        ({"cost": 0.5}, "cost is not cost_total"),
+        ({"currency": "EUR"}, "they are not in USD"),
+    ],
+)
+def test_odd_rows_are_kept_warned_about_and_counted(
+    odd: dict[str, Any], said: str, clock: time_machine.Traveller, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    control = json.loads(summary("0.025").body or b"")
+    control["summary"][0] |= {"currency": odd.get("currency", "USD")}
+    fault = served_as(usage_page({**PLAIN, **odd}), Fault(body=json.dumps(control).encode()))
+    report, settings, _ = run_broken(one_row(), tmp_path, fault)
+    assert report.exit_code == 0
+    assert said in caplog.text
+    assert ask(settings, "select sum(doubtful_rows) from ops.loads") == [(1,)]
+    assert total(settings) == Decimal("0.025")
+
+
+@pytest.mark.parametrize("wrong", [{"percent_discount": 101}, {"endpoint_id": ""}, {"quantity": -1}])
+def test_rows_that_cannot_be_right_refuse_their_window(
+    wrong: dict[str, Any], clock: time_machine.Traveller, tmp_path: Path
+) -> None:
+    fault = served_as(usage_page({**PLAIN, **wrong}), summary("0.025"))
+    report, settings, _ = run_broken(one_row(), tmp_path, fault)
+    assert report.exit_code == 3
+    assert [type(error) for _, error in report.failures] == [DataRefusedError]
+    assert "page 1 row 1" in str(report.failures[0][1])
+    assert "fal request" in str(report.failures[0][1])
+    assert total(settings) == 0
+
+
+def test_a_key_that_comes_twice_refuses_its_window(
+    clock: time_machine.Traveller, tmp_path: Path
+) -> None:
+    twice = usage_page(PLAIN).replace(b'"cost_total"', b'"cost_total": 9, "cost_total"')
+    report, settings, _ = run_broken(one_row(), tmp_path, served_as(twice, summary("0.025")))
+    assert report.exit_code == 3
+    assert "'cost_total' twice" in str(report.failures[0][1])
+    assert total(settings) == 0
+
+
+def test_float_noise_is_rounded_and_counted(clock: time_machine.Traveller, tmp_path: Path) -> None:
+    noisy = {**PLAIN, "cost_total": 0.1 + 0.2, "cost": 0.1 + 0.2, "cost_subtotal": 0.1 + 0.2}
+    report, settings, _ = run_broken(one_row(), tmp_path, served_as(usage_page(noisy), summary("0.3")))
+    assert report.exit_code == 0, report.failures
+    assert total(settings) == Decimal("0.3")
+    assert ask(settings, "select sum(rounded_amounts) from ops.loads") == [(3,)]
