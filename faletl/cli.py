@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
@@ -201,7 +201,9 @@ def sandbox(
     with Sandbox(invented_world(), port) as server:
         typer.echo(f"Serving invented data on {server.url}; stop with Ctrl-C. To load it:")
         typer.echo(f"  FALETL_API_URL={server.url} FAL_KEY={FULL_KEY} faletl run")
-        server.serve_forever()
+        with suppress(_Stopped):  # the way it is meant to end
+            server.serve_forever()
+    _signals.clear()
 
 
 @app.command(epilog="Example: faletl demo")

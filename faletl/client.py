@@ -36,6 +36,7 @@ from faletl.errors import (
     CursorRefusedError,
     Fact,
     KeyRefusedError,
+    MalformedAnswerError,
     NotFoundError,
 )
 
@@ -163,7 +164,7 @@ class FalClient:
         try:
             return answer, read(body)
         except MalformedBodyError as error:
-            raise _MalformedAnswerError(f"{error}; fal sent {self._quote(body)}").at(
+            raise MalformedAnswerError(f"{error}; fal sent {self._quote(body)}").at(
                 status=200, request_id=request_id
             ) from None
         except ContractError as error:
@@ -182,7 +183,7 @@ class FalClient:
             try:
                 part = gunzip.decompress(received, cap - size + 1) if gunzip else received
             except zlib.error as error:
-                raise _MalformedAnswerError(f"the gzip body is damaged: {error}") from None
+                raise MalformedAnswerError(f"the gzip body is damaged: {error}") from None
             size += len(part)
             if size > cap:
                 raise ContractError(
@@ -190,7 +191,7 @@ class FalClient:
                 )
             parts.append(part)
         if gunzip and parts and (not gunzip.eof or gunzip.unused_data):
-            raise _MalformedAnswerError("the gzip body is not whole")
+            raise MalformedAnswerError("the gzip body is not whole")
         return b"".join(parts)
 
     def _refusal(
@@ -223,7 +224,7 @@ class FalClient:
         if status == httpx.codes.BAD_REQUEST and "cursor" in params:
             return CursorRefusedError(f"fal refused its own cursor (400: {said})", **facts)
         if 200 <= status < 300:
-            return _MalformedAnswerError(f"fal answered {status} without data to {path}", **facts)
+            return MalformedAnswerError(f"fal answered {status} without data to {path}", **facts)
         return ContractError(f"fal answered {status} to {path}: {said}", **facts)
 
     def _quote(self, body: bytes) -> str:
@@ -257,10 +258,6 @@ class FalClient:
             log.warning("this machine's clock and fal's are %.0f s apart; which is right?", skew)
 
 
-class _MalformedAnswerError(ContractError):
-    """Status 200, but no whole JSON document: once more may help; in the end it breaks the contract."""
-
-
 class _Rate:
     """Spaces out requests over all threads: at most `per_second` of them, 0 for no limit."""
 
@@ -284,7 +281,7 @@ class _Rate:
 
 
 def _is_worth_a_retry(error: BaseException) -> bool:
-    return isinstance(error, (ApiUnavailableError, _MalformedAnswerError)) and not (
+    return isinstance(error, (ApiUnavailableError, MalformedAnswerError)) and not (
         isinstance(asked := error.facts.get("retry_after"), int) and asked > RETRY_AFTER_SECONDS
     )
 

@@ -79,6 +79,10 @@ class ContractError(FaletlError):
     exit_code = 3
 
 
+class MalformedAnswerError(ContractError):
+    """Status 2xx, but no whole JSON document, and none when asked again."""
+
+
 class NotFoundError(ContractError):
     """Fal answered 404: for a batch of ids this means that one of them is unknown."""
 

@@ -43,7 +43,7 @@ from tests import truth
 KEY = "0d5c2a7e-key-id:5ecf0ad97b31-secret"
 SECRET = KEY.split(":")[1]
 BODY = b'{"models":[{"endpoint_id":"a"}],"next_cursor":null,"has_more":false}'
-GZIPPED = gzip.compress(BODY)
+GZIPPED = gzip.compress(BODY, mtime=0)
 HTML = b"<html><body><h1>Gateway</h1></body></html>"
 LONG = 10.0
 """Seconds: only something broken takes so long."""
@@ -636,11 +636,9 @@ def test_an_encoding_that_was_not_asked_for_is_refused(coding: str) -> None:
         assert sandbox.requests[0].headers["accept-encoding"] == "gzip"
 
 
-@pytest.mark.parametrize(
-    ("coding", "body"),
-    [("gzip", GZIPPED), ("x-gzip", GZIPPED), ("GZip", GZIPPED), ("identity", BODY), ("Identity", BODY)],
-)  # fmt: skip
-def test_encodings_that_are_known_are_decoded(coding: str, body: bytes) -> None:
+@pytest.mark.parametrize("coding", ["gzip", "x-gzip", "GZip", "identity", "Identity"])
+def test_encodings_that_are_known_are_decoded(coding: str) -> None:
+    body = BODY if "identity" in coding.lower() else GZIPPED
     fault = Fault(headers={"content-encoding": coding}, body=body)
     with served(always(fault)) as sandbox:
         assert ask(sandbox.url)[0].body == BODY

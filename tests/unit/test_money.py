@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from decimal import ROUND_HALF_EVEN, Decimal, localcontext
+from operator import add, mul
+from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from faletl.money import EXACT_TEXT, PRECISION, SCALE, exact_text
@@ -112,11 +115,34 @@ def test_noise_smaller_than_a_double_could_tell_is_rounded_off_and_counted(
         (3 * 0.1, "0.3"),
         (3 * 1.1, "3.3"),
         (0.07 * 3, "0.21"),
+        (0.57 * 100, "57"),
+        (4.35 * 100, "435"),
+        (1 - 0.9, "0.1"),
         (1.1 * 1.1, "1.21"),
     ],
 )
 def test_the_noise_of_a_servers_floats_is_rounded_off_and_counted(number: float, held: str) -> None:
     assert exact_text(repr(number)) == (held, True)
+
+
+FEW_DECIMALS = st.tuples(st.integers(1, 10**6), st.integers(0, 6))
+
+
+@unhurried
+@given(FEW_DECIMALS, FEW_DECIMALS, st.sampled_from([add, mul]))
+@example((29, 2), (14, 2), add)
+@example((15229, 2), (36465, 5), mul)
+def test_one_sum_or_product_of_floats_is_held_as_if_it_were_exact(
+    one: tuple[int, int],
+    other: tuple[int, int],
+    calculate: Callable[[Any, Any], Any],
+) -> None:
+    amounts = [Decimal(digits).scaleb(-decimals) for digits, decimals in (one, other)]
+    meant = calculate(*amounts)
+    assume(meant < 1000)  # beyond it, noise reaches the twelfth decimal
+    held, _ = exact_text(repr(calculate(*map(float, amounts))))
+    assert is_held(held)
+    assert exact(held) == meant
 
 
 @pytest.mark.parametrize(
@@ -134,7 +160,7 @@ def test_noise_in_the_middle_goes_to_the_even_digit(text: str, held: str) -> Non
 
 
 @unhurried
-@given(st.integers(1, 10**13 - 1), st.integers(SCALE + 1, 60))
+@given(st.integers(1, 10**15 - 1), st.integers(SCALE + 1, 60))
 def test_more_than_twelve_decimals_that_are_meant_are_given_back(digits: int, decimals: int) -> None:
     digits += digits % 10 == 0  # the last decimal is none that could be dropped
     with localcontext(prec=200):
