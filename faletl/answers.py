@@ -59,9 +59,13 @@ def print_query(settings: Settings, query: str, form: Format) -> None:
             return
         with _published(settings) as connection:
             result = connection.exec_driver_sql(query)
+            if not result.returns_rows:
+                raise UsageError("the query returns no rows; write one select")
             _WRITERS[form](list(result.keys()), result)
     except sa.exc.DBAPIError as error:
         raise UsageError(f"the query was refused: {str(error.orig).splitlines()[0]}") from None
+    except sa.exc.SQLAlchemyError as error:
+        raise UsageError(f"the query was refused: {str(error).splitlines()[0]}") from None
 
 
 _UNPUBLISHED = "nothing is published yet; run faletl run first"
@@ -115,6 +119,8 @@ def _csv_cell(value: object) -> object:
 
 
 def _write_json(names: Sequence[str], rows: sa.CursorResult[Any]) -> None:
+    if len(set(names)) < len(names):
+        raise UsageError("two columns have the same name; JSON needs one for each: use `as`")
     encoder = msgspec.json.Encoder(decimal_format="number")  # all digits, never through a float
     sys.stdout.write("[")
     for number, row in enumerate(rows):

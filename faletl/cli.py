@@ -140,7 +140,7 @@ def load(start: Start = None, end: End = None, resource: Resources = None) -> No
         report = pipeline.load(
             Settings.load(), start=start, end=end, resources=resource or (), progress=progress
         )
-    _finish(report)
+    _finish(report, nothing="nothing to load: all that has landed is loaded")
 
 
 @app.command(epilog="Example: faletl build --full")
@@ -151,7 +151,9 @@ def build(
     from faletl import pipeline
     from faletl.config import Settings
 
-    _finish(pipeline.build(Settings.load(), full=full))
+    _finish(
+        pipeline.build(Settings.load(), full=full), nothing="nothing to build: nothing new is loaded"
+    )
 
 
 @app.command(epilog="Example: faletl publish")
@@ -160,7 +162,7 @@ def publish() -> None:
     from faletl import pipeline
     from faletl.config import Settings
 
-    _finish(pipeline.publish(Settings.load()))
+    _finish(pipeline.publish(Settings.load()), nothing="nothing to publish: no newer build is there")
 
 
 @app.command(epilog="Example: faletl status --json")
@@ -198,7 +200,13 @@ def sandbox(
     """A fal Platform API on loopback with invented, deterministic data, until Ctrl-C."""
     from faletl.sandbox import FULL_KEY, Sandbox, invented_world
 
-    with Sandbox(invented_world(), port) as server:
+    try:
+        server = Sandbox(invented_world(), port)
+    except OSError as error:
+        raise UsageError(
+            f"port {port} cannot be had ({error.strerror}); name another with --port"
+        ) from None
+    with server:
         typer.echo(f"Serving invented data on {server.url}; stop with Ctrl-C. To load it:")
         typer.echo(f"  FALETL_API_URL={server.url} FAL_KEY={FULL_KEY} faletl run")
         with suppress(_Stopped):  # the way it is meant to end
@@ -285,10 +293,12 @@ def _version_of(is_asked: bool) -> None:
         raise typer.Exit
 
 
-def _finish(report: Report, *, quiet: bool = False) -> NoReturn:
+def _finish(
+    report: Report, *, quiet: bool = False, nothing: str = "nothing to do: no window was due"
+) -> NoReturn:
     """Tell what was done on stdout and what failed on stderr; end with the report's exit code."""
     if not quiet:
-        for sentence in _sentences(report):
+        for sentence in list(_sentences(report)) or [nothing] * (report.exit_code == 0):
             typer.echo(sentence)
     for _, error in report.failures:
         _tell_error(error)
@@ -311,8 +321,6 @@ def _sentences(report: Report) -> Iterator[str]:
         yield f"built {report.build.days:,} days of usage; {report.build.checks} checks found nothing"
     if report.published:
         yield f"published {report.published}"
-    if not (report.outcomes or report.build or report.published or report.failures):
-        yield "nothing to do: what was due is loaded and built, and readers have it"
 
 
 def _tell_error(error: BaseException) -> None:
@@ -358,6 +366,8 @@ def _set_up_logging() -> None:
     handler.setFormatter(_JsonLines() if is_json else logging.Formatter("%(message)s"))
     logger = logging.getLogger("faletl")
     logger.handlers, logger.propagate = [handler], False
+    # Without a handler of its own it would show a traceback when a signal cuts a connection short.
+    logging.getLogger("sqlalchemy").addHandler(logging.NullHandler())
     # On a terminal the bar tells the progress; elsewhere each window is one line.
     quiet = sys.stderr.isatty() and not is_json and not _Options.debug
     logger.setLevel(logging.WARNING if quiet else logging.INFO)

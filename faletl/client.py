@@ -38,6 +38,7 @@ from faletl.errors import (
     KeyRefusedError,
     MalformedAnswerError,
     NotFoundError,
+    SettingsError,
 )
 
 log = logging.getLogger(__name__)
@@ -130,6 +131,7 @@ class FalClient:
         self, path: str, params: Params, read: Callable[[bytes], T], metrics: bool
     ) -> tuple[Answer, T]:
         self._sleep(self._rate.reserve())
+        self._sleep(self._rate.held())  # another thread may have been told to wait meanwhile
         key = self._settings.key_for(metrics=metrics)
         request = self._http.build_request(
             "GET",
@@ -141,7 +143,7 @@ class FalClient:
         deadline = _deadline.set(time.monotonic() + DEADLINE_SECONDS)
         try:
             response = self._http.send(request, stream=True)
-            request_id = _request_id(response)
+            request_id = self._request_id(response)
             try:
                 body = self._body(response)
             finally:
@@ -175,7 +177,7 @@ class FalClient:
         cap = int(self._settings.max_body)
         coding = response.headers.get("content-encoding", "identity").strip().lower()
         if coding not in ("identity", "", "gzip", "x-gzip"):
-            raise ContractError(f"fal answered in the encoding {coding!r}, which was not asked for")
+            raise ContractError("fal answered in an encoding that was not asked for")
         gunzip = zlib.decompressobj(wbits=31) if "gzip" in coding else None
         parts: list[bytes] = []
         size = 0
@@ -211,10 +213,7 @@ class FalClient:
                 f"fal answered {status} to {path}: {said}{told}", retry_after=wait, **facts
             )
         if status in (401, 403):
-            return KeyRefusedError(
-                f"fal refused the key for {path} ({status}: {said}); check FAL_KEY",
-                **facts,
-            )
+            return KeyRefusedError(f"fal refused the key for {path} ({status}: {said})", **facts)
         if response.is_redirect:
             return ContractError(
                 f"fal answered {status}, a redirect, to {path}; faletl never follows one", **facts
@@ -229,13 +228,18 @@ class FalClient:
 
     def _quote(self, body: bytes) -> str:
         """What fal said, short, on one line, printable, without the key."""
-        text = body[:10_000].decode("utf-8", "replace")
+        text = self._settings.redact_bytes(body)[:10_000].decode("utf-8", "replace")
         try:
             text = str(json.loads(text)["error"]["message"])
         except (ValueError, KeyError, TypeError, RecursionError):
             text = re.sub(r"<[^>]*>|\s+", " ", text)
         text = self._settings.redact(text).strip()[:QUOTED_CHARACTERS]
         return ascii(text)[1:-1] if text else "nothing"
+
+    def _request_id(self, response: httpx.Response) -> str | None:
+        headers = response.headers
+        found = headers.get("x-fal-request-id") or headers.get("x-request-id")
+        return ascii(self._settings.redact(found))[1:-1][:100] if found else None
 
     def _sleep(self, seconds: float) -> None:
         if self._stop.wait(seconds) if seconds > 0 else self._stop.is_set():
@@ -264,6 +268,7 @@ class _Rate:
     def __init__(self, per_second: float) -> None:
         self._gap = 1 / per_second if per_second else 0.0
         self._next = 0.0
+        self._held_until = 0.0
         self._lock = threading.Lock()
 
     def reserve(self) -> float:
@@ -277,7 +282,13 @@ class _Rate:
     def hold(self, seconds: float) -> None:
         """Let no thread ask before so many seconds have gone: fal said so to one of them."""
         with self._lock:
-            self._next = max(self._next, time.monotonic() + seconds)
+            self._held_until = time.monotonic() + seconds
+            self._next = max(self._next, self._held_until)
+
+    def held(self) -> float:
+        """How many seconds are left until any thread may ask."""
+        with self._lock:
+            return self._held_until - time.monotonic()
 
 
 def _is_worth_a_retry(error: BaseException) -> bool:
@@ -292,7 +303,7 @@ def _wait(state: tenacity.RetryCallState) -> float:
     asked = error.facts.get("retry_after") if isinstance(error, ApiUnavailableError) else None
     longest = min(BACKOFF_SECONDS, 0.5 * 2**state.attempt_number)
     jitter = random.uniform(longest / 4, longest)  # noqa: S311  # spreading load, not secrecy
-    return float(asked) + jitter / 10 if isinstance(asked, int) else jitter
+    return max(jitter, float(asked) + jitter / 10) if isinstance(asked, int) else jitter
 
 
 def _retry_after(value: str | None) -> int | None:
@@ -315,14 +326,9 @@ def _http_date(value: str | None) -> datetime | None:
         return None
     try:
         at = email.utils.parsedate_to_datetime(value)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return None
     return at if at.tzinfo else at.replace(tzinfo=UTC)  # the asctime form names no zone; it is UTC
-
-
-def _request_id(response: httpx.Response) -> str | None:
-    found = response.headers.get("x-fal-request-id") or response.headers.get("x-request-id")
-    return found[:100] if found else None
 
 
 def _each(values: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -342,8 +348,10 @@ def _left(timeout: float | None) -> float:
 
 
 class _DeadlineStream(httpcore.NetworkStream):
-    def __init__(self, stream: httpcore.NetworkStream) -> None:
+    def __init__(self, stream: httpcore.NetworkStream, backend: _DeadlineBackend) -> None:
         self._stream = stream
+        self._backend = backend
+        backend.watch(stream)
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         return self._stream.read(max_bytes, _left(timeout))
@@ -360,7 +368,9 @@ class _DeadlineStream(httpcore.NetworkStream):
         server_hostname: str | None = None,
         timeout: float | None = None,
     ) -> httpcore.NetworkStream:
-        return _DeadlineStream(self._stream.start_tls(ssl_context, server_hostname, _left(timeout)))
+        # TLS has a socket of its own; the plain one is detached.
+        stream = self._stream.start_tls(ssl_context, server_hostname, _left(timeout))
+        return _DeadlineStream(stream, self._backend)
 
     def get_extra_info(self, info: str) -> Any:
         return self._stream.get_extra_info(info)
@@ -372,6 +382,7 @@ class _DeadlineBackend(httpcore.NetworkBackend):
     def __init__(self, stop: threading.Event) -> None:
         self._stop = stop
         self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+        self._lock = threading.Lock()
         self._backend = httpcore.SyncBackend()
 
     def connect_tcp(
@@ -383,15 +394,21 @@ class _DeadlineBackend(httpcore.NetworkBackend):
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.NetworkStream:
         stream = self._backend.connect_tcp(host, port, _left(timeout), local_address, socket_options)
-        self._sockets.add(stream.get_extra_info("socket"))
-        if self._stop.is_set():  # after the sockets were shut, or while they are
+        return _DeadlineStream(stream, self)
+
+    def watch(self, stream: httpcore.NetworkStream) -> None:
+        """Keep the stream's socket, to be shut when the client stops; none opens after that."""
+        with self._lock:
+            self._sockets.add(stream.get_extra_info("socket"))
+        if self._stop.is_set():
             stream.close()
             raise httpcore.ConnectError("stopped")
-        return _DeadlineStream(stream)
 
     def shut_down(self) -> None:
         """Wake every thread that waits for a byte: its read ends with an error."""
-        for open_socket in list(self._sockets):
+        with self._lock:
+            open_sockets = list(self._sockets)
+        for open_socket in open_sockets:
             try:
                 open_socket.shutdown(socket.SHUT_RDWR)
             except OSError:
@@ -400,7 +417,10 @@ class _DeadlineBackend(httpcore.NetworkBackend):
 
 def _transport(settings: Settings, backend: httpcore.NetworkBackend) -> httpx.HTTPTransport:
     """Httpx's own transport over our sockets: TLS always verified, a proxy only when set."""
-    tls = ssl.create_default_context(cafile=str(settings.ca_file) if settings.ca_file else None)
+    try:
+        tls = ssl.create_default_context(cafile=str(settings.ca_file) if settings.ca_file else None)
+    except OSError as error:  # an ssl.SSLError is one
+        raise SettingsError(f"FALETL_CA_FILE: no CA certificates there ({error.strerror})") from None
     transport = httpx.HTTPTransport(verify=tls, trust_env=False)
     transport._pool.close()  # httpx 0.28 has no public way to name the network backend
     proxy = settings.proxy.get_secret_value() if settings.proxy else None

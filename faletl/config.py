@@ -17,6 +17,11 @@ from faletl.errors import SettingsError
 
 REDACTED = "[key]"
 
+_URL = re.compile(
+    r"https?://(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9-]{1,63}(\.[A-Za-z0-9-]{1,63})*\.?)"
+    r"(:(?P<port>\d{1,5}))?(/[A-Za-z0-9._~/-]*)?"
+)
+
 
 class Settings(BaseSettings):
     """Everything a run can be told, by environment variable (README, "Settings").
@@ -28,7 +33,6 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         extra="ignore",
         frozen=True,
-        populate_by_name=True,
         hide_input_in_errors=True,
         env_ignore_empty=True,
     )
@@ -55,7 +59,8 @@ class Settings(BaseSettings):
     def load(cls, **given: object) -> Self:
         """Settings from the environment; `given` wins over it. Empty variables count as unset."""
         try:
-            return cls(**given)  # type: ignore[arg-type]  # pydantic converts
+            # By its variable's name only: a field's own name, say API_URL, must not be read as one.
+            return cls(**{_variable(name): value for name, value in given.items()})  # type: ignore[arg-type]
         except pydantic.ValidationError as error:
             first = error.errors(include_input=False, include_url=False, include_context=False)[0]
             name = str(first["loc"][0]) if first["loc"] else "settings"
@@ -84,13 +89,12 @@ class Settings(BaseSettings):
     @field_validator("api_url")
     @classmethod
     def _url_is_plain(cls, url: str) -> str:
-        parts = urlsplit(url.strip())
-        if parts.scheme not in ("https", "http") or not parts.hostname:
-            raise ValueError("must be an https:// URL, such as https://api.fal.ai/v1")
-        if parts.username or parts.password or parts.query or parts.fragment:
-            raise ValueError("must hold no user, password, query or fragment")
-        if not parts.hostname.isascii():
-            raise ValueError("the host name must be plain ASCII")
+        found = _URL.fullmatch(url.strip())
+        if found is None or int(found["port"] or 0) > 65535:
+            raise ValueError(
+                "must be a URL such as https://api.fal.ai/v1: a plain ASCII host, no user, password, "
+                "query or fragment"
+            )
         return url.strip().rstrip("/")
 
     @field_validator("memory")
@@ -116,6 +120,13 @@ class Settings(BaseSettings):
                 "or set FALETL_ALLOW_HTTP=1 if you mean it"
             )
         return self
+
+    @field_validator("proxy")
+    @classmethod
+    def _proxy_is_http(cls, proxy: SecretStr | None) -> SecretStr | None:
+        if proxy is not None and not proxy.get_secret_value().startswith(("http://", "https://")):
+            raise ValueError("must be an http:// or https:// URL")
+        return proxy
 
     def key_for(self, *, metrics: bool = False) -> str | None:
         """The key that reads this kind of data, or None when none is set."""
@@ -158,6 +169,10 @@ class Settings(BaseSettings):
                     coded = base64.b64encode(b"\0" * lead + text.encode()).decode()
                     forms.add(coded[4 if lead else 0 : len(coded) // 4 * 4 - 4])
         return [form.encode() for form in sorted(forms, key=len, reverse=True) if len(form) >= 8]
+
+
+def _variable(field: str) -> str:
+    return str(Settings.model_fields[field].validation_alias)
 
 
 def _is_loopback(host: str) -> bool:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
 
 from faletl import __version__, landing
 from faletl.client import FalClient, Params
@@ -83,12 +84,17 @@ def fetch_window(
                 attempt.close()
         raise AssertionError("unreachable")
     except KeyRefusedError as error:
+        is_metrics = resource.uses_metrics_key and settings.metrics_key
         raise KeyRefusedError(
-            f"{error.message}; {resource.name} needs {resource.permission} (preset {resource.presets})",
+            f"{error.message}; check {'FAL_METRICS_KEY' if is_metrics else 'FAL_KEY'}: {resource.name} "
+            f"needs {resource.permission} (preset {resource.presets})",
             **error.facts,
         ).at(resource=resource.name, window=str(window)) from None
     except FaletlError as error:
         raise error.at(resource=resource.name, window=str(window)) from None
+    except OSError as error:
+        failed = landing.storage_error(error, Path(error.filename or settings.landing))
+        raise failed.at(resource=resource.name, window=str(window)) from None
 
 
 def _fetch(

@@ -24,9 +24,10 @@ import msgspec
 import zstandard
 
 from faletl.client import Params
-from faletl.config import Settings
-from faletl.errors import StorageError, TamperedError
+from faletl.config import REDACTED, Settings
+from faletl.errors import StorageError, TamperedError, UsageError
 from faletl.pages import Page
+from faletl.resources import RESOURCES
 from faletl.windows import Window
 
 FORMAT = 1
@@ -105,10 +106,10 @@ class Landed(msgspec.Struct, frozen=True):
         Raises:
             TamperedError: the file is gone, or is not the one that was landed.
         """
-        path = self.folder / page.file
+        path = self.folder / Path(page.file).name
         try:
             content = path.read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):
             content = b""
         if hashlib.sha256(content).hexdigest() != page.sha256:
             raise TamperedError(
@@ -139,6 +140,7 @@ class Attempt:
                 body = zstandard.ZstdDecompressor().decompress(path.read_bytes())
             except (FileNotFoundError, zstandard.ZstdError):
                 return  # ask fal from here on
+            self._redacted += REDACTED.encode() in body
             yield body
 
     def land(self, label: str, params: Params, page: Page) -> LandedPage:
@@ -175,8 +177,8 @@ class Attempt:
 
     def discard(self) -> None:
         """Forget the read."""
-        self._lock.release()
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.release()
 
 
 def begin(settings: Settings, account: str, resource: str, window: Window, at: datetime) -> Attempt:
@@ -184,9 +186,9 @@ def begin(settings: Settings, account: str, resource: str, window: Window, at: d
     load_id = f"{at.astimezone(UTC).strftime(_STAMP)}-{secrets.token_hex(3)}"
     folder = _window_folder(settings, account, resource, window) / load_id
     try:
-        folder.mkdir(mode=0o700, parents=True)
+        _make_private(folder)
     except OSError as error:
-        raise _storage_error(error, folder) from None
+        raise storage_error(error, folder) from None
     return Attempt(folder, settings)
 
 
@@ -199,25 +201,38 @@ def resume(
         if (folder / MANIFEST).exists() or _started_at(folder.name) < since:
             return None
         try:
-            return Attempt(folder, settings)
+            attempt = Attempt(folder, settings)
         except filelock.Timeout:
             continue
+        if not (folder / MANIFEST).exists():
+            return attempt
+        attempt.close()  # it was finished just now
+        return None
     return None
 
 
-def complete_reads(settings: Settings) -> Iterator[Landed]:
-    """Every complete read, oldest first within each window."""
-    root = Path(settings.landing)
-    for path in sorted(root.glob(f"*/*/*/*/{MANIFEST}")):
-        yield open_read(path.parent)
+def complete_reads(settings: Settings) -> Iterator[Path]:
+    """The folder of every complete read, oldest first within each window."""
+    for path in sorted(Path(settings.landing).glob(f"*/*/*/*/{MANIFEST}")):
+        yield path.parent
 
 
 def open_read(folder: Path) -> Landed:
-    """The complete read in that folder; raises TamperedError when its manifest is not ours."""
+    """The complete read in that folder.
+
+    Raises:
+        TamperedError: its manifest is not one of ours.
+        UsageError: it was landed by a newer faletl.
+    """
+    path = folder / MANIFEST
     try:
-        return Landed(folder, msgspec.json.decode((folder / MANIFEST).read_bytes(), type=Manifest))
-    except (OSError, msgspec.MsgspecError) as error:
-        raise TamperedError(f"{folder / MANIFEST} cannot be read: {error}") from None
+        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+        _ = manifest.window  # raises ValueError for one that cannot be
+    except (OSError, ValueError, msgspec.MsgspecError) as error:
+        raise TamperedError(f"{path} cannot be read: {error}") from None
+    if manifest.format > FORMAT or manifest.resource not in RESOURCES:
+        raise UsageError(f"{path} was landed by faletl {manifest.faletl_version}; upgrade faletl")
+    return Landed(folder, manifest)
 
 
 def relative_path(settings: Settings, folder: Path) -> str:
@@ -243,7 +258,7 @@ def write_durably(path: Path, content: bytes) -> None:
         part.rename(path)
         sync_folder(path.parent)
     except OSError as error:
-        raise _storage_error(error, path) from None
+        raise storage_error(error, path) from None
 
 
 def sync_folder(folder: Path) -> None:
@@ -265,6 +280,13 @@ def _window_folder(settings: Settings, account: str, resource: str, window: Wind
     return Path(settings.landing) / _slug(account) / resource / window.day.isoformat()
 
 
+def _make_private(folder: Path) -> None:
+    """Make the folder and those above it, for this user only."""
+    if not folder.parent.exists():
+        _make_private(folder.parent)
+    folder.mkdir(mode=0o700, exist_ok=True)
+
+
 def _load_folders(parent: Path) -> list[Path]:
     found = parent.iterdir() if parent.is_dir() else ()
     return [path for path in found if _LOAD_ID.fullmatch(path.name)]
@@ -282,7 +304,8 @@ def _slug(label: str) -> str:
     return f"{readable or 'account'}.{hashlib.sha256(label.encode()).hexdigest()[:12]}"
 
 
-def _storage_error(error: OSError, path: Path) -> StorageError:
+def storage_error(error: OSError, path: Path) -> StorageError:
+    """The error for a disk that refuses, with the room that is left there."""
     try:
         free = shutil.disk_usage(path.parent if path.parent.exists() else Path()).free
     except OSError:

@@ -84,7 +84,7 @@ def _replace(settings: Settings, warehouse: Warehouse, lease: Lease, staged: Sta
             sa.update(LOADS)
             .where(LOADS.c.load_id == held["load_id"])
             .values(
-                last_read_at=max(held["last_read_at"], manifest.started_at),
+                last_read_at=manifest.started_at,
                 last_fencing_token=lease.token,
                 window_end=manifest.window_end,
                 proof=staged.proof,
@@ -167,6 +167,7 @@ def _enter(settings: Settings, lease: Lease, staged: Staged) -> None:
             window_end=manifest.window_end,
             pages=len(manifest.pages("rows")),
             rows=staged.rows,
+            cost_total=Decimal(staged.cost_total),
             digest=staged.digest,
             proof=staged.proof,
             dropped_rows=staged.dropped_rows,

@@ -93,7 +93,27 @@ def checks() -> dict[str, str]:
         for model in models()
         if (key := ", ".join(model.grain))
     }
-    return written | grains
+    ledgers = {f"loads of {table.fullname}": _ledger_check(name, table) for name, table in RAW.items()}
+    return written | grains | ledgers
+
+
+def _ledger_check(resource: str, table: sa.Table) -> str:
+    """What the ledger calls current stands in the raw table, row for row, and nothing else does."""
+    cost = "sum(cost_total)" if "cost_total" in table.c else "0"
+    return f"""
+        with held as (
+            select _account, _load_id, count(*) as held_rows, {cost} as held_cost
+            from {table.fullname} group by _account, _load_id
+        ),
+        entered as (
+            select account, load_id, rows as entered_rows, cost_total as entered_cost
+            from ops.loads where resource = '{resource}' and is_current
+        )
+        select load_id, _load_id, held_rows, entered_rows, held_cost, entered_cost
+        from held full join entered on _account = account and _load_id = load_id
+        where coalesce(held_rows, 0) <> coalesce(entered_rows, 0)
+            or coalesce(held_cost, 0) <> coalesce(entered_cost, 0)
+    """
 
 
 def translate(sql: str, dialect: str) -> str:

@@ -15,6 +15,9 @@ from decimal import ROUND_HALF_EVEN, Context, Decimal
 PRECISION = 38
 SCALE = 12
 DOUBLE_DIGITS = 15
+LONGEST = 1000
+"""Characters of a number that could still be meant."""
+
 DECIMAL_TYPE = f"decimal({PRECISION},{SCALE})"
 
 # What DuckDB casts to DECIMAL(38,12) without losing a digit.
@@ -32,7 +35,7 @@ def exact_text(number: str) -> tuple[str, bool]:
     Returns the text, and whether binary noise was rounded off it. A number that cannot be held comes
     back as it was given: it does not match `EXACT_TEXT`, and so the staging step refuses it by name.
     """
-    if _exact.fullmatch(number) or not _number.fullmatch(number):
+    if _exact.fullmatch(number) or not _number.fullmatch(number) or len(number) > LONGEST:
         return number, False
     value = _WIDE.create_decimal(number)
     rounded = value.quantize(_QUANTUM, context=_WIDE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +18,7 @@ log = logging.getLogger(__name__)
 
 MAX_PAGES = 100_000
 
+_NUL = re.compile(rb"(?<!\\)(\\\\)*\\u0000")  # not an escaped backslash before u0000
 BOM = b"\xef\xbb\xbf"
 
 
@@ -44,7 +46,7 @@ def read_envelope(body: bytes, rows_path: tuple[str, ...]) -> tuple[int, str | N
         raise ContractError(f"fal's answer is not what was asked for: {error}") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise MalformedBodyError(f"the answer is no whole JSON document ({error})") from None
-    if b"\\u0000" in body:
+    if b"\\u0000" in body and _NUL.search(body):
         raise ContractError("fal's answer holds a NUL character")
     if not rows_path:
         return 1, None
@@ -77,6 +79,11 @@ def walk(
     cursor: str | None = None
     for number in range(1, MAX_PAGES + 1):
         body = next(landed, None)
+        if body is not None:
+            try:
+                answer, (rows, following) = Answer(body, None), read_envelope(body, rows_path)
+            except (MalformedBodyError, ContractError):
+                body, landed = None, iter(())  # ask fal from here on
         is_new = body is None
         if body is None:
             answer, (rows, following) = client.get(
@@ -85,8 +92,6 @@ def walk(
                 lambda body: read_envelope(body, rows_path),
                 metrics=metrics,
             )
-        else:
-            answer, (rows, following) = Answer(body, None), read_envelope(body, rows_path)
         yield Page(number, answer.body, answer.request_id, rows, following), is_new
         if following is None:
             return

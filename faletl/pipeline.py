@@ -32,7 +32,6 @@ from faletl.errors import (
     KeyRefusedError,
     UnprovenError,
     UsageError,
-    WarehouseError,
 )
 from faletl.extract import Origin, fetch_window
 from faletl.landing import Landed
@@ -54,6 +53,10 @@ log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 """Told what is under way, how many of its windows are done, and of how many."""
+
+
+OPTIONAL = frozenset({"credits"})
+"""Resources that a key may be refused without ending the run, unless they are asked for by name."""
 
 
 def _silent(_what: str, _done: int, _of: int) -> None: ...
@@ -168,7 +171,7 @@ def load(
     warehouse = open_warehouse(settings)
     waiting = [
         landed
-        for landed in _not_loaded(settings, warehouse)
+        for landed in _not_loaded(settings, warehouse, report)
         if _is_wanted(landed.manifest.resource, landed.manifest.window, start, end, resources)
     ]
     with tempfile.TemporaryDirectory(prefix="faletl-") as scratch:
@@ -280,8 +283,7 @@ def _extracted(
     """
     now = datetime.now(UTC)
     with FalClient(settings) as client, tempfile.TemporaryDirectory(prefix="faletl-") as scratch:
-        label, is_credits_refused = _account(client, settings)
-        report.account = label
+        label = report.account = _account(client, settings)
         with warehouse.reading() as connection:
             reads = {
                 name: reads_by_day(connection, label, name) if connection is not None else {}
@@ -292,16 +294,17 @@ def _extracted(
                 first_days |= horizons(connection, label)
             token = _fencing_token(connection)
         tasks = plan(reads, first_days, now, start=start, end=end, resources=resources)
-        if is_credits_refused and "credits" not in resources:
-            tasks = [task for task in tasks if task.resource.name != "credits"]
-            log.warning("fal lets this key read no account data: credits are skipped, and the "
-                        "account is called %r", label)  # fmt: skip
         seen_ids: set[str] = set()
-
+        optional = OPTIONAL - set(resources)
         origin = Origin(label, report.run_id, token, _first_planned(tasks))
 
         def work(task: Task) -> Staged:
-            return _prove_or_reread(client, settings, task, Path(scratch), origin)
+            try:
+                return _prove_or_reread(client, settings, task, Path(scratch), origin)
+            except KeyRefusedError:
+                if task.resource.name not in optional:
+                    client.stop()  # no other thread needs to hear it too
+                raise
 
         done = 0
         for is_by_ids in (False, True):
@@ -310,7 +313,7 @@ def _extracted(
                 with warehouse.reading() as connection:
                     wave = [_with_ids(connection, label, task, now, seen_ids) for task in wave]
                 wave = [task for task in wave if task.ids]
-            for batch, count in _worked(client, settings.parallel, wave, work, report):
+            for batch, count in _worked(client, settings, wave, work, report, optional):
                 done += count
                 progress("extracting", done, len(tasks))
                 seen_ids.update(*(staged.endpoint_ids for staged in batch))
@@ -320,20 +323,21 @@ def _extracted(
 
 def _worked(
     client: FalClient,
-    parallel: int,
+    settings: Settings,
     tasks: list[Task],
     work: Callable[[Task], Staged],
     report: Report,
+    optional: Collection[str],
 ) -> Iterator[tuple[list[Staged], int]]:
     """Work on several tasks at a time; yield what finished, with how many tasks ended.
 
     Only a few tasks are begun ahead of what was taken, so that finished windows do not pile up.
     """
     waiting, running = deque(tasks), dict[Future[Staged], Task]()
-    pool = ThreadPoolExecutor(parallel, thread_name_prefix="extract")
+    pool = ThreadPoolExecutor(settings.parallel, thread_name_prefix="extract")
     try:
         while waiting or running:
-            while waiting and len(running) < 2 * parallel:
+            while waiting and len(running) < 2 * settings.parallel:
                 task = waiting.popleft()
                 running[pool.submit(work, task)] = task
             ended, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -344,8 +348,10 @@ def _worked(
                     batch.append(future.result())
                 except StoppedError:
                     continue  # the key was refused to another window, which tells
-                except KeyRefusedError:
-                    raise
+                except KeyRefusedError as error:
+                    if task.resource.name not in optional:
+                        raise
+                    log.warning("%s; it is skipped", error)
                 except FaletlError as error:
                     report.failures.append((task, error))
             yield batch, len(ended)
@@ -361,13 +367,9 @@ def _prove_or_reread(
 ) -> Staged:
     """Fetch and stage; where the rows do not add up, once more: pages may have shifted."""
     for again in (False, True):
-        try:
-            landed = fetch_window(
-                client, settings, task.resource, task.window, origin=origin, ids=task.ids, again=again
-            )
-        except KeyRefusedError:
-            client.stop()  # no other thread needs to hear it too
-            raise
+        landed = fetch_window(
+            client, settings, task.resource, task.window, origin=origin, ids=task.ids, again=again
+        )
         try:
             return stage_window(settings, landed, scratch)
         except UnprovenError as error:
@@ -417,18 +419,18 @@ def _first_planned(tasks: list[Task]) -> dict[str, date]:
     return first
 
 
-def _account(client: FalClient, settings: Settings) -> tuple[str, bool]:
-    """The account's label, and whether fal refused to tell it.
+def _account(client: FalClient, settings: Settings) -> str:
+    """The account's label.
 
     Only a refusal makes it `default`: one bad minute must not make a second account.
     """
     if settings.account:
-        return settings.account, False
+        return settings.account
     try:
         _, label = client.get("/account/billing", {"expand": ("credits",)}, _read_username)
     except KeyRefusedError:
-        return "default", True
-    return label, False
+        return "default"
+    return label
 
 
 def _read_username(body: bytes) -> str:
@@ -487,7 +489,7 @@ def _record_failures(warehouse: Warehouse, report: Report) -> None:
     failed = [(task, error) for task, error in report.failures if task is not None]
     if not failed or report.account is None:
         return
-    with suppress(WarehouseError), warehouse.lease(f"faletl, run {report.run_id}") as lease:
+    with suppress(FaletlError), warehouse.lease(f"faletl, run {report.run_id}") as lease:
         for task, error in failed:
             record_failure(
                 lease, error, account=report.account, resource=task.resource.name,
@@ -495,12 +497,17 @@ def _record_failures(warehouse: Warehouse, report: Report) -> None:
             )  # fmt: skip
 
 
-def _not_loaded(settings: Settings, warehouse: Warehouse) -> list[Landed]:
+def _not_loaded(settings: Settings, warehouse: Warehouse, report: Report) -> list[Landed]:
     """Complete reads that are newer than what is loaded; of a day only its newest."""
     with warehouse.reading() as connection:
         loaded = loaded_reads(connection) if connection is not None else {}
     newest: dict[tuple[str, ...], Landed] = {}
-    for landed in landing.complete_reads(settings):
+    for folder in landing.complete_reads(settings):
+        try:
+            landed = landing.open_read(folder)
+        except FaletlError as error:
+            report.failures.append((None, error))
+            continue
         manifest = landed.manifest
         key = (manifest.account, manifest.resource, manifest.window.day.isoformat())
         read_at = loaded.get((manifest.account, manifest.resource, manifest.window.day))

@@ -134,13 +134,18 @@ def _doubtful_rows(
     connection: duckdb.DuckDBPyConnection, landed: Landed, resource: Resource, path: Path
 ) -> int:
     """Count and warn about rows that are kept as fal sent them though something is odd about them."""
-    for doubt, predicate in resource.doubts.items():
-        found = _count(connection, f"select count(*) from {_quoted(path)} where {predicate}")
+    if not resource.doubts:
+        return 0
+    each = ", ".join(f"count(*) filter (where {predicate})" for predicate in resource.doubts.values())
+    any_of_them = " or ".join(f"({predicate})" for predicate in resource.doubts.values())
+    counts = connection.execute(
+        f"select count(*) filter (where {any_of_them}), {each} from {_quoted(path)}"
+    ).fetchone() or (0,)
+    for doubt, found in zip(resource.doubts, counts[1:], strict=True):
         if found:
             log.warning("%s, window %s: %d rows are kept as they are, but %s",
                         resource.name, landed.manifest.window, found, doubt)  # fmt: skip
-    any_doubt = " or ".join(f"({predicate})" for predicate in resource.doubts.values()) or "false"
-    return _count(connection, f"select count(*) from {_quoted(path)} where {any_doubt}")
+    return int(counts[0])
 
 
 def _engine(settings: Settings, scratch: Path) -> duckdb.DuckDBPyConnection:
@@ -246,7 +251,7 @@ def _records(
         document = msgspec.json.Decoder(float_hook=exact).decode(body.removeprefix(BOM))
         if body.count(b'":') != msgspec.json.encode(document).count(b'":'):
             json.loads(body.removeprefix(BOM), object_pairs_hook=_refuse_twice)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise ContractError(f"fal's answer cannot be read: {error}") from None
     if not rows_path:
         return [document], rounded

@@ -8,12 +8,12 @@ closing the file is one lease.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import socket
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import duckdb
 import filelock
 import sqlalchemy as sa
+import tenacity
 
 from faletl.config import Settings
 from faletl.errors import (
@@ -33,6 +34,8 @@ from faletl.errors import (
 from faletl.landing import sync_folder
 from faletl.warehouse import Lease, tables
 from faletl.windows import instant
+
+log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.2
 
@@ -80,7 +83,7 @@ class DuckDBWarehouse:
         with self._lock(holder, self._settings.lock_seconds):
             if not self._path.exists():
                 self._create()
-            with self._connected() as connection:
+            with self._opened() as connection:
                 yield Lease(connection, self._take_token(connection, holder))
 
     @contextmanager
@@ -91,7 +94,7 @@ class DuckDBWarehouse:
             return
         with (
             self._lock("a reader", self._settings.lock_seconds if wait else 0),
-            self._connected(read_only=True) as connection,
+            self._opened(read_only=True) as connection,
         ):
             _check_version(connection, self._path)
             yield connection
@@ -106,7 +109,9 @@ class DuckDBWarehouse:
         """Write the rows of a reader's query to a Parquet file; see the protocol."""
         with self._confined(path) as connection:
             if connection is not None:
-                connection.exec_driver_sql(f"copy ({query}) to {_quoted(path)} (format parquet)")
+                connection.exec_driver_sql(
+                    f"copy (\n{query.rstrip().rstrip(';')}\n) to {_quoted(path)} (format parquet)"
+                )
         return connection is not None
 
     @contextmanager
@@ -115,12 +120,15 @@ class DuckDBWarehouse:
         if not self._published.exists():
             yield None
             return
-        with _connected(self._published, self._settings, read_only=True) as connection:
+        connection = _connect(self._published, self._settings, read_only=True)
+        try:
             if writable is not None:
                 connection.exec_driver_sql(f"set allowed_paths = [{_quoted(writable)}]")
             connection.exec_driver_sql("set enable_external_access = false")
             connection.exec_driver_sql("set lock_configuration = true")
             yield connection
+        finally:
+            connection.close()
 
     def take_in(self, connection: sa.Connection, table: sa.Table, rows: Path) -> None:
         """Insert a staged Parquet file; see the protocol."""
@@ -136,9 +144,8 @@ class DuckDBWarehouse:
         loaded = connection.execute(sa.select(tables.WAREHOUSE.c.data_version)).scalar_one()
         if build is None or build[1] != loaded:
             raise WarehouseError("not all that is loaded is built; run faletl build first")
-        with self.published() as shown:
-            if shown is not None and _newest_build(shown) == build:
-                return None
+        if self._shown_build() == build:
+            return None
         connection.commit()
         connection.exec_driver_sql("checkpoint")
         # The database must be closed here: closing any other handle on its file would drop DuckDB's
@@ -158,6 +165,19 @@ class DuckDBWarehouse:
             raise StorageError(f"cannot publish {self._published}: {error.strerror}") from None
         return self._published
 
+    def _shown_build(self) -> tuple[str, int] | None:
+        """The build that readers have; a copy of ours that is damaged counts as none."""
+        try:
+            with self.published() as shown:
+                return _newest_build(shown) if shown is not None else None
+        except (TamperedError, sa.exc.DBAPIError):
+            if not _is_duckdb(self._published):
+                raise SettingsError(
+                    f"FALETL_PUBLISH: {self._published} is no DuckDB file; faletl does not replace it"
+                ) from None
+        log.warning("the published copy %s is damaged; it is made anew", self._published)
+        return None
+
     def _create(self) -> None:
         """Make the file under another name first: a kill must not leave one that cannot be opened."""
         part = self._path.with_name(f".{self._path.name}.new")
@@ -172,7 +192,7 @@ class DuckDBWarehouse:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             part.unlink(missing_ok=True)
             part_wal.unlink(missing_ok=True)
-            with _connected(part, self._settings) as connection, connection.begin():
+            with _closing(_connect(part, self._settings)) as connection, connection.begin():
                 _create_tables(connection)
             part.chmod(0o600)
             _sync_file(part)
@@ -216,33 +236,27 @@ class DuckDBWarehouse:
                 "host": socket.gethostname(),
                 "since": instant(datetime.now(UTC).replace(microsecond=0)),
             }
-            told.write_text(json.dumps(by), "utf-8")
+            with suppress(OSError):  # it only tells others who holds the lock
+                told.write_text(json.dumps(by), "utf-8")
             yield
         finally:
-            told.unlink(missing_ok=True)
+            with suppress(OSError):
+                told.unlink(missing_ok=True)
             lock.release()
 
-    @contextmanager
-    def _connected(self, *, read_only: bool = False) -> Iterator[sa.Connection]:
-        until = time.monotonic() + self._settings.lock_seconds
-        while True:
-            try:
-                connecting = _connected(self._path, self._settings, read_only=read_only)
-                connection = connecting.__enter__()
-                break
-            except WarehouseBusyError:
-                if time.monotonic() > until:
-                    raise
-                time.sleep(_POLL_SECONDS)
-        try:
-            yield connection
-        finally:
-            connecting.__exit__(None, None, None)
+    def _opened(self, *, read_only: bool = False) -> AbstractContextManager[sa.Connection]:
+        """A connection to the warehouse; waits while a foreign program has the file open."""
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(WarehouseBusyError),
+            stop=tenacity.stop_after_delay(self._settings.lock_seconds),
+            wait=tenacity.wait_fixed(_POLL_SECONDS),
+            reraise=True,
+        )
+        return _closing(retrying(_connect, self._path, self._settings, read_only=read_only))
 
 
-@contextmanager
-def _connected(path: Path, settings: Settings, *, read_only: bool = False) -> Iterator[sa.Connection]:
-    """A connection to a DuckDB file; what DuckDB says on opening becomes an error of ours."""
+def _connect(path: Path, settings: Settings, *, read_only: bool = False) -> sa.Connection:
+    """Connect to a DuckDB file; what DuckDB says on opening becomes an error of ours."""
     engine = sa.create_engine(
         sa.URL.create("duckdb", database=str(path)),
         poolclass=sa.pool.NullPool,
@@ -262,11 +276,19 @@ def _connected(path: Path, settings: Settings, *, read_only: bool = False) -> It
         connection.commit()
     except (sa.exc.DBAPIError, duckdb.Error) as error:
         raise _opening_error(path, error) from None
+    return connection
+
+
+@contextmanager
+def _closing(connection: sa.Connection) -> Iterator[sa.Connection]:
+    """Close the connection at the end; an error of the database becomes one of ours."""
     try:
         yield connection
+    except sa.exc.DBAPIError as error:
+        said = str(error.orig).splitlines()[0]
+        raise WarehouseError(f"the warehouse failed: {said}; nothing half-done was kept") from None
     finally:
         connection.close()
-        engine.dispose()
 
 
 def _with_literals(
@@ -288,7 +310,7 @@ def _with_literals(
 
 def _opening_error(path: Path, error: Exception) -> WarehouseError | TamperedError:
     said = str(getattr(error, "orig", error)).splitlines()[0]
-    if "lock" in said.lower():
+    if "could not set lock" in said.lower():
         return WarehouseBusyError(f"another program has {path} open ({said}); close it there")
     return TamperedError(
         f"{path} cannot be opened as a DuckDB warehouse ({said}); restore it, or move it away and "
@@ -338,6 +360,11 @@ def _sync_file(path: Path) -> None:
 
 def _quoted(path: Path) -> str:
     return "'" + str(path).replace("'", "''") + "'"
+
+
+def _is_duckdb(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(12)[8:] == b"DUCK"
 
 
 def _told(path: Path) -> str:

@@ -103,6 +103,10 @@ LOADS = _ops_table(
     window_end=(_AT, "end of the window, exclusive; equal to the start for a snapshot"),
     pages=(_COUNT, "pages that hold the rows"),
     rows=(_COUNT, "rows loaded"),
+    cost_total=(
+        sa.Numeric(PRECISION, SCALE),
+        "sum of what fal charged; 0 where the rows hold no charge",
+    ),
     digest=(_TEXT, "fingerprint of the rows, whatever their order"),
     proof=(_TEXT, "how completeness was shown: summary, two walks, none; differs on an open day"),
     dropped_rows=(_COUNT, "rows that fal sent from outside the window"),

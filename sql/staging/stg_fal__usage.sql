@@ -16,7 +16,7 @@ select
     unit,
     unit_price,
     percent_discount,
-    coalesce(currency, 'XXX') as currency,  -- ISO 4217 code of every amount in the row; XXX when fal gave none
+    coalesce(nullif(currency, ''), 'XXX') as currency,  -- ISO 4217 code of every amount; XXX when fal gave none
     case
         when api_key_id is not null then 'key:' || api_key_id
         when login_username is not null then 'user:' || login_username

@@ -743,11 +743,14 @@ def test_a_deadline_is_that_of_one_try_and_not_of_all(monkeypatch: pytest.Monkey
         assert ask(server.url)[0].body == BODY
 
 
+@pytest.mark.parametrize("is_secured", [False, True])
 @pytest.mark.parametrize("speak", [hang, hang_in_the_body, *SLOW])
-def test_a_client_that_is_stopped_ends_what_is_under_way_and_asks_no_more(speak: Speak) -> None:
+def test_a_client_that_is_stopped_ends_what_is_under_way_and_asks_no_more(
+    speak: Speak, is_secured: bool, authority: trustme.CA, ca_file: Path
+) -> None:
     with (
-        RawServer(speak) as server,
-        FalClient(settings_of(server.url)) as client,
+        RawServer(speak, tls=tls_of(authority) if is_secured else None) as server,
+        FalClient(settings_of(server.url, ca_file=ca_file)) as client,
         ThreadPoolExecutor() as pool,
     ):
         futures = [pool.submit(client.get, "/models", {}, read) for _ in range(3)]

@@ -257,7 +257,7 @@ def test_another_document_than_was_asked_for_is_refused_at_once(
         assert len(sandbox.requests) == 1
     assert caught.value.facts["resource"] == resource.name
     assert caught.value.exit_code == 3
-    assert list(landing.complete_reads(given)) == []
+    assert list(map(landing.open_read, landing.complete_reads(given))) == []
 
 
 @pytest.mark.parametrize(
@@ -559,7 +559,9 @@ def test_a_cursor_that_expired_starts_the_read_over_once(
     assert asked.count(None) == 2
     assert len(asked) == 3 + len(whole)
     assert "starting over" in caplog.text
-    assert [read.folder for read in landing.complete_reads(given)] == [landed.folder]
+    assert [read.folder for read in map(landing.open_read, landing.complete_reads(given))] == [
+        landed.folder
+    ]
     assert list(landed.folder.parent.iterdir()) == [landed.folder]
 
 
@@ -572,7 +574,7 @@ def test_a_cursor_that_expires_again_ends_the_read(
         fetch(given, USAGE, DAY)
     assert len(asked) == 6
     assert (caught.value.facts["window"], caught.value.facts["page"]) == (str(DAY), 3)
-    assert list(landing.complete_reads(given)) == []
+    assert list(map(landing.open_read, landing.complete_reads(given))) == []
 
     small_pages.fault = None
     assert bodies(fetch(given, USAGE, DAY)) == whole
@@ -664,7 +666,7 @@ def test_no_id_is_asked_for_with_no_request(scripted: Sandbox, tmp_path: Path) -
 def test_a_complete_read_can_be_opened_again_as_it_was(sandbox: Sandbox, tmp_path: Path) -> None:
     given = settings_for(sandbox.url, tmp_path)
     landed = fetch(given, USAGE, DAY)
-    (read,) = landing.complete_reads(given)
+    (read,) = map(landing.open_read, landing.complete_reads(given))
     assert read == landed
     assert bodies(read) == bodies(landed)
     assert read.manifest.window == DAY
@@ -719,7 +721,7 @@ def test_a_manifest_that_is_none_is_told(content: bytes, sandbox: Sandbox, tmp_p
     landed = fetch(given)
     (landed.folder / landing.MANIFEST).write_bytes(content)
     with pytest.raises(TamperedError, match=r"manifest\.json"):
-        list(landing.complete_reads(given))
+        list(map(landing.open_read, landing.complete_reads(given)))
 
 
 LABELS = [
@@ -745,7 +747,9 @@ def test_no_account_label_leads_out_of_the_landing_folder_or_into_anothers(
     for level in (tmp_path, tmp_path / "a", tmp_path / "a" / "b", root):
         assert len(list(level.iterdir())) == 1
     assert {path.name for path in (root / "landing").iterdir()} == set(folders.values())
-    assert {read.manifest.account for read in landing.complete_reads(given)} == set(LABELS)
+    assert {
+        read.manifest.account for read in map(landing.open_read, landing.complete_reads(given))
+    } == set(LABELS)
 
 
 def test_only_the_owner_can_read_what_landed(sandbox: Sandbox, tmp_path: Path) -> None:

@@ -9,12 +9,13 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pytest
 import time_machine
 
 from faletl import pipeline
 from faletl.config import Settings
-from faletl.errors import DataRefusedError, UnprovenError
+from faletl.errors import CheckFailedError, DataRefusedError, UnprovenError
 from faletl.sandbox import BILLING_KEY, READONLY_KEY, Fault, Request, Sandbox
 from tests import truth
 from tests.conftest import Query, all_tables, ask, settings_for, total
@@ -508,3 +509,76 @@ def test_float_noise_is_rounded_and_counted(clock: time_machine.Traveller, tmp_p
     assert report.exit_code == 0, report.failures
     assert total(settings) == Decimal("0.3")
     assert ask(settings, "select sum(rounded_amounts) from ops.loads") == [(3,)]
+
+
+# --- Files that were damaged ----------------------------------------------------------------------
+
+
+def flip(path: Path, offset: int) -> None:
+    """Turn 64 bytes of the file over."""
+    path.chmod(0o600)
+    content = bytearray(path.read_bytes())
+    content[offset : offset + 64] = bytes(byte ^ 0xFF for byte in content[offset : offset + 64])
+    path.write_bytes(content)
+
+
+def test_a_damaged_warehouse_is_told_at_once_and_left_alone(
+    clock: time_machine.Traveller, settings: Settings, tmp_path: Path
+) -> None:
+    pipeline.run(settings)
+    flip(tmp_path / "warehouse.duckdb", 100)
+    damaged = (tmp_path / "warehouse.duckdb").read_bytes()
+    report = pipeline.run(settings)
+    assert report.exit_code == 4
+    assert "cannot be opened" in str(report.failures[0][1])
+    assert (tmp_path / "warehouse.duckdb").read_bytes() == damaged
+
+
+def test_a_damaged_published_copy_is_made_anew(
+    clock: time_machine.Traveller, settings: Settings, tmp_path: Path
+) -> None:
+    pipeline.run(settings)
+    before = total(settings)
+    flip(tmp_path / "spend.duckdb", 100)
+    assert pipeline.publish(settings).published == tmp_path / "spend.duckdb"
+    assert total(settings) == before
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "delete from raw.prices",
+        "delete from raw.credits",
+        "delete from raw.models where endpoint_id = 'fal-ai/flux/dev'",
+        "update raw.usage set cost_total = cost_total + 1",
+        "update ops.loads set is_current = false where resource = 'usage'",
+    ],
+)
+def test_a_warehouse_that_was_edited_by_hand_does_not_pass_its_checks(
+    damage: str, clock: time_machine.Traveller, settings: Settings, tmp_path: Path
+) -> None:
+    pipeline.run(settings)
+    before = all_tables(settings)
+    with duckdb.connect(str(tmp_path / "warehouse.duckdb")) as connection:
+        connection.execute(damage)
+    with pytest.raises(CheckFailedError, match="loads of raw"):
+        pipeline.build(settings, full=True)
+    assert all_tables(settings) == before
+
+
+@pytest.mark.parametrize("label", [None, "acme"])
+def test_a_key_that_may_not_read_the_account_skips_the_credits(
+    label: str | None, clock: time_machine.Traveller, account: Account, tmp_path: Path
+) -> None:
+    def refuse(request: Request) -> Fault | None:
+        return Fault(status=403) if request.path == "/account/billing" else None
+
+    with Sandbox(account, fault=refuse) as server:
+        settings = settings_for(server.url, tmp_path, account=label)
+        assert pipeline.run(settings).exit_code == 0
+        named = pipeline.run(settings, resources=["credits"])
+    spent = dict(
+        ask(settings, "select account, sum(cost_total) from reports.rpt_spend_daily group by 1")
+    )
+    assert spent == {label or "default": sum(one.cost_total for one in account.lines)}
+    assert named.exit_code == 2

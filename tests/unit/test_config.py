@@ -414,3 +414,10 @@ def test_a_short_secret_does_not_hide_innocent_words() -> None:
 
 def test_text_that_is_no_unicode_can_be_redacted() -> None:
     assert KEY not in Settings.isolated(key=KEY).redact(f"\ud800{KEY}\udfff")
+
+
+def test_a_field_is_never_read_from_a_variable_of_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        if name.upper() != str(Settings.model_fields[name].validation_alias):
+            monkeypatch.setenv(name.upper(), "77")
+    assert Settings.load() == Settings.isolated()
