@@ -183,13 +183,16 @@ class Attempt:
 
 def begin(settings: Settings, account: str, resource: str, window: Window, at: datetime) -> Attempt:
     """Open a new folder for a read of the window; raises StorageError."""
-    load_id = f"{at.astimezone(UTC).strftime(_STAMP)}-{secrets.token_hex(3)}"
-    folder = _window_folder(settings, account, resource, window) / load_id
-    try:
-        _make_private(folder)
-    except OSError as error:
-        raise storage_error(error, folder) from None
-    return Attempt(folder, settings)
+    while True:
+        load_id = f"{at.astimezone(UTC).strftime(_STAMP)}-{secrets.token_hex(3)}"
+        folder = _window_folder(settings, account, resource, window) / load_id
+        try:
+            _make_private(folder)
+            return Attempt(folder, settings)
+        except filelock.Timeout:
+            continue  # another run took the folder up before we locked it; it may have it
+        except OSError as error:
+            raise storage_error(error, folder) from None
 
 
 def resume(
