@@ -60,6 +60,7 @@ class Settings(BaseSettings):
         """Settings from the environment; `given` wins over it. Empty variables count as unset."""
         try:
             # By its variable's name only: a field's own name, say API_URL, must not be read as one.
+            # The type is ignored because pydantic converts what it is given.
             return cls(**{_variable(name): value for name, value in given.items()})  # type: ignore[arg-type]
         except pydantic.ValidationError as error:
             first = error.errors(include_input=False, include_url=False, include_context=False)[0]

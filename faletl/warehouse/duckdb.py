@@ -170,10 +170,11 @@ class DuckDBWarehouse:
         try:
             with self.published() as shown:
                 return _newest_build(shown) if shown is not None else None
-        except (TamperedError, sa.exc.DBAPIError):
-            if not _is_duckdb(self._published):
+        except (TamperedError, sa.exc.DBAPIError) as error:
+            # What opens but has no builds is a database of somebody else, as is what never was one.
+            if isinstance(error, sa.exc.DBAPIError) or not _is_duckdb(self._published):
                 raise SettingsError(
-                    f"FALETL_PUBLISH: {self._published} is no DuckDB file; faletl does not replace it"
+                    f"FALETL_PUBLISH: {self._published} is not faletl's, which does not replace it"
                 ) from None
         log.warning("the published copy %s is damaged; it is made anew", self._published)
         return None

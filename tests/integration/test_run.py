@@ -544,6 +544,17 @@ def test_a_damaged_published_copy_is_made_anew(
     assert total(settings) == before
 
 
+def test_a_database_of_somebody_else_is_never_published_over(
+    clock: time_machine.Traveller, settings: Settings, tmp_path: Path
+) -> None:
+    with duckdb.connect(str(tmp_path / "spend.duckdb")) as connection:
+        connection.execute("create table precious as select 1 as x")
+    report = pipeline.run(settings)
+    assert report.exit_code == 2
+    assert "FALETL_PUBLISH" in str(report.failures[0][1])
+    assert ask(settings, "from precious") == [(1,)]
+
+
 @pytest.mark.parametrize(
     "damage",
     [

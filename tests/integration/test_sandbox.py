@@ -527,7 +527,7 @@ def test_the_invented_team_is_plausible() -> None:
     lines = list(world.usage(start, start + timedelta(days=49)))
     spend: Counter[datetime] = Counter()
     for line in lines:
-        spend[line.hour.replace(hour=0)] += line.cost_total  # type: ignore[assignment]
+        spend[line.hour.replace(hour=0)] += line.cost_total  # type: ignore[assignment]  # starts at 0
     assert len(spend) == 49
     assert all(100 < total < 600 for total in spend.values())
     units: dict[str, set[str]] = {}
