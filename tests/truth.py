@@ -6,14 +6,15 @@ code than the warehouse's.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
-from decimal import ROUND_HALF_UP, Decimal, localcontext
+from decimal import ROUND_DOWN, ROUND_HALF_UP, Decimal, localcontext
 from fractions import Fraction
 from typing import Any
 
-from faletl.sandbox import Credential, UsageLine
+from faletl.sandbox import BillingEvent, Calls, Credential, UsageLine
 
 NOW = datetime(2026, 11, 23, 10, 30, tzinfo=UTC)
 KEY = Credential("backend", api_key_id="key-1")
@@ -55,10 +56,16 @@ def line(
 
 @dataclass
 class Account:
-    """What fal holds of one account; a `World` that a test changes between runs."""
+    """What fal holds of one account; a `World` that a test changes between runs.
+
+    Its charges and requests follow from the lines of usage, two charges and one request for each,
+    unless a test says otherwise; endpoints of `failing` have requests in each hour that only fail.
+    """
 
     account: str = "acme"
     lines: list[UsageLine] = field(default_factory=list)
+    events: list[BillingEvent] | None = None
+    failing: list[Calls] = field(default_factory=list)
     catalogue: list[dict[str, Any]] = field(default_factory=list)
     listed: dict[str, dict[str, Any]] = field(default_factory=dict)
     balance: Decimal = Decimal("24.5")
@@ -75,6 +82,20 @@ class Account:
         """The lines of the hours asked for."""
         return [one for one in self.lines if start <= one.hour < end]
 
+    def billing_events(self, start: datetime, end: datetime) -> Iterable[BillingEvent]:
+        """The charges of the instants asked for."""
+        events = self.events if self.events is not None else charges(self.lines)
+        return [one for one in events if start <= one.timestamp < end]
+
+    def calls(self, start: datetime, end: datetime) -> Iterable[Calls]:
+        """The requests of the hours asked for."""
+        hours = Counter((one.hour, one.endpoint_id) for one in self.lines)
+        succeeded = [
+            Calls(hour, endpoint_id, count, durations=tuple(map(Decimal, range(1, count + 1))))
+            for (hour, endpoint_id), count in hours.items()
+        ]
+        return [one for one in [*succeeded, *self.failing] if start <= one.hour < end]
+
     def credits(self) -> dict[str, Any]:
         """The balance."""
         return {"current_balance": self.balance, "currency": "USD"}
@@ -87,6 +108,36 @@ class Account:
             "unit": unit,
             "currency": "USD",
         }
+
+
+def charges(lines: Iterable[UsageLine]) -> list[BillingEvent]:
+    """Two charges of one request for each line in US dollars, with exact twins where lines are twins.
+
+    A third of a line that costs something goes to the first charge, in whole nano-dollars.
+    """
+    events = []
+    for one in lines:
+        if one.currency != "USD":
+            continue
+        with localcontext(prec=60):
+            first = (one.cost_total / 3).quantize(Decimal("1e-9"), rounding=ROUND_DOWN)
+            for part, cost in enumerate((first, one.cost_total - first)):
+                events.append(  # a comprehension would hide the split
+                    BillingEvent(
+                        timestamp=one.hour + timedelta(minutes=part, microseconds=part),
+                        request_id=f"{one.endpoint_id}@{one.hour:%dT%H}",
+                        endpoint_id=one.endpoint_id,
+                        unit=one.unit if part else None,
+                        quantity=one.quantity if part else None,
+                        unit_price=one.unit_price,
+                        percent_discount=one.percent_discount,
+                        cost_subtotal=cost,
+                        cost_discount=Decimal(0),
+                        cost_total=cost,
+                        credential=one.credential,
+                    )
+                )
+    return events
 
 
 def two_days() -> Account:
@@ -140,6 +191,18 @@ def spend_by_hour(account: Account, until: datetime = NOW) -> dict[Row, Row]:
         with localcontext(prec=60):
             sums[key] = (quantity + one.quantity, cost + one.cost_total)
     return sums
+
+
+def charged(account: Account, until: datetime = NOW) -> Counter[Row]:
+    """The charges of fct_billing_event: instant, request, endpoint, credential, cost."""
+    last = (until - timedelta(minutes=5)).replace(minute=0, second=0, microsecond=0)
+    return Counter(
+        (
+            account.account, one.timestamp.replace(tzinfo=None), one.request_id, one.endpoint_id,
+            credential_id(one.credential), one.cost_total,
+        )
+        for one in account.billing_events(datetime.min.replace(tzinfo=UTC), last)
+    )  # fmt: skip
 
 
 def credential_id(credential: Credential) -> str:

@@ -14,13 +14,15 @@ from faletl.sandbox.server import (
     Request,
     Sandbox,
 )
-from faletl.sandbox.world import Credential, UsageLine, World, invented_world
+from faletl.sandbox.world import BillingEvent, Calls, Credential, UsageLine, World, invented_world
 
 __all__ = [
     "BILLING_KEY",
     "DEFAULT_KEYS",
     "FULL_KEY",
     "READONLY_KEY",
+    "BillingEvent",
+    "Calls",
     "Credential",
     "Fault",
     "Request",

@@ -1,6 +1,7 @@
 """The HTTP side of the sandbox: key check, parameters, pages, errors, and faults on demand.
 
-What a path takes and who may ask it is read from openapi.json; what it answers, from a World.
+What a path takes, who may ask it and which fields come back is read from openapi.json, as it stands or
+as it stood on a day; what is in them, from a World.
 """
 
 from __future__ import annotations
@@ -19,16 +20,18 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime, timedelta, tzinfo
-from decimal import Decimal, localcontext
-from functools import cache
+from datetime import UTC, date, datetime, timedelta, tzinfo
+from decimal import ROUND_HALF_EVEN, Context, Decimal
+from functools import cache, reduce
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from json.encoder import encode_basestring_ascii
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 from urllib.parse import parse_qs, urlsplit
 from zoneinfo import ZoneInfo
 
-from faletl.sandbox.world import UsageLine, World
+from faletl.sandbox.world import BillingEvent, Calls, Credential, UsageLine, World
 
 FULL_KEY = "sandbox-full:not-a-secret"
 BILLING_KEY = "sandbox-billing:not-a-secret"
@@ -37,6 +40,7 @@ DEFAULT_KEYS = {FULL_KEY: "FULL", BILLING_KEY: "BILLING", READONLY_KEY: "READONL
 
 BASE_PATH = "/v1"
 MAX_VALUES = 50  # of a list parameter
+PAGE_SIZE = 1000  # where nobody says otherwise; also the ceiling where the document names none
 
 ERROR_TYPES = {
     400: "validation_error",
@@ -48,7 +52,23 @@ ERROR_TYPES = {
 }
 
 # Documented parameters that the sandbox has no data for: it refuses them rather than ignore them.
-NOT_OFFERED = {("/models", "sort"), ("/models", "expand"), ("/models/usage", "tag")}
+NOT_OFFERED = {
+    ("/models", "sort"),
+    ("/models", "expand"),
+    ("/models/usage", "tag"),
+    ("/models/billing-events", "tag"),
+}
+
+# What a filter compares, in any record of a world that the documented path gives out.
+FILTERS = {
+    "endpoint_id": attrgetter("endpoint_id"),
+    "request_id": attrgetter("request_id"),
+    "api_key_id": attrgetter("credential.api_key_id"),
+    "login_username": attrgetter("credential.login_username"),
+}
+# Lines that differ in one of these make rows of their own.
+USAGE_GRAIN = ("endpoint_id", "unit", "unit_price", "percent_discount", "currency")
+EXACT = Context(prec=200)  # whatever amounts a world makes up
 
 # Half as long again as a bucket: from its start this lands inside the next one, whatever daylight
 # saving or the calendar makes of its length.
@@ -67,14 +87,16 @@ TIMEFRAME_BELOW = (
     (timedelta(days=183), "week"),
 )
 
+OUTSIDE_THE_CALENDAR = "start or end lies outside the calendar"
+PERCENTILE = re.compile(r"p(\d+)_(\w+)")
 RFC_3339 = re.compile(
     r"\d{4}-\d{2}-\d{2}([Tt ]\d{2}:\d{2}:\d{2}(\.\d+)?([Zz]|[+-]\d{2}:\d{2}))?", re.ASCII
 )
 
 Json = dict[str, Any]
 Query = dict[str, list[str]]
-Group = tuple[str | None, list[UsageLine]]  # the lines of one row, under their bucket; None: summary
 T = TypeVar("T")
+Hourly = TypeVar("Hourly", UsageLine, Calls)
 
 
 @dataclass
@@ -122,7 +144,9 @@ class Sandbox:
     """A server on 127.0.0.1, from construction on `port` (0: any free one), answering once entered.
 
     `keys` maps each key to its preset. A page holds at most `page_size` rows; `limit` may lower it.
-    `fault` sees each request before it is answered and may say how to break the answer.
+    Without `page_size`, `limit` may also raise it, as far as the document says. `fault` sees each
+    request before it is answered and may say how to break the answer. With `as_of`, the API is the one
+    of that day: what was added later is unknown to it, whatever the world holds.
     """
 
     def __init__(
@@ -131,10 +155,12 @@ class Sandbox:
         port: int = 0,
         *,
         keys: Mapping[str, str] = DEFAULT_KEYS,
-        page_size: int = 1000,
+        page_size: int | None = None,
         fault: Callable[[Request], Fault | None] | None = None,
+        as_of: date | None = None,
     ) -> None:
         self.world = world
+        self.as_of = as_of
         self.keys = keys
         self.page_size = page_size
         self.fault = fault
@@ -172,18 +198,21 @@ def answer(sandbox: Sandbox, request: Request) -> bytes:
     """
     if request.method != "GET":
         raise Refusal(405, f"{request.method} is not offered here")
+    document = document_as_of(sandbox.as_of)
     if request.path == "/openapi.json":
-        return _document_bytes()
+        return json.dumps(document).encode()
     if request.path not in ANSWERS:
         raise Refusal(404, f"No such path: {request.path}")
-    check_key(sandbox.keys, request)
-    query = read_query(request)
-    return to_json(ANSWERS[request.path](sandbox, query)).encode()
+    operation = document["paths"][request.path]["get"]
+    check_key(sandbox.keys, request, operation)
+    query = read_query(request, parameters_of(request.path, sandbox.as_of))
+    whole = ANSWERS[request.path](sandbox, query)
+    schema = operation["responses"]["200"]["content"]["application/json"]["schema"]
+    return to_json(whole if sandbox.as_of is None else documented(whole, schema, document)).encode()
 
 
-def check_key(keys: Mapping[str, str], request: Request) -> None:
+def check_key(keys: Mapping[str, str], request: Request, operation: Json) -> None:
     """Refuse a request whose key is missing, unknown or of a preset that lacks the permission."""
-    operation = _document()["paths"][request.path]["get"]
     if {} in operation["security"]:
         return
     scheme, _, key = request.headers.get("authorization", "").partition(" ")
@@ -195,14 +224,13 @@ def check_key(keys: Mapping[str, str], request: Request) -> None:
         raise Refusal(403, f"Access denied: the key lacks one of {needed}")
 
 
-def read_query(request: Request) -> Query:
-    """The parameters as lists of values, comma-separated ones split.
+def read_query(request: Request, known: Mapping[str, Parameter]) -> Query:
+    """The parameters as lists of values, comma-separated ones split, those left out by default.
 
     Raises:
         Refusal: a name, number, choice or count of values that the document does not allow.
     """
-    known = _parameters(request.path)
-    query: Query = {}
+    query = {name: parameter.default for name, parameter in known.items() if parameter.default}
     for name, sent in request.query.items():
         if name not in known:
             raise Refusal(400, f"Unknown parameter: {name}")
@@ -215,6 +243,8 @@ def read_query(request: Request) -> Query:
     for name, parameter in known.items():
         if parameter.is_required and name not in query:
             raise Refusal(400, f"{name} is required")
+    if "source" in query and query["source"] != known["source"].default:
+        raise Refusal(400, "Tagged sources are not enabled for this account")
     return query
 
 
@@ -226,6 +256,7 @@ class Parameter(NamedTuple):
     is_list: bool
     is_integer: bool
     choices: frozenset[str]
+    default: list[str]
 
     def check(self, values: list[str]) -> list[str]:
         """The values, when they are allowed.
@@ -261,7 +292,7 @@ def models(sandbox: Sandbox, query: Query) -> Json:
         )
 
     found = [model for model in sandbox.world.models() if matches(model)]
-    page, cursor = cut_page("/models", found, query, sandbox.page_size)
+    page, cursor = cut_page(sandbox, "/models", found, query)
     return {"models": page, **cursor}
 
 
@@ -269,55 +300,107 @@ def pricing(sandbox: Sandbox, query: Query) -> Json:
     """The prices of known ids; those without a price are left out, one unknown id refuses all."""
     asked = list(dict.fromkeys(query["endpoint_id"]))
     prices = sandbox.world.prices()
-    known = prices.keys() | {model["endpoint_id"] for model in sandbox.world.models()}
-    if not known.issuperset(asked):
-        raise Refusal(404, "One or more endpoints were not found")
+    check_known(asked, listed_endpoints(sandbox.world))
     listed = [prices[endpoint_id] for endpoint_id in asked if endpoint_id in prices]
     return {"prices": listed, "next_cursor": None, "has_more": False}
 
 
 def usage(sandbox: Sandbox, query: Query) -> Json:
+    """A page of the usage report. What the document does not show cannot keep rows apart."""
+    fields = document_as_of(sandbox.as_of)["components"]["schemas"]["UsageRow"]["properties"]
+    grain = [name for name in USAGE_GRAIN if name in fields]
+    if not {"auth_method", "auth_method_structured"}.isdisjoint(query["expand"]):
+        grain.append("credential")
+    return report(
+        sandbox,
+        "/models/usage",
+        query,
+        sandbox.world.usage,
+        attrgetter(*grain),
+        lambda lines: usage_row(lines, query["expand"]),
+    )
+
+
+def analytics(sandbox: Sandbox, query: Query) -> Json:
+    """A page of the analytics report. Endpoints without requests have no row, unknown ones no report."""
+    metrics = [name for name in query["expand"] if name not in ("time_series", "summary")]
+    if not metrics:
+        raise Refusal(400, "expand needs at least one metric")
+    check_known(query["endpoint_id"], listed_endpoints(sandbox.world) | called_endpoints(sandbox.world))
+
+    def held(start: datetime, end: datetime) -> Iterable[Calls]:
+        return (calls for calls in sandbox.world.calls(start, end) if calls.request_count)
+
+    return report(
+        sandbox,
+        "/models/analytics",
+        query,
+        held,
+        attrgetter("endpoint_id"),
+        lambda calls: analytics_row(calls, metrics),
+    )
+
+
+def report(
+    sandbox: Sandbox,
+    path: str,
+    query: Query,
+    held: Callable[[datetime, datetime], Iterable[Hourly]],
+    grain: Callable[[Hourly], object],
+    row: Callable[[Sequence[Hourly]], Json],
+) -> Json:
     """A page of rows: those of the time series in bucket order, then those of the summary.
 
-    A bucket that does not fit goes on under the same name on the next page.
+    The records that the world has `held` in a range and that are of one bucket and `grain` make a
+    `row`. A bucket that does not fit goes on under the same name on the next page.
     """
-    expand = query.get("expand", ["time_series"])
+    expand = query["expand"]
     if not {"time_series", "summary"} & set(expand):
         raise Refusal(400, "expand needs time_series or summary")
-    if query.get("source", ["estimate"]) != ["estimate"]:
-        raise Refusal(400, "Tagged sources are not enabled for this account")
+    zone = read_zone(query["timezone"][0])
     try:
-        groups = usage_groups(sandbox.world, query, expand)
+        start, end, timeframe = widen(*read_range(sandbox.world, query), query, zone)
     except OverflowError:
-        raise Refusal(400, "start or end lies outside the calendar") from None
-    page, cursor = cut_page("/models/usage", groups, query, sandbox.page_size)
-    buckets: dict[str | None, list[Json]] = {}
-    for bucket, lines in page:
-        buckets.setdefault(bucket, []).append(row_of(lines, expand))
-    report = {
-        "summary": buckets.pop(None, []),
-        "time_series": [{"bucket": name, "results": rows} for name, rows in buckets.items()],
-    }
-    return {name: report[name] for name in ("time_series", "summary") if name in expand} | cursor
-
-
-def usage_groups(world: World, query: Query, expand: Sequence[str]) -> list[Group]:
-    """The lines of each row of the whole report."""
-    zone = read_zone(query.get("timezone", ["UTC"])[0])
-    start, end, timeframe = read_range(world, query, zone)
-    lines = [line for line in world.usage(start, end) if is_asked(line, query)]
-    lines.sort(key=lambda line: line.hour)
+        raise Refusal(400, OUTSIDE_THE_CALENDAR) from None
 
     @cache
     def bucket_name(hour: datetime) -> str:
         return bucket_of(hour, timeframe, zone).astimezone(zone).isoformat()
 
-    groups: list[Group] = []
+    records = [record for record in held(start, end) if is_asked(record, query)]
+    records.sort(key=attrgetter("hour"))
+    groups: dict[tuple[str | None, object], list[Hourly]] = {}  # None is the bucket of the summary
     if "time_series" in expand:
-        groups += group(lines, bucket_name, expand)
+        for record in records:
+            groups.setdefault((bucket_name(record.hour), grain(record)), []).append(record)
     if "summary" in expand:
-        groups += group(lines, lambda _: None, expand)
-    return groups
+        for record in records:
+            groups.setdefault((None, grain(record)), []).append(record)
+    page, cursor = cut_page(sandbox, path, list(groups.items()), query)
+    buckets: dict[str | None, list[Json]] = {}
+    for (bucket, _), together in page:
+        buckets.setdefault(bucket, []).append(row(together))
+    parts = {
+        "summary": buckets.pop(None, []),
+        "time_series": [{"bucket": name, "results": rows} for name, rows in buckets.items()],
+    }
+    return {name: parts[name] for name in ("time_series", "summary") if name in expand} | cursor
+
+
+def billing_events(sandbox: Sandbox, query: Query) -> Json:
+    """A page of charges, newest first."""
+    path = "/models/billing-events"
+    try:
+        start, end = read_range(sandbox.world, query)
+    except OverflowError:
+        raise Refusal(400, OUTSIDE_THE_CALENDAR) from None
+    longest = limits_of(path, sandbox.as_of).get("range_days_max")
+    if longest and end - start > timedelta(days=longest):
+        raise Refusal(400, f"start and end lie more than {longest} days apart")
+    events = [event for event in sandbox.world.billing_events(start, end) if is_asked(event, query)]
+    events.sort(key=attrgetter("timestamp", "request_id"), reverse=True)
+    page, cursor = cut_page(sandbox, path, events, query)
+    return {"billing_events": [event_row(event, query.get("expand", ())) for event in page], **cursor}
 
 
 def billing(sandbox: Sandbox, query: Query) -> Json:
@@ -331,6 +414,8 @@ ANSWERS: Mapping[str, Callable[[Sandbox, Query], Json]] = {
     "/models": models,
     "/models/pricing": pricing,
     "/models/usage": usage,
+    "/models/analytics": analytics,
+    "/models/billing-events": billing_events,
     "/account/billing": billing,
 }
 
@@ -349,23 +434,45 @@ def read_zone(name: str) -> tzinfo:
         raise Refusal(400, f"No such timezone: {name}") from None
 
 
-def read_range(world: World, query: Query, zone: tzinfo) -> tuple[datetime, datetime, str]:
-    """Start and end (exclusive), as they are or widened to whole buckets, and the timeframe.
+def listed_endpoints(world: World) -> set[str]:
+    """The ids of the catalogue and of the price list."""
+    return world.prices().keys() | {model["endpoint_id"] for model in world.models()}
 
-    Without them: the last 24 hours. A plain date is midnight UTC.
-    """
+
+def called_endpoints(world: World) -> set[str]:
+    """The ids that were ever called. A world of any size may know them without going through all."""
+    known: Callable[[], set[str]] | None = getattr(world, "endpoints_called", None)
+    if known:
+        return known()
+    ever = world.calls(datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC))
+    return {calls.endpoint_id for calls in ever}
+
+
+def check_known(asked: Iterable[str], known: set[str]) -> None:
+    """Refuse all the ids if one is unknown."""
+    if not known.issuperset(asked):
+        raise Refusal(404, "One or more endpoints were not found")
+
+
+def read_range(world: World, query: Query) -> tuple[datetime, datetime]:
+    """Start and end (exclusive). Without them: the last 24 hours. A plain date is midnight UTC."""
     # An invented world has a clock of its own, which a test may have set.
     now: datetime = getattr(world, "now", lambda: datetime.now(UTC))()
     start = read_instant(query["start"][0]) if "start" in query else now - timedelta(days=1)
     end = read_instant(query["end"][0]) if "end" in query else now
     if end < start:
         raise Refusal(400, "end lies before start")
+    return start, end
+
+
+def widen(start: datetime, end: datetime, query: Query, zone: tzinfo) -> tuple[datetime, datetime, str]:
+    """The range, as it is or widened to whole buckets, and the timeframe."""
     if "timeframe" in query:
         timeframe = query["timeframe"][0]
     else:
         shorter = (name for length, name in TIMEFRAME_BELOW if end - start < length)
         timeframe = next(shorter, "month")
-    if query.get("bound_to_timeframe") != ["false"]:
+    if query["bound_to_timeframe"] == ["true"]:
         start = bucket_of(start, timeframe, zone)
         last = bucket_of(end, timeframe, zone)
         if last < end:
@@ -400,51 +507,16 @@ def bucket_of(instant: datetime, timeframe: str, zone: tzinfo) -> datetime:
     return floor.astimezone(UTC)
 
 
-def is_asked(line: UsageLine, query: Query) -> bool:
-    """Whether the line passes every filter of the query."""
-    facts = {
-        "endpoint_id": line.endpoint_id,
-        "api_key_id": line.credential.api_key_id,
-        "login_username": line.credential.login_username,
-    }
-    return all(fact in query[name] for name, fact in facts.items() if name in query)
+def is_asked(record: object, query: Query) -> bool:
+    """Whether the record passes every filter of the query."""
+    return all(fact(record) in query[name] for name, fact in FILTERS.items() if name in query)
 
 
-def group(
-    lines: Iterable[UsageLine],
-    bucket_name: Callable[[datetime], str | None],
-    expand: Sequence[str],
-) -> list[Group]:
-    """One group per bucket, endpoint, unit, price, discount, currency (and credential, expanded).
-
-    Groups stand in the order in which their first lines came.
-    """
-    by_credential = not {"auth_method", "auth_method_structured"}.isdisjoint(expand)
-    groups: dict[tuple[Any, ...], list[UsageLine]] = {}
-    for line in lines:
-        key = (
-            bucket_name(line.hour),
-            line.endpoint_id,
-            line.unit,
-            line.unit_price,
-            line.percent_discount,
-            line.currency,
-            line.credential if by_credential else None,
-        )
-        groups.setdefault(key, []).append(line)
-    return [(key[0], together) for key, together in groups.items()]
-
-
-def row_of(lines: Sequence[UsageLine], expand: Sequence[str]) -> Json:
+def usage_row(lines: Sequence[UsageLine], expand: Sequence[str]) -> Json:
     """One row of usage: what the lines have in common, and the exact sums of their amounts."""
-
-    def total(amounts: Iterable[Decimal]) -> Decimal:
-        with localcontext(prec=200):  # exact, whatever amounts a world makes up
-            return sum(amounts, Decimal(0))
-
     first = lines[0]
     cost_total = total(line.cost_total for line in lines)
-    row = {
+    return {
         "endpoint_id": first.endpoint_id,
         "unit": first.unit,
         "quantity": total(line.quantity for line in lines),
@@ -455,28 +527,78 @@ def row_of(lines: Sequence[UsageLine], expand: Sequence[str]) -> Json:
         "cost_total": cost_total,
         "cost": cost_total,
         "currency": first.currency,
+        **caller(first.credential, expand),
     }
-    if "auth_method" in expand:
-        row["auth_method"] = first.credential.detail
-    if "auth_method_structured" in expand:
-        structured = asdict(first.credential)
-        row["auth_method_structured"] = {k: v for k, v in structured.items() if v is not None}
+
+
+def event_row(event: BillingEvent, expand: Sequence[str]) -> Json:
+    """One charge."""
+    nano_usd = event.cost_total.scaleb(9, EXACT)
+    return {
+        "request_id": event.request_id,
+        "endpoint_id": event.endpoint_id,
+        "timestamp": event.timestamp.astimezone(UTC).replace(tzinfo=None).isoformat() + "Z",
+        "quantity": event.quantity,
+        "output_units": event.quantity,
+        "unit": event.unit,
+        "unit_price": event.unit_price,
+        "percent_discount": event.percent_discount,
+        "cost_subtotal": event.cost_subtotal,
+        "cost_discount": event.cost_discount,
+        "cost_total": event.cost_total,
+        "cost_estimate_nano_usd": nano_usd.to_integral_value(ROUND_HALF_EVEN),
+        **caller(event.credential, expand),
+    }
+
+
+def caller(credential: Credential, expand: Sequence[str]) -> Json:
+    """Who called, in the forms asked for."""
+    forms = {"auth_method": credential.detail, "auth_method_structured": _structured(credential)}
+    return {name: form for name, form in forms.items() if name in expand}
+
+
+def analytics_row(calls: Sequence[Calls], metrics: Sequence[str]) -> Json:
+    """One row of analytics: sums over the hours, and percentiles over all requests in them."""
+    row: Json = {"endpoint_id": calls[0].endpoint_id}
+    for name in metrics:
+        if found := PERCENTILE.fullmatch(name):
+            durations = sorted(second for hour in calls for second in getattr(hour, f"{found[2]}s"))
+            if durations:  # the nearest rank: the first that so many percent do not exceed
+                row[name] = durations[-(-len(durations) * int(found[1]) // 100) - 1]
+        else:
+            row[name] = total(getattr(hour, name) for hour in calls)  # of counts a whole number
     return row
 
 
-def cut_page(path: str, rows: Sequence[T], query: Query, page_size: int) -> tuple[Sequence[T], Json]:
+def total(amounts: Iterable[Decimal]) -> Decimal:
+    """The exact sum."""
+    return reduce(EXACT.add, amounts)
+
+
+def cut_page(sandbox: Sandbox, path: str, rows: Sequence[T], query: Query) -> tuple[Sequence[T], Json]:
     """The page that the query's cursor asks for, with the fields that lead to the next one.
 
     Raises:
-        Refusal: the cursor was not made for this path and these parameters.
+        Refusal: the limit is above the documented one, or the cursor was not made for this path and
+            these parameters.
     """
-    size = min(int(query["limit"][0]), page_size) if "limit" in query else page_size
+    size = page_size(sandbox, path, query)
     first = read_cursor(path, query)
     following = cursor_of(first + size, path, query) if first + size < len(rows) else None
     return rows[first : first + size], {
         "next_cursor": following,
         "has_more": following is not None,
     }
+
+
+def page_size(sandbox: Sandbox, path: str, query: Query) -> int:
+    """How many rows a page may hold."""
+    most: int | None = limits_of(path, sandbox.as_of).get("page_max")
+    default = sandbox.page_size or PAGE_SIZE
+    limit = int(query["limit"][0]) if "limit" in query else min(default, most or default)
+    if most and limit > most:
+        raise Refusal(400, f"limit is at most {most}")
+    return min(limit, sandbox.page_size or most or PAGE_SIZE)
 
 
 def cursor_of(first: int, path: str, query: Query) -> str:
@@ -504,12 +626,15 @@ def read_cursor(path: str, query: Query) -> int:
 
 def to_json(value: object) -> str:
     """JSON with every Decimal in plain notation, digit by digit; `json` would want floats."""
+    if isinstance(value, str):
+        return encode_basestring_ascii(value)
     if isinstance(value, Decimal):
         return format(value, "f")
     if isinstance(value, dict):
-        return "{" + ",".join(f"{json.dumps(k)}:{to_json(v)}" for k, v in value.items()) + "}"
+        fields = [f"{encode_basestring_ascii(k)}:{to_json(v)}" for k, v in value.items()]
+        return "{" + ",".join(fields) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ",".join(map(to_json, value)) + "]"
+        return "[" + ",".join([to_json(item) for item in value]) + "]"
     return json.dumps(value)
 
 
@@ -521,31 +646,83 @@ def error_body(status: int, message: str, request_id: str) -> bytes:
 
 
 @cache
-def _document_bytes() -> bytes:
-    return Path(__file__).with_name("openapi.json").read_bytes()
+def document_as_of(day: date | None) -> Json:
+    """The document as it stood on a day; None: as it stands."""
+    document: Json = json.loads(Path(__file__).with_name("openapi.json").read_bytes())
+    return document if day is None else _as_of(document, day)
+
+
+def _as_of(node: Any, day: date) -> Any:
+    """The node without all that came after the day: fields, parameters, their values, limits."""
+
+    def has_come(part: Any) -> bool:
+        return not isinstance(part, dict) or _first_day(part.get("x-since", "")) <= day
+
+    if isinstance(node, list):
+        return [_as_of(part, day) for part in node if has_come(part)]
+    if not isinstance(node, dict):
+        return node
+    kept = {name: _as_of(part, day) for name, part in node.items() if has_come(part)}
+    if "properties" in kept and "required" in kept:
+        kept["required"] = [name for name in kept["required"] if name in kept["properties"]]
+    if later := node.get("x-since-values"):
+        values = kept["x-values"]
+        kept["x-values"] = [v for v in values if _first_day(later.get(v, "")) <= day]
+    for until, limits in node.get("x-limits-before", {}).items():
+        if day < _first_day(until):
+            kept["x-limits"] = limits
+    return kept
+
+
+def _first_day(since: str) -> date:
+    """The day from which a thing is known, by its `x-since`: a day, "after" one, or nothing."""
+    if not since:
+        return date.min
+    return date.fromisoformat(since.removeprefix("after ")) + timedelta(since.startswith("after "))
+
+
+def documented(value: Any, schema: Json, document: Json) -> Any:
+    """The value without fields that the schema does not hold."""
+    if "$ref" in schema:
+        schema = document["components"]["schemas"][schema["$ref"].rsplit("/", 1)[1]]
+    if isinstance(value, dict) and "properties" in schema:
+        fields = schema["properties"]
+        return {k: documented(v, fields[k], document) for k, v in value.items() if k in fields}
+    if isinstance(value, list | tuple) and "items" in schema:
+        return [documented(item, schema["items"], document) for item in value]
+    return value
+
+
+def limits_of(path: str, day: date | None) -> Json:
+    """`page_max` and `range_days_max`, where the document names them."""
+    limits: Json = document_as_of(day)["paths"][path]["get"].get("x-limits", {})
+    return limits
 
 
 @cache
-def _document() -> Json:
-    document: Json = json.loads(_document_bytes())
-    return document
-
-
-@cache
-def _parameters(path: str) -> Mapping[str, Parameter]:
-    shared = _document()["components"]["parameters"]
+def parameters_of(path: str, day: date | None) -> Mapping[str, Parameter]:
+    """What the document says of the query parameters of a path."""
+    document = document_as_of(day)
+    shared = document["components"]["parameters"]
     found = {}
-    for entry in _document()["paths"][path]["get"]["parameters"]:
+    for entry in document["paths"][path]["get"]["parameters"]:
         spec = shared[entry["$ref"].rsplit("/", 1)[1]] if "$ref" in entry else entry
         schema = spec["schema"]
+        default = schema.get("default", [])
         found[spec["name"]] = Parameter(
             name=spec["name"],
             is_required=spec["required"],
             is_list=any(choice["type"] == "array" for choice in schema.get("anyOf", [])),
             is_integer=schema.get("type") == "integer",
             choices=frozenset(schema.get("enum") or spec.get("x-values", [])),
+            default=[default] if isinstance(default, str) else default,
         )
     return found
+
+
+@cache
+def _structured(credential: Credential) -> Json:
+    return {name: value for name, value in asdict(credential).items() if value is not None}
 
 
 class _Server(ThreadingHTTPServer):

@@ -3,20 +3,24 @@
 The invented one is a mid-size team that spends 100 to 600 USD a day. Everything in it follows from
 the seed and the hour asked for: ask a day at once or hour by hour, today or next year, and the same
 lines come back. Chance works on whole numbers only, so that no platform rounds it differently.
+
+Where things come late, what is shown of an hour follows from the clock as well, and from nothing else.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import cache, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
+from uuid import UUID
 
 HOUR = timedelta(hours=1)
 
@@ -47,6 +51,60 @@ class UsageLine:
     credential: Credential
 
 
+@dataclass(frozen=True)
+class BillingEvent:
+    """One charge for one request. `timestamp` is that of the request, UTC; amounts are in USD."""
+
+    timestamp: datetime
+    request_id: str
+    endpoint_id: str
+    unit: str | None
+    quantity: Decimal | None
+    unit_price: Decimal | None
+    percent_discount: Decimal | None
+    cost_subtotal: Decimal
+    cost_discount: Decimal
+    cost_total: Decimal
+    credential: Credential
+
+
+@dataclass(frozen=True)
+class Calls:
+    """What became of the requests to one endpoint in one hour (UTC, on the hour). Times in seconds.
+
+    A duration is there for each request that ran, or prepared, or waited for a cold boot.
+    """
+
+    hour: datetime
+    endpoint_id: str
+    success_count: int = 0
+    user_error_count: int = 0
+    startup_error_count: int = 0
+    connection_error_count: int = 0
+    timeout_error_count: int = 0
+    runtime_error_count: int = 0
+    cold_boot_count: int = 0
+    total_billable_duration: Decimal = Decimal(0)
+    durations: tuple[Decimal, ...] = ()
+    prepare_durations: tuple[Decimal, ...] = ()
+    cold_boot_durations: tuple[Decimal, ...] = ()
+
+    @property
+    def error_count(self) -> int:
+        """The requests that failed through no fault of the caller."""
+        return (
+            self.startup_error_count
+            + self.connection_error_count
+            + self.timeout_error_count
+            + self.runtime_error_count
+        )
+
+    @property
+    def request_count(self) -> int:
+        """All requests."""
+        return self.success_count + self.user_error_count + self.error_count
+
+
 class World(Protocol):
     """What a server answers from. It is asked anew for each request, so it may change."""
 
@@ -63,6 +121,12 @@ class World(Protocol):
 
     def usage(self, start: datetime, end: datetime) -> Iterable[UsageLine]:
         """The lines of hours that begin in `[start, end)`, UTC. The server leaves none out."""
+
+    def billing_events(self, start: datetime, end: datetime) -> Iterable[BillingEvent]:
+        """The charges with a timestamp in `[start, end)`, UTC, in any order."""
+
+    def calls(self, start: datetime, end: datetime) -> Iterable[Calls]:
+        """The requests of the hours that begin in `[start, end)`, UTC, in any order."""
 
     def credits(self) -> dict[str, Any]:
         """`current_balance`, a Decimal, and its `currency`."""
@@ -210,16 +274,54 @@ DEPRECATED = {
     "fal-ai/stable-video",
 }
 
+# Endpoints that never answer well, and how: the first is in the catalogue, the second nowhere.
+FAILING = {
+    "fal-ai/fast-svd-lcm": "startup_error_count",
+    "acme/retired-endpoint": "user_error_count",
+}
+# For each thousand requests that go well. A boot is one of those requests, an error one more.
+PERMILLE_OF_CALLS = {
+    "user_error_count": 40,
+    "startup_error_count": 3,
+    "connection_error_count": 2,
+    "timeout_error_count": 5,
+    "runtime_error_count": 10,
+    "cold_boot_count": 60,
+}
+
+FOUNDED = datetime(2025, 1, 1, tzinfo=UTC)  # nothing was used before
 CREDIT_LEVEL = Decimal(5000)  # what the balance is brought up to each Monday, 00:00 UTC
+
+
+class Change(NamedTuple):
+    """A line and its charges are shown so many times over before the instant `at`, and from it on."""
+
+    at: datetime
+    times_before: int
+    times_after: int
+
+
+# In how many of a thousand lines; how often shown before and after; the hours in which it may happen.
+CHANGES = (
+    (10, 0, 1, range(2, 73)),  # comes late
+    (5, 1, 2, range(48, 49)),  # is restated
+    (1, 1, 0, range(24, 73)),  # is taken back
+)
+
+Shown = TypeVar("Shown", UsageLine, BillingEvent)
 
 
 @dataclass
 class InventedWorld:
-    """A team and its bill. Lines appear once their hour has ended by `now`."""
+    """A team and its bill. Lines and charges appear once their hour has ended by `now`.
+
+    When `is_late`, a few come later, and a few change after days: lines and charges as one.
+    """
 
     account: str
     seed: int
     now: Callable[[], datetime] = field(repr=False)
+    is_late: bool = False
 
     def models(self) -> list[dict[str, Any]]:
         """The priced endpoints and a few more."""
@@ -240,13 +342,26 @@ class InventedWorld:
 
     def usage(self, start: datetime, end: datetime) -> Iterator[UsageLine]:
         """The lines of the hours that begin in `[start, end)` and are over; in time order."""
-        hour = start.astimezone(UTC).replace(minute=0, second=0, microsecond=0)
-        if hour < start:
-            hour += HOUR
-        end = min(end, self.now() - HOUR + timedelta.resolution)
-        while hour < end:
-            yield from lines_of_hour(self.seed, hour)
-            hour += HOUR
+        now = self.now()
+        for hour in _hours(start, end, now):
+            yield from self._shown(hour, now, zip(lines_of_hour(self.seed, hour)))
+
+    def billing_events(self, start: datetime, end: datetime) -> Iterator[BillingEvent]:
+        """The charges of `[start, end)` whose hours are over: together, exactly the usage."""
+        now = self.now()
+        for hour in _hours(start.replace(minute=0, second=0, microsecond=0), end, now):
+            for event in self._shown(hour, now, events_of_hour(self.seed, hour)):
+                if start <= event.timestamp < end:
+                    yield event
+
+    def calls(self, start: datetime, end: datetime) -> Iterator[Calls]:
+        """The calls of the hours that begin in `[start, end)` and are over; never late."""
+        for hour in _hours(start, end, self.now()):
+            yield from calls_of_hour(self.seed, hour)
+
+    def endpoints_called(self) -> set[str]:
+        """Every endpoint that was ever called."""
+        return {stream.endpoint_id for stream in STREAMS} | FAILING.keys()
 
     def credits(self) -> dict[str, Any]:
         """The level of Monday less what was charged since; it falls by the hour."""
@@ -255,14 +370,44 @@ class InventedWorld:
         spent = sum((line.cost_total for line in self.usage(monday, now)), Decimal(0))
         return {"current_balance": max(CREDIT_LEVEL - spent, Decimal(0)), "currency": "USD"}
 
+    def _shown(
+        self, hour: datetime, now: datetime, of_lines: Iterable[Iterable[Shown]]
+    ) -> Iterator[Shown]:
+        """What is shown by now of the records that belong to each line of the hour."""
+        changes = changes_of_hour(self.seed, hour) if self.is_late else {}
+        for number, records in enumerate(of_lines):
+            change = changes.get(number, Change(hour, 1, 1))
+            times = change.times_before if now < change.at else change.times_after
+            if times == 1:
+                yield from records
+            elif times:
+                yield from (_times(record, times) for record in records)
+
 
 def invented_world(
     seed: int = 7,
     account: str = "sandbox",
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    *,
+    late: bool = False,
 ) -> World:
-    """A world with data for any past hour. `now` gives aware instants; tests set the clock."""
-    return InventedWorld(account, seed, now)
+    """A world with data for any past hour since `FOUNDED`, some of it late and restated if `late`.
+
+    `now` gives aware instants; tests set the clock.
+    """
+    return InventedWorld(account, seed, now, late)
+
+
+def _hours(start: datetime, end: datetime, now: datetime) -> Iterator[datetime]:
+    """The hours (UTC) that begin in `[start, end)` and are over."""
+    start = max(start, FOUNDED).astimezone(UTC)
+    end = min(end, now - HOUR + timedelta.resolution)
+    hour = start.replace(minute=0, second=0, microsecond=0)
+    if hour < start:
+        hour += HOUR
+    while hour < end:
+        yield hour
+        hour += HOUR
 
 
 @lru_cache(maxsize=100 * 24)  # a hundred days: each page of a walk asks for its range again
@@ -287,6 +432,42 @@ def lines_of_hour(seed: int, hour: datetime) -> tuple[UsageLine, ...]:
     return tuple(lines)
 
 
+@lru_cache(maxsize=100 * 24)
+def changes_of_hour(seed: int, hour: datetime) -> Mapping[int, Change]:
+    """What happens, later on, to lines of the hour: by the place of the line."""
+    chance = Random(f"{seed} {hour.isoformat()} changes")  # noqa: S311
+    changes = {}
+    for number in range(len(lines_of_hour(seed, hour))):
+        drawn = chance.randrange(1000)
+        for permille, before, after, hours in CHANGES:
+            if 0 <= drawn < permille:
+                changes[number] = Change(hour + chance.choice(hours) * HOUR, before, after)
+            drawn -= permille
+    return changes
+
+
+@lru_cache(maxsize=32 * 24)
+def events_of_hour(seed: int, hour: datetime) -> tuple[tuple[BillingEvent, ...], ...]:
+    """The charges behind each line of the hour, which add up to it."""
+    chance = Random(f"{seed} {hour.isoformat()} events")  # noqa: S311
+    return tuple(tuple(_events(line, chance)) for line in lines_of_hour(seed, hour))
+
+
+@lru_cache(maxsize=32 * 24)
+def calls_of_hour(seed: int, hour: datetime) -> tuple[Calls, ...]:
+    """The calls of the hour: those that were charged, and those that failed."""
+    chance = Random(f"{seed} {hour.isoformat()} calls")  # noqa: S311
+    requests: dict[str, set[str]] = {}
+    for events in events_of_hour(seed, hour):
+        requests.setdefault(events[0].endpoint_id, set()).update(e.request_id for e in events)
+    calls = [_calls(hour, endpoint_id, len(ids), chance) for endpoint_id, ids in requests.items()]
+    for endpoint_id, name in FAILING.items():
+        failed: dict[str, Any] = {name: chance.randrange(3)}
+        if failed[name]:
+            calls.append(Calls(hour, endpoint_id, **failed))
+    return tuple(calls)
+
+
 class _Metered(NamedTuple):
     """A stream with its unit, price and steps looked up."""
 
@@ -307,9 +488,7 @@ def _line(
     if stream.steps_a_call > 1:
         steps = max(steps * chance.randrange(80, 121) // 100, 1)
     quantity = steps * stream.step
-    cost_subtotal = quantity * stream.unit_price
     percent = PERCENT_DISCOUNT if stream.is_discounted and credential.api_key_id else None
-    cost_discount = NO_DISCOUNT if percent is None else cost_subtotal * percent / 100
     return UsageLine(
         hour=hour,
         endpoint_id=stream.endpoint_id,
@@ -317,12 +496,83 @@ def _line(
         quantity=quantity,
         unit_price=stream.unit_price,
         percent_discount=percent,
-        cost_subtotal=cost_subtotal,
-        cost_discount=cost_discount,
-        cost_total=cost_subtotal - cost_discount,
+        **_costs(quantity, stream.unit_price, percent),
         currency="USD",
         credential=credential,
     )
+
+
+def _costs(
+    quantity: Decimal, unit_price: Decimal, percent_discount: Decimal | None
+) -> dict[str, Decimal]:
+    subtotal = quantity * unit_price
+    discount = NO_DISCOUNT if percent_discount is None else subtotal * percent_discount / 100
+    return {"cost_subtotal": subtotal, "cost_discount": discount, "cost_total": subtotal - discount}
+
+
+def _events(line: UsageLine, chance: Random) -> Iterator[BillingEvent]:
+    """One to four charges, as many as the line has smallest steps; a few share a request."""
+    places = -int(line.quantity.as_tuple().exponent)
+    steps = int(line.quantity.scaleb(places))
+    cuts = chance.sample(range(1, steps), min(chance.randrange(4), steps - 1))
+    request_id = ""
+    for first, last in pairwise((0, *sorted(cuts), steps)):
+        quantity = Decimal(last - first).scaleb(-places)
+        if not request_id or chance.randrange(50):
+            request_id = str(UUID(int=chance.getrandbits(128), version=4))
+            timestamp = line.hour + timedelta(microseconds=chance.randrange(3600 * 10**6))
+        yield BillingEvent(
+            timestamp=timestamp,
+            request_id=request_id,
+            endpoint_id=line.endpoint_id,
+            unit=line.unit if chance.randrange(50) else None,
+            quantity=quantity if chance.randrange(100) else None,
+            unit_price=line.unit_price,
+            percent_discount=line.percent_discount,
+            **_costs(quantity, line.unit_price, line.percent_discount),
+            credential=line.credential,
+        )
+
+
+def _times(record: Shown, times: int) -> Shown:
+    """The record with so many times the amounts. They keep their decimals."""
+    return replace(
+        record,
+        quantity=record.quantity and record.quantity * times,
+        cost_subtotal=record.cost_subtotal * times,
+        cost_discount=record.cost_discount * times,
+        cost_total=record.cost_total * times,
+    )
+
+
+def _calls(hour: datetime, endpoint_id: str, successes: int, chance: Random) -> Calls:
+    # The fraction of a request that is left happens by chance, as in lines.
+    counts: dict[str, Any] = {
+        name: (successes * permille + chance.randrange(1000)) // 1000
+        for name, permille in PERMILLE_OF_CALLS.items()
+    }
+    typical = _typical_milliseconds(endpoint_id)
+
+    def durations(many: int, shortest: int, longest: int) -> tuple[Decimal, ...]:
+        """So many of them, in seconds; the bounds are in milliseconds."""
+        return tuple(Decimal(chance.randrange(shortest, longest)).scaleb(-3) for _ in range(many))
+
+    ran = durations(successes, typical * 2 // 3, typical * 2)
+    return Calls(
+        hour,
+        endpoint_id,
+        success_count=successes,
+        total_billable_duration=sum(ran, Decimal(0)),
+        durations=ran,
+        prepare_durations=durations(successes, 20, 900),
+        cold_boot_durations=durations(counts["cold_boot_count"], 1000, 40_000),
+        **counts,
+    )
+
+
+@cache
+def _typical_milliseconds(endpoint_id: str) -> int:
+    return 600 + _below(20_000, endpoint_id, "duration")
 
 
 @cache

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +23,8 @@ from faletl.sandbox import (
     DEFAULT_KEYS,
     FULL_KEY,
     READONLY_KEY,
+    BillingEvent,
+    Calls,
     Credential,
     Fault,
     Request,
@@ -31,16 +33,18 @@ from faletl.sandbox import (
     World,
     invented_world,
 )
-from faletl.sandbox.world import lines_of_hour
+from faletl.sandbox.world import FAILING, FOUNDED, lines_of_hour
 
 DOCUMENT = json.loads(Path(faletl.sandbox.__file__).with_name("openapi.json").read_bytes())
-REGISTRY: Registry[Any] = Registry().with_resource("urn:fal", Resource.opaque(DOCUMENT))
 NOW = datetime(2026, 11, 20, 12, 30, tzinfo=UTC)
 HOUR = timedelta(hours=1)
 ONE_DAY = {"start": "2026-11-18", "end": "2026-11-19"}
 EXACT = {**ONE_DAY, "timeframe": "hour", "timezone": "UTC", "bound_to_timeframe": "false"}
 TIMEFRAMES = ("minute", "hour", "day", "week", "month")
-WHO = ["time_series", "auth_method", "auth_method_structured"]
+AUTH = ["auth_method", "auth_method_structured"]
+WHO = ["time_series", *AUTH]
+METRICS = list(DOCUMENT["components"]["schemas"]["AnalyticsRow"]["properties"])[1:]
+A_MORNING = {"start": "2026-11-18T09:00:00Z", "end": "2026-11-18T12:00:00Z"}
 AMOUNTS = ("quantity", "cost_subtotal", "cost_discount", "cost_total", "cost")
 NAMES = ("endpoint_id", "unit", "unit_price", "percent_discount", "currency")
 
@@ -53,6 +57,8 @@ class SmallWorld:
     """A world whose lines a test chooses."""
 
     lines: list[UsageLine] = field(default_factory=list)
+    events: list[BillingEvent] = field(default_factory=list)
+    hours: list[Calls] = field(default_factory=list)
     account: str = "small"
 
     def models(self) -> list[dict[str, Any]]:
@@ -63,6 +69,12 @@ class SmallWorld:
 
     def usage(self, start: datetime, end: datetime) -> Iterable[UsageLine]:
         return [line for line in self.lines if start <= line.hour < end]
+
+    def billing_events(self, start: datetime, end: datetime) -> Iterable[BillingEvent]:
+        return [event for event in self.events if start <= event.timestamp < end]
+
+    def calls(self, start: datetime, end: datetime) -> Iterable[Calls]:
+        return [calls for calls in self.hours if start <= calls.hour < end]
 
     def credits(self) -> dict[str, Any]:
         return {"current_balance": Decimal("1E-9"), "currency": "USD"}
@@ -79,6 +91,15 @@ def line_at(hour: str, **changed: Any) -> UsageLine:
         "USD", Credential("None"),
     )  # fmt: skip
     return replace(line, **changed)
+
+
+def event_at(instant: str, **changed: Any) -> BillingEvent:
+    one = Decimal(1)
+    event = BillingEvent(
+        datetime.fromisoformat(instant), "r-1", "acme/a", "images", one, one, None, one, Decimal(0), one,
+        Credential("None"),
+    )  # fmt: skip
+    return replace(event, **changed)
 
 
 def connect(sandbox: Sandbox, key: str | None = FULL_KEY) -> httpx.Client:
@@ -114,12 +135,21 @@ def walk(client: httpx.Client, path: str, query: Query) -> list[Any]:
     return pages
 
 
-def usage_rows(client: httpx.Client, query: Query) -> list[Row]:
-    """The rows of a usage report; those of the time series with their bucket."""
-    pages = walk(client, "/models/usage", query)
+def usage_rows(client: httpx.Client, query: Query, path: str = "/models/usage") -> list[Row]:
+    """The rows of a report; those of the time series with their bucket."""
+    pages = walk(client, path, query)
     series = [bucket for page in pages for bucket in page.get("time_series", [])]
     rows = [{"bucket": b["bucket"], **row} for b in series for row in b["results"]]
     return rows + [row for page in pages for row in page.get("summary", [])]
+
+
+def analytics_rows(client: httpx.Client, query: Query) -> list[Row]:
+    return usage_rows(client, query, "/models/analytics")
+
+
+def event_rows(client: httpx.Client, query: Query) -> list[Row]:
+    pages = walk(client, "/models/billing-events", query)
+    return [row for page in pages for row in page["billing_events"]]
 
 
 def totals(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Decimal]]:
@@ -132,15 +162,16 @@ def totals(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Decimal]]:
     return sums
 
 
-def check_against_document(path: str, response: httpx.Response) -> None:
-    operation = DOCUMENT["paths"].get(path, {}).get("get", {"responses": {}})
+def check_against_document(path: str, response: httpx.Response, document: Any = DOCUMENT) -> None:
+    registry: Registry[Any] = Registry().with_resource("urn:fal", Resource.opaque(document))
+    operation = document["paths"].get(path, {}).get("get", {"responses": {}})
     pointer = "#/components/schemas/Error"
     if response.status_code == 200:
         schema = operation["responses"]["200"]["content"]["application/json"]["schema"]
         pointer = schema["$ref"]
     elif operation["responses"]:
         assert str(response.status_code) in operation["responses"]
-    validator = Draft202012Validator({"$ref": f"urn:fal{pointer}"}, registry=REGISTRY)
+    validator = Draft202012Validator({"$ref": f"urn:fal{pointer}"}, registry=registry)
     validator.validate(response.json())
 
 
@@ -163,6 +194,18 @@ GOOD: list[tuple[str, Query]] = [
     ("/models/usage", {**ONE_DAY, "endpoint_id": "fal-ai/flux/dev,fal-ai/flux-2", "limit": 99999}),
     ("/models/usage", {**ONE_DAY, "api_key_id": "sandbox-key-1", "login_username": "alice"}),
     ("/models/usage", {"start": "2027-01-01", "end": "2027-01-02"}),
+    ("/models/billing-events", {}),
+    ("/models/billing-events", {**ONE_DAY, "expand": ",".join(AUTH), "limit": 10000}),
+    ("/models/billing-events", {**ONE_DAY, "source": "billed", "endpoint_id": ["fal-ai/flux-2"] * 50}),
+    ("/models/billing-events", {**ONE_DAY, "api_key_id": "sandbox-key-1", "login_username": "alice"}),
+    ("/models/billing-events", {**ONE_DAY, "request_id": "never,seen"}),
+    ("/models/billing-events", {"start": "2026-11-18T00:00:00.5+05:45", "end": "2026-11-18t06:00:00z"}),
+    ("/models/billing-events", {"start": "0001-01-01", "end": "0001-01-02"}),
+    ("/models/analytics", {"endpoint_id": "fal-ai/flux/dev"}),
+    ("/models/analytics", {**EXACT, "endpoint_id": "fal-ai/flux/dev", "expand": ["summary", *METRICS]}),
+    ("/models/analytics", {**EXACT, "endpoint_id": list(FAILING), "expand": ["time_series", *METRICS]}),
+    ("/models/analytics", {**ONE_DAY, "endpoint_id": "acme/product-photo", "timezone": "Asia/Kolkata"}),
+    ("/models/analytics", {"endpoint_id": "fal-ai/any-llm", "expand": "summary,p99_duration"}),
     ("/account/billing", {}),
     ("/account/billing", {"expand": "credits"}),
 ]
@@ -193,6 +236,21 @@ BAD: list[tuple[str, Query, int]] = [
     ("/models/usage", {"expand": ["time_series", "costs"]}, 400),
     ("/models/usage", {"source": "tagged-estimate"}, 400),
     ("/models/usage", {"tag": "env=prod"}, 400),
+    ("/models/billing-events", {"timeframe": "hour"}, 400),
+    ("/models/billing-events", {"limit": 10001}, 400),
+    ("/models/billing-events", {"start": "2026-11-19", "end": "2026-11-18"}, 400),
+    ("/models/billing-events", {"end": "9999-12-31T23:59:59-05:00"}, 400),
+    ("/models/billing-events", {"expand": "time_series"}, 400),
+    ("/models/billing-events", {"source": "tagged-billed"}, 400),
+    ("/models/billing-events", {"tag": "env=prod"}, 400),
+    ("/models/billing-events", {"request_id": ",".join("r" * 51)}, 400),
+    ("/models/analytics", {}, 400),
+    ("/models/analytics", {"endpoint_id": ["fal-ai/flux/dev"] * 51}, 400),
+    ("/models/analytics", {"endpoint_id": "fal-ai/flux/dev", "expand": "time_series"}, 400),
+    ("/models/analytics", {"endpoint_id": "fal-ai/flux/dev", "expand": "p50_duration"}, 400),
+    ("/models/analytics", {"endpoint_id": "fal-ai/flux/dev", "expand": "summary,p51_duration"}, 400),
+    ("/models/analytics", {"endpoint_id": "fal-ai/flux/dev", "api_key_id": "x"}, 400),
+    ("/models/analytics", {"endpoint_id": ["fal-ai/flux/dev", "no/such"]}, 404),
     ("/account/billing", {"expand": "debts"}, 400),
     ("/models/billing", {}, 404),
 ]
@@ -220,6 +278,8 @@ def test_every_answer_is_as_the_document_says(
         ("/models", {None, "unknown:key", *DEFAULT_KEYS}),
         ("/models/pricing?endpoint_id=fal-ai/flux/dev", set(DEFAULT_KEYS)),
         ("/models/usage", {FULL_KEY, BILLING_KEY}),
+        ("/models/billing-events", {FULL_KEY, BILLING_KEY}),
+        ("/models/analytics?endpoint_id=fal-ai/flux/dev", {FULL_KEY, READONLY_KEY}),
         ("/account/billing", {FULL_KEY, BILLING_KEY, READONLY_KEY}),
     ],
 )
@@ -264,21 +324,25 @@ def test_the_document_is_served(client: httpx.Client) -> None:
 
 @pytest.mark.parametrize("size", [1, 7, 50])
 @pytest.mark.parametrize(
-    ("path", "query", "rows"),
+    ("all_rows", "query"),
     [
-        ("/models", {"q": "image"}, "models"),
-        ("/models/usage", {**ONE_DAY, "timeframe": "day", "expand": "time_series,summary"}, None),
-        ("/models/usage", {**EXACT, "expand": WHO, "api_key_id": "sandbox-key-2"}, None),
+        (
+            lambda client, query: [r for p in walk(client, "/models", query) for r in p["models"]],
+            {"q": "image"},
+        ),
+        (usage_rows, {**ONE_DAY, "timeframe": "day", "expand": "time_series,summary"}),
+        (usage_rows, {**EXACT, "expand": WHO, "api_key_id": "sandbox-key-2"}),
+        (event_rows, {**A_MORNING, "expand": AUTH, "endpoint_id": "fal-ai/flux/dev,fal-ai/flux-2"}),
+        (
+            analytics_rows,
+            {**A_MORNING, "endpoint_id": ["fal-ai/flux/dev", "fal-ai/flux-2"],
+             "timeframe": "hour", "expand": ["time_series", "summary", *METRICS]},
+        ),
     ],
-)
+)  # fmt: skip
 def test_page_size_does_not_change_the_rows(
-    client: httpx.Client, path: str, query: Query, rows: str | None, size: int
+    client: httpx.Client, all_rows: Callable[[httpx.Client, Query], list[Row]], query: Query, size: int
 ) -> None:
-    def all_rows(client: httpx.Client, query: Query) -> list[Row]:
-        if rows is None:
-            return usage_rows(client, query)
-        return [row for page in walk(client, path, query) for row in page[rows]]
-
     whole = all_rows(client, query)
     assert whole
     assert all_rows(client, {**query, "limit": size}) == whole
@@ -286,6 +350,30 @@ def test_page_size_does_not_change_the_rows(
         assert all_rows(other, {**query, "limit": size + 1000}) == whole
         pages = -(-len(whole) // size)
         assert len(small.requests) == pages
+
+
+@pytest.mark.parametrize(
+    ("given", "limit", "as_of", "first_page"),
+    [
+        (None, None, None, 1000),
+        (None, 10_000, None, 1234),
+        (None, 1200, None, 1200),
+        (500, 10_000, None, 500),
+        (5000, None, None, 1234),
+        (None, None, date(2026, 5, 7), 100),
+        (500, None, date(2026, 5, 7), 100),
+        (30, 100, date(2026, 5, 7), 30),
+    ],
+)
+def test_a_page_of_events_is_as_large_as_asked(
+    given: int | None, limit: int | None, as_of: date | None, first_page: int
+) -> None:
+    world = SmallWorld(events=[event_at("2026-11-18T05:00+00:00")] * 1234)
+    query = ONE_DAY if limit is None else {**ONE_DAY, "limit": limit}
+    with Sandbox(world, page_size=given, as_of=as_of) as sandbox, connect(sandbox) as client:
+        pages = walk(client, "/models/billing-events", query)
+    assert len(pages[0]["billing_events"]) == first_page
+    assert sum(len(page["billing_events"]) for page in pages) == 1234
 
 
 @pytest.mark.parametrize(
@@ -560,6 +648,392 @@ def test_the_credit_falls_with_spend_and_is_topped_up() -> None:
     start = datetime(2026, 11, 10, tzinfo=UTC)
     spent = sum(line.cost_total for line in world.usage(start, start + 24 * HOUR))
     assert levels[0] - levels[24] == spent
+
+
+# --- Billing events and analytics -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_the_events_of_a_day_add_up_to_its_usage(late: bool) -> None:
+    with Sandbox(frozen_world(late=late)) as sandbox, connect(sandbox) as client:
+        for day in range(15, 20):
+            query = {"start": f"2026-11-{day}", "end": f"2026-11-{day + 1}"}
+            rows = usage_rows(client, {**query, "expand": ["summary", *AUTH]})
+            events = event_rows(client, {**query, "expand": AUTH, "limit": 10_000})
+            assert costs(events, "endpoint_id", "auth_method") == costs(
+                rows, "endpoint_id", "auth_method"
+            )
+            of_unit = quantities(row for row in rows if is_whole(row, events))
+            assert of_unit
+            assert {key: quantities(events)[key] for key in of_unit} == of_unit
+
+
+def costs(rows: Iterable[Row], *by: str) -> dict[tuple[Any, ...], list[Decimal]]:
+    sums: dict[tuple[Any, ...], list[Decimal]] = {}
+    for row in rows:
+        amounts = [row["cost_subtotal"], row["cost_discount"], row["cost_total"]]
+        key = tuple(row[name] for name in by)
+        sums[key] = [a + b for a, b in zip(sums.get(key, [Decimal(0)] * 3), amounts, strict=True)]
+    return sums
+
+
+def quantities(rows: Iterable[Row]) -> dict[tuple[str, str], Decimal]:
+    sums: dict[tuple[str, str], Decimal] = {}
+    for row in rows:
+        key = row["endpoint_id"], row["unit"]
+        sums[key] = sums.get(key, Decimal(0)) + (row["quantity"] or 0)
+    return sums
+
+
+def is_whole(row: Row, events: Iterable[Row]) -> bool:
+    """Whether all the events of the row's endpoint tell unit and quantity."""
+    theirs = [e for e in events if e["endpoint_id"] == row["endpoint_id"]]
+    return all(None not in (event["unit"], event["quantity"]) for event in theirs)
+
+
+def test_events_come_newest_first_and_are_consistent(client: httpx.Client) -> None:
+    events = event_rows(client, {**ONE_DAY, "expand": AUTH, "limit": 10_000})
+    instants = [event["timestamp"] for event in events]
+    assert instants == sorted(instants, reverse=True)
+    assert all("2026-11-18T" in instant and instant.endswith("Z") for instant in instants)
+    for event in events:
+        total = event["cost_total"]
+        assert total == event["cost_subtotal"] - event["cost_discount"]
+        assert event["cost_estimate_nano_usd"] == total * 10**9
+        assert event["output_units"] == event["quantity"]
+        if event["quantity"] is not None:
+            assert event["cost_subtotal"] == event["quantity"] * event["unit_price"]
+        assert event["auth_method_structured"]["detail"] == event["auth_method"]
+    assert 0.01 < sum(event["unit"] is None for event in events) / len(events) < 0.03
+    assert 0.005 < sum(event["quantity"] is None for event in events) / len(events) < 0.02
+    of_request = Counter(event["request_id"] for event in events)
+    assert 0.005 < sum(many == 2 for many in of_request.values()) / len(of_request) < 0.03
+    of_line = Counter((e["timestamp"][:13], e["endpoint_id"], e["auth_method"]) for e in events)
+    assert max(of_line.values()) <= 8  # four of a line; one endpoint has two lines an hour
+
+
+@pytest.mark.parametrize(
+    ("filters", "told"),
+    [
+        ({"endpoint_id": "fal-ai/flux/dev"}, lambda event: event["endpoint_id"] == "fal-ai/flux/dev"),
+        ({"api_key_id": "sandbox-key-1"}, lambda event: event["auth_method"] == "backend-prod"),
+        ({"login_username": "alice"}, lambda event: event["auth_method"] == "User token"),
+    ],
+)
+def test_filters_keep_only_the_events_asked_for(
+    client: httpx.Client, filters: Query, told: Callable[[Row], bool]
+) -> None:
+    query = {**A_MORNING, "expand": AUTH}
+    whole = event_rows(client, query)
+    found = event_rows(client, {**query, **filters})
+    assert found == [event for event in whole if told(event)]
+    assert found
+    ids = [found[0]["request_id"], found[-1]["request_id"]]
+    assert {e["request_id"] for e in event_rows(client, {**query, "request_id": ids})} == set(ids)
+
+
+def test_events_are_of_the_very_instants_asked_for(client: httpx.Client) -> None:
+    whole = event_rows(client, A_MORNING)
+    border = whole[len(whole) // 2]["timestamp"]
+    later = event_rows(client, {**A_MORNING, "start": border})
+    earlier = event_rows(client, {**A_MORNING, "end": border})
+    assert later + earlier == whole
+    assert later[-1]["timestamp"] == border
+
+
+@pytest.mark.parametrize(
+    ("cost", "nano"),
+    [("0.0000000005", 0), ("0.0000000015", 2), ("0.00000000150000000000000001", 2), ("1E+3", 10**12)],
+)
+def test_nano_dollars_are_rounded_half_even(cost: str, nano: int) -> None:
+    event = event_at("2026-11-18T05:00+00:00", cost_total=Decimal(cost))
+    with Sandbox(SmallWorld(events=[event])) as sandbox, connect(sandbox) as client:
+        text = client.get("/models/billing-events", params=ONE_DAY).text
+    assert f'"cost_estimate_nano_usd":{nano}}}' in text
+
+
+@pytest.mark.parametrize(
+    ("instant", "text"),
+    [
+        ("2026-11-18T05:00:00+00:00", "2026-11-18T05:00:00Z"),
+        ("2026-11-18T05:00:00.000250+00:00", "2026-11-18T05:00:00.000250Z"),
+        ("2026-11-18T05:00:00+05:45", "2026-11-17T23:15:00Z"),
+    ],
+)
+def test_timestamps_of_events_are_in_utc(instant: str, text: str) -> None:
+    query = {"start": "2026-11-17", "end": "2026-11-19"}
+    with Sandbox(SmallWorld(events=[event_at(instant)])) as sandbox, connect(sandbox) as client:
+        assert event_rows(client, query)[0]["timestamp"] == text
+
+
+@pytest.mark.parametrize("timeframe", ["hour", "day", "week"])
+def test_analytics_are_those_of_the_calls_in_each_bucket(client: httpx.Client, timeframe: str) -> None:
+    ids = ["fal-ai/flux/dev", "fal-ai/veo3.1", "acme/product-photo", *FAILING]
+    query = {"start": "2026-11-09", "end": "2026-11-16", "timeframe": timeframe, "endpoint_id": ids}
+    rows = analytics_rows(client, {**query, "expand": ["time_series", "summary", *METRICS]})
+    start = datetime(2026, 11, 9, tzinfo=UTC)
+    borders = {"hour": HOUR, "day": 24 * HOUR, "week": 7 * 24 * HOUR}
+    calls = [one for one in frozen_world().calls(start, start + 7 * 24 * HOUR) if one.endpoint_id in ids]
+    expected: dict[tuple[str | None, str], list[Calls]] = {}
+    for one in calls:
+        bucket = start + (one.hour - start) // borders[timeframe] * borders[timeframe]
+        expected.setdefault((bucket.isoformat(), one.endpoint_id), []).append(one)
+        expected.setdefault((None, one.endpoint_id), []).append(one)
+    assert {(row.get("bucket"), row["endpoint_id"]) for row in rows} == expected.keys()
+    assert len(rows) == len(expected)
+    for row in rows:
+        held = expected[row.get("bucket"), row["endpoint_id"]]
+        for name in METRICS:
+            if name.startswith("p"):
+                assert row.get(name) == percentile(held, name)
+            else:
+                assert row[name] == sum(getattr(one, name) for one in held)
+        assert row["request_count"] == sum(
+            row[f"{kind}_count"] for kind in ("success", "user_error", "error")
+        )
+
+
+def percentile(calls: Iterable[Calls], name: str) -> Decimal | None:
+    """The least duration that so many percent of all stay at or below, by counting."""
+    percent, of = name.removeprefix("p").split("_", 1)
+    every = [duration for one in calls for duration in getattr(one, f"{of}s")]
+    reached = (d for d in every if 100 * sum(e <= d for e in every) >= int(percent) * len(every))
+    return min(reached, default=None)
+
+
+@pytest.mark.parametrize(
+    ("durations", "p25", "p50", "p99"),
+    [
+        (["0.1"], "0.1", "0.1", "0.1"),
+        (["3", "1", "2", "4"], "1", "2", "4"),
+        (["1", "1", "1", "0.30000000000000004"], "0.30000000000000004", "1", "1"),
+        ([str(n) for n in range(1, 201)], "50", "100", "198"),
+    ],
+)
+def test_percentiles_are_by_nearest_rank(durations: list[str], p25: str, p50: str, p99: str) -> None:
+    seconds = tuple(map(Decimal, durations))
+    at = datetime(2026, 11, 18, 5, tzinfo=UTC)
+    halves = [
+        Calls(at, "acme/a", success_count=1, durations=seconds[::2]),
+        Calls(at + HOUR, "acme/a", success_count=1, durations=seconds[1::2]),
+    ]
+    expand = ["summary", "p25_duration", "p50_duration", "p99_duration"]
+    with Sandbox(SmallWorld(hours=halves)) as sandbox, connect(sandbox) as client:
+        [row] = analytics_rows(client, {**ONE_DAY, "endpoint_id": "acme/a", "expand": expand})
+    assert (row["p25_duration"], row["p50_duration"], row["p99_duration"]) == (
+        Decimal(p25), Decimal(p50), Decimal(p99),
+    )  # fmt: skip
+
+
+def test_analytics_have_the_asked_metrics_and_no_row_without_requests() -> None:
+    at = datetime(2026, 11, 18, 5, tzinfo=UTC)
+    hours = [Calls(at, "acme/a"), Calls(at + HOUR, "acme/b", timeout_error_count=2), Calls(at, "acme/b")]
+    query = {**EXACT, "endpoint_id": ["acme/a", "acme/b"]}
+    with Sandbox(SmallWorld(hours=hours)) as sandbox, connect(sandbox) as client:
+        assert analytics_rows(client, query) == [
+            {"bucket": "2026-11-18T06:00:00+00:00", "endpoint_id": "acme/b", "request_count": 2}
+        ]
+        query["expand"] = ["summary", "p50_duration", "error_count", "total_billable_duration"]
+        assert analytics_rows(client, query) == [
+            {"endpoint_id": "acme/b", "error_count": 2, "total_billable_duration": 0}
+        ]
+
+
+def test_what_succeeded_was_charged_and_what_only_fails_was_not(client: httpx.Client) -> None:
+    whole_day = {**ONE_DAY, "limit": 10_000}
+    requests: dict[str, set[str]] = {endpoint_id: set() for endpoint_id in FAILING}
+    for event in event_rows(client, whole_day):
+        requests.setdefault(event["endpoint_id"], set()).add(event["request_id"])
+    expand = ["summary", "success_count", "request_count", "cold_boot_count"]
+    query = {**ONE_DAY, "endpoint_id": list(requests), "expand": expand}
+    rows = {row["endpoint_id"]: row for row in analytics_rows(client, query)}
+    assert {i: row["success_count"] for i, row in rows.items()} == {
+        endpoint_id: len(ids) for endpoint_id, ids in requests.items()
+    }
+    assert all(row["request_count"] > 0 for row in rows.values())
+    assert all(row["cold_boot_count"] <= row["success_count"] for row in rows.values())
+    models = {model["endpoint_id"] for page in walk(client, "/models", {}) for model in page["models"]}
+    assert len(FAILING.keys() & models) == 1
+
+
+# --- The API as it was ----------------------------------------------------------------------------
+
+EVENT_FIELDS = {
+    "request_id", "endpoint_id", "timestamp", "output_units", "unit_price", "percent_discount",
+    "cost_estimate_nano_usd", "auth_method",
+}  # fmt: skip
+USAGE_FIELDS = {
+    "bucket",
+    "endpoint_id",
+    "unit",
+    "quantity",
+    "unit_price",
+    "cost",
+    "currency",
+    "auth_method",
+}
+COSTS = {"cost_subtotal", "cost_discount", "cost_total"}
+WHO_EXACTLY = {"auth_method_structured"}
+
+
+@pytest.mark.parametrize(
+    ("day", "path", "fields"),
+    [
+        ("2026-03-18", "/models/usage", USAGE_FIELDS),
+        ("2026-06-16", "/models/usage", USAGE_FIELDS | WHO_EXACTLY),
+        ("2026-07-20", "/models/usage", USAGE_FIELDS | WHO_EXACTLY),
+        ("2026-07-21", "/models/usage", USAGE_FIELDS | WHO_EXACTLY | COSTS | {"percent_discount"}),
+        ("2026-03-18", "/models/billing-events", EVENT_FIELDS),
+        ("2026-07-03", "/models/billing-events", EVENT_FIELDS | WHO_EXACTLY),
+        ("2026-07-29", "/models/billing-events", EVENT_FIELDS | WHO_EXACTLY),
+        ("2026-07-30", "/models/billing-events", EVENT_FIELDS | WHO_EXACTLY | COSTS),
+        ("2026-08-21", "/models/billing-events", EVENT_FIELDS | WHO_EXACTLY | COSTS),
+        (
+            "2026-08-22", "/models/billing-events",
+            EVENT_FIELDS | WHO_EXACTLY | COSTS | {"unit", "quantity"},
+        ),
+    ],
+)  # fmt: skip
+def test_fields_that_came_later_are_left_out(
+    client: httpx.Client, day: str, path: str, fields: set[str]
+) -> None:
+    expand = ["auth_method", *(WHO_EXACTLY & fields)]
+    query: Query = {**A_MORNING, "expand": expand}
+    rows: Callable[[httpx.Client, Query], list[Row]] = event_rows
+    if path == "/models/usage":
+        query = {**query, "timeframe": "hour", "expand": ["time_series", *expand]}
+        rows = usage_rows
+    with Sandbox(frozen_world(), as_of=date.fromisoformat(day)) as sandbox, connect(sandbox) as older:
+        found = rows(older, query)
+        document = older.get("/openapi.json").json()
+        check_against_document(path, older.get(path, params=query), document)
+    assert set().union(*found) == fields
+    assert [{name: row[name] for name in fields} for row in rows(client, query)] == found
+
+
+def test_rows_are_not_kept_apart_by_what_is_not_shown() -> None:
+    hour = "2026-11-18T05:00+00:00"
+    world = SmallWorld([line_at(hour), line_at(hour, percent_discount=Decimal(10))])
+    for day, rows in ((date(2026, 7, 20), 1), (date(2026, 7, 21), 2)):
+        with Sandbox(world, as_of=day) as sandbox, connect(sandbox) as client:
+            found = usage_rows(client, EXACT)
+        assert (len(found), sum(row["cost"] for row in found)) == (rows, 2)
+
+
+FLUX = {"endpoint_id": "fal-ai/flux/dev"}
+
+
+@pytest.mark.parametrize(
+    ("path", "query", "since"),
+    [
+        ("/models", {"sort": "recent"}, None),
+        ("/models/usage", {"api_key_id": "x"}, "2026-06-16"),
+        ("/models/usage", {"login_username": "x"}, "2026-06-16"),
+        ("/models/usage", {"expand": WHO}, "2026-06-16"),
+        ("/models/usage", {"source": "estimate"}, "2026-08-22"),
+        ("/models/billing-events", {"limit": 101}, "2026-05-08"),
+        ("/models/billing-events", {"api_key_id": "x"}, "2026-07-03"),
+        ("/models/billing-events", {"expand": AUTH}, "2026-07-03"),
+        ("/models/billing-events", {"source": "billed"}, "2026-08-22"),
+        ("/models/analytics", {**FLUX, "expand": "summary,p99_duration"}, "2026-06-01"),
+        ("/models/analytics", {**FLUX, "expand": "summary,timeout_error_count"}, "2026-06-01"),
+        ("/models/analytics", {**FLUX, "expand": "summary,p50_duration"}, "2026-01-01"),
+    ],
+)
+def test_what_came_later_is_refused_before(path: str, query: Query, since: str | None) -> None:
+    first = date.fromisoformat(since or "2026-08-22")
+    for day in (first - timedelta(days=1), first):
+        with Sandbox(frozen_world(), as_of=day) as sandbox, connect(sandbox) as client:
+            response = client.get(path, params=query)
+            document = client.get("/openapi.json").json()
+        is_known = since == "2026-01-01" or (since is not None and day == first)
+        assert response.status_code == (200 if is_known else 400), response.text
+        check_against_document(path, response, document)
+
+
+@pytest.mark.parametrize(
+    ("as_of", "end", "status"),
+    [
+        (None, "2026-11-18", 200),
+        (None, "2026-11-18T00:00:00.000001Z", 400),
+        (date(2026, 5, 8), "2026-11-19", 400),
+        (date(2026, 5, 7), "2026-12-31", 200),
+    ],
+)
+def test_events_of_ninety_days_at_most_since_may(as_of: date | None, end: str, status: int) -> None:
+    query = {"start": "2026-08-20", "end": end}
+    with Sandbox(SmallWorld(), as_of=as_of) as sandbox, connect(sandbox) as client:
+        assert client.get("/models/billing-events", params=query).status_code == status
+
+
+# --- Late and restated ----------------------------------------------------------------------------
+
+TEN_DAYS = [datetime(2026, 11, 1, tzinfo=UTC) + n * HOUR for n in range(240)]
+
+
+def shown_after(age: timedelta) -> dict[tuple[Any, ...], UsageLine]:
+    """The lines of ten days, each hour as it is shown so long after it began."""
+    clock = [NOW]
+    world = invented_world(now=lambda: clock[0], late=True)
+    lines: list[UsageLine] = []
+    for hour in TEN_DAYS:
+        clock[0] = hour + age
+        lines += world.usage(hour, hour + HOUR)
+    return {(one.hour, one.endpoint_id, one.unit, one.credential): one for one in lines}
+
+
+def test_a_few_lines_come_late_are_restated_or_taken_back() -> None:
+    first, settled = shown_after(HOUR), shown_after(73 * HOUR)
+    assert shown_after(timedelta(days=100)) == settled
+    both = first.keys() & settled.keys()
+    restated = {key for key in both if first[key] != settled[key]}
+    assert 0.005 < len(settled.keys() - first.keys()) / len(settled) < 0.015
+    assert 0.003 < len(restated) / len(settled) < 0.007
+    assert 0 < len(first.keys() - settled.keys()) / len(settled) < 0.003
+    before, after = shown_after(48 * HOUR - timedelta.resolution), shown_after(48 * HOUR)
+    assert all(before[key] == first[key] != after[key] == settled[key] for key in restated)
+    assert all(settled[key].quantity != first[key].quantity for key in restated)
+
+
+def test_at_any_instant_usage_its_summary_and_events_agree() -> None:
+    clock = [NOW]
+    span = {"start": "2026-11-16", "end": "2026-11-20"}
+    query = {**span, "timeframe": "hour"}
+    seen = []
+    world = invented_world(now=lambda: clock[0], late=True)
+    with Sandbox(world) as sandbox, connect(sandbox) as client:
+        for _ in range(3):
+            series = usage_rows(client, query)
+            assert totals(usage_rows(client, {**query, "expand": "summary"})) == totals(series)
+            events = event_rows(client, {**span, "limit": 10_000})
+            assert costs(events, "endpoint_id") == costs(series, "endpoint_id")
+            seen.append(totals(series))
+            clock[0] += 12 * HOUR
+        clock[0] = NOW
+        assert totals(usage_rows(client, query)) == seen[0]
+    assert seen[0] != seen[1] != seen[2]
+
+
+def test_late_worlds_differ_by_seed_only() -> None:
+    def amounts(seed: int) -> list[Decimal]:
+        lines = frozen_world(seed=seed, late=True).usage(TEN_DAYS[0], NOW)
+        return [one.cost_total for one in lines]
+
+    assert amounts(7) == amounts(7) != amounts(8)
+
+
+def test_nothing_was_used_before_the_team_was_founded(client: httpx.Client) -> None:
+    ever = {
+        "start": "0001-01-01",
+        "end": "2025-01-01T01:00:00Z",
+        "timeframe": "hour",
+        "expand": "summary",
+    }
+    first_hour = {**ever, "start": FOUNDED.isoformat()}
+    assert totals(usage_rows(client, ever)) == totals(usage_rows(client, first_hour)) != {}
+
+
+# --- Faults -----------------------------------------------------------------------------------------
 
 
 def once(fault: Fault) -> Iterator[Fault | None]:
