@@ -21,12 +21,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from faletl import landing, pipeline
 from faletl.config import Settings
 from faletl.errors import UsageError, WarehouseBusyError
 from faletl.money import plain
+from faletl.plan import Forecast
 from faletl.resources import RESOURCES
 from faletl.warehouse import open_warehouse
-from faletl.warehouse.tables import BUILDS, FAILURES, LOADS
+from faletl.warehouse.tables import BUILDS, FAILURES, LOADS, RESTATEMENTS
 from faletl.windows import instant
 
 COVERAGE = "Model APIs only: serverless and compute are not in these sums."
@@ -144,22 +146,22 @@ def print_status(settings: Settings, *, as_json: bool) -> None:
     if not found["resources"]:
         sys.stdout.write("Nothing is loaded yet; run faletl run.\n")
         return
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("account", "resource", "newest window", "lag", "windows", "rows", "open failures"):
-        table.add_column(
-            name, justify="right" if name in ("windows", "rows", "open failures") else "left"
-        )
+    names = ("account", "resource", "newest window", "lag", "windows", "rows", "open failures")
+    lines = []
     for line in found["resources"]:
         lag = "" if line["lag_seconds"] is None else _span(line["lag_seconds"])
-        cells = (line["account"], line["resource"], line["newest_window"] or "", lag,
-                 f"{line['windows']:,}", f"{line['rows']:,}", str(line["open_failures"]))  # fmt: skip
-        table.add_row(*(Text(_shown(cell)) for cell in cells))
-    _console().print(table)
+        lines.append(
+            (line["account"], line["resource"], line["newest_window"] or "", lag,
+             f"{line['windows']:,}", f"{line['rows']:,}", str(line["open_failures"]))
+        )  # fmt: skip
+    _print_table(names, lines, left=4)
+    for restated in found["restatements"]:
+        sys.stdout.write(_restated_sentence(restated) + "\n")
     for failure in found["failures"]:
         sys.stdout.write(f"failed {failure['failed_at']}: {_shown(failure['message'])}\n")
     if found["last_build"]:
         build = found["last_build"]
-        sys.stdout.write(f"Last build {build['finished_at']}: {build['days']} days of usage, "
+        sys.stdout.write(f"Last build {build['finished_at']}: {build['days']} days made anew, "
                          f"{build['checks']} checks.\n")  # fmt: skip
     if found["is_published_copy"]:
         sys.stdout.write("A run is writing now; this is the state that readers see.\n")
@@ -178,7 +180,9 @@ def status(settings: Settings) -> dict[str, Any]:
 
 
 def _status(connection: sa.Connection | None, *, is_published_copy: bool) -> dict[str, Any]:
-    empty: dict[str, Any] = {"resources": [], "failures": [], "last_build": None}
+    empty: dict[str, Any] = {
+        "resources": [], "failures": [], "restatements": [], "last_build": None,
+    }  # fmt: skip
     if connection is None:
         return {**empty, "is_published_copy": is_published_copy, "coverage": COVERAGE}
     now = datetime.now(UTC)
@@ -231,10 +235,50 @@ def _status(connection: sa.Connection | None, *, is_published_copy: bool) -> dic
     return {
         "resources": lines,
         "failures": failures,
+        "restatements": _restatements(connection),
         "last_build": last_build,
         "is_published_copy": is_published_copy,
         "coverage": COVERAGE,
     }
+
+
+def _restatements(connection: sa.Connection) -> list[dict[str, Any]]:
+    """What fal changed of closed days, per account, resource and currency."""
+    lines = RESTATEMENTS.c
+    change = sa.func.sum(lines.cost_total_after - lines.cost_total_before)
+    key = (lines.account, lines.resource, lines.currency)
+    found = connection.execute(
+        sa.select(
+            *key,
+            sa.func.count(),
+            sa.func.count(sa.distinct(lines.window_start)),
+            change,
+            sa.func.max(lines.seen_at),
+        )
+        .group_by(*key)
+        .order_by(*key)
+    )
+    return [
+        {
+            "account": account,
+            "resource": resource,
+            "currency": currency or "USD",
+            "lines": count,
+            "windows": windows,
+            "cost_total_change": plain(Decimal(changed)),
+            "last_seen_at": _utc(seen_at),
+        }
+        for account, resource, currency, count, windows, changed, seen_at in found
+    ]
+
+
+def _restated_sentence(restated: dict[str, Any]) -> str:
+    return (
+        f"Restated since their days closed: {restated['lines']:,} lines of {restated['resource']} on "
+        f"{restated['windows']:,} days of {_shown(restated['account'])}, "
+        f"{Decimal(restated['cost_total_change']):+,f} {restated['currency']} in all; last seen "
+        f"{restated['last_seen_at']}."
+    )
 
 
 def _utc(at: datetime) -> str:
@@ -245,6 +289,57 @@ def _span(seconds: int) -> str:
     days, rest = divmod(seconds, 86_400)
     hours, rest = divmod(rest, 3_600)
     return f"{days} d {hours} h" if days else f"{hours} h {rest // 60} min"
+
+
+# --- Landed pages, and what a run would do --------------------------------------------------------
+
+
+def print_landing(settings: Settings) -> None:
+    """Reads and bytes per account folder and resource, and how many of them prune would drop."""
+    dropped = set(pipeline.prune(settings, is_dry=True)[0])
+    sums: dict[tuple[str, str], list[int]] = {}
+    for folder in landing.all_reads(settings):
+        size, is_dropped = landing.size(folder), folder in dropped
+        held = sums.setdefault((folder.parents[2].name, folder.parents[1].name), [0] * 4)
+        for position, more in enumerate((1, size, is_dropped, size * is_dropped)):
+            held[position] += more
+    names = ("account", "resource", "reads", "bytes", "prunable reads", "prunable bytes")
+    _print_table(
+        names, [(*key, *map("{:,}".format, held)) for key, held in sorted(sums.items())], left=2
+    )
+
+
+def print_forecasts(settings: Settings, forecasts: Sequence[Forecast]) -> None:
+    """Windows, calls and minutes per resource, and in all."""
+    if not forecasts:
+        sys.stdout.write("nothing to do: no window is due\n")
+        return
+    lines = []
+    for one in forecasts:
+        days = [str(window) for window in one.windows]
+        told = days[0] if len(days) == 1 else f"{days[0]} … {days[-1]}"
+        lines.append((one.resource, f"{len(days):,}", told, f"{one.calls:,}"))
+    _print_table(("resource", "windows", "from … to", "calls"), lines, left=1)
+    calls = sum(one.calls for one in forecasts)
+    seconds = max(
+        calls / settings.rate if settings.rate else 0, calls * SECONDS_A_CALL / settings.parallel
+    )
+    windows = sum(len(one.windows) for one in forecasts)
+    sys.stdout.write(f"{windows:,} windows, about {calls:,} calls, {seconds / 60:.1f} minutes\n")
+
+
+SECONDS_A_CALL = 0.5
+"""What a call to fal is taken to last, where nothing is known of it."""
+
+
+def _print_table(names: Sequence[str], lines: Sequence[Sequence[str]], left: int) -> None:
+    """A table of which the first `left` columns are texts, the others numbers."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for position, name in enumerate(names):
+        table.add_column(name, justify="left" if position < left else "right")
+    for line in lines:
+        table.add_row(*(Text(_shown(cell)) for cell in line))
+    _console().print(table)
 
 
 # --- The first answers ----------------------------------------------------------------------------

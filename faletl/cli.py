@@ -40,6 +40,15 @@ app = typer.Typer(
 )
 
 
+landing_app = typer.Typer(
+    help="Landed pages: how much they take, and dropping those that nothing stands on.",
+    epilog="Example: faletl landing du",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(landing_app, name="landing")
+
+
 class _Stopped(BaseException):
     """Ctrl-C, or a request to terminate."""
 
@@ -105,15 +114,26 @@ def options(
 
 
 @app.command(epilog="Example: FAL_KEY=id:secret faletl run --start 2026-11-01 --end 2026-11-08")
-def run(start: Start = None, end: End = None, resource: Resources = None) -> None:
+def run(
+    start: Start = None,
+    end: End = None,
+    resource: Resources = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only tell which windows, in how many calls and minutes.")
+    ] = False,
+) -> None:
     """The whole line: extract, prove, load, build and publish what is due, or the days given."""
-    from faletl import pipeline
+    from faletl import answers, pipeline
     from faletl.config import Settings
+    from faletl.plan import Asked
 
+    if dry_run:
+        settings = Settings.load()
+        forecasts = pipeline.dry_run(settings, Asked(start, end, resource or ()))
+        answers.print_forecasts(settings, forecasts)
+        return
     with _progress() as progress:
-        report = pipeline.run(
-            Settings.load(), start=start, end=end, resources=resource or (), progress=progress
-        )
+        report = pipeline.run(Settings.load(), Asked(start, end, resource or ()), progress)
     _finish(report)
 
 
@@ -122,11 +142,10 @@ def extract(start: Start = None, end: End = None, resource: Resources = None) ->
     """Land and prove pages of what is due, or of the days given; load nothing."""
     from faletl import pipeline
     from faletl.config import Settings
+    from faletl.plan import Asked
 
     with _progress() as progress:
-        report = pipeline.extract(
-            Settings.load(), start=start, end=end, resources=resource or (), progress=progress
-        )
+        report = pipeline.extract(Settings.load(), Asked(start, end, resource or ()), progress)
     _finish(report)
 
 
@@ -135,11 +154,10 @@ def load(start: Start = None, end: End = None, resource: Resources = None) -> No
     """Load what has landed and is not loaded yet; asks fal nothing."""
     from faletl import pipeline
     from faletl.config import Settings
+    from faletl.plan import Asked
 
     with _progress() as progress:
-        report = pipeline.load(
-            Settings.load(), start=start, end=end, resources=resource or (), progress=progress
-        )
+        report = pipeline.load(Settings.load(), Asked(start, end, resource or ()), progress)
     _finish(report, nothing="nothing to load: all that has landed is loaded")
 
 
@@ -163,6 +181,59 @@ def publish() -> None:
     from faletl.config import Settings
 
     _finish(pipeline.publish(Settings.load()), nothing="nothing to publish: no newer build is there")
+
+
+@app.command(epilog="Example: faletl rebuild --window 2026-11-01")
+def rebuild(
+    window: Annotated[
+        date | None,
+        typer.Option(parser=_day, metavar="DATE", help="Only this UTC day. Default: everything."),
+    ] = None,
+) -> None:
+    """Make the warehouse anew from the landed pages alone; asks fal nothing."""
+    from faletl import pipeline
+    from faletl.config import Settings
+
+    with _progress() as progress:
+        report = pipeline.rebuild(Settings.load(), window, progress)
+    _finish(report, nothing="nothing to rebuild: nothing has landed")
+
+
+@app.command(epilog="Example: faletl verify")
+def verify() -> None:
+    """Look whether loaded rows, their landed pages, sums and models are as they were left."""
+    from faletl.config import Settings
+    from faletl.errors import TamperedError
+    from faletl.verify import verify as findings
+
+    found = 0
+    for sentence in findings(Settings.load()):
+        found += 1
+        _say(sentence)
+    if found:
+        raise typer.Exit(TamperedError.exit_code)
+    typer.echo("all is as it was left: ledger, rows, landed pages, sums and models")
+
+
+@landing_app.command(epilog="Example: faletl landing du")
+def du() -> None:
+    """How much the landed pages take, per resource, and how much of it prune would free."""
+    from faletl import answers
+    from faletl.config import Settings
+
+    answers.print_landing(Settings.load())
+
+
+@landing_app.command(epilog="Example: faletl landing prune --dry-run")
+def prune(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Delete nothing, only tell.")] = False,
+) -> None:
+    """Delete landed pages that nothing stands on any more; rebuild gives the same tables as before."""
+    from faletl import pipeline
+    from faletl.config import Settings
+
+    reads, size = pipeline.prune(Settings.load(), is_dry=dry_run)
+    typer.echo(f"{len(reads):,} reads, {size:,} bytes {'would be ' * dry_run}deleted")
 
 
 @app.command(epilog="Example: faletl status --json")
@@ -196,12 +267,16 @@ def sql(
 @app.command(epilog="Example: faletl sandbox --port 8787")
 def sandbox(
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=0, max=65535)] = 8787,
+    as_of: Annotated[
+        date | None,
+        typer.Option(parser=_day, metavar="DATE", help="Speak the API as it was on that day of 2026."),
+    ] = None,
 ) -> None:
     """A fal Platform API on loopback with invented, deterministic data, until Ctrl-C."""
     from faletl.sandbox import FULL_KEY, Sandbox, invented_world
 
     try:
-        server = Sandbox(invented_world(), port)
+        server = Sandbox(invented_world(), port, as_of=as_of)
     except OSError as error:
         raise UsageError(
             f"port {port} cannot be had ({error.strerror}); name another with --port"

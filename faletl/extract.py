@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 RESUME_WITHIN = timedelta(hours=1)
 """How old an interrupted read of a closed window may be to be taken up where it ended."""
 
+BAD_REQUEST = 400
+
 SUSPICIOUS_IDS = 10
 """A first batch of at least so many ids, all of them unknown, means that something else is wrong."""
 
@@ -37,13 +39,15 @@ class Origin:
     """What all reads of a run have in common.
 
     `planned_from` is, per resource, the first day of the plan; `fencing_token` the newest one that
-    was known when the run was planned.
+    was known when the run was planned. `unknown_ids` are, per resource, those that fal answered 404
+    for, added by whichever read found them.
     """
 
     account: str
     run_id: str
     fencing_token: int
     planned_from: Mapping[str, date]
+    unknown_ids: Mapping[str, set[str]]
 
 
 def fetch_window(
@@ -54,12 +58,14 @@ def fetch_window(
     *,
     origin: Origin,
     ids: Sequence[str] = (),
-    again: bool = False,
+    is_whole_catalogue: bool = False,
+    unproven: Landed | None = None,
 ) -> Landed:
     """Land every page of the window, and of its control total where the resource has one.
 
-    `ids` are the endpoint ids to ask for, where a resource is asked by ids. `again` starts over even
-    if an interrupted read could be taken up.
+    `ids` are the endpoint ids to ask for, where a resource is asked by ids. After an `unproven` read
+    of the window this one starts over even if an interrupted one could be taken up, and keeps the
+    rows of that one beside its own where two equal walks suffice.
 
     Raises:
         KeyRefusedError, ContractError, ApiUnavailableError, StorageError: see `FalClient`; every
@@ -68,13 +74,33 @@ def fetch_window(
     try:
         for is_second_try in (False, True):
             attempt, now = None, datetime.now(UTC)
-            if not (again or is_second_try or window.is_snapshot or window.is_provisional):
+            if not (unproven or is_second_try or window.is_snapshot or window.is_provisional):
                 attempt = landing.resume(
                     settings, origin.account, resource.name, window, since=now - RESUME_WITHIN
                 )
             attempt = attempt or landing.begin(settings, origin.account, resource.name, window, at=now)
             try:
-                return _fetch(client, resource, window, attempt, ids, origin)
+                asking = _Asking(client, resource, attempt)
+                unknown = origin.unknown_ids.get(resource.name, set[str]())
+                _ask_all(asking, resource, window, ids, unknown, unproven)
+                return attempt.seal(
+                    Manifest(
+                        load_id=attempt.load_id,
+                        run_id=origin.run_id,
+                        account=origin.account,
+                        resource=resource.name,
+                        window_start=window.start,
+                        window_end=window.end,
+                        started_at=attempt.started_at,
+                        finished_at=datetime.now(UTC),
+                        planned_from=origin.planned_from.get(resource.name, window.day),
+                        fencing_token=origin.fencing_token,
+                        calls=asking.calls,
+                        unknown_ids=sorted(unknown.intersection(ids)),
+                        is_whole_catalogue=is_whole_catalogue,
+                        faletl_version=__version__,
+                    )
+                )
             except ContractError as error:
                 attempt.discard()  # what was landed so far would lead the next run astray, too
                 if is_second_try or not isinstance(error, CursorRefusedError):
@@ -97,50 +123,46 @@ def fetch_window(
         raise failed.at(resource=resource.name, window=str(window)) from None
 
 
-def _fetch(
-    client: FalClient,
+def _ask_all(
+    asking: _Asking,
     resource: Resource,
     window: Window,
-    attempt: Attempt,
     ids: Sequence[str],
-    origin: Origin,
-) -> Landed:
-    asking = _Asking(client, resource, attempt)
-    unknown: list[str] = []
-    rows = {**(resource.params or {}), **_bounds(window)}
-    if resource.ids_per_call is None:
-        asking.walk("rows", rows, resource.rows_path)
-    else:
-        batches = _batches(ids, resource.ids_per_call)
-        for batch in batches:
-            asking.walk_ids(rows, batch, unknown)
-            if batch is batches[0] and len(unknown) == len(batch) >= SUSPICIOUS_IDS:
-                raise ContractError("fal knows none of the endpoint ids asked for: is the path gone?")
-    if resource.proof is not None:
-        try:
-            proof = {**resource.proof.params, **_bounds(window)}
-            asking.walk("proof", proof, resource.proof.rows_path)
-        except KeyRefusedError:
-            log.warning("%s, window %s: fal refuses the control total to this key; "
-                        "two equal walks stand in for it", resource.name, window)  # fmt: skip
-            asking.walk("again", rows, resource.rows_path)
-    return attempt.seal(
-        Manifest(
-            load_id=attempt.load_id,
-            run_id=origin.run_id,
-            account=origin.account,
-            resource=resource.name,
-            window_start=window.start,
-            window_end=window.end,
-            started_at=attempt.started_at,
-            finished_at=datetime.now(UTC),
-            planned_from=origin.planned_from.get(resource.name, window.day),
-            fencing_token=origin.fencing_token,
-            calls=asking.calls,
-            unknown_ids=sorted(unknown),
-            faletl_version=__version__,
-        )
-    )
+    unknown: set[str],
+    unproven: Landed | None,
+) -> None:
+    """Ask every question of the resource and for its control total."""
+    for number in range(len(resource.params)):
+        if resource.ids_per_call is None:
+            asking.walk("rows", number, _bounds(window))
+        else:
+            _ask_by_ids(asking, number, window, ids, unknown)
+    proof = resource.proof
+    if proof is None:
+        return
+    try:
+        asking.land("proof", proof.path, {**proof.params, **_bounds(window)}, proof.rows_path)
+    except KeyRefusedError:
+        log.warning("%s, window %s: fal refuses the control total to this key; "
+                    "two equal walks stand in for it", resource.name, window)  # fmt: skip
+        if not (unproven and proof.two_walks_suffice):
+            for number in range(len(resource.params)):
+                asking.walk("again", number, _bounds(window))
+    if unproven and proof.two_walks_suffice:
+        asking.adopt(unproven)
+
+
+def _ask_by_ids(
+    asking: _Asking, number: int, window: Window, ids: Sequence[str], unknown: set[str]
+) -> None:
+    """Ask one question in batches of ids that fal may know; add those it does not to `unknown`."""
+    size = asking.resource.ids_per_call or len(ids)
+    known = [endpoint_id for endpoint_id in ids if endpoint_id not in unknown]
+    for first in range(0, len(known), size):
+        batch = known[first : first + size]
+        asking.walk_ids(number, _bounds(window), batch, unknown)
+        if not first and len(batch) >= SUSPICIOUS_IDS and unknown.issuperset(batch):
+            raise ContractError("fal knows none of the endpoint ids asked for: is the path gone?")
 
 
 class _Asking:
@@ -148,20 +170,36 @@ class _Asking:
 
     def __init__(self, client: FalClient, resource: Resource, attempt: Attempt) -> None:
         self.calls: list[Call] = []
+        self.resource = resource
         self._client = client
-        self._resource = resource
         self._attempt = attempt
+        self._is_older = False
 
-    def walk(self, label: str, params: Params, rows_path: tuple[str, ...]) -> None:
+    def walk(self, label: str, number: int, more: Params) -> None:
+        """Land all pages of the resource's question of that number; of its older form if need be."""
+        resource = self.resource
+        questions = resource.older_params if self._is_older else resource.params
+        try:
+            self.land(label, resource.path, {**questions[number], **more}, resource.rows_path)
+        except ContractError as error:
+            is_refused = error.facts.get("status") == BAD_REQUEST
+            if not is_refused or isinstance(error, CursorRefusedError) or self._is_older:
+                raise
+            if not resource.older_params:
+                raise
+            log.info("%s: %s; asking as before fal had all of these values", resource.name, error)
+            self._is_older = True
+            self.walk(label, number, more)
+
+    def land(self, label: str, path: str, params: Params, rows_path: tuple[str, ...]) -> None:
         """Land all pages of one question."""
-        path = self._resource.path
         # A control total is always asked anew: it must be that of the rows as they are at the end.
         landed = self._attempt.landed(label, params) if label == "rows" else iter(())
         pages = []
         try:
             for page, is_new in walk(
                 self._client, path, params, rows_path, landed,
-                metrics=self._resource.uses_metrics_key,
+                metrics=self.resource.uses_metrics_key,
             ):  # fmt: skip
                 record = self._attempt.land if is_new else self._attempt.described
                 pages.append(record(label, params, page))
@@ -170,24 +208,24 @@ class _Asking:
         query = {name: [v] if isinstance(v, str) else list(v) for name, v in params.items()}
         self.calls.append(Call(label, path, query, pages))
 
-    def walk_ids(self, params: Params, ids: Sequence[str], unknown: list[str]) -> None:
+    def adopt(self, landed: Landed) -> None:
+        """Keep the rows of an earlier read beside those of this one."""
+        self.calls += self._attempt.adopt(landed)
+
+    def walk_ids(self, number: int, more: Params, ids: Sequence[str], unknown: set[str]) -> None:
         """Land one batch of ids; where fal knows one of them not, halve it until that one is alone."""
         try:
-            self.walk("rows", {**params, "endpoint_id": tuple(ids)}, self._resource.rows_path)
+            self.walk("rows", number, {**more, "endpoint_id": tuple(ids)})
         except NotFoundError:
             if len(ids) == 1:
-                unknown.append(ids[0])
+                unknown.add(ids[0])
                 return
             middle = len(ids) // 2
-            self.walk_ids(params, ids[:middle], unknown)
-            self.walk_ids(params, ids[middle:], unknown)
+            self.walk_ids(number, more, ids[:middle], unknown)
+            self.walk_ids(number, more, ids[middle:], unknown)
 
 
 def _bounds(window: Window) -> Params:
     if window.is_snapshot:
         return {}
     return {"start": instant(window.start), "end": instant(window.end)}
-
-
-def _batches(ids: Sequence[str], size: int) -> list[Sequence[str]]:
-    return [ids[first : first + size] for first in range(0, len(ids), size)]

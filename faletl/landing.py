@@ -16,6 +16,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, date, datetime
 from pathlib import Path
 
@@ -50,8 +51,8 @@ class LandedPage(msgspec.Struct, frozen=True):
 class Call(msgspec.Struct, frozen=True):
     """One walk: the question (never the key) and the pages that answered it, in order.
 
-    `label` is `rows` for the records, `proof` for fal's control total, `again` for a second walk of
-    the records that stands in for a control total which fal refused.
+    `label` is `rows` for the records, `proof` for fal's control total, `again` for another walk of
+    the records: one that stands in for a control total which fal refused, or the one before.
     """
 
     label: str
@@ -65,7 +66,7 @@ class Manifest(msgspec.Struct, frozen=True):
 
     `planned_from` is the first day that the run meant to read of this resource. `fencing_token` is
     the newest one that was known when the read was planned: whatever was loaded under a greater one
-    may be newer than this read.
+    may be newer than this read. `is_whole_catalogue`: all of fal's endpoints were asked for.
     """
 
     load_id: str
@@ -80,6 +81,7 @@ class Manifest(msgspec.Struct, frozen=True):
     fencing_token: int
     calls: list[Call]
     unknown_ids: list[str] = []
+    is_whole_catalogue: bool = False
     redacted_pages: int = 0
     faletl_version: str = ""
     format: int = FORMAT
@@ -92,6 +94,20 @@ class Manifest(msgspec.Struct, frozen=True):
     def pages(self, label: str) -> list[LandedPage]:
         """The pages of all calls with that label, in order."""
         return [page for call in self.calls if call.label == label for page in call.pages]
+
+    def has(self, label: str) -> bool:
+        """Whether such a walk was made; it may have had no rows."""
+        return any(call.label == label for call in self.calls)
+
+    @property
+    def asked_ids(self) -> frozenset[str]:
+        """The endpoint ids that fal answered for."""
+        return frozenset(
+            endpoint_id
+            for call in self.calls
+            if call.label == "rows"
+            for endpoint_id in call.query.get("endpoint_id", [])
+        )
 
 
 class Landed(msgspec.Struct, frozen=True):
@@ -151,6 +167,19 @@ class Attempt:
         name = page_name(label, params, page.number)
         write_durably(self.folder / name, content)
         return _described(name, content, page)
+
+    def adopt(self, landed: Landed) -> list[Call]:
+        """Take over the rows of an earlier read as the `again` walk of this one; raises StorageError."""
+        calls = [call for call in landed.manifest.calls if call.label == "rows"]
+        taken = []
+        for number, call in enumerate(calls):
+            pages = []
+            for page in call.pages:
+                name = f"again-{number}-{page.file}"
+                write_durably(self.folder / name, (landed.folder / page.file).read_bytes())
+                pages.append(msgspec.structs.replace(page, file=name))
+            taken.append(msgspec.structs.replace(call, label="again", pages=pages))
+        return taken
 
     def described(self, label: str, params: Params, page: Page) -> LandedPage:
         """The record of a page that was landed before."""
@@ -236,6 +265,43 @@ def open_read(folder: Path) -> Landed:
     if manifest.format > FORMAT or manifest.resource not in RESOURCES:
         raise UsageError(f"{path} was landed by faletl {manifest.faletl_version}; upgrade faletl")
     return Landed(folder, manifest)
+
+
+def all_reads(settings: Settings) -> Iterator[Path]:
+    """The folder of every read, complete or not."""
+    for window in sorted(Path(settings.landing).glob("*/*/*")):
+        yield from sorted(_load_folders(window))
+
+
+def interrupted_reads(settings: Settings, before: datetime) -> Iterator[Path]:
+    """The folder of every read that began before then, is not complete, and is nobody's at work."""
+    for folder in all_reads(settings):
+        if not (folder / MANIFEST).exists() and _started_at(folder.name) < before:
+            try:
+                Attempt(folder, settings).close()
+            except filelock.Timeout:
+                continue
+            yield folder
+
+
+def drop(folder: Path) -> None:
+    """Delete a read; the manifest first, so that what a kill leaves of it is no complete read.
+
+    Raises:
+        StorageError: it cannot be deleted.
+    """
+    try:
+        (folder / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(folder)
+        with suppress(OSError):  # other reads of the window are there
+            folder.parent.rmdir()
+    except OSError as error:
+        raise storage_error(error, folder) from None
+
+
+def size(folder: Path) -> int:
+    """The bytes of the files of a read."""
+    return sum(path.stat().st_size for path in folder.iterdir())
 
 
 def relative_path(settings: Settings, folder: Path) -> str:

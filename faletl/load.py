@@ -7,21 +7,31 @@ clocks say.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import sqlalchemy as sa
 
 from faletl.config import Settings
 from faletl.errors import FaletlError, LeaseLostError, WarehouseError
 from faletl.landing import Manifest, relative_path
-from faletl.resources import Resource
+from faletl.resources import RESOURCES, Resource
 from faletl.staging import Staged
 from faletl.warehouse import Lease, Warehouse
-from faletl.warehouse.tables import FAILURES, HORIZONS, LOADS, RAW, UNKNOWN_ENDPOINTS, WAREHOUSE
-from faletl.windows import DAY, Read, Window
+from faletl.warehouse.tables import (
+    FAILURES,
+    HORIZONS,
+    LOADS,
+    RAW,
+    RESTATEMENTS,
+    UNKNOWN_ENDPOINTS,
+    WAREHOUSE,
+)
+from faletl.windows import DAY, HOUR, Read, Window
 
 Outcome = Literal["loaded", "unchanged", "superseded"]
 """What became of a window: replaced; found to hold the same rows; or left as a later run had it."""
@@ -30,20 +40,24 @@ UNKNOWN_FOR = timedelta(days=7)
 """For how long an endpoint id that fal does not know is not asked again."""
 
 SEEN_WITHIN = timedelta(days=90)
-"""Endpoints used within so many days are asked for their price."""
+"""Endpoints used within so many days before a window are asked for."""
 
 
-def fence(lease: Lease, *, changes_data: bool) -> None:
-    """Inside a transaction: hold on to the lease until the commit, or raise LeaseLostError."""
+def fence(lease: Lease, *, changes_data: bool) -> int:
+    """Inside a transaction: hold on to the lease until the commit, or raise LeaseLostError.
+
+    Returns the version of the raw tables that the transaction makes (or leaves).
+    """
     kept = lease.connection.execute(
         sa.update(WAREHOUSE)
         .where(WAREHOUSE.c.fencing_token == lease.token)
         .values(data_version=WAREHOUSE.c.data_version + int(changes_data))
-        .returning(WAREHOUSE.c.fencing_token)
-    ).all()
-    if not kept:
+        .returning(WAREHOUSE.c.data_version)
+    ).scalar_one_or_none()
+    if kept is None:
         winner = lease.connection.execute(sa.select(WAREHOUSE.c.holder)).scalar_one()
         raise LeaseLostError(f"a newer run took over the warehouse ({winner}); nothing was written")
+    return int(kept)
 
 
 def replace_window(settings: Settings, warehouse: Warehouse, lease: Lease, staged: Staged) -> Outcome:
@@ -53,48 +67,112 @@ def replace_window(settings: Settings, warehouse: Warehouse, lease: Lease, stage
         LeaseLostError: a newer run took over; nothing is changed.
         WarehouseError: the database did not keep what it was given; nothing is changed.
     """
+    with _written(staged), lease.connection.begin():
+        return _replace(settings, warehouse, lease, staged)
+
+
+def next_lease(lease: Lease) -> Lease:
+    """The same lease with the next token: each load of a rebuild has its own, as it had before."""
+    with lease.connection.begin():
+        fence(lease, changes_data=False)
+        token = lease.connection.execute(
+            sa.update(WAREHOUSE)
+            .values(fencing_token=WAREHOUSE.c.fencing_token + 1)
+            .returning(WAREHOUSE.c.fencing_token)
+        ).scalar_one()
+    return Lease(lease.connection, token)
+
+
+def replay(
+    settings: Settings,
+    warehouse: Warehouse,
+    lease: Lease,
+    batch: Iterable[Staged],
+    forget: date | None = None,
+) -> list[Outcome]:
+    """Load earlier reads once more, in the order given, as they were loaded then; all or nothing.
+
+    All that is known of the day to `forget` goes first: rows, ledger, restatements.
+
+    Raises: as `replace_window`.
+    """
+    outcomes = []
+    with lease.connection.begin():
+        if forget is not None:
+            _forget_day(lease, Window.of_day(forget))
+        for staged in batch:
+            with _written(staged):
+                outcomes.append(_replace(settings, warehouse, lease, staged, is_replay=True))
+    return outcomes
+
+
+@contextmanager
+def _written(staged: Staged) -> Iterator[None]:
+    """Errors while the window is written name it."""
     manifest = staged.landed.manifest
-    window = manifest.window
     try:
-        with lease.connection.begin():
-            return _replace(settings, warehouse, lease, staged)
+        yield
     except sa.exc.DBAPIError as error:
         raise WarehouseError(
             f"the warehouse refused the load: {str(error.orig).splitlines()[0]}",
-            resource=manifest.resource, window=str(window),
+            resource=manifest.resource, window=str(manifest.window),
         ) from None  # fmt: skip
     except FaletlError as error:
-        raise error.at(resource=manifest.resource, window=str(window)) from None
+        raise error.at(resource=manifest.resource, window=str(manifest.window)) from None
 
 
-def _replace(settings: Settings, warehouse: Warehouse, lease: Lease, staged: Staged) -> Outcome:
+def _forget_day(lease: Lease, day: Window) -> None:
+    fence(lease, changes_data=True)
+    for name, table in RAW.items():
+        time = table.c[RESOURCES[name].time or "_snapshot_at"]
+        lease.connection.execute(sa.delete(table).where(time >= day.start, time < day.end))
+    for ledger in (LOADS, RESTATEMENTS):
+        start = ledger.c.window_start
+        lease.connection.execute(sa.delete(ledger).where(start >= day.start, start < day.end))
+
+
+def _replace(
+    settings: Settings,
+    warehouse: Warehouse,
+    lease: Lease,
+    staged: Staged,
+    *,
+    is_replay: bool = False,
+) -> Outcome:
     manifest, connection = staged.landed.manifest, lease.connection
     held = connection.execute(_current(staged.resource, manifest)).mappings().first()
     if held is not None and held["load_id"] == manifest.load_id:
         return "unchanged"
-    if held is not None and held["last_fencing_token"] > manifest.fencing_token:
+    if held is not None and held["last_fencing_token"] > manifest.fencing_token and not is_replay:
         return "superseded"
     is_same = held is not None and held["digest"] == staged.digest
-    fence(lease, changes_data=not is_same)
+    data_version = fence(lease, changes_data=not is_same)
     _forget_failure(connection, manifest)
     _widen_horizon(connection, manifest)
     _remember_unknown(connection, manifest)
+    read: dict[str, Any] = {
+        "last_read_at": manifest.started_at,
+        "last_fencing_token": lease.token,
+        "window_end": manifest.window_end,
+        "proof": staged.proof,
+        "is_provisional": manifest.window.is_provisional,
+        "whole_catalogue_at": (
+            manifest.started_at if manifest.is_whole_catalogue
+            else held["whole_catalogue_at"] if held else None
+        ),
+        "loaded_at": manifest.finished_at if is_replay else datetime.now(UTC),
+    }  # fmt: skip
     if held is not None and is_same:
-        connection.execute(
-            sa.update(LOADS)
-            .where(LOADS.c.load_id == held["load_id"])
-            .values(
-                last_read_at=manifest.started_at,
-                last_fencing_token=lease.token,
-                window_end=manifest.window_end,
-                proof=staged.proof,
-                is_provisional=manifest.window.is_provisional,
-            )
-        )
+        read["loaded_at"] = held["loaded_at"]
+        connection.execute(sa.update(LOADS).where(LOADS.c.load_id == held["load_id"]).values(read))
         return "unchanged"
-    _delete_window(connection, staged.resource, manifest)
+    is_restating = held is not None and not held["is_provisional"]
+    before = _lines(connection, staged) if is_restating else {}
+    _delete_window(connection, staged)
     _insert(warehouse, lease, staged)
-    _enter(settings, lease, staged)
+    _enter(settings, lease, staged, {**read, "data_version": data_version})
+    if is_restating:
+        _restate(connection, manifest, before, _lines(connection, staged))
     return "loaded"
 
 
@@ -118,20 +196,29 @@ def _current(resource: Resource, manifest: Manifest) -> sa.Select[Any]:
     )
 
 
-def _delete_window(connection: sa.Connection, resource: Resource, manifest: Manifest) -> None:
-    table, start = RAW[resource.name], manifest.window_start
-    if resource.time is None:
-        is_inside = table.c["_snapshot_at"] == start
-    else:
-        time = table.c[resource.time]
-        is_inside = sa.and_(time >= start, time < start + DAY)
-    connection.execute(sa.delete(table).where(table.c["_account"] == manifest.account, is_inside))
+def _rows_of(staged: Staged) -> sa.ColumnElement[bool]:
+    """Where the rows of the window stand in its raw table, also those that the read did not ask for."""
+    table, manifest = RAW[staged.resource.name], staged.landed.manifest
+    mine = table.c["_account"] == manifest.account
+    if staged.resource.time is None:
+        return sa.and_(mine, table.c["_snapshot_at"] == manifest.window_start)
+    day, time = Window.of_day(manifest.window.day), table.c[staged.resource.time]
+    return sa.and_(mine, time >= day.start, time < day.end)
+
+
+def _delete_window(connection: sa.Connection, staged: Staged) -> None:
+    """Make room for the staged rows. What was not asked for stays, under the load that brought it."""
+    table, manifest = RAW[staged.resource.name], staged.landed.manifest
+    is_replaced = _rows_of(staged)
+    if staged.asked_ids is not None:
+        is_replaced = sa.and_(is_replaced, table.c.endpoint_id.in_(sorted(staged.asked_ids)))
+    connection.execute(sa.delete(table).where(is_replaced))
     connection.execute(
         sa.update(LOADS)
         .where(
             LOADS.c.account == manifest.account,
             LOADS.c.resource == manifest.resource,
-            LOADS.c.window_start == start,
+            LOADS.c.window_start == manifest.window_start,
             LOADS.c.is_current,
         )
         .values(is_current=False)
@@ -155,8 +242,9 @@ def _insert(warehouse: Warehouse, lease: Lease, staged: Staged) -> None:
         )
 
 
-def _enter(settings: Settings, lease: Lease, staged: Staged) -> None:
-    manifest = staged.landed.manifest
+def _enter(settings: Settings, lease: Lease, staged: Staged, read: Mapping[str, Any]) -> None:
+    manifest, table = staged.landed.manifest, RAW[staged.resource.name]
+    held = sa.select(sa.func.count()).select_from(table).where(_rows_of(staged))
     lease.connection.execute(
         sa.insert(LOADS).values(
             load_id=manifest.load_id,
@@ -164,25 +252,73 @@ def _enter(settings: Settings, lease: Lease, staged: Staged) -> None:
             account=manifest.account,
             resource=manifest.resource,
             window_start=manifest.window_start,
-            window_end=manifest.window_end,
             pages=len(manifest.pages("rows")),
-            rows=staged.rows,
+            rows=held.scalar_subquery(),
             cost_total=Decimal(staged.cost_total),
             digest=staged.digest,
-            proof=staged.proof,
             dropped_rows=staged.dropped_rows,
             doubtful_rows=staged.doubtful_rows,
             rounded_amounts=staged.rounded_amounts,
             fencing_token=lease.token,
-            last_fencing_token=lease.token,
             landing_path=relative_path(settings, staged.landed.folder),
             read_at=manifest.started_at,
-            last_read_at=manifest.started_at,
-            loaded_at=datetime.now(UTC),
             is_current=True,
-            is_provisional=manifest.window.is_provisional,
+            **read,
         )
     )
+
+
+# --- What a read changed --------------------------------------------------------------------------
+
+_Lines: TypeAlias = Mapping[tuple[str | None, ...], tuple[Decimal, Decimal]]
+"""Quantity and cost by endpoint, unit, currency and credential."""
+
+
+def _lines(connection: sa.Connection, staged: Staged) -> _Lines:
+    """The lines of the window as raw holds them now; none where the rows are no charges."""
+    rows = RAW[staged.resource.name].c
+    if "quantity" not in rows or "cost_total" not in rows:
+        return {}
+    label = sa.func.coalesce(rows.auth_detail, rows.auth_method)
+    key = (
+        rows.endpoint_id,
+        rows.unit,
+        rows.currency if "currency" in rows else sa.null(),
+        sa.func.credential_id(rows.api_key_id, rows.login_username, label),
+    )
+    amounts = (sa.func.coalesce(sa.func.sum(rows.quantity), 0), sa.func.sum(rows.cost_total))
+    found = connection.execute(sa.select(*key, *amounts).where(_rows_of(staged)).group_by(*key))
+    return {tuple(line[: len(key)]): (Decimal(line[-2]), Decimal(line[-1])) for line in found.fetchall()}
+
+
+def _restate(connection: sa.Connection, manifest: Manifest, before: _Lines, after: _Lines) -> None:
+    """Keep each line that is another one now (docs/architecture.md, "What a bill looked like then")."""
+    nothing = (Decimal(0), Decimal(0))
+    changed = [
+        {
+            "load_id": manifest.load_id,
+            "account": manifest.account,
+            "resource": manifest.resource,
+            "window_start": manifest.window_start,
+            "endpoint_id": endpoint_id,
+            "unit": unit,
+            "currency": currency,
+            "credential_id": credential_id,
+            "quantity_before": was[0],
+            "quantity_after": now[0],
+            "cost_total_before": was[1],
+            "cost_total_after": now[1],
+            "seen_at": manifest.finished_at,
+        }
+        for line in sorted(before.keys() | after.keys(), key=repr)
+        for endpoint_id, unit, currency, credential_id in [line]
+        if (was := before.get(line, nothing)) != (now := after.get(line, nothing))
+    ]
+    if changed:
+        connection.execute(sa.insert(RESTATEMENTS).values(changed))
+
+
+# --- What else a load leaves ----------------------------------------------------------------------
 
 
 def _widen_horizon(connection: sa.Connection, manifest: Manifest) -> None:
@@ -264,18 +400,41 @@ def record_failure(
 
 def reads_by_day(connection: sa.Connection, account: str, resource: str) -> Mapping[date, Read]:
     """The newest read of each loaded day (or day with a snapshot)."""
+    loads = LOADS.c
     found = connection.execute(
-        sa.select(LOADS.c.window_start, LOADS.c.last_read_at, LOADS.c.is_provisional)
-        .where(LOADS.c.account == account, LOADS.c.resource == resource, LOADS.c.is_current)
-        .order_by(LOADS.c.last_fencing_token, LOADS.c.window_start)
+        sa.select(loads.window_start, loads.last_read_at, loads.is_provisional, loads.whole_catalogue_at)
+        .where(loads.account == account, loads.resource == resource, loads.is_current)
+        .order_by(loads.last_fencing_token, loads.window_start)
     )
-    return {start.astimezone(UTC).date(): Read(read_at, flag) for start, read_at, flag in found}
+    return {start.astimezone(UTC).date(): Read(*read) for start, *read in found}
+
+
+def changed_days(connection: sa.Connection, since: int) -> Mapping[str, set[date]]:
+    """Per resource the UTC days whose rows changed after that version of the raw tables."""
+    loads = LOADS.c
+    found = connection.execute(
+        sa.select(loads.resource, loads.window_start).where(loads.data_version > since)
+    )
+    changed: dict[str, set[date]] = {}
+    for resource, start in found:
+        changed.setdefault(resource, set()).add(start.astimezone(UTC).date())
+    return changed
 
 
 def horizons(connection: sa.Connection, account: str) -> Mapping[str, date]:
     """Per resource the day from which on its ledger is to be complete."""
     found = sa.select(HORIZONS.c.resource, HORIZONS.c.first_day).where(HORIZONS.c.account == account)
     return {resource: first_day for resource, first_day in connection.execute(found)}  # noqa: C416
+
+
+def pages_per_window(connection: sa.Connection, account: str) -> Mapping[str, float]:
+    """How many pages the loaded windows of each resource have on average."""
+    found = connection.execute(
+        sa.select(LOADS.c.resource, sa.func.sum(LOADS.c.pages), sa.func.count())
+        .where(LOADS.c.account == account, LOADS.c.is_current)
+        .group_by(LOADS.c.resource)
+    )
+    return {resource: max(1.0, int(pages) / count) for resource, pages, count in found}
 
 
 def loaded_reads(connection: sa.Connection) -> Mapping[tuple[str, str, date], datetime]:
@@ -288,27 +447,49 @@ def loaded_reads(connection: sa.Connection) -> Mapping[tuple[str, str, date], da
     return {(a, r, start.astimezone(UTC).date()): read for a, r, start, read in found}
 
 
-def endpoint_ids(
-    connection: sa.Connection, account: str, resource: str, now: datetime
-) -> tuple[set[str], set[str]]:
-    """The ids worth asking for, and those that fal lately said it does not know.
+@dataclass(frozen=True, slots=True)
+class KnownIds:
+    """Endpoint ids for one window: worth asking for, in fal's newest catalogue, unknown to fal."""
 
-    Worth asking for are the newest catalogue, what was used in `SEEN_WITHIN`, and what the newest
-    snapshot in the table itself holds.
+    used_or_held: frozenset[str] = frozenset()
+    catalogue: frozenset[str] = frozenset()
+    unknown: frozenset[str] = frozenset()
+
+
+def known_ids(
+    connection: sa.Connection, account: str, resource: Resource, window: Window, now: datetime
+) -> KnownIds:
+    """What the warehouse knows of endpoint ids: those used in the window or in `SEEN_WITHIN` before
+    it, those that the window (or the newest snapshot) holds, and those fal lately answered 404 for.
     """
-    usage = RAW["usage"]
-    known = sa.union(
-        sa.select(usage.c.endpoint_id).where(
-            usage.c["_account"] == account, usage.c.bucket >= now - SEEN_WITHIN
-        ),
-        *(_newest_snapshot_ids(RAW[name], account) for name in ("models", resource)),
+    usage, table = RAW["usage"], RAW[resource.name]
+    used = sa.select(usage.c.endpoint_id).where(
+        usage.c["_account"] == account,
+        usage.c.bucket >= window.start - SEEN_WITHIN,
+        usage.c.bucket < max(window.end, window.start + HOUR),
     )
+    if resource.time is None:
+        held = _newest_snapshot_ids(table, account)
+    else:
+        day, time = Window.of_day(window.day), table.c[resource.time]
+        held = sa.select(table.c.endpoint_id).where(
+            table.c["_account"] == account, time >= day.start, time < day.end
+        )
     unknown = sa.select(UNKNOWN_ENDPOINTS.c.endpoint_id).where(
         UNKNOWN_ENDPOINTS.c.account == account,
-        UNKNOWN_ENDPOINTS.c.resource == resource,
+        UNKNOWN_ENDPOINTS.c.resource == resource.name,
         UNKNOWN_ENDPOINTS.c.seen_at > now - UNKNOWN_FOR,
     )
-    return set(connection.execute(known).scalars()), set(connection.execute(unknown).scalars())
+    return KnownIds(
+        *(
+            frozenset(connection.execute(query).scalars())
+            for query in (
+                sa.union(used, held),
+                _newest_snapshot_ids(RAW["models"], account),
+                unknown,
+            )
+        )
+    )
 
 
 def _newest_snapshot_ids(table: sa.Table, account: str) -> sa.Select[Any]:
@@ -316,3 +497,29 @@ def _newest_snapshot_ids(table: sa.Table, account: str) -> sa.Select[Any]:
     return sa.select(table.c.endpoint_id).where(
         table.c["_account"] == account, table.c["_snapshot_at"] == newest.scalar_subquery()
     )
+
+
+def current_loads(connection: sa.Connection, day: date) -> set[str]:
+    """The loads that hold the windows of that UTC day now."""
+    start, window = LOADS.c.window_start, Window.of_day(day)
+    is_inside = sa.and_(LOADS.c.is_current, start >= window.start, start < window.end)
+    return set(connection.execute(sa.select(LOADS.c.load_id).where(is_inside)).scalars())
+
+
+def kept_loads(connection: sa.Connection) -> tuple[set[str], set[tuple[str, str, date]]]:
+    """The loads whose landed pages are needed, and the days of which some day a closed read is, too.
+
+    Needed is what raw stands on, and what was restated after its day had closed. A day that closed
+    without a change stands on a read from while it was open: the first one after tells that it closed.
+    """
+    loads = LOADS.c
+    needed = sa.or_(loads.is_current, sa.not_(loads.is_provisional))
+    standing = [sa.select(table.c["_load_id"]) for n, table in RAW.items() if RESOURCES[n].ids_per_call]
+    ids = sa.union(sa.select(loads.load_id).where(needed), *standing)
+    days = sa.select(loads.account, loads.resource, loads.window_start).where(
+        sa.not_(loads.is_provisional), loads.window_start < loads.window_end
+    )
+    return set(connection.execute(ids).scalars()), {
+        (account, resource, start.astimezone(UTC).date())
+        for account, resource, start in connection.execute(days)
+    }

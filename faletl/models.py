@@ -1,8 +1,12 @@
 """Models: run sql/ layer by layer, then its checks, in one transaction.
 
 A model is one bare select in a file: its first comment line says what a row is for, its `grain` line
-names the key, and a comment behind a column says what the column holds. A column that passes through
-unchanged keeps the comment from where it was defined, in an earlier model or in the catalogue.
+names the key, a `days` line the column that puts a row on a UTC day, and a comment behind a column
+says what the column holds. A column that passes through unchanged keeps the comment from where it was
+defined, in an earlier model or in the catalogue.
+
+A build makes anew what changed since the last one: of a model whose rows all come from rows of the
+same day, the days that were loaded; any other model as a whole, if anything that it reads changed.
 """
 
 from __future__ import annotations
@@ -11,10 +15,13 @@ import csv
 import hashlib
 import logging
 import secrets
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime, timedelta
 from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
+from typing import TypeAlias
 
 import sqlalchemy as sa
 import sqlglot
@@ -23,37 +30,70 @@ from sqlglot import exp
 from faletl import __version__
 from faletl.config import Settings
 from faletl.errors import CheckFailedError, SettingsError, WarehouseError
-from faletl.load import fence
+from faletl.load import changed_days, fence
+from faletl.resources import RESOURCES
 from faletl.warehouse import Lease, Warehouse
-from faletl.warehouse.tables import BUILDS, RAW, SEED_UNIT, WAREHOUSE
+from faletl.warehouse.tables import BUILDS, RAW, SEED_CREDENTIAL_OWNER, SEED_UNIT, SEEDS, WAREHOUSE
 
 log = logging.getLogger(__name__)
 
 LAYERS = ("staging", "marts", "reports")
-"""Folders of sql/ in build order; inside a folder the order of names (dim_ before fct_)."""
+"""Folders of sql/ in build order; inside a folder what is read comes before what reads it."""
 
 SOURCE_DIALECT = "duckdb"
+
+LONGEST_SPAN = 31
+"""Days that one statement builds: memory does not grow with the history."""
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """One select of sql/. `grain` is empty where rows need not be unique."""
+    """One select of sql/. `grain` is empty where rows need not be unique.
+
+    `day` is the column that puts a row on a day, if there is one.
+    """
 
     layer: str
     name: str
     sql: str
     comment: str
     grain: tuple[str, ...]
+    day: str | None
 
     @property
     def table(self) -> str:
         """Its table or view, with its schema."""
         return f"{self.layer}.{self.name}"
 
+    @property
+    def is_view(self) -> bool:
+        """Whether it only renames and casts, row by row, and is kept as a view."""
+        return self.name.startswith("stg_")
+
+    @property
+    def is_by_day(self) -> bool:
+        """Whether a row depends on rows of its own day alone, so that days can be built one by one."""
+        known = {model.table: model for model in models()}
+        return self.day is not None and all(
+            RESOURCES[table.removeprefix("raw.")].window == "day"
+            if table.startswith("raw.")
+            else table.startswith("staging.seed_")
+            or (table in known and (known[table].is_view or known[table].is_by_day))
+            for table in _all_read(self.sql)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Consecutive UTC days, from `first` to before `end`."""
+
+    first: date
+    end: date
+
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """A finished build."""
+    """A finished build: how many days were made anew, how many checks found nothing."""
 
     build_id: str
     days: int
@@ -69,48 +109,69 @@ def sql_folder() -> Path:
 @cache
 def models() -> tuple[Model, ...]:
     """Every model, in build order."""
-    found = []
+    found = {}
     for layer in LAYERS:
         for path in sorted((sql_folder() / layer).glob("*.sql")):
             sql = path.read_text("utf-8")
-            comment, grain, *_ = (line.removeprefix("-- ") for line in sql.splitlines())
-            keys = grain.removeprefix("grain: ").split(";")[0]
+            comment, *lines = (line.removeprefix("-- ") for line in sql.splitlines())
+            told = dict(line.split(": ", 1) for line in lines[:2] if ": " in line)
+            keys = told["grain"].split(";")[0]
             key = () if keys == "none" else tuple(keys.split(", "))
-            found.append(Model(layer, path.stem, sql, comment, key))
-    return tuple(found)
+            model = Model(layer, path.stem, sql, comment, key, told.get("days"))
+            found[model.table] = model
+    order = TopologicalSorter(
+        {table: sorted(tables_read(model.sql) & found.keys()) for table, model in found.items()}
+    ).static_order()
+    return tuple(sorted((found[table] for table in order), key=lambda m: LAYERS.index(m.layer)))
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """A select that must return no rows. `is_by_day`: what holds for each day holds for all."""
+
+    name: str
+    sql: str
+    is_by_day: bool
 
 
 @cache
-def checks() -> dict[str, str]:
-    """Every check by name: a select that must return no rows. Each grain is one of them."""
-    written = {
-        path.stem: path.read_text("utf-8") for path in sorted((sql_folder() / "checks").glob("*.sql"))
-    }
-    grains = {
-        f"grain of {model.table}": (
-            f"select {key}, count(*) as copies from {model.table} group by {key} having count(*) > 1"
-        )
-        for model in models()
-        if (key := ", ".join(model.grain))
-    }
-    ledgers = {f"loads of {table.fullname}": _ledger_check(name, table) for name, table in RAW.items()}
-    return written | grains | ledgers
+def checks() -> tuple[Check, ...]:
+    """Every check: those of sql/checks, the grain of each model, the ledger of each raw table."""
+    found = []
+    for path in sorted((sql_folder() / "checks").glob("*.sql")):
+        sql = path.read_text("utf-8")
+        found.append(Check(path.stem, sql, sql.splitlines()[1] == "-- days: each by itself"))
+    for model in models():
+        if key := ", ".join(model.grain):
+            sql = (
+                f"select {key}, count(*) as copies from {model.table} group by {key} having count(*) > 1"
+            )
+            found.append(Check(f"grain of {model.table}", sql, model.day is not None))
+    for name, table in RAW.items():
+        found.append(Check(f"loads of {table.fullname}", _ledger_check(name, table), is_by_day=True))
+    return tuple(found)
 
 
 def _ledger_check(resource: str, table: sa.Table) -> str:
     """What the ledger calls current stands in the raw table, row for row, and nothing else does."""
+    time = RESOURCES[resource].time
+    start = f"date_trunc('day', \"{time}\" at time zone 'UTC') at time zone 'UTC'" if time else None
     cost = "sum(cost_total)" if "cost_total" in table.c else "0"
     return f"""
         with held as (
-            select _account, _load_id, count(*) as held_rows, {cost} as held_cost
-            from {table.fullname} group by _account, _load_id
+            select
+                _account, {start or "_snapshot_at"} as held_start, count(*) as held_rows,
+                {cost} as held_cost
+            from {table.fullname} group by 1, 2
         ),
         entered as (
-            select account, load_id, rows as entered_rows, cost_total as entered_cost
+            select account, window_start, rows as entered_rows, cost_total as entered_cost
             from ops.loads where resource = '{resource}' and is_current
         )
-        select load_id, _load_id, held_rows, entered_rows, held_cost, entered_cost
-        from held full join entered on _account = account and _load_id = load_id
+        select
+            coalesce(_account, account) as account, coalesce(held_start, window_start) as window_start,
+            held_rows, entered_rows, held_cost, entered_cost
+        from held full join entered on _account = account and held_start = window_start
         where coalesce(held_rows, 0) <> coalesce(entered_rows, 0)
             or coalesce(held_cost, 0) <> coalesce(entered_cost, 0)
     """
@@ -118,6 +179,8 @@ def _ledger_check(resource: str, table: sa.Table) -> str:
 
 def translate(sql: str, dialect: str) -> str:
     """The same select in another database's SQL."""
+    if dialect == SOURCE_DIALECT:
+        return sql
     return sqlglot.transpile(sql, read=SOURCE_DIALECT, write=dialect, comments=False)[0]
 
 
@@ -131,11 +194,11 @@ def column_comments() -> dict[str, dict[str, str]]:
     Raises:
         ValueError: a column has no comment, or inherits more than one; a test keeps it from happening.
     """
-    written = [*RAW.values(), SEED_UNIT]
+    written = [*RAW.values(), *SEEDS]
     known = {t.fullname: {c.name: str(c.comment) for c in t.columns} for t in written}
     for model in models():
         select = sqlglot.parse_one(model.sql, read=SOURCE_DIALECT, into=exp.Select)
-        read = [f"{table.db}.{table.name}" for table in select.find_all(exp.Table) if table.db]
+        read = sorted(tables_read(model.sql) & known.keys())
         known[model.table] = {}
         for column in select.selects:
             own = " ".join(column.comments or []).strip()
@@ -147,45 +210,140 @@ def column_comments() -> dict[str, dict[str, str]]:
     return known
 
 
+# --- What depends on what -------------------------------------------------------------------------
+
+
+@cache
+def tables_read(sql: str) -> frozenset[str]:
+    """The tables that a select names, with their schemas."""
+    tree = sqlglot.parse_one(sql, read=SOURCE_DIALECT)
+    return frozenset(f"{table.db}.{table.name}" for table in tree.find_all(exp.Table) if table.db)
+
+
+@cache
+def _all_read(sql: str) -> frozenset[str]:
+    """The same, and the tables that stand behind its views."""
+    views = {model.table: model.sql for model in models() if model.is_view}
+    read = tables_read(sql)
+    return read.union(*(_all_read(views[table]) for table in read & views.keys()))
+
+
+@cache
+def sources(sql: str) -> frozenset[str]:
+    """The resources from which, in the end, the rows of a select come."""
+    known = {model.table: model.sql for model in models()}
+    read = tables_read(sql)
+    own = {table.removeprefix("raw.") for table in read if table.startswith("raw.")}
+    return frozenset(own).union(*(sources(known[table]) for table in read & known.keys()))
+
+
+@cache
+def restricted(sql: str, span: Span) -> str:
+    """The select over those rows alone that fall on the days of the span, where rows have a day."""
+    tree = sqlglot.parse_one(sql, read=SOURCE_DIALECT)
+    for table in list(tree.find_all(exp.Table)):
+        rows = _rows_on(f"{table.db}.{table.name}", span)
+        if rows is not None:
+            part = sqlglot.parse_one(rows, read=SOURCE_DIALECT, into=exp.Select)
+            table.replace(part.subquery(table.alias or table.name))
+    return tree.sql(SOURCE_DIALECT)
+
+
+def _rows_on(table: str, span: Span) -> str | None:
+    """The select of a table's rows on the days of the span; None where its rows have no day."""
+    model = next((model for model in models() if model.table == table), None)
+    if model is not None and model.is_view:
+        return restricted(model.sql, span)
+    if model is not None:
+        column, kind, zone = model.day, "date", ""
+    elif table.startswith("raw."):
+        column, kind, zone = (
+            RESOURCES[table.removeprefix("raw.")].time or "_snapshot_at",
+            "timestamptz",
+            "Z",
+        )
+    elif table == "ops.loads":
+        column, kind, zone = "window_start", "timestamptz", "Z"
+    else:
+        return None
+    if column is None:
+        return None
+    time = " 00:00:00" if zone else ""
+    return (
+        f"select * from {table} where \"{column}\" >= {kind} '{span.first}{time}{zone}' "
+        f"and \"{column}\" < {kind} '{span.end}{time}{zone}'"
+    )
+
+
+def spans(days: Collection[date]) -> Iterator[Span]:
+    """The days as few spans of consecutive ones, none longer than `LONGEST_SPAN`, in order."""
+    first = end = None
+    for day in sorted(days):
+        if first is None or day != end or (end - first).days >= LONGEST_SPAN:
+            if first is not None and end is not None:
+                yield Span(first, end)
+            first = day
+        end = day + timedelta(days=1)
+    if first is not None and end is not None:
+        yield Span(first, end)
+
+
 # --- Building -------------------------------------------------------------------------------------
 
 
 def needs_build(settings: Settings, connection: sa.Connection) -> bool:
     """Whether raw, the SQL or the seeds changed since the last build."""
+    last = _last_build(connection)
+    loaded = connection.execute(sa.select(WAREHOUSE.c.data_version)).scalar_one()
+    return last != (loaded, _models_digest(settings))
+
+
+def _last_build(connection: sa.Connection) -> tuple[int, str] | None:
+    """The version of the raw tables and the digest of the models that the newest build stands on."""
     newest = (
         sa.select(BUILDS.c.data_version, BUILDS.c.models_digest)
         .order_by(BUILDS.c.fencing_token.desc())
         .limit(1)
     )
-    with connection.begin():
-        last = connection.execute(newest).first()
-        loaded = connection.execute(sa.select(WAREHOUSE.c.data_version)).scalar_one()
-    return last is None or tuple(last) != (loaded, _models_digest(settings))
+    found = connection.execute(newest).first()
+    return (found.data_version, found.models_digest) if found else None
 
 
-def build(settings: Settings, warehouse: Warehouse, lease: Lease, *, run_id: str) -> Build:
-    """Build every model from raw and run every check; all or nothing.
+def build(
+    settings: Settings, warehouse: Warehouse, lease: Lease, *, run_id: str, full: bool = False
+) -> Build:
+    """Build what changed since the last build (`full`: everything), then check it; all or nothing.
 
     Raises:
         CheckFailedError: a check returned rows; nothing is changed.
         LeaseLostError: a newer run took over; nothing is changed.
-        SettingsError: the unit table of FALETL_UNITS cannot be read.
+        SettingsError: the table of units or of owners cannot be read.
     """
     started_at = datetime.now(UTC)
     connection = lease.connection
-    units = _read_units(settings)
+    seeds = _read_seeds(settings)
     try:
         with connection.begin():
-            fence(lease, changes_data=False)
-            connection.execute(sa.delete(SEED_UNIT))
-            connection.execute(sa.insert(SEED_UNIT), units)
+            data_version = fence(lease, changes_data=False)
+            last = _last_build(connection)
+            is_full = full or last is None or last[1] != _models_digest(settings)
+            changed = changed_days(connection, 0 if is_full or last is None else last[0])
+            if is_full:
+                _plant(connection, seeds)
             for model in models():
-                _build_model(connection, model, warehouse.dialect)
-            _run_checks(connection, warehouse.dialect)
-            usage_days = sa.text("select count(distinct usage_date) from marts.fct_usage")
+                days = _days_of(model.sql, changed)
+                if is_full:
+                    _create(connection, model, warehouse.dialect)
+                if (is_full or days) and not model.is_view:
+                    _fill(connection, model, warehouse.dialect, days)
+            for check in checks():
+                days = _days_of(check.sql, changed)
+                if is_full or days:
+                    _check(connection, check, warehouse.dialect, None if is_full else days)
+            by_day = [days for name, days in changed.items() if RESOURCES[name].window == "day"]
             done = Build(
                 build_id=f"{started_at:%Y%m%dT%H%M%S%fZ}-{secrets.token_hex(3)}",
-                days=connection.execute(usage_days).scalar_one(),
+                days=len(set[date]().union(*by_day)),
                 checks=len(checks()),
             )
             connection.execute(
@@ -194,9 +352,10 @@ def build(settings: Settings, warehouse: Warehouse, lease: Lease, *, run_id: str
                     run_id=run_id,
                     days=done.days,
                     checks=done.checks,
-                    data_version=sa.select(WAREHOUSE.c.data_version).scalar_subquery(),
+                    data_version=data_version,
                     fencing_token=lease.token,
                     models_digest=_models_digest(settings),
+                    is_full=is_full,
                     started_at=started_at,
                     finished_at=datetime.now(UTC),
                 )
@@ -208,13 +367,34 @@ def build(settings: Settings, warehouse: Warehouse, lease: Lease, *, run_id: str
     return done
 
 
-def _build_model(connection: sa.Connection, model: Model, dialect: str) -> None:
-    kind = "view" if model.layer == "staging" else "table"
-    select = translate(model.sql, dialect)
+def _days_of(sql: str, changed: Mapping[str, Collection[date]]) -> set[date]:
+    """The days that changed in what the select reads."""
+    return {day for resource in sources(sql) for day in changed.get(resource, ())}
+
+
+def _create(connection: sa.Connection, model: Model, dialect: str) -> None:
+    """Make the model's view, or its empty table, with all comments."""
+    kind, none = ("view", "") if model.is_view else ("table", " limit 0")
+    select = translate(f"select * from (\n{model.sql}\n) as model{none}", dialect)
     connection.exec_driver_sql(f"create or replace {kind} {model.table} as {select}")
     _comment(connection, f"{kind} {model.table}", model.comment)
     for name, text in column_comments()[model.table].items():
         _comment(connection, f'column {model.table}."{name}"', text)
+
+
+def _fill(connection: sa.Connection, model: Model, dialect: str, days: Collection[date]) -> None:
+    """Make the table hold what its select gives: on those days, where days stand for themselves."""
+    if not model.is_by_day:
+        connection.exec_driver_sql(f"delete from {model.table}")
+        connection.exec_driver_sql(f"insert into {model.table}\n{translate(model.sql, dialect)}")
+        return
+    for span in spans(days):
+        connection.exec_driver_sql(
+            f"delete from {model.table} where {model.day} >= date '{span.first}' "
+            f"and {model.day} < date '{span.end}'"
+        )
+        select = translate(restricted(model.sql, span), dialect)
+        connection.exec_driver_sql(f"insert into {model.table}\n{select}")
 
 
 def _comment(connection: sa.Connection, on: str, text: str) -> None:
@@ -222,44 +402,71 @@ def _comment(connection: sa.Connection, on: str, text: str) -> None:
     connection.exec_driver_sql(f"comment on {on} is '{quoted}'")
 
 
-def _run_checks(connection: sa.Connection, dialect: str) -> None:
-    for name, sql in checks().items():
+def _check(connection: sa.Connection, check: Check, dialect: str, days: Collection[date] | None) -> None:
+    """Run a check: over those days alone, where days stand for themselves and not all are meant."""
+    is_whole = days is None or not check.is_by_day
+    for sql in [check.sql] if is_whole else [restricted(check.sql, span) for span in spans(days or ())]:
         found = connection.exec_driver_sql(translate(sql, dialect)).mappings().fetchmany(3)
         if found:
             told = "; ".join(", ".join(f"{k} {v!a}" for k, v in row.items()) for row in found)
             raise CheckFailedError(
-                f"the check '{name}' found rows ({told}); the build was undone and readers keep what "
-                "they had",
-                check=name,
+                f"the check '{check.name}' found rows ({told}); the build was undone and readers keep "
+                "what they had",
+                check=check.name,
             )
 
 
-def _read_units(settings: Settings) -> list[dict[str, object]]:
-    """The unit table: ours, and the rows of FALETL_UNITS instead of or beside it."""
-    units: dict[str, dict[str, object]] = {}
-    for path in filter(None, (sql_folder() / "seeds" / "unit.csv", settings.units)):
+# --- Seeds ----------------------------------------------------------------------------------------
+
+_SeedRow: TypeAlias = dict[str, str | None]
+
+
+def _plant(connection: sa.Connection, seeds: Mapping[str, list[_SeedRow]]) -> None:
+    for table in SEEDS:
+        connection.execute(sa.delete(table))
+        if rows := seeds[table.name]:
+            connection.execute(sa.insert(table).values(rows))
+
+
+def _read_seeds(settings: Settings) -> dict[str, list[_SeedRow]]:
+    """The tables of units and owners: ours, and the user's rows instead of or beside them."""
+    units: dict[str, _SeedRow] = {}
+    for row in _seed_rows("unit.csv", settings.units, "FALETL_UNITS", SEED_UNIT):
+        unit = str(row["unit"]).strip().lower()
+        units[unit] = {
+            **row,
+            "unit": unit,
+            "base_unit": row["base_unit"] or None,
+            "factor": row["factor"] or None,
+        }
+    owners: dict[tuple[str, str], _SeedRow] = {}
+    for row in _seed_rows(
+        "credential_owner.csv", settings.owners, "FALETL_OWNERS", SEED_CREDENTIAL_OWNER
+    ):
+        given = {name: value or "UNMAPPED" for name, value in row.items()}
+        owners[row["account"], row["credential_id"]] = {**given, "account": row["account"]}
+    return {SEED_UNIT.name: list(units.values()), SEED_CREDENTIAL_OWNER.name: list(owners.values())}
+
+
+def _seed_rows(
+    ours: str, theirs: Path | None, setting: str, table: sa.Table
+) -> Iterator[dict[str, str]]:
+    names = [column.name for column in table.columns]
+    for path in filter(None, (sql_folder() / "seeds" / ours, theirs)):
         try:
-            with path.open(encoding="utf-8", newline="") as file:
+            with path.open(encoding="utf-8-sig", newline="") as file:
                 for row in csv.DictReader(file):
-                    unit = row["unit"].strip().lower()
-                    units[unit] = {
-                        "unit": unit,
-                        "canonical_unit": row["canonical_unit"],
-                        "family": row["family"],
-                        "base_unit": row["base_unit"] or None,
-                        "factor": row["factor"] or None,
-                    }
+                    yield {name: row[name] or "" for name in names}
         except (OSError, KeyError, UnicodeDecodeError, csv.Error) as error:
             raise SettingsError(
-                f"FALETL_UNITS: {path} is no unit table with the columns unit, canonical_unit, family, "
-                f"base_unit, factor ({error})"
+                f"{setting}: {path} is no CSV table with the columns {', '.join(names)} ({error})"
             ) from None
-    return list(units.values())
 
 
 def _models_digest(settings: Settings) -> str:
     digest = hashlib.sha256(__version__.encode())
     for path in sorted(sql_folder().rglob("*.*")):
         digest.update(path.read_bytes())
-    digest.update(settings.units.read_bytes() if settings.units and settings.units.exists() else b"")
+    for seed in (settings.units, settings.owners):
+        digest.update(seed.read_bytes() if seed and seed.exists() else b"")
     return digest.hexdigest()

@@ -12,42 +12,53 @@ import logging
 import secrets
 import tempfile
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
-import msgspec
 import sqlalchemy as sa
 
 from faletl import landing, models
-from faletl.client import FalClient, MalformedBodyError, StoppedError
+from faletl.client import FalClient, StoppedError
 from faletl.config import Settings
 from faletl.errors import (
     ContractError,
+    DataRefusedError,
     FaletlError,
     KeyRefusedError,
+    TamperedError,
     UnprovenError,
-    UsageError,
 )
-from faletl.extract import Origin, fetch_window
+from faletl.extract import RESUME_WITHIN, Origin, fetch_window
 from faletl.landing import Landed
 from faletl.load import (
-    endpoint_ids,
-    horizons,
+    current_loads,
+    kept_loads,
     loaded_reads,
-    reads_by_day,
+    next_lease,
     record_failure,
     replace_window,
+    replay,
 )
-from faletl.resources import RESOURCES, Resource
+from faletl.plan import (
+    Asked,
+    Forecast,
+    Task,
+    account_label,
+    first_planned,
+    forecast,
+    plan,
+    with_ids,
+)
+from faletl.resources import RESOURCES
 from faletl.staging import Staged, stage_window
 from faletl.warehouse import Warehouse, open_warehouse
 from faletl.warehouse.tables import WAREHOUSE
-from faletl.windows import Read, Window, due_days, utc_days
+from faletl.windows import Window
 
 log = logging.getLogger(__name__)
 
@@ -55,20 +66,11 @@ Progress = Callable[[str, int, int], None]
 """Told what is under way, how many of its windows are done, and of how many."""
 
 
-OPTIONAL = frozenset({"credits"})
-"""Resources that a key may be refused without ending the run, unless they are asked for by name."""
+DUE = Asked()
+"""What is due, of every resource."""
 
 
 def _silent(_what: str, _done: int, _of: int) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """One window of one resource to extract."""
-
-    resource: Resource
-    window: Window
-    ids: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,21 +104,14 @@ class Report:
 # --- The steps ------------------------------------------------------------------------------------
 
 
-def run(
-    settings: Settings,
-    *,
-    start: date | None = None,
-    end: date | None = None,
-    resources: Collection[str] = (),
-    progress: Progress = _silent,
-) -> Report:
-    """The whole line, for what is due or for the UTC days from `start` to before `end`.
+def run(settings: Settings, asked: Asked = DUE, progress: Progress = _silent) -> Report:
+    """The whole line, for what is due or for the UTC days that are named.
 
-    Named days are always fetched again; without `end` they go up to now. Models, prices and credits
+    Named days are always fetched again; without an end they go up to now. Models, prices and credits
     are read as of now, once. Nothing is raised that a scheduler could act upon: see the report.
 
     Raises:
-        UsageError: dates, resources or settings that cannot mean anything; no key.
+        UsageError: settings that cannot mean anything; no key.
     """
     report = Report(_new_run_id())
     warehouse = open_warehouse(settings)
@@ -124,10 +119,7 @@ def run(
     def take(batch: list[Staged]) -> None:
         _load_batch(settings, warehouse, batch, report)
 
-    is_writable = _extract_all(
-        settings, warehouse, report, take, start=start, end=end, resources=resources, progress=progress
-    )
-    if is_writable:
+    if _extract_all(settings, warehouse, report, take, asked, progress):
         _record_failures(warehouse, report)
         try:
             _build_and_publish(settings, report)
@@ -136,57 +128,108 @@ def run(
     return report
 
 
-def extract(
-    settings: Settings,
-    *,
-    start: date | None = None,
-    end: date | None = None,
-    resources: Collection[str] = (),
-    progress: Progress = _silent,
-) -> Report:
+def extract(settings: Settings, asked: Asked = DUE, progress: Progress = _silent) -> Report:
     """Land and prove the windows that `run` would; load nothing. Raises UsageError, as `run`."""
     report = Report(_new_run_id())
 
     def take(batch: list[Staged]) -> None:
         report.outcomes.extend(_outcome(staged, "landed") for staged in batch)
 
-    _extract_all(
-        settings, open_warehouse(settings), report, take,
-        start=start, end=end, resources=resources, progress=progress,
-    )  # fmt: skip
+    _extract_all(settings, open_warehouse(settings), report, take, asked, progress)
     return report
 
 
-def load(
-    settings: Settings,
-    *,
-    start: date | None = None,
-    end: date | None = None,
-    resources: Collection[str] = (),
-    progress: Progress = _silent,
-) -> Report:
+def dry_run(settings: Settings, asked: Asked = DUE) -> list[Forecast]:
+    """What `run` would read now. Asks fal for the account's name at most, and writes nothing.
+
+    Raises:
+        UsageError: settings that cannot mean anything; no key.
+        ApiUnavailableError, ContractError: fal did not tell the account's name.
+    """
+    settings.require_key()
+    with FalClient(settings) as client:
+        label = account_label(client, settings)
+    with open_warehouse(settings).reading() as connection:
+        return forecast(settings, connection, label, asked, datetime.now(UTC))
+
+
+def load(settings: Settings, asked: Asked = DUE, progress: Progress = _silent) -> Report:
     """Stage, prove and load what has landed and is not loaded yet; asks fal nothing."""
     report = Report(_new_run_id())
-    _check(start, end, resources)
     warehouse = open_warehouse(settings)
     waiting = [
         landed
         for landed in _not_loaded(settings, warehouse, report)
-        if _is_wanted(landed.manifest.resource, landed.manifest.window, start, end, resources)
+        if asked.includes(landed.manifest.resource, landed.manifest.window)
     ]
-    with tempfile.TemporaryDirectory(prefix="faletl-") as scratch:
-        for done, landed in enumerate(waiting):
-            progress("loading", done, len(waiting))
-            try:
-                staged = stage_window(settings, landed, Path(scratch))
-            except FaletlError as error:
-                task = Task(RESOURCES[landed.manifest.resource], landed.manifest.window)
-                report.failures.append((task, error))
-                continue
-            _load_batch(settings, warehouse, [staged], report)
-            staged.path.unlink()
-        progress("loading", len(waiting), len(waiting))
+    _load_landed(settings, warehouse, waiting, report, progress)
     return report
+
+
+def rebuild(settings: Settings, day: date | None = None, progress: Progress = _silent) -> Report:
+    """The warehouse, or one UTC day of it, anew from the landed pages alone; asks fal nothing.
+
+    Every read that is still there is loaded again, in the order of that time, so that the ledger and
+    the restatements come back, too. The old warehouse serves until the new one is whole.
+
+    Raises:
+        TamperedError: landed pages are gone or are not those that were landed; nothing is changed.
+        SettingsError, WarehouseError, StorageError: the warehouse cannot be written.
+    """
+    report, warehouse = Report(_new_run_id()), open_warehouse(settings)
+    holder = f"faletl rebuild, run {report.run_id}"
+    reads = _in_order(landing.open_read(folder) for folder in landing.complete_reads(settings))
+    if day is not None:
+        reads = [landed for landed in reads if landed.manifest.window.day == day]
+        with tempfile.TemporaryDirectory(prefix="faletl-") as scratch:
+            batch = [s for landed in reads if (s := _staged_again(settings, landed, Path(scratch)))]
+            with warehouse.lease(holder) as lease:
+                with lease.connection.begin():
+                    _refuse_gaps(lease.connection, day, batch)
+                outcomes = replay(settings, warehouse, lease, batch, forget=day)
+        report.outcomes += map(_outcome, batch, outcomes)
+    else:
+        with (
+            warehouse.renewed(holder) as fresh,
+            tempfile.TemporaryDirectory(prefix="faletl-") as scratch,
+            fresh.lease(holder) as lease,
+        ):
+            for done, landed in enumerate(reads):
+                progress("loading", done, len(reads))
+                if staged := _staged_again(settings, landed, Path(scratch)):
+                    lease = next_lease(lease)
+                    outcome = replay(settings, fresh, lease, [staged])[0]
+                    report.outcomes.append(_outcome(staged, outcome))
+                    staged.path.unlink()
+            report.build = models.build(settings, fresh, lease, run_id=report.run_id)
+    _build_and_publish(settings, report)
+    return report
+
+
+def prune(settings: Settings, *, is_dry: bool = False) -> tuple[list[Path], int]:
+    """Delete landed reads that nothing stands on any more; return their folders and bytes.
+
+    What is loaded, what was restated after its day closed, what is not loaded yet, and interrupted
+    reads that can still be taken up are kept: `rebuild` gives the same tables as before.
+
+    Raises:
+        StorageError: a folder cannot be deleted.
+    """
+    with open_warehouse(settings).reading() as connection:
+        kept, closed = kept_loads(connection) if connection is not None else (set(), set())
+    kept |= {landed.manifest.load_id for landed in _not_loaded(settings, open_warehouse(settings))}
+    dropped = list(landing.interrupted_reads(settings, datetime.now(UTC) - RESUME_WITHIN))
+    for folder in landing.complete_reads(settings):
+        manifest = landing.open_read(folder).manifest
+        day = (manifest.account, manifest.resource, manifest.window.day)
+        if day in closed and not manifest.window.is_provisional:
+            closed.discard(day)  # the first read after the day closed: reads come in order
+        elif manifest.load_id not in kept:
+            dropped.append(folder)
+    size = sum(landing.size(folder) for folder in dropped)
+    for folder in dropped if not is_dry else ():
+        landing.drop(folder)
+    return dropped, size
 
 
 def build(settings: Settings, *, full: bool = False) -> Report:
@@ -224,9 +267,12 @@ def _build_and_publish(
         if connection is None:
             return
     with warehouse.lease(f"faletl build and publish, run {report.run_id}") as lease:
-        is_due = builds == "changed" and models.needs_build(settings, lease.connection)
+        with lease.connection.begin():
+            is_due = builds == "changed" and models.needs_build(settings, lease.connection)
         if is_due or builds == "always":
-            report.build = models.build(settings, warehouse, lease, run_id=report.run_id)
+            report.build = models.build(
+                settings, warehouse, lease, run_id=report.run_id, full=builds == "always"
+            )
         if publishes:
             report.published = warehouse.publish(lease)
 
@@ -239,10 +285,7 @@ def _extract_all(
     warehouse: Warehouse,
     report: Report,
     take: Callable[[list[Staged]], None],
-    *,
-    start: date | None,
-    end: date | None,
-    resources: Collection[str],
+    asked: Asked,
     progress: Progress,
 ) -> bool:
     """Hand over what was extracted, batch by batch; returns whether the warehouse can be written.
@@ -250,8 +293,7 @@ def _extract_all(
     A refused key ends extraction, as does a warehouse that cannot take what was extracted.
     """
     settings.require_key()
-    _check(start, end, resources)
-    extracted = _extracted(settings, warehouse, report, start, end, resources, progress)
+    extracted = _extracted(settings, warehouse, report, asked, progress)
     try:
         with closing(extracted):
             for batch in extracted:
@@ -265,13 +307,7 @@ def _extract_all(
 
 
 def _extracted(
-    settings: Settings,
-    warehouse: Warehouse,
-    report: Report,
-    start: date | None,
-    end: date | None,
-    resources: Collection[str],
-    progress: Progress,
+    settings: Settings, warehouse: Warehouse, report: Report, asked: Asked, progress: Progress
 ) -> Generator[list[Staged]]:
     """Fetch, land, stage and prove several windows at a time; yield those that are done.
 
@@ -283,57 +319,70 @@ def _extracted(
     """
     now = datetime.now(UTC)
     with FalClient(settings) as client, tempfile.TemporaryDirectory(prefix="faletl-") as scratch:
-        label = report.account = _account(client, settings)
+        label = report.account = account_label(client, settings)
         with warehouse.reading() as connection:
-            reads = {
-                name: reads_by_day(connection, label, name) if connection is not None else {}
-                for name in RESOURCES
-            }
-            first_days = dict.fromkeys(RESOURCES, now.date() - timedelta(settings.first_days))
-            if connection is not None:
-                first_days |= horizons(connection, label)
+            tasks = plan(settings, connection, label, asked, now)
             token = _fencing_token(connection)
-        tasks = plan(reads, first_days, now, start=start, end=end, resources=resources)
-        seen_ids: set[str] = set()
-        optional = OPTIONAL - set(resources)
-        origin = Origin(label, report.run_id, token, _first_planned(tasks))
+        unknown_ids = {name: set[str]() for name in RESOURCES}
+        origin = Origin(label, report.run_id, token, first_planned(tasks), unknown_ids)
+        seen: dict[str, set[str]] = {name: set() for name in RESOURCES}
+        refused = set[str]()
 
-        def work(task: Task) -> Staged:
+        def work(task: Task) -> Staged | None:
+            resource = task.resource
+            if resource.name in refused:
+                return None
             try:
                 return _prove_or_reread(client, settings, task, Path(scratch), origin)
-            except KeyRefusedError:
-                if task.resource.name not in optional:
+            except KeyRefusedError as error:
+                if not resource.is_optional or resource.name in asked.resources:
                     client.stop()  # no other thread needs to hear it too
-                raise
+                    raise
+                if resource.name not in refused:
+                    refused.add(resource.name)
+                    log.warning("%s; %s is left out", error, resource.name)
+                return None
 
         done = 0
-        for is_by_ids in (False, True):
-            wave = [task for task in tasks if (task.resource.ids_per_call is not None) == is_by_ids]
-            if is_by_ids and wave:
-                with warehouse.reading() as connection:
-                    wave = [_with_ids(connection, label, task, now, seen_ids) for task in wave]
-                wave = [task for task in wave if task.ids]
-            for batch, count in _worked(client, settings, wave, work, report, optional):
+        for wave in _waves(warehouse, label, tasks, now, seen):
+            for batch, count in _worked(client, settings, wave, work, report):
                 done += count
                 progress("extracting", done, len(tasks))
-                seen_ids.update(*(staged.endpoint_ids for staged in batch))
+                for staged in batch:
+                    seen[staged.resource.name] |= staged.endpoint_ids
                 if batch:
                     yield batch
+
+
+def _waves(
+    warehouse: Warehouse,
+    account: str,
+    tasks: list[Task],
+    now: datetime,
+    seen: Mapping[str, set[str]],
+) -> Iterator[list[Task]]:
+    """First what needs no endpoint ids; then what is asked by ids, which are known by then."""
+    yield [task for task in tasks if task.resource.ids_per_call is None]
+    by_ids = [task for task in tasks if task.resource.ids_per_call is not None]
+    if by_ids:
+        used = seen["usage"] | seen["billing_events"]
+        with warehouse.reading() as connection:
+            by_ids = with_ids(connection, account, by_ids, now, used=used, catalogue=seen["models"])
+    yield by_ids
 
 
 def _worked(
     client: FalClient,
     settings: Settings,
     tasks: list[Task],
-    work: Callable[[Task], Staged],
+    work: Callable[[Task], Staged | None],
     report: Report,
-    optional: Collection[str],
 ) -> Iterator[tuple[list[Staged], int]]:
     """Work on several tasks at a time; yield what finished, with how many tasks ended.
 
     Only a few tasks are begun ahead of what was taken, so that finished windows do not pile up.
     """
-    waiting, running = deque(tasks), dict[Future[Staged], Task]()
+    waiting, running = deque(tasks), dict[Future[Staged | None], Task]()
     pool = ThreadPoolExecutor(settings.parallel, thread_name_prefix="extract")
     try:
         while waiting or running:
@@ -348,13 +397,11 @@ def _worked(
                     batch.append(future.result())
                 except StoppedError:
                     continue  # the key was refused to another window, which tells
-                except KeyRefusedError as error:
-                    if task.resource.name not in optional:
-                        raise
-                    log.warning("%s; it is skipped", error)
+                except KeyRefusedError:
+                    raise
                 except FaletlError as error:
                     report.failures.append((task, error))
-            yield batch, len(ended)
+            yield [staged for staged in batch if staged is not None], len(ended)
     except BaseException:
         client.stop()
         raise
@@ -366,98 +413,19 @@ def _prove_or_reread(
     client: FalClient, settings: Settings, task: Task, scratch: Path, origin: Origin
 ) -> Staged:
     """Fetch and stage; where the rows do not add up, once more: pages may have shifted."""
-    for again in (False, True):
+    unproven: Landed | None = None
+    while True:
         landed = fetch_window(
-            client, settings, task.resource, task.window, origin=origin, ids=task.ids, again=again
-        )
+            client, settings, task.resource, task.window,
+            origin=origin, ids=task.ids, is_whole_catalogue=task.is_whole_catalogue, unproven=unproven,
+        )  # fmt: skip
         try:
             return stage_window(settings, landed, scratch)
         except UnprovenError as error:
-            if again:
+            if unproven is not None:
                 raise
-            log.warning("%s; reading the window once more", error)
-    raise AssertionError("unreachable")
-
-
-def plan(
-    reads: Mapping[str, Mapping[date, Read]],
-    first_days: Mapping[str, date],
-    now: datetime,
-    *,
-    start: date | None = None,
-    end: date | None = None,
-    resources: Collection[str] = (),
-) -> list[Task]:
-    """The windows to extract: the days named, else those that are due (docs/decisions.md).
-
-    `reads` holds, per resource, the newest read of each loaded day; `first_days` the day from which
-    on its ledger is to be complete. A day that has not ended is cut
-    at its last full hour; one of which no hour has ended is left out.
-    """
-    tasks = []
-    is_named = start is not None or end is not None
-    for name, resource in RESOURCES.items():
-        if resources and name not in resources:
-            continue
-        if resource.window == "snapshot":
-            if is_named or resource.every_run or now.date() not in reads[name]:
-                tasks.append(Task(resource, Window.snapshot(now)))
-            continue
-        days = (
-            utc_days(start, min(end or date.max, Window.of_day(now.date()).end.date()))
-            if start is not None
-            else due_days(now, reads[name], first_days[name])
-        )
-        tasks += [Task(resource, cut) for day in days if (cut := day.settled(now)) is not None]
-    return tasks
-
-
-def _first_planned(tasks: list[Task]) -> dict[str, date]:
-    first: dict[str, date] = {}
-    for task in tasks:
-        first[task.resource.name] = min(first.get(task.resource.name, date.max), task.window.day)
-    return first
-
-
-def _account(client: FalClient, settings: Settings) -> str:
-    """The account's label.
-
-    Only a refusal makes it `default`: one bad minute must not make a second account.
-    """
-    if settings.account:
-        return settings.account
-    try:
-        _, label = client.get("/account/billing", {"expand": ("credits",)}, _read_username)
-    except KeyRefusedError:
-        return "default"
-    return label
-
-
-def _read_username(body: bytes) -> str:
-    try:
-        username = msgspec.json.decode(body, type=dict[str, msgspec.Raw])["username"]
-        label = msgspec.json.decode(username, type=str)
-    except msgspec.ValidationError as error:
-        raise ContractError(f"fal's account has no proper name: {error}") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise MalformedBodyError(str(error)) from None
-    except KeyError:
-        raise ContractError("fal's account has no username; set FALETL_ACCOUNT") from None
-    if not label.strip():
-        raise ContractError("fal's account has an empty username; set FALETL_ACCOUNT")
-    return label
-
-
-def _with_ids(
-    connection: sa.Connection | None, account: str, task: Task, now: datetime, seen: set[str]
-) -> Task:
-    """The task with the endpoint ids to ask for: what the warehouse knows, what this run has seen."""
-    known, unknown = (
-        endpoint_ids(connection, account, task.resource.name, now)
-        if connection is not None
-        else (set[str](), set[str]())
-    )
-    return replace(task, ids=tuple(sorted((known | seen) - unknown)))
+            log.info("%s; reading the window once more", error)
+            unproven = landed
 
 
 def _fencing_token(connection: sa.Connection | None) -> int:
@@ -484,6 +452,64 @@ def _outcome(staged: Staged, outcome: str) -> Outcome:
     return Outcome(staged.resource.name, window, outcome, staged.rows, staged.landed.folder)
 
 
+def _load_landed(
+    settings: Settings,
+    warehouse: Warehouse,
+    reads: Sequence[Landed],
+    report: Report,
+    progress: Progress,
+) -> None:
+    """Stage and load complete reads in the order given; those that are refused go to the report."""
+    with tempfile.TemporaryDirectory(prefix="faletl-") as scratch:
+        for done, landed in enumerate(reads):
+            progress("loading", done, len(reads))
+            try:
+                staged = stage_window(settings, landed, Path(scratch))
+            except FaletlError as error:
+                task = Task(RESOURCES[landed.manifest.resource], landed.manifest.window)
+                report.failures.append((task, error))
+                continue
+            _load_batch(settings, warehouse, [staged], report)
+            staged.path.unlink()
+        progress("loading", len(reads), len(reads))
+
+
+def _in_order(reads: Iterable[Landed]) -> list[Landed]:
+    """Reads in the order in which they were loaded, but for those that came too late then.
+
+    Later ones know of greater tokens. Of two that were under way at the same time, the first that was
+    complete was loaded, and the other one was superseded.
+    """
+    ordered, newest = list[Landed](), dict[tuple[str, ...], Landed]()
+    for landed in sorted(reads, key=lambda r: (r.manifest.fencing_token, r.manifest.finished_at)):
+        manifest = landed.manifest
+        key = (manifest.account, manifest.resource, str(manifest.window.start))
+        before = newest.get(key)
+        if before is None or before.manifest.finished_at <= manifest.started_at:
+            newest[key] = landed
+            ordered.append(landed)
+    return ordered
+
+
+def _staged_again(settings: Settings, landed: Landed, scratch: Path) -> Staged | None:
+    """The rows of an earlier read; None for one that was refused then, and is now."""
+    try:
+        return stage_window(settings, landed, scratch)
+    except (ContractError, DataRefusedError, UnprovenError) as error:
+        log.info("%s; it was not loaded then, and is not now", error)
+        return None
+
+
+def _refuse_gaps(connection: sa.Connection, day: date, batch: Sequence[Staged]) -> None:
+    """Raises TamperedError when a window of the day is loaded whose landed pages are gone."""
+    there = {staged.landed.manifest.load_id for staged in batch}
+    for load_id in sorted(current_loads(connection, day) - there):
+        raise TamperedError(
+            f"the landed pages of load {load_id} are gone, {day} cannot be rebuilt; read the day again "
+            f"with faletl run --start {day} --end {day + timedelta(days=1)}"
+        )
+
+
 def _record_failures(warehouse: Warehouse, report: Report) -> None:
     """Keep what failed for `faletl status`; that it failed is in the report in any case."""
     failed = [(task, error) for task, error in report.failures if task is not None]
@@ -497,8 +523,11 @@ def _record_failures(warehouse: Warehouse, report: Report) -> None:
             )  # fmt: skip
 
 
-def _not_loaded(settings: Settings, warehouse: Warehouse, report: Report) -> list[Landed]:
-    """Complete reads that are newer than what is loaded; of a day only its newest."""
+def _not_loaded(settings: Settings, warehouse: Warehouse, report: Report | None = None) -> list[Landed]:
+    """Complete reads that are newer than what is loaded; of a day only its newest.
+
+    Those that cannot be opened go to the report, if there is one.
+    """
     with warehouse.reading() as connection:
         loaded = loaded_reads(connection) if connection is not None else {}
     newest: dict[tuple[str, ...], Landed] = {}
@@ -506,6 +535,8 @@ def _not_loaded(settings: Settings, warehouse: Warehouse, report: Report) -> lis
         try:
             landed = landing.open_read(folder)
         except FaletlError as error:
+            if report is None:
+                raise
             report.failures.append((None, error))
             continue
         manifest = landed.manifest
@@ -518,35 +549,6 @@ def _not_loaded(settings: Settings, warehouse: Warehouse, report: Report) -> lis
         newest.values(),
         key=lambda landed: (order.index(landed.manifest.resource), landed.manifest.started_at),
     )
-
-
-# --- What the steps have in common ----------------------------------------------------------------
-
-
-def _check(start: date | None, end: date | None, resources: Collection[str]) -> None:
-    """Raises UsageError for dates and resources that cannot mean anything."""
-    if unknown := sorted(set(resources) - set(RESOURCES)):
-        raise UsageError(
-            f"there is no resource {', '.join(map(repr, unknown))}; there are {', '.join(RESOURCES)}"
-        )
-    if end is not None and start is None:
-        raise UsageError("--end needs --start")
-    if start is not None and end is not None and end <= start:
-        raise UsageError(f"--end {end} is not after --start {start}; --end is exclusive")
-    if start is not None and start > datetime.now(UTC).date():
-        raise UsageError(f"--start {start} is in the future")
-
-
-def _is_wanted(
-    resource: str,
-    window: Window,
-    start: date | None,
-    end: date | None,
-    resources: Collection[str],
-) -> bool:
-    if resources and resource not in resources:
-        return False
-    return (start or date.min) <= window.day < (end or date.max)
 
 
 def _new_run_id() -> str:

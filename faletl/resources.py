@@ -8,7 +8,7 @@ follow from it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Literal
 
@@ -18,6 +18,8 @@ class Kind(StrEnum):
 
     TEXT = "text"
     AMOUNT = "amount"  # a JSON number >= 0, kept exactly: money and quantities (faletl/money.py)
+    WHOLE = "whole"  # a whole JSON number >= 0: counts, nano-dollars
+    SECONDS = "seconds"  # a JSON number >= 0, measured: kept to 12 decimals
     INSTANT = "instant"  # ISO 8601 text with an offset, kept in UTC
     LIST = "list"  # a JSON array of texts, kept as JSON text
 
@@ -27,8 +29,9 @@ class Column:
     """One field of a record.
 
     `path` leads to it inside the record (default: its own name). A column that is not `required`
-    may be absent or null. `fallback` names an older field that carries the same value. `is_outer`
-    says that the field stands beside the record list (a bucket), not in each record.
+    may be absent or null. `fallback` names an older field that carries the same value, times
+    `fallback_scale`. `is_outer` says that the field stands beside the record list (a bucket), not in
+    each record; `is_asked`, that it is in no answer but a parameter of the question.
     """
 
     name: str
@@ -37,7 +40,9 @@ class Column:
     path: tuple[str, ...] = ()
     required: bool = False
     fallback: str | None = None
+    fallback_scale: str = "1"
     is_outer: bool = False
+    is_asked: bool = False
     at_most: int | None = None
     may_be_empty: bool = True
 
@@ -47,19 +52,35 @@ class Column:
         return self.path or (self.name,)
 
 
+Question = Mapping[str, str | tuple[str, ...]]
+"""Query parameters; the bounds of the window, ids and cursors come on top."""
+
+
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """A control total: fal's own sum over the same window, asked with other parameters."""
+    """A control total: fal's own sums over the same window, from a question of its own.
 
-    params: Mapping[str, str | tuple[str, ...]]
+    `columns` are those of an answer's records; sums of the `sums` per `key` must be ours. Where
+    `two_walks_suffice`, the totals come from another ledger of fal's: rows that differ from it are
+    accepted when a second walk finds the very same ones.
+    """
+
+    path: str
+    params: Question
     rows_path: tuple[str, ...]
+    columns: tuple[Column, ...]
     key: tuple[str, ...]
     sums: tuple[str, ...]
+    two_walks_suffice: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Resource:
-    """A collection of the fal API: where it is, what its records hold, what a row is."""
+    """A collection of the fal API: where it is, what its records hold, what a row is.
+
+    A window is complete when each question of `params` is answered. `older_params` are asked instead
+    where fal refuses these (400), as it did before it knew all of their values.
+    """
 
     name: str
     comment: str
@@ -69,13 +90,16 @@ class Resource:
     key: tuple[str, ...]  # what tells rows of one window apart
     window: Literal["day", "snapshot"]
     every_run: bool = False  # a snapshot of each run; else of each UTC day
-    params: Mapping[str, str | tuple[str, ...]] | None = None
+    params: tuple[Question, ...] = ({},)
+    older_params: tuple[Question, ...] = ()
     time: str | None = None  # the column that places a row inside its window
     ids_per_call: int | None = None  # asked by endpoint ids, so many a call
     repeats: bool = True  # whether rows with the same key are separate rows, or one seen twice
+    identity: tuple[str, ...] = ()  # fal gives rows no id: these are hashed into one, twins numbered
     proof: Proof | None = None
     doubts: Mapping[str, str] = field(default_factory=dict)  # what is warned about: SQL that finds it
     uses_metrics_key: bool = False
+    is_optional: bool = False  # a key that may not read it leaves it out, unless it is asked for by name
     permission: str = ""
     presets: str = ""
 
@@ -93,6 +117,41 @@ _ENDPOINT = Column(
     "endpoint_id", Kind.TEXT, "fal's id of the model endpoint", required=True, may_be_empty=False
 )
 _CURRENCY = Column("currency", Kind.TEXT, "ISO 4217 code of every amount in the row")
+_UNIT = Column("unit", Kind.TEXT, "billing unit, exactly as fal writes it", required=True)
+_BUCKET = Column("bucket", Kind.INSTANT, "start of the hour", required=True, is_outer=True)
+_COSTS = (
+    Column("unit_price", Kind.AMOUNT, "price of one unit before discount"),
+    Column("percent_discount", Kind.AMOUNT, "percentage taken off; null for none", at_most=100),
+    Column("cost_subtotal", Kind.AMOUNT, "charge before discount; null before July 2026"),
+    Column("cost_discount", Kind.AMOUNT, "taken off by the discount; null before July 2026"),
+)
+_CREDENTIAL = (
+    Column("auth_method", Kind.TEXT, "label of the credential used"),
+    Column(
+        "auth_detail",
+        Kind.TEXT,
+        "label of the credential, from its structured form",
+        ("auth_method_structured", "detail"),
+    ),
+    Column(
+        "api_key_id",
+        Kind.TEXT,
+        "id of the key used; null for other credentials",
+        ("auth_method_structured", "api_key_id"),
+    ),
+    Column(
+        "login_username",
+        Kind.TEXT,
+        "member whose login was used; null for keys",
+        ("auth_method_structured", "login_username"),
+    ),
+)
+_COST_DOUBTS = {
+    "subtotal less discount is not the total": (
+        "abs(cost_subtotal - cost_discount - cost_total) > 0.000000001"
+    ),
+}
+_BILLING_PERMISSION = "billing:usage:read, auth:keys:read and account:users:read"
 
 MODELS = Resource(
     name="models",
@@ -133,7 +192,7 @@ PRICES = Resource(
     repeats=False,
     columns=(
         _ENDPOINT,
-        Column("unit", Kind.TEXT, "billing unit, exactly as fal writes it", required=True),
+        _UNIT,
         Column("unit_price", Kind.AMOUNT, "list price of one unit", required=True),
         _CURRENCY,
     ),
@@ -141,17 +200,36 @@ PRICES = Resource(
     presets="any",
 )
 
+_BY_HOUR = {"timeframe": "hour", "timezone": "UTC", "bound_to_timeframe": "false"}
+_BY_DAY = {**_BY_HOUR, "timeframe": "day"}
+
+_USAGE_COLUMNS = (
+    _BUCKET,
+    _ENDPOINT,
+    _UNIT,
+    Column("quantity", Kind.AMOUNT, "units used", required=True),
+    replace(_COSTS[0], required=True),
+    *_COSTS[1:],
+    Column("cost_total", Kind.AMOUNT, "what fal charged", required=True, fallback="cost"),
+    Column("cost", Kind.AMOUNT, "older name of cost_total, as fal still sends it"),
+    _CURRENCY,
+)
+_USAGE_TOTALS = Proof(
+    path="/models/usage",
+    params={**_BY_HOUR, "expand": ("summary",)},  # with auth expanded, fal would split the totals
+    rows_path=("summary",),
+    columns=_USAGE_COLUMNS,
+    key=("endpoint_id", "unit", "unit_price", "percent_discount", "currency"),
+    sums=("quantity", "cost_total"),
+)
+
 USAGE = Resource(
     name="usage",
     comment="What was used and charged, per hour, endpoint, unit, price, discount and credential.",
     path="/models/usage",
     rows_path=("time_series", "results"),
-    params={
-        "timeframe": "hour",
-        "timezone": "UTC",
-        "bound_to_timeframe": "false",
-        "expand": ("time_series", "auth_method_structured", "auth_method"),
-    },
+    params=({**_BY_HOUR, "expand": ("time_series", "auth_method_structured", "auth_method")},),
+    older_params=({**_BY_HOUR, "expand": ("time_series", "auth_method")},),
     window="day",
     time="bucket",
     key=(
@@ -166,58 +244,135 @@ USAGE = Resource(
         "auth_detail",
         "auth_method",
     ),
-    columns=(
-        Column("bucket", Kind.INSTANT, "start of the hour", required=True, is_outer=True),
-        _ENDPOINT,
-        Column("unit", Kind.TEXT, "billing unit, exactly as fal writes it", required=True),
-        Column("quantity", Kind.AMOUNT, "units used", required=True),
-        Column("unit_price", Kind.AMOUNT, "price of one unit before discount", required=True),
-        Column("percent_discount", Kind.AMOUNT, "percentage taken off; null for none", at_most=100),
-        Column("cost_subtotal", Kind.AMOUNT, "charge before discount; null before July 2026"),
-        Column("cost_discount", Kind.AMOUNT, "taken off by the discount; null before July 2026"),
-        Column("cost_total", Kind.AMOUNT, "what fal charged", required=True, fallback="cost"),
-        Column("cost", Kind.AMOUNT, "older name of cost_total, as fal still sends it"),
-        _CURRENCY,
-        Column("auth_method", Kind.TEXT, "label of the credential used"),
-        Column(
-            "auth_detail",
-            Kind.TEXT,
-            "label of the credential, from its structured form",
-            ("auth_method_structured", "detail"),
-        ),
-        Column(
-            "api_key_id",
-            Kind.TEXT,
-            "id of the key used; null for other credentials",
-            ("auth_method_structured", "api_key_id"),
-        ),
-        Column(
-            "login_username",
-            Kind.TEXT,
-            "member whose login was used; null for keys",
-            ("auth_method_structured", "login_username"),
-        ),
-    ),
-    proof=Proof(
-        params={
-            "timeframe": "hour",
-            "timezone": "UTC",
-            "bound_to_timeframe": "false",
-            "expand": ("summary",),  # with auth expanded, fal would split the totals
-        },
-        rows_path=("summary",),
-        key=("endpoint_id", "unit", "unit_price", "percent_discount", "currency"),
-        sums=("quantity", "cost_total"),
-    ),
+    columns=(*_USAGE_COLUMNS, *_CREDENTIAL),
+    proof=_USAGE_TOTALS,
     doubts={
         "they are not in USD": "currency is distinct from 'USD'",
-        "subtotal less discount is not the total": (
-            "abs(cost_subtotal - cost_discount - cost_total) > 0.000000001"
-        ),
+        **_COST_DOUBTS,
         "cost is not cost_total": "abs(cost - cost_total) > 0.000000001",
     },
-    permission="billing:usage:read, auth:keys:read and account:users:read",
+    permission=_BILLING_PERMISSION,
     presets="BILLING or FULL",
+)
+
+BILLING_EVENTS = Resource(
+    name="billing_events",
+    comment="Every single charge, in US dollars. A request may have several.",
+    path="/models/billing-events",
+    rows_path=("billing_events",),
+    params=({"limit": "10000", "expand": ("auth_method_structured", "auth_method")},),
+    older_params=({"expand": ("auth_method",)},),
+    window="day",
+    time="timestamp",
+    key=(),
+    identity=(
+        "request_id",
+        "endpoint_id",
+        "timestamp",
+        "unit_price",
+        "quantity",
+        "cost_estimate_nano_usd",
+    ),
+    columns=(
+        Column("request_id", Kind.TEXT, "request that was charged", required=True),
+        _ENDPOINT,
+        Column("timestamp", Kind.INSTANT, "time of the request, not of the posting", required=True),
+        Column("quantity", Kind.AMOUNT, "units charged, where fal tells", fallback="output_units"),
+        Column("output_units", Kind.AMOUNT, "older name of quantity, as fal still sends it"),
+        replace(_UNIT, required=False, comment="billing unit, exactly as fal writes it; may be null"),
+        *_COSTS,
+        Column(
+            "cost_total",
+            Kind.AMOUNT,
+            "what fal charged; before July 2026 its nano-dollars",
+            required=True,
+            fallback="cost_estimate_nano_usd",
+            fallback_scale="0.000000001",
+        ),
+        Column("cost_estimate_nano_usd", Kind.WHOLE, "the charge in whole nano-dollars"),
+        *_CREDENTIAL,
+    ),
+    proof=replace(_USAGE_TOTALS, key=("endpoint_id",), sums=("cost_total",), two_walks_suffice=True),
+    doubts={
+        **_COST_DOUBTS,
+        "nano-dollars are not the total": (
+            "abs(cost_total - cost_estimate_nano_usd * 0.000000001) > 0.0000000005"
+        ),
+    },
+    permission=_BILLING_PERMISSION,
+    presets="BILLING or FULL",
+)
+
+_COUNTS = {
+    "request_count": "all requests",
+    "success_count": "requests answered 2xx",
+    "user_error_count": "requests answered 4xx",
+    "error_count": "requests answered 5xx",
+}
+_LATER_COUNTS = {
+    "startup_error_count": "failures to start or schedule a runner",
+    "connection_error_count": "failures to reach the runner",
+    "timeout_error_count": "requests that ran out of time",
+    "runtime_error_count": "failures while running",
+    "cold_boot_count": "requests that waited more than a second for a start",
+}
+_PERCENTILES = tuple(
+    f"p{percent}_{of}" for of in ("prepare_duration", "duration") for percent in (50, 75, 90)
+)
+_LATER_PERCENTILES = (
+    "p95_prepare_duration",
+    "p99_prepare_duration",
+    "p25_duration",
+    "p95_duration",
+    "p99_duration",
+    *(f"p{percent}_cold_boot_duration" for percent in (50, 75, 90)),
+)
+_DURATIONS = {
+    "prepare_duration": "time in queue and preparation",
+    "duration": "time of execution",
+    "cold_boot_duration": "time of a cold start",
+}
+
+
+def _percentile(name: str) -> Column:
+    percent, of = name.removeprefix("p").split("_", 1)
+    return Column(name, Kind.SECONDS, f"{percent} % took at most so many seconds: {_DURATIONS[of]}")
+
+
+ANALYTICS = Resource(
+    name="analytics",
+    comment="Requests by outcome per hour, percentiles of their durations per day; no money.",
+    path="/models/analytics",
+    rows_path=("time_series", "results"),
+    # Percentiles cannot be averaged: those of a day are asked as those of a day.
+    params=(
+        {**_BY_HOUR, "expand": ("time_series", *_COUNTS, *_LATER_COUNTS, "total_billable_duration")},
+        {**_BY_DAY, "expand": ("time_series", *_PERCENTILES, *_LATER_PERCENTILES)},
+    ),
+    older_params=(
+        {**_BY_HOUR, "expand": ("time_series", *_COUNTS)},
+        {**_BY_DAY, "expand": ("time_series", *_PERCENTILES)},
+    ),
+    window="day",
+    time="bucket",
+    ids_per_call=50,
+    key=("timeframe", "bucket", "endpoint_id"),
+    repeats=False,
+    columns=(
+        Column("timeframe", Kind.TEXT, "length of the bucket: hour or day", is_asked=True),
+        replace(_BUCKET, comment="start of the hour or day"),
+        _ENDPOINT,
+        *(
+            Column(name, Kind.WHOLE, f"{comment}; per hour only")
+            for name, comment in (_COUNTS | _LATER_COUNTS).items()
+        ),
+        Column("total_billable_duration", Kind.SECONDS, "execution that counts for billing, in seconds"),
+        *(_percentile(name) for name in (*_PERCENTILES, *_LATER_PERCENTILES)),
+    ),
+    uses_metrics_key=True,
+    is_optional=True,
+    permission="models:metrics:read",
+    presets="API, SERVERLESS, READONLY or FULL",
 )
 
 CREDITS = Resource(
@@ -225,7 +380,7 @@ CREDITS = Resource(
     comment="The credit balance, each time it was read: a level, not a flow.",
     path="/account/billing",
     rows_path=(),
-    params={"expand": ("credits",)},
+    params=({"expand": ("credits",)},),
     window="snapshot",
     every_run=True,
     key=(),
@@ -240,11 +395,12 @@ CREDITS = Resource(
         ),
         Column("currency", Kind.TEXT, "ISO 4217 code of the balance", ("credits", "currency")),
     ),
+    is_optional=True,
     permission="billing:usage:read",
     presets="BILLING, READONLY or FULL",
 )
 
-# Ids for later calls come from earlier ones: usage and the catalogue before prices.
+# Ids for later calls come from earlier ones: usage and the catalogue before analytics and prices.
 RESOURCES: Mapping[str, Resource] = {
-    resource.name: resource for resource in (USAGE, CREDITS, MODELS, PRICES)
+    resource.name: resource for resource in (USAGE, BILLING_EVENTS, CREDITS, MODELS, ANALYTICS, PRICES)
 }

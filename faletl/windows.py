@@ -8,6 +8,7 @@ from datetime import UTC, date, datetime, time, timedelta
 
 DAY = timedelta(days=1)
 HOUR = timedelta(hours=1)
+WEEK = timedelta(days=7)
 
 SETTLE = timedelta(minutes=5)
 """How far behind now an hour must have ended before we read it (docs/fal-api.md, "Arrival")."""
@@ -82,10 +83,14 @@ def utc_days(first: date, end: date) -> Iterator[Window]:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """When a loaded window was last read, and whether it was still open then."""
+    """When a loaded window was last read, and whether it was still open then.
+
+    `whole_catalogue_at` is when all of fal's endpoints were last asked for, where only some are.
+    """
 
     read_at: datetime
     is_provisional: bool
+    whole_catalogue_at: datetime | None = None
 
 
 def next_due(window: Window, read: Read | None) -> datetime | None:
@@ -101,6 +106,21 @@ def next_due(window: Window, read: Read | None) -> datetime | None:
     if read.read_at >= last_look:
         return None
     return min(window.end + max(HOUR, 2 * (read.read_at - window.end)), last_look)
+
+
+def asks_whole_catalogue(window: Window, read: Read | None, now: datetime) -> bool:
+    """Whether a read of the window is to ask for all endpoints, not only for those that were used.
+
+    Requests that only fail leave no usage. So a closed day is asked for every endpoint at first, and
+    weekly as far as it is read again; days that were long past when they were first read, from their
+    second read on, to keep the first run short.
+    """
+    if window.is_provisional or window.is_snapshot:
+        return False
+    last = read.whole_catalogue_at if read else None
+    if last is not None and last >= window.end:
+        return now - last >= WEEK
+    return read is not None or now - window.end < WEEK
 
 
 def due_days(now: datetime, reads: Mapping[date, Read], first_day: date) -> Iterable[Window]:

@@ -52,6 +52,15 @@ class Warehouse(Protocol):
     def export(self, query: str, path: Path) -> bool:
         """Write the rows of a reader's query to a Parquet file; False when nothing is published."""
 
+    def renewed(self, holder: str) -> AbstractContextManager[Warehouse]:
+        """An empty warehouse that takes the place of this one if all goes well, in one step.
+
+        This one is held meanwhile, and need not be readable. Leases of the new one have greater
+        tokens than those of this one had, as far as these can be read.
+
+        Raises: as `lease`.
+        """
+
     def take_in(self, connection: sa.Connection, table: sa.Table, rows: Path) -> None:
         """Insert a staged Parquet file in bulk; its columns are columns of the table."""
 

@@ -32,7 +32,7 @@ from faletl.errors import (
     WarehouseError,
 )
 from faletl.landing import sync_folder
-from faletl.warehouse import Lease, tables
+from faletl.warehouse import Lease, Warehouse, tables
 from faletl.windows import instant
 
 log = logging.getLogger(__name__)
@@ -56,6 +56,30 @@ MACROS = (
             + (2 * ((trillionths(a) % trillionths(b) * 1000000) % trillionths(b)) * 1000000
                 + trillionths(b)) // (2 * trillionths(b))
         as decimal(38,0)) * 0.000000000001
+    end
+    """,
+    # amount * part / whole, for a whole above zero: again exact, half away from zero. The product of two
+    # amounts would not fit, so the amount is taken nine decimals at a time.
+    """
+    create or replace macro proportion(amount, part, whole) as
+        sign(amount) * sign(part) * cast(
+            trillionths(part) // trillionths(whole) * trillionths(amount)
+            + trillionths(part) % trillionths(whole) * (trillionths(amount) // 1000000000)
+                // trillionths(whole) * 1000000000
+            + (2 * (
+                trillionths(part) % trillionths(whole) * (trillionths(amount) // 1000000000)
+                    % trillionths(whole) * 1000000000
+                + trillionths(part) % trillionths(whole) * (trillionths(amount) % 1000000000)
+            ) + trillionths(whole)) // (2 * trillionths(whole))
+        as decimal(38,0)) * 0.000000000001
+    """,
+    # Labels are renamed, ids are not. The same rule for usage and events, models and restatements.
+    """
+    create or replace macro credential_id(api_key_id, login_username, label) as case
+        when api_key_id is not null then 'key:' || api_key_id
+        when login_username is not null then 'user:' || login_username
+        when label is null or label in ('', 'None') then 'none'
+        else 'label:' || label
     end
     """,
 )
@@ -130,6 +154,41 @@ class DuckDBWarehouse:
         finally:
             connection.close()
 
+    @contextmanager
+    def renewed(self, holder: str) -> Iterator[Warehouse]:
+        """Make a new file beside the old one and rename it over that; see the protocol."""
+        with self._lock(holder, self._settings.lock_seconds):
+            token = self._last_token()
+            part = self._path.with_name(f".{self._path.name}.rebuild")
+            _discard(part)
+            url = sa.URL.create("duckdb", database=str(part))
+            fresh = DuckDBWarehouse(self._settings.model_copy(update={"publish": None}), url)
+            fresh._create(token)
+            try:
+                yield fresh
+                wal = self._path.with_name(f"{self._path.name}.wal")
+                wal.unlink(missing_ok=True)  # of the old file; the new one would not open with it
+                part.replace(self._path)
+                sync_folder(self._path.parent)
+            finally:
+                _discard(part)
+
+    def _last_token(self) -> int:
+        """The newest token of the file, 0 without one; raises SettingsError for a foreign database."""
+        if not self._path.exists():
+            return 0
+        try:
+            with self._opened(read_only=True) as connection:
+                _check_version(connection, self._path, is_older_fine=True)
+                return int(connection.execute(sa.select(tables.WAREHOUSE.c.fencing_token)).scalar_one())
+        except (TamperedError, WarehouseError) as error:
+            if isinstance(error, WarehouseBusyError):
+                raise
+            aside = self._path.with_name(f"{self._path.name}.damaged")
+            log.warning("%s; it is kept as %s", error, aside)
+            shutil.copyfile(self._path, aside)
+            return 0
+
     def take_in(self, connection: sa.Connection, table: sa.Table, rows: Path) -> None:
         """Insert a staged Parquet file; see the protocol."""
         names = ", ".join(f'"{column.name}"' for column in table.columns)
@@ -179,7 +238,7 @@ class DuckDBWarehouse:
         log.warning("the published copy %s is damaged; it is made anew", self._published)
         return None
 
-    def _create(self) -> None:
+    def _create(self, token: int = 0) -> None:
         """Make the file under another name first: a kill must not leave one that cannot be opened."""
         part = self._path.with_name(f".{self._path.name}.new")
         part_wal = part.with_name(part.name + ".wal")
@@ -194,7 +253,7 @@ class DuckDBWarehouse:
             part.unlink(missing_ok=True)
             part_wal.unlink(missing_ok=True)
             with _closing(_connect(part, self._settings)) as connection, connection.begin():
-                _create_tables(connection)
+                _create_tables(connection, token)
             part.chmod(0o600)
             _sync_file(part)
             part.replace(self._path)
@@ -314,12 +373,12 @@ def _opening_error(path: Path, error: Exception) -> WarehouseError | TamperedErr
     if "could not set lock" in said.lower():
         return WarehouseBusyError(f"another program has {path} open ({said}); close it there")
     return TamperedError(
-        f"{path} cannot be opened as a DuckDB warehouse ({said}); restore it, or move it away and "
-        "load it again"
+        f"{path} cannot be opened as a DuckDB warehouse ({said}); restore it, or let "
+        "faletl rebuild make it anew from the landed pages"
     )
 
 
-def _check_version(connection: sa.Connection, path: Path) -> None:
+def _check_version(connection: sa.Connection, path: Path, *, is_older_fine: bool = False) -> None:
     try:
         version = connection.execute(sa.select(tables.WAREHOUSE.c.schema_version)).scalar_one()
     except sa.exc.SQLAlchemyError:
@@ -329,9 +388,14 @@ def _check_version(connection: sa.Connection, path: Path) -> None:
             f"{path} was written by a newer faletl (schema {version}, this one knows "
             f"{tables.SCHEMA_VERSION}); upgrade faletl"
         )
+    if version < tables.SCHEMA_VERSION and not is_older_fine:
+        raise SettingsError(
+            f"{path} was written by an older faletl (schema {version}, this one needs "
+            f"{tables.SCHEMA_VERSION}); faletl rebuild makes it anew from the landed pages"
+        )
 
 
-def _create_tables(connection: sa.Connection) -> None:
+def _create_tables(connection: sa.Connection, token: int) -> None:
     for schema in tables.SCHEMAS:  # DuckDB keeps no comments on schemas
         connection.execute(sa.schema.CreateSchema(schema))
     tables.METADATA.create_all(connection)
@@ -339,9 +403,18 @@ def _create_tables(connection: sa.Connection) -> None:
         connection.exec_driver_sql(macro)
     connection.execute(
         sa.insert(tables.WAREHOUSE).values(
-            schema_version=tables.SCHEMA_VERSION, fencing_token=0, data_version=0
+            schema_version=tables.SCHEMA_VERSION, fencing_token=token, data_version=0
         )
     )
+
+
+def _discard(path: Path) -> None:
+    """Delete a database that nobody uses, with all that stands beside it."""
+    for leftover in path.parent.glob(f"{path.name}*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
 
 
 def _newest_build(connection: sa.Connection) -> tuple[str, int] | None:

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from faletl.money import PRECISION, SCALE
 from faletl.resources import RESOURCES, Kind, Resource
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Grows when a table here changes; a warehouse of a newer version is refused."""
 
 SCHEMAS: Mapping[str, str] = {
@@ -21,7 +21,7 @@ SCHEMAS: Mapping[str, str] = {
     "staging": "Raw, renamed and cast: instants in UTC, one credential id. Views and seeds; no sums.",
     "marts": "Dimensions and facts: what analysts join.",
     "reports": "What dashboards read: wide, named for people.",
-    "ops": "What faletl did: loads, builds, failures, and who may write.",
+    "ops": "What faletl did: loads, restatements, builds, failures, and who may write.",
 }
 
 METADATA = sa.MetaData()
@@ -34,6 +34,8 @@ def _instant() -> sa.DateTime:
 _TYPES: Mapping[Kind, sa.types.TypeEngine[Any]] = {
     Kind.TEXT: sa.Text(),
     Kind.AMOUNT: sa.Numeric(PRECISION, SCALE),
+    Kind.WHOLE: sa.BigInteger(),
+    Kind.SECONDS: sa.Numeric(PRECISION, SCALE),
     Kind.INSTANT: _instant(),
     Kind.LIST: sa.Text(),
 }
@@ -48,6 +50,12 @@ def _raw_table(resource: Resource) -> sa.Table:
     ]
     if resource.window == "snapshot":
         lead.append(sa.Column("_snapshot_at", _instant(), comment="instant of the snapshot"))
+    if resource.identity:
+        names = ", ".join(resource.identity)
+        lead += [
+            sa.Column("_hash", sa.Text, comment=f"fingerprint of account, {names}"),
+            sa.Column("_ordinal", sa.Integer, comment="number among rows of the same hash, from 1"),
+        ]
     body = [
         sa.Column(column.name, _TYPES[column.kind], comment=column.comment)
         for column in resource.columns
@@ -82,6 +90,20 @@ SEED_UNIT = sa.Table(
     comment="What units mean: sql/seeds/unit.csv, and the user's own table (FALETL_UNITS).",
 )
 
+SEED_CREDENTIAL_OWNER = sa.Table(
+    "seed_credential_owner",
+    METADATA,
+    sa.Column("account", sa.Text, comment="account label; empty for all accounts"),
+    sa.Column("credential_id", sa.Text, comment="key:…, user:…, label:… or none"),
+    sa.Column("owner", sa.Text, comment="whose it is"),
+    sa.Column("team", sa.Text, comment="team that pays"),
+    sa.Column("cost_centre", sa.Text, comment="cost centre that pays"),
+    schema="staging",
+    comment="Whose credentials are: sql/seeds/credential_owner.csv, and the user's own (FALETL_OWNERS).",
+)
+
+SEEDS = (SEED_UNIT, SEED_CREDENTIAL_OWNER)
+
 WAREHOUSE = _ops_table(
     "warehouse",
     "The warehouse itself: one row.",
@@ -102,7 +124,7 @@ LOADS = _ops_table(
     window_start=(_AT, "start of the window, or instant of the snapshot"),
     window_end=(_AT, "end of the window, exclusive; equal to the start for a snapshot"),
     pages=(_COUNT, "pages that hold the rows"),
-    rows=(_COUNT, "rows loaded"),
+    rows=(_COUNT, "rows that raw holds of the window after the load"),
     cost_total=(
         sa.Numeric(PRECISION, SCALE),
         "sum of what fal charged; 0 where the rows hold no charge",
@@ -118,8 +140,28 @@ LOADS = _ops_table(
     read_at=(_AT, "when the read began that brought the rows"),
     last_read_at=(_AT, "when the newest read began that found the same rows"),
     loaded_at=(_AT, "when the rows were loaded"),
+    whole_catalogue_at=(_AT, "when the window was last asked for all endpoints, not only those used"),
+    data_version=(_COUNT, "version of the raw tables that the load made; see ops.warehouse"),
     is_current=(_FLAG, "whether raw holds these rows, and not those of a newer load"),
     is_provisional=(_FLAG, "whether the day was still open when it was last read"),
+)
+
+RESTATEMENTS = _ops_table(
+    "restatements",
+    "What a read changed in a window that had been read after its end: one row per changed line.",
+    load_id=(_TEXT, "load that brought the change"),
+    account=(_TEXT, "account label"),
+    resource=(_TEXT, "collection of the fal API"),
+    window_start=(_AT, "start of the window"),
+    endpoint_id=(_TEXT, "fal's id of the model endpoint"),
+    unit=(_TEXT, "billing unit, exactly as fal writes it"),
+    currency=(_TEXT, "ISO 4217 code of the costs; null where fal gave none, as in billing events"),
+    credential_id=(_TEXT, "who spent; see marts.dim_credential"),
+    quantity_before=(sa.Numeric(PRECISION, SCALE), "quantity as it was; 0 where the line is new"),
+    quantity_after=(sa.Numeric(PRECISION, SCALE), "quantity as it is now; 0 where the line is gone"),
+    cost_total_before=(sa.Numeric(PRECISION, SCALE), "charge as it was"),
+    cost_total_after=(sa.Numeric(PRECISION, SCALE), "charge as it is now"),
+    seen_at=(_AT, "when the read was complete that showed the change"),
 )
 
 HORIZONS = _ops_table(
@@ -156,13 +198,14 @@ BUILDS = _ops_table(
     "Builds of staging, marts and reports that passed their checks.",
     build_id=(_TEXT, "id of the build"),
     run_id=(_TEXT, "run that built"),
-    days=(_COUNT, "days of usage in the build"),
+    days=(_COUNT, "days that were made anew"),
     checks=(_COUNT, "checks that returned no rows"),
     data_version=(_COUNT, "version of the raw tables it stands on"),
     fencing_token=(
         _COUNT,
         "token of the lease under which it was built; the greatest is the newest",
     ),
+    is_full=(_FLAG, "whether everything was made anew, not only the days that changed"),
     models_digest=(_TEXT, "fingerprint of the SQL and seeds it was made with"),
     started_at=(_AT, "start"),
     finished_at=(_AT, "end"),

@@ -1,21 +1,62 @@
--- Every key of fct_usage stands in its dimension.
-select usage_rows.*
-from marts.fct_usage as usage_rows
+-- Every key of a fact stands in its dimension.
+-- days: each by itself
+with
+
+facts as (
+    select distinct
+        'fct_usage' as fact,
+        account,
+        usage_date,
+        endpoint_id,
+        unit,
+        credential_id
+    from marts.fct_usage
+    union all
+    select distinct
+        'fct_billing_event' as fact,
+        account,
+        usage_date,
+        endpoint_id,
+        unit,
+        credential_id
+    from marts.fct_billing_event
+    union all
+    select distinct
+        'fct_requests' as fact,
+        account,
+        usage_date,
+        endpoint_id,
+        null as unit,
+        null as credential_id
+    from marts.fct_requests
+    union all
+    select distinct
+        'fct_latency' as fact,
+        account,
+        usage_date,
+        endpoint_id,
+        null as unit,
+        null as credential_id
+    from marts.fct_latency
+)
+
+select facts.*
+from facts
 left join marts.dim_account as accounts
-    on usage_rows.account = accounts.account
+    on facts.account = accounts.account
 left join marts.dim_date as dates
-    on usage_rows.usage_date = dates.date_day
+    on facts.usage_date = dates.date_day
 left join marts.dim_endpoint as endpoints
-    on usage_rows.endpoint_id = endpoints.endpoint_id
+    on facts.endpoint_id = endpoints.endpoint_id
 left join marts.dim_unit as units
-    on usage_rows.unit = units.unit
+    on facts.unit = units.unit
 left join marts.dim_credential as credentials
     on
-        usage_rows.account = credentials.account
-        and usage_rows.credential_id = credentials.credential_id
+        facts.account = credentials.account
+        and facts.credential_id = credentials.credential_id
 where
     accounts.account is null
     or dates.date_day is null
     or endpoints.endpoint_id is null
-    or units.unit is null
-    or credentials.credential_id is null
+    or (facts.unit is not null and units.unit is null)
+    or (facts.credential_id is not null and credentials.credential_id is null)

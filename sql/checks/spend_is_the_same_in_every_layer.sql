@@ -1,30 +1,50 @@
 -- The sums of quantity and cost per account and currency are one number each, from raw to report.
+-- days: each by itself
 with
 
 layers as (
     select
         _account as account,
         coalesce(nullif(currency, ''), 'XXX') as currency,
-        sum(quantity) as quantity,
-        sum(cost_total) as cost_total
+        quantity,
+        cost_total,
+        'raw' as layer
     from raw.usage
-    group by _account, coalesce(nullif(currency, ''), 'XXX')
     union all
     select
         account,
         currency,
-        sum(quantity) as quantity,
-        sum(cost_total) as cost_total
+        quantity,
+        cost_total,
+        'hour' as layer
     from marts.fct_usage
-    group by account, currency
     union all
     select
         account,
         currency,
+        quantity,
+        cost_total,
+        'day' as layer
+    from reports.rpt_spend_daily
+    union all
+    select
+        account,
+        currency,
+        quantity,
+        cost_total,
+        'credential' as layer
+    from reports.rpt_spend_by_credential
+),
+
+sums as (
+    select
+        account,
+        currency,
+        layer,
         sum(quantity) as quantity,
         sum(cost_total) as cost_total
-    from reports.rpt_spend_daily
-    group by account, currency
+    from layers
+    group by account, currency, layer
 )
 
 select
@@ -34,6 +54,6 @@ select
     max(quantity) as most_quantity,
     min(cost_total) as least_cost_total,
     max(cost_total) as most_cost_total
-from layers
+from sums
 group by account, currency
-having count(*) <> 3 or min(quantity) <> max(quantity) or min(cost_total) <> max(cost_total)
+having count(*) <> 4 or min(quantity) <> max(quantity) or min(cost_total) <> max(cost_total)

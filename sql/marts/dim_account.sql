@@ -5,28 +5,44 @@ with
 sightings as (
     select
         account,
-        used_at as seen_at
-    from staging.stg_fal__usage
+        first_used_at as first_seen_at,
+        last_used_at as last_seen_at
+    from staging.int_usage_daily
     union all
     select
         account,
-        read_at as seen_at
+        first_requested_at as first_seen_at,
+        last_requested_at as last_seen_at
+    from staging.int_billing_events_daily
+    union all
+    select
+        account,
+        bucket_at as first_seen_at,
+        bucket_at as last_seen_at
+    from staging.stg_fal__analytics
+    union all
+    select
+        account,
+        read_at as first_seen_at,
+        read_at as last_seen_at
     from staging.stg_fal__credits
     union all
     select
         account,
-        snapshot_at as seen_at
+        snapshot_at as first_seen_at,
+        snapshot_at as last_seen_at
     from staging.stg_fal__models
     union all
     select
         account,
-        snapshot_at as seen_at
+        snapshot_at as first_seen_at,
+        snapshot_at as last_seen_at
     from staging.stg_fal__prices
 )
 
 select
     account,
-    min(seen_at) as first_seen_at,  -- oldest usage or reading, UTC
-    max(seen_at) as last_seen_at  -- newest usage or reading, UTC
+    min(first_seen_at) as first_seen_at,  -- oldest usage, charge or reading, UTC
+    max(last_seen_at) as last_seen_at  -- newest usage, charge or reading, UTC
 from sightings
 group by account

@@ -1,30 +1,68 @@
--- Keys and logins that spent: ids stay when a label is renamed.
+-- Keys and logins that spent, and whose they are: ids stay when a label is renamed.
 -- grain: account, credential_id
 with
 
-usage_rows as (
+sightings as (
+    select
+        account,
+        credential_id,
+        credential_label,
+        api_key_id,
+        login_username,
+        first_used_at as first_seen_at,
+        last_used_at as last_seen_at
+    from staging.int_usage_daily
+    union all
+    select
+        account,
+        credential_id,
+        credential_label,
+        api_key_id,
+        login_username,
+        first_requested_at as first_seen_at,
+        last_requested_at as last_seen_at
+    from staging.int_billing_events_daily
+),
+
+ranked as (
     select
         *,
         row_number() over (
             partition by account, credential_id
-            order by used_at desc, credential_label desc nulls last
+            order by last_seen_at desc, credential_label desc nulls last
         ) as recency
-    from staging.stg_fal__usage
+    from sightings
 ),
 
 seen as (
     select
         account,
         credential_id,
-        min(used_at) as first_seen_at,
-        max(used_at) as last_seen_at
-    from usage_rows
+        min(first_seen_at) as first_seen_at,
+        max(last_seen_at) as last_seen_at
+    from sightings
     group by account, credential_id
+),
+
+-- A line for one account goes before one for all accounts.
+owners as (
+    select
+        seen.account,
+        seen.credential_id,
+        seeds.owner,
+        seeds.team,
+        seeds.cost_centre,
+        row_number() over (
+            partition by seen.account, seen.credential_id order by seeds.account desc
+        ) as precedence
+    from seen
+    inner join staging.seed_credential_owner as seeds
+        on seen.credential_id = seeds.credential_id and seeds.account in ('', seen.account)
 )
 
 select
-    seen.account,
-    seen.credential_id,
+    seen.account,  -- account label: fal's username, or FALETL_ACCOUNT
+    seen.credential_id,  -- key:…, user:…, label:… (where fal told no id) or none
     case
         when latest.api_key_id is not null then 'api_key'
         when latest.login_username is not null then 'user_token'
@@ -35,11 +73,19 @@ select
     latest.api_key_id,
     latest.login_username,
     latest.credential_label as label,  -- newest name of the credential
-    seen.first_seen_at,  -- oldest hour of use, UTC
-    seen.last_seen_at  -- newest hour of use, UTC
+    coalesce(owners.owner, 'UNMAPPED') as owner,  -- whose it is, by the table of owners; else UNMAPPED
+    coalesce(owners.team, 'UNMAPPED') as team,  -- team, by the table of owners; else UNMAPPED
+    coalesce(owners.cost_centre, 'UNMAPPED') as cost_centre,  -- cost centre, by the table of owners; else UNMAPPED
+    seen.first_seen_at,  -- oldest use, UTC
+    seen.last_seen_at  -- newest use, UTC
 from seen
-inner join usage_rows as latest
+inner join ranked as latest
     on
         seen.account = latest.account
         and seen.credential_id = latest.credential_id
         and latest.recency = 1
+left join owners
+    on
+        seen.account = owners.account
+        and seen.credential_id = owners.credential_id
+        and owners.precedence = 1

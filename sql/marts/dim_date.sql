@@ -3,11 +3,15 @@
 with recursive
 
 seen as (
-    select used_at as seen_at from staging.stg_fal__usage
+    select usage_date as seen_at from staging.int_usage_daily
     union all
-    select snapshot_at as seen_at from staging.stg_fal__prices
+    select usage_date as seen_at from staging.int_billing_events_daily
     union all
-    select read_at as seen_at from staging.stg_fal__credits
+    select usage_date as seen_at from staging.stg_fal__analytics
+    union all
+    select cast(snapshot_at as date) as seen_at from staging.stg_fal__prices
+    union all
+    select cast(read_at as date) as seen_at from staging.stg_fal__credits
 ),
 
 years as (

@@ -1,29 +1,44 @@
--- Model endpoints: from the catalogue, from prices, and from use alone.
+-- Model endpoints: from the catalogue, from prices, from charges, and from requests alone.
 -- grain: endpoint_id
 with
 
 sightings as (
     select
         endpoint_id,
-        used_at as seen_at
-    from staging.stg_fal__usage
+        first_used_at as first_seen_at,
+        last_used_at as last_seen_at
+    from staging.int_usage_daily
     union all
     select
         endpoint_id,
-        snapshot_at as seen_at
+        first_requested_at as first_seen_at,
+        last_requested_at as last_seen_at
+    from staging.int_billing_events_daily
+    union all
+    select
+        endpoint_id,
+        bucket_at as first_seen_at,
+        bucket_at as last_seen_at
+    from staging.stg_fal__analytics
+    union all
+    select
+        endpoint_id,
+        snapshot_at as first_seen_at,
+        snapshot_at as last_seen_at
     from staging.stg_fal__models
     union all
     select
         endpoint_id,
-        snapshot_at as seen_at
+        snapshot_at as first_seen_at,
+        snapshot_at as last_seen_at
     from staging.stg_fal__prices
 ),
 
 seen as (
     select
         endpoint_id,
-        min(seen_at) as first_seen_at,
-        max(seen_at) as last_seen_at
+        min(first_seen_at) as first_seen_at,
+        max(last_seen_at) as last_seen_at
     from sightings
     group by endpoint_id
 ),
@@ -63,8 +78,8 @@ select
     end as output_modality,  -- what comes out: image, video, audio, …; null where the category does not say
     catalogue.status,
     catalogue.kind,  -- inference or training
-    seen.first_seen_at,  -- oldest usage, price or catalogue entry, UTC
-    seen.last_seen_at,  -- newest usage, price or catalogue entry, UTC
+    seen.first_seen_at,  -- oldest use, price or catalogue entry, UTC
+    seen.last_seen_at,  -- newest use, price or catalogue entry, UTC
     listed.endpoint_id is not null as is_in_catalogue  -- in the newest snapshot of fal's catalogue
 from seen
 left join catalogue

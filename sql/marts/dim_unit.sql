@@ -3,7 +3,9 @@
 with
 
 units as (
-    select unit from staging.stg_fal__usage
+    select unit from staging.int_usage_daily
+    union
+    select unit from staging.int_billing_events_daily
     union
     select unit from staging.stg_fal__prices
 )

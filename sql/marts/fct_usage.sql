@@ -1,9 +1,10 @@
 -- What was used and charged, by hour: the fact that every sum of spend comes from.
 -- grain: account, used_at, endpoint_id, unit, unit_price, percent_discount, currency, credential_id
+-- days: usage_date
 select
     account,
     used_at,
-    cast(used_at as date) as usage_date,  -- UTC day of the hour
+    usage_date,
     endpoint_id,
     unit,
     unit_price,
@@ -16,4 +17,4 @@ select
     sum(cost_total) as cost_total
 from staging.stg_fal__usage
 group by
-    account, used_at, endpoint_id, unit, unit_price, percent_discount, currency, credential_id
+    account, used_at, usage_date, endpoint_id, unit, unit_price, percent_discount, currency, credential_id

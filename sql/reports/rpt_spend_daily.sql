@@ -1,5 +1,6 @@
 -- Spend per day, endpoint and billing unit: the table dashboards read. Model APIs only.
 -- grain: account, usage_date, endpoint_id, unit, currency
+-- days: usage_date
 with
 
 daily as (
@@ -13,7 +14,7 @@ daily as (
         case when count(cost_subtotal) = count(*) then sum(cost_subtotal) end as cost_subtotal,
         case when count(cost_discount) = count(*) then sum(cost_discount) end as cost_discount,
         sum(cost_total) as cost_total
-    from marts.fct_usage
+    from staging.int_usage_daily
     group by account, usage_date, endpoint_id, unit, currency
 ),
 

@@ -12,17 +12,14 @@ usage_rows as (
 select
     _account as account,  -- account label: fal's username, or FALETL_ACCOUNT
     bucket at time zone 'UTC' as used_at,  -- start of the hour, UTC
+    cast(bucket at time zone 'UTC' as date) as usage_date,  -- UTC day
     endpoint_id,
     unit,
     unit_price,
     percent_discount,
     coalesce(nullif(currency, ''), 'XXX') as currency,  -- ISO 4217 code of every amount; XXX when fal gave none
-    case
-        when api_key_id is not null then 'key:' || api_key_id
-        when login_username is not null then 'user:' || login_username
-        when auth_label is null or auth_label in ('', 'None') then 'none'
-        else 'label:' || auth_label
-    end as credential_id,  -- key:…, user:…, label:… (where fal told no id) or none
+    credential_id(api_key_id, login_username, auth_label)
+        as credential_id,  -- key:…, user:…, label:… (where fal told no id) or none
     auth_label as credential_label,  -- name of the credential at that hour
     api_key_id,
     login_username,

@@ -184,7 +184,8 @@ def test_a_foreign_file_is_left_alone(content: bytes, settings: Settings) -> Non
 def test_a_window_that_fails_is_told_and_the_others_load(tmp_path: Path) -> None:
     def refuse_the_21st(request: Request) -> Fault | None:
         is_it = request.query.get("start") == ["2026-11-21T00:00:00Z"]
-        return Fault(body=b'{"error": {"message": "no data"}}') if is_it else None
+        is_rows = request.path == "/models/usage" and request.query["expand"] != ["summary"]
+        return Fault(body=b'{"error": {"message": "no data"}}') if is_it and is_rows else None
 
     with Sandbox(truth.two_days(), fault=refuse_the_21st) as server:
         settings = settings_for(server.url, tmp_path)

@@ -20,10 +20,11 @@ from faletl.config import Settings
 from faletl.errors import LeaseLostError, WarehouseBusyError
 from faletl.load import fence
 from faletl.sandbox import FULL_KEY, Sandbox
+from faletl.verify import verify
 from faletl.warehouse import open_warehouse
 from faletl.warehouse.tables import WAREHOUSE
 from tests import truth
-from tests.conftest import ask, published_path, settings_for, total
+from tests.conftest import all_tables, ask, published_path, settings_for, total
 from tests.truth import Account, line
 
 STEPS = [
@@ -41,8 +42,8 @@ STEPS = [
     ("faletl.load._insert", "after", 2),
     ("faletl.load._enter", "after", 3),  # all written, not committed
     ("faletl.pipeline.replace_window", "after", 2),  # committed, not told
-    ("faletl.models._build_model", "after", 9),  # half built
-    ("faletl.models._run_checks", "after", 1),  # checked, not committed
+    ("faletl.models._fill", "after", 9),  # half built
+    ("faletl.models._check", "after", 9),  # checked, not committed
     ("faletl.models.build", "after", 1),  # built, not published
     ("shutil.copyfile", "after", 1),  # copied, not renamed
     ("faletl.warehouse.duckdb._sync_file", "after", 2),
@@ -64,11 +65,11 @@ def environment(settings: Settings, **more: str) -> dict[str, str]:
     }
 
 
-def start(settings: Settings, *trap: str, **more: str) -> subprocess.Popen[str]:
-    """A run in a process of its own, with the clock of the tests."""
+def start(settings: Settings, *trap: str, command: str = "run", **more: str) -> subprocess.Popen[str]:
+    """A command in a process of its own, with the clock of the tests."""
     trap = trap or ("faletl.pipeline.plan", "never", "0")
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.killed_run", *trap, "run"],
+        [sys.executable, "-m", "tests.killed_run", *trap, command],
         env=environment(settings, **more),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -125,9 +126,32 @@ def test_readers_keep_the_old_copy_when_a_later_run_is_killed(
     settings = settings_for(served.url, tmp_path)
     check_a_clean_run_mends_all(settings)
     before = ask(settings, "from reports.rpt_spend_daily order by all")
-    for trap in (("faletl.models._build_model", "after", "9"), ("shutil.copyfile", "after", "1")):
+    for trap in (("faletl.models._fill", "after", "2"), ("shutil.copyfile", "after", "1")):
         assert finish(start(settings, *trap))[0] == -signal.SIGKILL
         assert ask(settings, "from reports.rpt_spend_daily order by all") == before
+    check_a_clean_run_mends_all(settings)
+
+
+@pytest.mark.parametrize(
+    "trap",
+    [
+        ("faletl.pipeline.replay", "after", "4"),  # half of the reads loaded
+        ("faletl.models.build", "after", "1"),  # the new warehouse whole, not in its place
+        ("faletl.warehouse.duckdb.sync_folder", "before", "2"),  # in its place, not published
+    ],
+)
+def test_a_killed_rebuild_leaves_the_old_warehouse_or_the_new(
+    trap: tuple[str, str, str], served: Sandbox, tmp_path: Path
+) -> None:
+    settings = settings_for(served.url, tmp_path)
+    check_a_clean_run_mends_all(settings)
+    before = all_tables(settings)
+    assert finish(start(settings, *trap, command="rebuild"))[0] == -signal.SIGKILL
+    assert all_tables(settings) == before
+    assert list(verify(settings)) == []
+    assert finish(start(settings, command="rebuild"))[0] == 0
+    assert all_tables(settings) == before
+    assert not list(tmp_path.glob(".*rebuild*"))
     check_a_clean_run_mends_all(settings)
 
 

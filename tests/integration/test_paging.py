@@ -61,13 +61,13 @@ def fetch(
     *,
     account: str = "acme",
     ids: Sequence[str] = (),
-    again: bool = False,
+    unproven: Landed | None = None,
     client: FalClient | None = None,
 ) -> Landed:
     """One window, by a client of its own unless one is given."""
-    origin = Origin(account=account, run_id="run", fencing_token=1, planned_from={})
+    origin = Origin(account=account, run_id="run", fencing_token=1, planned_from={}, unknown_ids={})
     with nullcontext(client) if client else FalClient(given) as asking:
-        return fetch_window(asking, given, resource, window, origin=origin, ids=ids, again=again)
+        return fetch_window(asking, given, resource, window, origin=origin, ids=ids, unproven=unproven)
 
 
 def page(
@@ -404,9 +404,10 @@ def test_a_read_that_was_interrupted_long_ago_or_is_asked_anew_starts_over(
     tmp_path: Path,
 ) -> None:
     given = settings_for(small_pages.url, tmp_path)
+    unproven = fetch(settings_for(small_pages.url, tmp_path / "before"), USAGE, DAY)
     interrupted = Interrupted(small_pages, given)
     clock.shift(timedelta(minutes=1) if is_forced else timedelta(hours=2))
-    landed = fetch(given, USAGE, DAY, again=is_forced)
+    landed = fetch(given, USAGE, DAY, unproven=unproven if is_forced else None)
 
     assert bodies(landed) == whole
     assert len(interrupted.rows_asked_since()) == len(whole)

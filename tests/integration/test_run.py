@@ -16,6 +16,7 @@ import time_machine
 from faletl import pipeline
 from faletl.config import Settings
 from faletl.errors import CheckFailedError, DataRefusedError, UnprovenError
+from faletl.plan import Asked
 from faletl.sandbox import BILLING_KEY, READONLY_KEY, Fault, Request, Sandbox
 from tests import truth
 from tests.conftest import Query, all_tables, ask, settings_for, total
@@ -59,8 +60,12 @@ def test_a_second_run_asks_little_and_changes_nothing_but_credits(
     assert sorted(request.path for request in sandbox.requests[asked:]) == [
         "/account/billing",  # the account's label
         "/account/billing",  # the balance, a level of each run
-        "/models/usage",  # today, which is open: rows
-        "/models/usage",  # and control total
+        "/models/analytics",  # today, which is open: hours
+        "/models/analytics",  # and the day
+        "/models/billing-events",
+        "/models/usage",  # rows
+        "/models/usage",  # their control total
+        "/models/usage",  # and that of the events
     ]
     after = all_tables(settings)
     changed = {name for name in before if before[name] != after[name]}
@@ -74,7 +79,7 @@ def test_naming_days_fetches_them_again_and_changes_nothing(
     before = all_tables(settings)
     loads = ask(settings, "select load_id from ops.loads where resource <> 'credits' order by all")
     clock.shift(60)
-    report = pipeline.run(settings, start=truth.day(21), resources=["usage", "models", "prices"])
+    report = pipeline.run(settings, Asked(start=truth.day(21), resources=["usage", "models", "prices"]))
 
     assert {outcome.outcome for outcome in report.outcomes} == {"unchanged"}
     assert len(report.outcomes) == 5  # three days, models, prices
@@ -177,7 +182,7 @@ def test_a_price_that_changes_within_a_day_leaves_both_snapshots(
     pipeline.run(settings)
     account.list_price(FLUX, "0.05")
     clock.shift(timedelta(hours=2))
-    pipeline.run(settings, start=truth.day(22), resources=["prices"])
+    pipeline.run(settings, Asked(start=truth.day(22), resources=["prices"]))
 
     assert query("select count(*) from marts.dim_price where endpoint_id = 'fal-ai/flux/dev'") == [(2,)]
 
@@ -333,7 +338,7 @@ def run_broken(
     """A run against a server that breaks some of its answers."""
     with Sandbox(account, fault=fault) as server:
         settings = settings_for(server.url, folder)
-        return pipeline.run(settings), settings, server
+        return pipeline.run(settings, Asked(resources=["usage"])), settings, server
 
 
 @pytest.mark.parametrize("said", ["0.0250000006", "0.0249999994", "0.03", "0"])
@@ -587,7 +592,7 @@ def test_a_key_that_may_not_read_the_account_skips_the_credits(
     with Sandbox(account, fault=refuse) as server:
         settings = settings_for(server.url, tmp_path, account=label)
         assert pipeline.run(settings).exit_code == 0
-        named = pipeline.run(settings, resources=["credits"])
+        named = pipeline.run(settings, Asked(resources=["credits"]))
     spent = dict(
         ask(settings, "select account, sum(cost_total) from reports.rpt_spend_daily group by 1")
     )

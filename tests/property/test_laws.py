@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -16,7 +17,9 @@ from hypothesis import strategies as st
 
 from faletl import pipeline
 from faletl.config import Settings
+from faletl.plan import Asked
 from faletl.sandbox import Fault, Request, Sandbox, UsageLine
+from faletl.verify import verify
 from tests import truth
 from tests.conftest import all_tables, ask, settings_for
 from tests.truth import FLUX, KEY, LOGIN, NOBODY, NOW, VIDEO, VOICE, Account, line
@@ -77,6 +80,12 @@ def check_against_truth(account: Account, settings: Settings, until: datetime = 
         "credential_id, quantity, cost_total from marts.fct_usage",
     )
     assert {row[:8]: row[8:] for row in hourly} == truth.spend_by_hour(account, until)
+    charged = ask(
+        settings,
+        "select account, requested_at, request_id, endpoint_id, credential_id, cost_total "
+        "from marts.fct_billing_event",
+    )
+    assert Counter(charged) == truth.charged(account, until)
 
 
 @a_few
@@ -155,13 +164,24 @@ def test_any_interleaving_of_restatements_and_runs_ends_as_one_clean_read(
         with Sandbox(account, page_size=3) as server:
             for folder in (one, other):
                 report = pipeline.run(
-                    settings_for(server.url, Path(folder)), start=truth.day(21), resources=["usage"]
+                    settings_for(server.url, Path(folder)),
+                    Asked(start=truth.day(21), resources=["usage", "billing_events"]),
                 )
                 assert report.exit_code == 0, report.failures
         check_against_truth(account, settings, now)
         fresh = all_tables(settings_for("http://127.0.0.1:9", Path(other)))
-        for name in ("raw.usage", "marts.fct_usage", "marts.dim_credential"):
+        for name in (
+            "raw.usage", "raw.billing_events", "marts.fct_usage", "marts.fct_billing_event",
+            "marts.dim_credential",
+        ):  # fmt: skip
             assert all_tables(settings)[name] == fresh[name]
+        day_by_day = all_tables(settings)
+        pipeline.build(settings, full=True)
+        pipeline.publish(settings)
+        assert all_tables(settings) == day_by_day
+        pipeline.rebuild(settings)
+        assert all_tables(settings) == day_by_day
+        assert list(verify(settings)) == []
 
 
 @a_few
@@ -175,10 +195,10 @@ def test_the_order_in_which_days_are_loaded_does_not_matter(order: list[int]) ->
         Sandbox(account, page_size=4) as server,
     ):
         at_once, in_turn = (settings_for(server.url, Path(f)) for f in (one, other))
-        pipeline.run(at_once, start=truth.day(21), end=truth.day(24), resources=["usage"])
+        pipeline.run(at_once, Asked(start=truth.day(21), end=truth.day(24), resources=["usage"]))
         for offset in order:
             first = truth.day(21 + offset)
-            pipeline.run(in_turn, start=first, end=first + timedelta(days=1), resources=["usage"])
+            pipeline.run(in_turn, Asked(start=first, end=first + timedelta(days=1), resources=["usage"]))
         assert all_tables(in_turn) == all_tables(at_once)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from faletl.config import REDACTED, Settings
@@ -272,6 +272,7 @@ ENVIRONMENT = {
     "FALETL_MAX_BODY": ("max_body", "1MiB"),
     "FALETL_MEMORY": ("memory", "1GB"),
     "FALETL_UNITS": ("units", "units.csv"),
+    "FALETL_OWNERS": ("owners", "owners.csv"),
     "FALETL_PROXY": ("proxy", "http://127.0.0.1:9"),
     "FALETL_CA_FILE": ("ca_file", "ca.pem"),
     "FALETL_ALLOW_HTTP": ("allow_http", "1"),
@@ -351,13 +352,12 @@ def test_the_secret_half_is_hidden_alone_and_percent_encoded(key: str) -> None:
     key=KEYS,
     lead=st.integers(0, 2),
     scheme=st.sampled_from(["", "Key ", "key=", "x"]),
-    tail=st.binary(max_size=5),
+    tail=st.text(alphabet="\x01\x02\xe9", max_size=4).map(str.encode),  # in no key, unlike "0", say
 )
 def test_base64_of_a_key_gives_no_more_than_its_edges_away_in_any_alignment(
     key: str, lead: int, scheme: str, tail: bytes
 ) -> None:
     made, secret = Settings.isolated(key=key), key.split(":", 1)[1]
-    assume(all(part not in scheme.encode() + tail for part in (key.encode(), secret.encode())))
     for text, hidden in ((scheme + key, key), (scheme + secret, secret)):
         left, mark, right = made.redact_bytes(base64_at(lead, text, tail)).partition(b"[key]")
         assert mark

@@ -14,14 +14,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from sqlglot import exp
 
-from faletl.models import Model, checks, column_comments, models, sql_folder, translate
+from faletl.models import Check, Model, checks, column_comments, models, sql_folder, translate
 from faletl.warehouse.duckdb import MACROS
 from faletl.warehouse.tables import METADATA, SCHEMAS
 from tests.truth import quotient
 
 every_model = pytest.mark.parametrize("model", models(), ids=lambda model: model.table)
-every_check = pytest.mark.parametrize("name", checks())
-LAYERS = ("raw", "staging", "marts", "reports")
+every_check = pytest.mark.parametrize("check", checks(), ids=lambda check: check.name)
+LAYERS = ("raw", "staging", "marts", "reports", "ops")
 
 
 @every_model
@@ -64,8 +64,8 @@ def test_a_model_translates_to_postgresql(model: Model) -> None:
 
 
 @every_check
-def test_a_check_translates_to_postgresql(name: str) -> None:
-    assert sqlglot.parse_one(translate(checks()[name], "postgres"), read="postgres")
+def test_a_check_translates_to_postgresql(check: Check) -> None:
+    assert sqlglot.parse_one(translate(check.sql, "postgres"), read="postgres")
 
 
 def test_no_sql_divides_or_averages_into_a_double() -> None:

@@ -1,0 +1,5 @@
+"""`python -m faletl`: the command line."""
+
+from faletl.cli import main
+
+main()

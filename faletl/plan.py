@@ -1,0 +1,212 @@
+"""Plan: which windows a run reads, and which endpoint ids it asks for. Asks fal for a name at most."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, date, datetime, timedelta
+
+import msgspec
+import sqlalchemy as sa
+
+from faletl.client import FalClient, MalformedBodyError
+from faletl.config import Settings
+from faletl.errors import ContractError, KeyRefusedError, UsageError
+from faletl.load import KnownIds, horizons, known_ids, pages_per_window, reads_by_day
+from faletl.resources import RESOURCES, Resource
+from faletl.windows import Read, Window, asks_whole_catalogue, due_days, utc_days
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a person or a scheduler asks for: the UTC days from `start` to before `end`, of `resources`.
+
+    Without `start`, what is due; without `end`, up to now; without `resources`, all.
+
+    Raises:
+        UsageError: dates or resources that cannot mean anything.
+    """
+
+    start: date | None = None
+    end: date | None = None
+    resources: Collection[str] = ()
+
+    def __post_init__(self) -> None:
+        start, end = self.start, self.end
+        if unknown := sorted(set(self.resources) - set(RESOURCES)):
+            raise UsageError(
+                f"there is no resource {', '.join(map(repr, unknown))}; there are {', '.join(RESOURCES)}"
+            )
+        if end is not None and start is None:
+            raise UsageError("--end needs --start")
+        if start is not None and end is not None and end <= start:
+            raise UsageError(f"--end {end} is not after --start {start}; --end is exclusive")
+        if start is not None and start > datetime.now(UTC).date():
+            raise UsageError(f"--start {start} is in the future")
+
+    def includes(self, resource: str, window: Window) -> bool:
+        """Whether that window of that resource is meant."""
+        if self.resources and resource not in self.resources:
+            return False
+        return (self.start or date.min) <= window.day < (self.end or date.max)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One window of one resource to extract; `ids` where it is asked by ids."""
+
+    resource: Resource
+    window: Window
+    ids: tuple[str, ...] = ()
+    is_whole_catalogue: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a run would do with one resource."""
+
+    resource: str
+    windows: tuple[Window, ...]
+    calls: int
+
+
+def account_label(client: FalClient, settings: Settings) -> str:
+    """The account's label: FALETL_ACCOUNT, or fal's name of the account.
+
+    Only a refusal makes it `default`: one bad minute must not make a second account.
+    """
+    if settings.account:
+        return settings.account
+    try:
+        _, label = client.get("/account/billing", {"expand": ("credits",)}, _read_username)
+    except KeyRefusedError:
+        return "default"
+    return label
+
+
+def _read_username(body: bytes) -> str:
+    try:
+        username = msgspec.json.decode(body, type=dict[str, msgspec.Raw])["username"]
+        label = msgspec.json.decode(username, type=str)
+    except msgspec.ValidationError as error:
+        raise ContractError(f"fal's account has no proper name: {error}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise MalformedBodyError(str(error)) from None
+    except KeyError:
+        raise ContractError("fal's account has no username; set FALETL_ACCOUNT") from None
+    if not label.strip():
+        raise ContractError("fal's account has an empty username; set FALETL_ACCOUNT")
+    return label
+
+
+def plan(
+    settings: Settings,
+    connection: sa.Connection | None,
+    account: str,
+    asked: Asked,
+    now: datetime,
+) -> list[Task]:
+    """The windows to extract: the days named, else those that are due, by the ledger."""
+    reads: dict[str, Mapping[date, Read]] = {name: {} for name in RESOURCES}
+    first_days = dict.fromkeys(RESOURCES, now.date() - timedelta(settings.first_days))
+    if connection is not None:
+        reads = {name: reads_by_day(connection, account, name) for name in RESOURCES}
+        first_days |= horizons(connection, account)
+    return tasks_of(reads, first_days, asked, now)
+
+
+def tasks_of(
+    reads: Mapping[str, Mapping[date, Read]],
+    first_days: Mapping[str, date],
+    asked: Asked,
+    now: datetime,
+) -> list[Task]:
+    """The same, from what was read and the day from which on the ledger is to be complete.
+
+    A day that has not ended is cut at its last full hour; one of which no hour has ended is left out.
+    """
+    tasks = []
+    for name, resource in RESOURCES.items():
+        if asked.resources and name not in asked.resources:
+            continue
+        if resource.window == "snapshot":
+            if asked.start is not None or resource.every_run or now.date() not in reads[name]:
+                tasks.append(Task(resource, Window.snapshot(now)))
+            continue
+        tomorrow = Window.of_day(now.date()).end.date()
+        days = (
+            utc_days(asked.start, min(asked.end or date.max, tomorrow))
+            if asked.start is not None
+            else due_days(now, reads[name], first_days[name])
+        )
+        for day in days:
+            if (window := day.settled(now)) is not None:
+                is_whole = resource.ids_per_call is not None and asks_whole_catalogue(
+                    window, reads[name].get(window.day), now
+                )
+                tasks.append(Task(resource, window, is_whole_catalogue=is_whole))
+    return tasks
+
+
+def first_planned(tasks: Iterable[Task]) -> dict[str, date]:
+    """Per resource the first day of the plan."""
+    first: dict[str, date] = {}
+    for task in tasks:
+        first[task.resource.name] = min(first.get(task.resource.name, date.max), task.window.day)
+    return first
+
+
+def with_ids(
+    connection: sa.Connection | None,
+    account: str,
+    tasks: Iterable[Task],
+    now: datetime,
+    *,
+    used: Collection[str] = (),
+    catalogue: Collection[str] = (),
+) -> list[Task]:
+    """The tasks with the endpoint ids to ask for; those without any are left out.
+
+    Asked for is what the window or the 90 days before it used or hold, and fal's catalogue: for
+    snapshots always, for days when their turn has come. `used` and `catalogue` are what this run has
+    seen of them. Ids that fal said it does not know are left alone for some days.
+    """
+    found = []
+    for task in tasks:
+        known = KnownIds()
+        if connection is not None:
+            known = known_ids(connection, account, task.resource, task.window, now)
+        ids = known.used_or_held.union(used)
+        if task.is_whole_catalogue or task.window.is_snapshot:
+            ids = ids.union(known.catalogue, catalogue)
+        if ids := ids - known.unknown:
+            found.append(replace(task, ids=tuple(sorted(ids))))
+    return found
+
+
+def forecast(
+    settings: Settings,
+    connection: sa.Connection | None,
+    account: str,
+    asked: Asked,
+    now: datetime,
+) -> list[Forecast]:
+    """What a run would read now, and in how many calls, judging by earlier reads."""
+    tasks = plan(settings, connection, account, asked, now)
+    pages = pages_per_window(connection, account) if connection is not None else {}
+    by_name: dict[str, list[Task]] = {}
+    for task in tasks:
+        by_name.setdefault(task.resource.name, []).append(task)
+    forecasts = []
+    for name, mine in by_name.items():
+        resource = RESOURCES[name]
+        if resource.ids_per_call is not None:
+            mine = with_ids(connection, account, mine, now)
+            batches = sum(math.ceil(len(task.ids) / resource.ids_per_call) for task in mine)
+            calls = batches * len(resource.params)
+        else:
+            calls = math.ceil(len(mine) * pages.get(name, 1)) + len(mine) * (resource.proof is not None)
+        if mine:
+            forecasts.append(Forecast(name, tuple(task.window for task in mine), calls))
+    return forecasts

@@ -1,0 +1,161 @@
+"""Verify: is the warehouse still what was loaded and built? Without an oracle, without the network.
+
+Ledger and totals (every check of a build, over all days), digests (raw rows are those that were
+loaded), lineage (each raw row names a load, a landed page and a row of it, and the page is the one
+that fal sent), and models (every table is what its SQL makes of what it reads).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, date, datetime
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from faletl import landing, models
+from faletl.config import Settings
+from faletl.errors import FaletlError
+from faletl.landing import Landed
+from faletl.resources import RESOURCES
+from faletl.staging import digest_of, digest_sums
+from faletl.warehouse import open_warehouse
+from faletl.warehouse.tables import LOADS, RAW
+from faletl.windows import Window
+
+
+def verify(settings: Settings) -> Iterator[str]:
+    """A sentence for everything that is not as it was left, with what to do about it.
+
+    Raises:
+        WarehouseError, TamperedError: the warehouse cannot be read at all.
+    """
+    warehouse = open_warehouse(settings)
+    with warehouse.reading() as connection:
+        if connection is None:
+            return
+        for name in RESOURCES:
+            yield from _changed_rows(connection, name)
+            yield from _lost_pages(settings, connection, name)
+        if models.needs_build(settings, connection):
+            yield from _failed_checks(connection, warehouse.dialect, only_ledger=True)
+            return  # what is loaded is not built yet: nothing is to be compared
+        yield from _failed_checks(connection, warehouse.dialect)
+        yield from _changed_models(connection, warehouse.dialect)
+
+
+def _repair(day: date) -> str:
+    return f"faletl rebuild --window {day} makes it anew from the landed pages"
+
+
+def _changed_rows(connection: sa.Connection, resource: str) -> Iterator[str]:
+    """Loads whose rows in raw are not those that were loaded."""
+    table = RAW[resource].fullname
+    found = connection.exec_driver_sql(
+        f"select _load_id, {digest_sums(RESOURCES[resource])} from {table} group by _load_id"
+    )
+    held = {load_id: digest_of(sums) for load_id, *sums in found}
+    loads = {
+        load.load_id: load
+        for load in connection.execute(sa.select(LOADS).where(LOADS.c.resource == resource))
+    }
+    for load_id in sorted(held.keys() - loads.keys()):
+        yield f"{table}: rows of load {load_id!a}, which ops.loads does not know; faletl rebuild"
+    for load_id, load in sorted(loads.items()):
+        day = load.window_start.astimezone(UTC).date()
+        if load.is_current and held.get(load_id, digest_of((0, None))) != load.digest:
+            yield (
+                f"{table}, window {day}: its rows are not those of load {load_id}, in number or "
+                f"content; {_repair(day)}"
+            )
+
+
+def _lost_pages(settings: Settings, connection: sa.Connection, resource: str) -> Iterator[str]:
+    """Loads whose landed pages are gone, changed, or too few for the rows in raw."""
+    table = RAW[resource]
+    rows = table.c["_load_id"], table.c["_page"], sa.func.max(table.c["_row"])
+    last_rows: dict[str, dict[int, int]] = {}
+    for load_id, page, row in connection.execute(sa.select(*rows).group_by(*rows[:2])):
+        last_rows.setdefault(load_id, {})[page] = row
+    loads = sa.select(LOADS.c.load_id, LOADS.c.landing_path, LOADS.c.is_current)
+    for load in connection.execute(loads.where(LOADS.c.resource == resource)).all():
+        if not load.is_current and load.load_id not in last_rows:
+            continue
+        folder = Path(settings.landing) / load.landing_path
+        try:
+            landed = landing.open_read(folder)
+            pages = _checked_pages(landed)
+        except FaletlError as error:
+            yield f"{table.fullname}, load {load.load_id}: {error}"
+            continue
+        for page, row in last_rows.get(load.load_id, {}).items():
+            if not (1 <= page <= len(pages) and 1 <= row <= pages[page - 1]):
+                yield (
+                    f"{table.fullname}, load {load.load_id}: page {page} row {row} was never landed; "
+                    f"{_repair(landed.manifest.window.day)}"
+                )
+
+
+def _checked_pages(landed: Landed) -> list[int]:
+    """How many rows each landed page holds; raises TamperedError for one that was changed."""
+    for call in landed.manifest.calls:
+        for page in call.pages:
+            landed.body(page)
+    return [page.rows for page in landed.manifest.pages("rows")]
+
+
+def _failed_checks(
+    connection: sa.Connection, dialect: str, *, only_ledger: bool = False
+) -> Iterator[str]:
+    for check in models.checks():
+        if only_ledger and not check.name.startswith("loads of raw."):
+            continue
+        found = connection.exec_driver_sql(models.translate(check.sql, dialect)).mappings()
+        for row in found.fetchmany(3):
+            told = ", ".join(f"{key} {_plain(value)}" for key, value in row.items())
+            yield f"the check '{check.name}' finds {told}; faletl rebuild makes all anew"
+
+
+def _changed_models(connection: sa.Connection, dialect: str) -> Iterator[str]:
+    """Tables that are not what their SQL makes of what they read."""
+    for model in models.models():
+        if model.is_view:
+            continue
+        for span in _spans(connection, model) if model.is_by_day else [None]:
+            made = models.restricted(model.sql, span) if span else model.sql
+            held = f"select * from {model.table}"
+            held = models.restricted(held, span) if span else held
+            differing = f"""
+                select count(*) from (
+                    (select * from ({made}) as a except all select * from ({held}) as b)
+                    union all
+                    (select * from ({held}) as c except all select * from ({made}) as d)
+                ) as differing
+            """
+            count = connection.exec_driver_sql(models.translate(differing, dialect)).scalar_one()
+            if count:
+                when = f", {span.first} to before {span.end}" if span else ""
+                yield (
+                    f"{model.table}{when}: {count} rows are not what {model.name}.sql makes; "
+                    "faletl build --full makes it anew"
+                )
+
+
+def _spans(connection: sa.Connection, model: models.Model) -> Iterator[models.Span]:
+    """The days of the model's table and of the windows it is made of."""
+    days = {
+        start.astimezone(UTC).date()
+        for (start,) in connection.execute(
+            sa.select(LOADS.c.window_start).where(
+                LOADS.c.is_current, LOADS.c.resource.in_(sorted(models.sources(model.sql)))
+            )
+        )
+    }
+    held = connection.exec_driver_sql(f"select distinct {model.day} from {model.table}")
+    yield from models.spans(days | set(held.scalars()))
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, datetime):
+        return str(Window.snapshot(value.astimezone(UTC)))
+    return ascii(value) if isinstance(value, str) else str(value)

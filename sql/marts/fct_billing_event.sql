@@ -1,0 +1,49 @@
+-- Every single charge. A request may have several; fal gives them no id, so a hash and a number stand in.
+-- grain: account, event_hash, event_ordinal
+-- days: usage_date
+with
+
+events as (
+    select * from staging.stg_fal__billing_events
+),
+
+-- Where fal tells no unit: that of the day's usage of the endpoint at the same price, if there is one only.
+priced_units as (
+    select
+        account,
+        usage_date,
+        endpoint_id,
+        unit_price,
+        min(unit) as unit
+    from staging.stg_fal__usage
+    group by account, usage_date, endpoint_id, unit_price
+    having count(distinct unit) = 1
+)
+
+select
+    events.account,
+    events.event_hash,
+    events.event_ordinal,
+    events.requested_at,
+    events.usage_date,
+    events.request_id,
+    events.endpoint_id,
+    coalesce(events.unit, priced_units.unit, 'unknown') as unit,  -- as billed; else by usage; else unknown
+    events.unit is null as is_unit_inferred,  -- whether fal told no unit
+    events.unit_price,
+    events.percent_discount,
+    events.currency,  -- USD: billing events are in US dollars
+    events.credential_id,
+    events.quantity,  -- units charged, where fal tells
+    events.cost_subtotal,
+    events.cost_discount,
+    events.cost_total,  -- what fal charged
+    events.cost_estimate_nano_usd
+from events
+left join priced_units
+    on
+        events.unit is null
+        and events.account = priced_units.account
+        and events.usage_date = priced_units.usage_date
+        and events.endpoint_id = priced_units.endpoint_id
+        and events.unit_price = priced_units.unit_price

@@ -1,0 +1,110 @@
+-- Spend per month, and why it is not that of the month before: price, volume, new or gone. Model APIs only.
+-- grain: account, usage_month, endpoint_id, unit, currency
+with
+
+months as (
+    select
+        account,
+        cast(date_trunc('month', usage_date) as date) as usage_month,
+        endpoint_id,
+        unit,
+        currency,
+        sum(quantity) as quantity,
+        case when count(cost_subtotal) = count(*) then sum(cost_subtotal) end as cost_subtotal,
+        case when count(cost_discount) = count(*) then sum(cost_discount) end as cost_discount,
+        sum(cost_total) as cost_total
+    from staging.int_usage_daily
+    group by account, cast(date_trunc('month', usage_date) as date), endpoint_id, unit, currency
+),
+
+-- A line that is gone has nothing in the month after its last: once, and only if that month was read.
+newest as (
+    select
+        account,
+        cast(date_trunc('month', max(window_start) at time zone 'UTC') as date) as usage_month
+    from ops.loads
+    where resource = 'usage' and is_current
+    group by account
+),
+
+gone as (
+    select
+        months.account,
+        cast(months.usage_month + interval '1 month' as date) as usage_month,
+        months.endpoint_id,
+        months.unit,
+        months.currency
+    from months
+    inner join newest
+        on months.account = newest.account and months.usage_month < newest.usage_month
+    left join months as following
+        on
+            months.account = following.account
+            and following.usage_month = months.usage_month + interval '1 month'
+            and months.endpoint_id = following.endpoint_id
+            and months.unit = following.unit
+            and months.currency = following.currency
+    where following.account is null
+),
+
+lines as (
+    select * from months
+    union all
+    select
+        *,
+        cast(0 as decimal(38, 12)) as quantity,
+        cast(0 as decimal(38, 12)) as cost_subtotal,
+        cast(0 as decimal(38, 12)) as cost_discount,
+        cast(0 as decimal(38, 12)) as cost_total
+    from gone
+),
+
+compared as (
+    select
+        lines.*,
+        coalesce(previous.quantity, 0) as previous_quantity,
+        coalesce(previous.cost_total, 0) as previous_cost_total,
+        lines.cost_total - coalesce(previous.cost_total, 0) as cost_change,
+        lines.quantity > 0 and coalesce(previous.quantity, 0) > 0 as is_comparable
+    from lines
+    left join months as previous
+        on
+            lines.account = previous.account
+            and lines.usage_month = previous.usage_month + interval '1 month'
+            and lines.endpoint_id = previous.endpoint_id
+            and lines.unit = previous.unit
+            and lines.currency = previous.currency
+),
+
+split as (
+    select
+        *,
+        case
+            when is_comparable
+                then proportion(previous_cost_total, quantity - previous_quantity, previous_quantity)
+            else cast(0 as decimal(38, 12))
+        end as change_from_volume
+    from compared
+)
+
+select
+    split.account,
+    split.usage_month,  -- first day of the month
+    split.endpoint_id,
+    endpoints.display_name,
+    split.unit,
+    split.currency,
+    split.quantity,
+    split.cost_subtotal,
+    split.cost_discount,
+    split.cost_total,
+    split.previous_cost_total,  -- charge of the month before; 0 where there was none, or none is loaded
+    split.cost_change,  -- cost_total less previous_cost_total; exactly the sum of the three parts
+    case when split.is_comparable then split.cost_change - split.change_from_volume else 0 end
+        as change_from_price,  -- what a unit cost more or less, after discounts
+    split.change_from_volume,  -- more or fewer units, at what a unit cost the month before
+    case when split.is_comparable then 0 else split.cost_change end
+        as change_from_new_or_gone  -- nothing used in one of the two months
+from split
+left join marts.dim_endpoint as endpoints
+    on split.endpoint_id = endpoints.endpoint_id

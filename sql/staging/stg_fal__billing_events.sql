@@ -1,0 +1,35 @@
+-- Charges as fal reports them: instants in UTC, one id per credential.
+-- grain: account, event_hash, event_ordinal
+with
+
+events as (
+    select
+        *,
+        coalesce(auth_detail, auth_method) as auth_label
+    from raw.billing_events
+)
+
+select
+    _account as account,  -- account label: fal's username, or FALETL_ACCOUNT
+    _hash as event_hash,
+    _ordinal as event_ordinal,
+    timestamp at time zone 'UTC' as requested_at,  -- time of the request, UTC
+    cast(timestamp at time zone 'UTC' as date) as usage_date,  -- UTC day
+    request_id,
+    endpoint_id,
+    unit,
+    unit_price,
+    percent_discount,
+    'USD' as currency,  -- billing events are in US dollars, by the names of their fields
+    credential_id(api_key_id, login_username, auth_label)
+        as credential_id,  -- key:…, user:…, label:… (where fal told no id) or none
+    auth_label as credential_label,  -- name of the credential at that time
+    api_key_id,
+    login_username,
+    quantity,
+    cost_subtotal,
+    cost_discount,
+    cost_total,
+    cost_estimate_nano_usd,
+    _load_id as load_id  -- the load that brought the row; see ops.loads
+from events
