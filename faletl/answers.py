@@ -303,6 +303,9 @@ def print_landing(settings: Settings) -> None:
         held = sums.setdefault((folder.parents[2].name, folder.parents[1].name), [0] * 4)
         for position, more in enumerate((1, size, is_dropped, size * is_dropped)):
             held[position] += more
+    if not sums:
+        sys.stdout.write(f"nothing has landed in {settings.landing} yet\n")
+        return
     names = ("account", "resource", "reads", "bytes", "prunable reads", "prunable bytes")
     _print_table(
         names, [(*key, *map("{:,}".format, held)) for key, held in sorted(sums.items())], left=2

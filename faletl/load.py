@@ -499,11 +499,13 @@ def _newest_snapshot_ids(table: sa.Table, account: str) -> sa.Select[Any]:
     )
 
 
-def current_loads(connection: sa.Connection, day: date) -> set[str]:
-    """The loads that hold the windows of that UTC day now."""
-    start, window = LOADS.c.window_start, Window.of_day(day)
-    is_inside = sa.and_(LOADS.c.is_current, start >= window.start, start < window.end)
-    return set(connection.execute(sa.select(LOADS.c.load_id).where(is_inside)).scalars())
+def current_loads(connection: sa.Connection, day: date | None = None) -> set[str]:
+    """The loads that hold the windows of that UTC day now, or all windows."""
+    found = sa.select(LOADS.c.load_id).where(LOADS.c.is_current)
+    if day is not None:
+        start, window = LOADS.c.window_start, Window.of_day(day)
+        found = found.where(start >= window.start, start < window.end)
+    return set(connection.execute(found).scalars())
 
 
 def kept_loads(connection: sa.Connection) -> tuple[set[str], set[tuple[str, str, date]]]:

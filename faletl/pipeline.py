@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +30,7 @@ from faletl.errors import (
     DataRefusedError,
     FaletlError,
     KeyRefusedError,
+    SettingsError,
     TamperedError,
     UnprovenError,
 )
@@ -181,11 +182,13 @@ def rebuild(settings: Settings, day: date | None = None, progress: Progress = _s
     reads = _in_order(landing.open_read(folder) for folder in landing.complete_reads(settings))
     if day is not None:
         reads = [landed for landed in reads if landed.manifest.window.day == day]
+    _refuse_gaps(warehouse, day, reads)
+    if not reads:
+        return report
+    if day is not None:
         with tempfile.TemporaryDirectory(prefix="faletl-") as scratch:
             batch = [s for landed in reads if (s := _staged_again(settings, landed, Path(scratch)))]
             with warehouse.lease(holder) as lease:
-                with lease.connection.begin():
-                    _refuse_gaps(lease.connection, day, batch)
                 outcomes = replay(settings, warehouse, lease, batch, forget=day)
         report.outcomes += map(_outcome, batch, outcomes)
     else:
@@ -500,13 +503,18 @@ def _staged_again(settings: Settings, landed: Landed, scratch: Path) -> Staged |
         return None
 
 
-def _refuse_gaps(connection: sa.Connection, day: date, batch: Sequence[Staged]) -> None:
-    """Raises TamperedError when a window of the day is loaded whose landed pages are gone."""
-    there = {staged.landed.manifest.load_id for staged in batch}
-    for load_id in sorted(current_loads(connection, day) - there):
+def _refuse_gaps(warehouse: Warehouse, day: date | None, reads: Sequence[Landed]) -> None:
+    """Raises TamperedError when something is loaded whose landed pages are gone: it would be lost."""
+    try:
+        with warehouse.reading() as connection:
+            loaded = current_loads(connection, day) if connection is not None else set()
+    except (TamperedError, SettingsError):
+        return  # it cannot be read, which is a reason to rebuild it
+    if gone := sorted(loaded - {landed.manifest.load_id for landed in reads}):
         raise TamperedError(
-            f"the landed pages of load {load_id} are gone, {day} cannot be rebuilt; read the day again "
-            f"with faletl run --start {day} --end {day + timedelta(days=1)}"
+            f"the landed pages of {len(gone)} loads are gone (the first is {gone[0]}), and a rebuild "
+            "would lose their rows: is FALETL_LANDING right? Restore them, read these days again with "
+            "faletl run --start … --end …, or move the warehouse away to rebuild without them"
         )
 
 

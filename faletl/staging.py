@@ -228,7 +228,7 @@ def _write_lines(landed: Landed, resource: Resource, label: str, lines: Path, *,
             try:
                 body = landed.body(page).removeprefix(BOM)
                 _check_types(body, rows_path, columns)
-                if is_exact or _has_long_number(body):
+                if is_exact or _has_long_number(body) or _has_key_twice(body, rows_path):
                     records, noise = _records(body, rows_path, columns)
                     rounded += noise
                     for row, record in enumerate(records, start=1):
@@ -312,6 +312,29 @@ def _has_number_before(digits: bytes, mark: bytes) -> bool:
     return False
 
 
+def _has_key_twice(body: bytes, rows_path: tuple[str, ...]) -> bool:
+    """Whether an object around the records may have a key twice; in records DuckDB sees to it."""
+    return _quotation_marks(body, rows_path) != body.count(b'"')
+
+
+def _quotation_marks(body: bytes, rows_path: tuple[str, ...]) -> int:
+    """How many there are, if each object on the way to the records has each of its keys once."""
+    if not rows_path:
+        return body.count(b'"')
+    count = 0
+    for key, value in _OBJECT.decode(body).items():
+        count += 2
+        if key == rows_path[0] and rows_path[1:]:
+            count += sum(_quotation_marks(bytes(one), rows_path[1:]) for one in _LIST.decode(value))
+        else:
+            count += bytes(value).count(b'"')
+    return count
+
+
+_OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_LIST = msgspec.json.Decoder(list[msgspec.Raw])
+
+
 def _raw_lines(
     body: bytes, rows_path: tuple[str, ...], columns: tuple[Column, ...], outer: Mapping[str, Any]
 ) -> bytes:
@@ -342,17 +365,18 @@ def _records(
 ) -> tuple[list[dict[str, Any]], int]:
     """The records of a page, amounts as exact text; and how many were rounded."""
     outer = [column.name for column in columns if column.is_outer]
-    rounded = 0
+    rounded = texts = 0
 
     def exact(number: str) -> str:
-        nonlocal rounded
+        nonlocal rounded, texts
         text, is_rounded = exact_text(number)
         rounded += is_rounded
+        texts += 1
         return text
 
     try:
         document = msgspec.json.Decoder(float_hook=exact).decode(body)
-        if body.count(b'":') != msgspec.json.encode(document).count(b'":'):
+        if body.count(b'"') != msgspec.json.encode(document).count(b'"') - 2 * texts:
             json.loads(body, object_pairs_hook=_refuse_twice)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise ContractError(f"fal's answer cannot be read: {error}") from None

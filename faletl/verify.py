@@ -15,7 +15,7 @@ import sqlalchemy as sa
 
 from faletl import landing, models
 from faletl.config import Settings
-from faletl.errors import FaletlError
+from faletl.errors import FaletlError, UsageError
 from faletl.landing import Landed
 from faletl.resources import RESOURCES
 from faletl.staging import digest_of, digest_sums
@@ -28,12 +28,13 @@ def verify(settings: Settings) -> Iterator[str]:
     """A sentence for everything that is not as it was left, with what to do about it.
 
     Raises:
+        UsageError: there is no warehouse yet.
         WarehouseError, TamperedError: the warehouse cannot be read at all.
     """
     warehouse = open_warehouse(settings)
     with warehouse.reading() as connection:
         if connection is None:
-            return
+            raise UsageError("nothing is loaded yet; run faletl run first")
         for name in RESOURCES:
             yield from _changed_rows(connection, name)
             yield from _lost_pages(settings, connection, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from tests import truth
 from tests.conftest import settings_for
 from tests.integration.test_kills import environment
 
+SUM = "select sum(cost_total) from reports.rpt_spend_daily"
 CANARY = "canary-id:canary-secret-0123456789"
 
 
@@ -287,3 +289,60 @@ def test_demo_answers_and_keeps_to_its_own_folder(tmp_path: Path) -> None:
             assert expected in done.stdout
     assert {path.name for path in tmp_path.iterdir()} == {"faletl-demo"}
     assert FULL_KEY not in done.stdout + done.stderr
+
+
+def test_what_landed_is_pruned_verified_and_rebuilt_from_a_terminal(tmp_path: Path) -> None:
+    account = truth.two_days()
+    with Sandbox(account, page_size=4) as server:
+        settings = settings_for(server.url, tmp_path)
+        days = ("--start", "2026-11-21", "--end", "2026-11-23")
+        dry = faletl("run", *days, "--dry-run", settings=settings)
+        assert dry.returncode == 0
+        assert re.search(r"^usage +2 +2026-11-21 … 2026-11-22 +4$", dry.stdout, re.MULTILINE)
+        assert re.search(r"\d+ windows, about \d+ calls, 0.\d minutes", dry.stdout)
+        assert not (tmp_path / "landing").exists()
+        for quantity in ("7", "8"):
+            assert loaded(settings).returncode == 0
+            account.lines[0] = truth.line(account.lines[0].hour, truth.FLUX, quantity)
+            assert loaded(settings).returncode == 0
+    spent = faletl("sql", SUM, "--format", "csv", settings=settings).stdout
+    told = faletl("status", settings=settings).stdout
+    assert re.search(r"Restated since their days closed: \d lines of usage on 1 days of acme, \+", told)
+    state = json.loads(faletl("status", "--json", settings=settings).stdout)
+    assert {one["resource"] for one in state["restatements"]} == {"usage", "billing_events"}
+
+    du = faletl("landing", "du", settings=settings)
+    assert re.search(r"^acme +usage +\d+ +[\d,]+ +\d+ +[\d,]+$", du.stdout, re.MULTILINE), du.stdout
+    told = faletl("landing", "prune", "--dry-run", settings=settings).stdout
+    assert "would be deleted" in told
+    pruned = faletl("landing", "prune", settings=settings).stdout
+    assert pruned.replace("deleted", "would be deleted") == told
+    assert faletl("landing", "prune", settings=settings).stdout == "0 reads, 0 bytes deleted\n"
+
+    for command in (["verify"], ["rebuild"], ["rebuild", "--window", "2026-11-21"], ["verify"]):
+        done = faletl(*command, settings=settings)
+        assert done.returncode == 0, done.stderr
+    assert faletl("sql", SUM, "--format", "csv", settings=settings).stdout == spent
+    with duckdb.connect(str(tmp_path / "warehouse.duckdb")) as connection:
+        connection.execute("update marts.fct_usage set cost_total = 0 where usage_date = '2026-11-21'")
+    found = faletl("verify", settings=settings)
+    assert found.returncode == 4
+    assert "marts.fct_usage, 2026-11-21" in found.stderr
+    assert "faletl build --full" in found.stderr
+
+
+def test_commands_on_nothing_say_so(tmp_path: Path) -> None:
+    settings = settings_for("http://127.0.0.1:9", tmp_path)
+    for command, told in (
+        (["landing", "du"], "nothing has landed"),
+        (["landing", "prune"], "0 reads, 0 bytes deleted"),
+        (["rebuild"], "nothing has landed"),
+        (["rebuild", "--window", "2026-11-21"], "nothing has landed"),
+    ):
+        done = faletl(*command, settings=settings)
+        assert done.returncode == 0, done.stderr
+        assert told in done.stdout
+    done = faletl("verify", settings=settings)
+    assert done.returncode == 2
+    assert done.stderr == "faletl: nothing is loaded yet; run faletl run first\n"
+    assert not (tmp_path / "warehouse.duckdb").exists()

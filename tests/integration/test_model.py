@@ -16,7 +16,7 @@ import duckdb
 import pytest
 import time_machine
 
-from faletl import pipeline
+from faletl import models, pipeline
 from faletl.config import Settings
 from faletl.errors import TamperedError, UnprovenError
 from faletl.plan import Asked
@@ -520,6 +520,27 @@ def test_a_build_touches_only_the_days_that_changed(
     assert list(verify(settings)) == []
 
 
+def test_days_of_a_select_are_its_select_of_those_days(
+    clock: time_machine.Traveller, account: Account, settings: Settings, tmp_path: Path
+) -> None:
+    account.lines += [line(at("22T05"), VOICE, unit="minutes"), line(at("23T05"), VIDEO, "4")]
+    pipeline.run(settings)
+    with duckdb.connect(str(tmp_path / "warehouse.duckdb"), read_only=True) as connection:
+        connection.execute("set TimeZone = 'UTC'")
+        for model in models.models():
+            if not model.is_by_day:
+                continue
+            whole = connection.execute(f"select * from ({model.sql}\n) order by all").fetchall()
+            cut = [
+                row
+                for day in (21, 22, 23)
+                for row in connection.execute(
+                    models.restricted(model.sql, models.Span(truth.day(day), truth.day(day + 1)))
+                ).fetchall()
+            ]
+            assert sorted(cut, key=repr) == sorted(whole, key=repr) != []
+
+
 def test_full_builds_and_rebuilds_give_the_tables_that_a_story_of_runs_gave(
     clock: time_machine.Traveller, account: Account, sandbox: Sandbox, settings: Settings, tmp_path: Path
 ) -> None:
@@ -601,8 +622,9 @@ def test_landed_pages_that_are_gone_are_found_and_refuse_a_rebuild(
         with pytest.raises(TamperedError, match=re.escape(page.name)):
             pipeline.rebuild(settings, day)
     shutil.rmtree(page.parent)
-    with pytest.raises(TamperedError, match="are gone"):
-        pipeline.rebuild(settings, truth.day(22))
+    for day in (None, truth.day(22)):
+        with pytest.raises(TamperedError, match="are gone"):
+            pipeline.rebuild(settings, day)
     assert all_tables(settings) == before
     assert len(list(verify(settings))) == 1
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from datetime import date, timedelta
 from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 import duckdb
@@ -14,7 +16,19 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from sqlglot import exp
 
-from faletl.models import Check, Model, checks, column_comments, models, sql_folder, translate
+from faletl.models import (
+    LONGEST_SPAN,
+    Check,
+    Model,
+    Span,
+    checks,
+    column_comments,
+    models,
+    restricted,
+    spans,
+    sql_folder,
+    translate,
+)
 from faletl.warehouse.duckdb import MACROS
 from faletl.warehouse.tables import METADATA, SCHEMAS
 from tests.truth import quotient
@@ -108,3 +122,56 @@ def test_quotients_are_exact_to_twelve_decimals(
     ).fetchall()
     assert found[0][0] == expected
     assert expected is None or found[0][1] == "DECIMAL(38,12)"
+
+
+@given(
+    amount=st.decimals(-(10**9), 10**9, places=12),
+    part=st.decimals(-(10**13), 10**13, places=12),
+    whole=st.decimals(Decimal("1e-12"), 10**13, places=12),
+)
+@example(amount=Decimal("0.000000000001"), part=Decimal(1), whole=Decimal(2))
+@example(amount=Decimal("-0.000000000001"), part=Decimal(1), whole=Decimal(2))
+@example(amount=Decimal("2.1"), part=Decimal(-6), whole=Decimal(7))
+def test_proportions_are_exact_to_twelve_decimals(
+    amount: Decimal, part: Decimal, whole: Decimal, database: duckdb.DuckDBPyConnection
+) -> None:
+    exact = Fraction(amount) * Fraction(part) / Fraction(whole)
+    expected = quotient(Decimal(exact.numerator), Decimal(exact.denominator))
+    if expected is None or abs(expected) >= 10**13:
+        return  # beyond what the numbers on the way hold
+    found = database.execute(
+        f"select p, typeof(p) from (select proportion({amount:f}::decimal(38,12), "
+        f"{part:f}::decimal(38,12), {whole:f}::decimal(38,12)) as p)"
+    ).fetchall()
+    assert found == [(expected, "DECIMAL(38,12)")]
+
+
+def test_what_is_built_day_by_day_is_what_has_the_size_of_hours_or_charges() -> None:
+    assert {model.table for model in models() if model.is_by_day} == {
+        "staging.int_usage_daily",
+        "staging.int_billing_events_daily",
+        "marts.fct_usage",
+        "marts.fct_billing_event",
+        "marts.fct_requests",
+        "marts.fct_latency",
+    }
+
+
+@every_model
+def test_a_select_cut_to_days_reads_only_rows_of_these_days(model: Model) -> None:
+    cut = restricted(model.sql, Span(date(2026, 11, 21), date(2026, 11, 23)))
+    assert sqlglot.parse_one(cut, read="duckdb").selects
+    by_day = {m.table for m in models() if m.day} | {f"raw.{n}" for n in ("usage", "billing_events")}
+    for select in sqlglot.parse_one(cut, read="duckdb").find_all(exp.Select):
+        for table in select.find_all(exp.Table):
+            if f"{table.db}.{table.name}" in by_day and table.parent_select is select:
+                assert "2026-11-21" in select.args["where"].sql()
+                assert "2026-11-23" in select.args["where"].sql()
+
+
+@given(st.sets(st.dates(date(2026, 1, 1), date(2026, 12, 31)), max_size=80))
+def test_spans_cover_the_days_and_no_others(days: set[date]) -> None:
+    found = list(spans(days))
+    covered = [s.first + timedelta(n) for s in found for n in range((s.end - s.first).days)]
+    assert covered == sorted(days)
+    assert all((s.end - s.first).days <= LONGEST_SPAN for s in found)
