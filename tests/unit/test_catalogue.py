@@ -221,3 +221,19 @@ def test_a_landed_manifest_survives_its_json(tmp_path: Path) -> None:
     assert isinstance(reread, Landed)
     assert reread.manifest == staged.landed.manifest
     assert msgspec.json.decode(msgspec.json.encode(reread.manifest), type=Manifest) == reread.manifest
+
+
+def test_the_diff_that_contributors_are_shown_is_the_real_one() -> None:
+    root = Path(__file__).parents[2]
+    diff = re.search(r"```diff\n(.*?)```", (root / "CONTRIBUTING.md").read_text("utf-8"), re.DOTALL)
+    assert diff
+    parts = re.split(r"^--- .*\n\+\+\+ b/(.*)\n", diff[1], flags=re.MULTILINE)[1:]
+    shown = dict(zip(parts[::2], parts[1::2], strict=True))
+    assert set(shown) == {
+        "faletl/resources.py",
+        "sql/staging/stg_fal__billing_events.sql",
+        "tests/fixtures/billing_events/first.json",
+    }
+    for name, part in shown.items():
+        added = "".join(line.removeprefix("+") + "\n" for line in part.splitlines())
+        assert added in (root / name).read_text("utf-8"), name
