@@ -276,7 +276,7 @@ def sandbox(
     from faletl.sandbox import FULL_KEY, Sandbox, invented_world
 
     try:
-        server = Sandbox(invented_world(), port, as_of=as_of)
+        server = Sandbox(invented_world(late=True), port, as_of=as_of)
     except OSError as error:
         raise UsageError(
             f"port {port} cannot be had ({error.strerror}); name another with --port"
@@ -298,7 +298,7 @@ def demo(
     from faletl.config import Settings
     from faletl.sandbox import FULL_KEY, Sandbox, invented_world
 
-    with Sandbox(invented_world()) as server:
+    with Sandbox(invented_world(late=True)) as server:
         # Not Settings.load(): invented spend must never meet a real warehouse.
         settings = Settings.isolated(
             key=FULL_KEY,

@@ -12,7 +12,7 @@ import logging
 import secrets
 import tempfile
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
@@ -179,24 +179,28 @@ def rebuild(settings: Settings, day: date | None = None, progress: Progress = _s
     """
     report, warehouse = Report(_new_run_id()), open_warehouse(settings)
     holder = f"faletl rebuild, run {report.run_id}"
-    reads = _in_order(landing.open_read(folder) for folder in landing.complete_reads(settings))
-    if day is not None:
-        reads = [landed for landed in reads if landed.manifest.window.day == day]
-    _refuse_gaps(warehouse, day, reads)
-    if not reads:
+    if not any(True for _ in landing.complete_reads(settings)):
         return report
     if day is not None:
         with tempfile.TemporaryDirectory(prefix="faletl-") as scratch:
-            batch = [s for landed in reads if (s := _staged_again(settings, landed, Path(scratch)))]
+            reads = [read for read in _all_reads(settings) if read.manifest.window.day == day]
+            batch = [s for read in reads if (s := _staged_again(settings, read, Path(scratch)))]
             with warehouse.lease(holder) as lease:
+                with lease.connection.begin():
+                    _refuse_gaps(current_loads(lease.connection, day), reads)
                 outcomes = replay(settings, warehouse, lease, batch, forget=day)
         report.outcomes += map(_outcome, batch, outcomes)
     else:
+        loaded = set[str]()  # of a warehouse that cannot be read, which is a reason to rebuild it
+        with suppress(SettingsError, TamperedError), warehouse.reading() as connection:
+            loaded = current_loads(connection) if connection is not None else loaded
+        _refuse_gaps(loaded, _all_reads(settings))
         with (
             warehouse.renewed(holder) as fresh,
             tempfile.TemporaryDirectory(prefix="faletl-") as scratch,
             fresh.lease(holder) as lease,
         ):
+            reads = _all_reads(settings)  # now that nobody else can load any more
             for done, landed in enumerate(reads):
                 progress("loading", done, len(reads))
                 if staged := _staged_again(settings, landed, Path(scratch)):
@@ -477,12 +481,13 @@ def _load_landed(
         progress("loading", len(reads), len(reads))
 
 
-def _in_order(reads: Iterable[Landed]) -> list[Landed]:
-    """Reads in the order in which they were loaded, but for those that came too late then.
+def _all_reads(settings: Settings) -> list[Landed]:
+    """Complete reads in the order in which they were loaded, but for those that came too late then.
 
     Later ones know of greater tokens. Of two that were under way at the same time, the first that was
     complete was loaded, and the other one was superseded.
     """
+    reads = map(landing.open_read, landing.complete_reads(settings))
     ordered, newest = list[Landed](), dict[tuple[str, ...], Landed]()
     for landed in sorted(reads, key=lambda r: (r.manifest.fencing_token, r.manifest.finished_at)):
         manifest = landed.manifest
@@ -503,13 +508,8 @@ def _staged_again(settings: Settings, landed: Landed, scratch: Path) -> Staged |
         return None
 
 
-def _refuse_gaps(warehouse: Warehouse, day: date | None, reads: Sequence[Landed]) -> None:
+def _refuse_gaps(loaded: set[str], reads: Sequence[Landed]) -> None:
     """Raises TamperedError when something is loaded whose landed pages are gone: it would be lost."""
-    try:
-        with warehouse.reading() as connection:
-            loaded = current_loads(connection, day) if connection is not None else set()
-    except (TamperedError, SettingsError):
-        return  # it cannot be read, which is a reason to rebuild it
     if gone := sorted(loaded - {landed.manifest.load_id for landed in reads}):
         raise TamperedError(
             f"the landed pages of {len(gone)} loads are gone (the first is {gone[0]}), and a rebuild "
