@@ -393,7 +393,7 @@ def _sentences(report: Report) -> Iterator[str]:
             windows = "window" if len(mine) == 1 else "windows"
             yield f"{name}: {len(mine)} {windows} ({told}), {rows:,} rows"
     if report.build:
-        yield f"built {report.build.days:,} days of usage; {report.build.checks} checks found nothing"
+        yield f"built {report.build.days:,} days anew; {report.build.checks} checks found nothing"
     if report.published:
         yield f"published {report.published}"
 

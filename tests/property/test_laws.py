@@ -130,6 +130,8 @@ class Change:
         account.lines += self.late
 
 
+a_story = hypothesis_settings(a_few, max_examples=4)
+
 changes = st.builds(
     Change,
     passed=st.sampled_from([timedelta(minutes=1), timedelta(hours=1), timedelta(days=2)]),
@@ -139,7 +141,7 @@ changes = st.builds(
 )
 
 
-@a_few
+@a_story
 @given(account=accounts, story=st.lists(changes, min_size=1, max_size=3))
 @example(
     account=truth.two_days(),
