@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test lint check lock clean
+.PHONY: help setup demo test lint check bench lock clean
 
 help:
 	@echo "make demo    sandbox API, a run over the last 30 days, the first answers"
@@ -12,6 +12,7 @@ help:
 	@echo "make setup   create the environment in $(VENV), nothing else"
 	@echo "make lint    ruff, mypy, sqlfluff"
 	@echo "make check   lint, tests (a second time under another time zone), wheel"
+	@echo "make bench   what 1 and 5 million billing events of a day cost (some minutes)"
 	@echo "make lock    resolve requirements.lock anew (needs uv)"
 
 # The environment is made anew when the lock or the package's own description changed.
@@ -38,8 +39,11 @@ lint: setup
 
 # Warnings are errors; dates must not depend on where the machine stands; the wheel must hold all.
 check: lint test
-	TZ=America/Los_Angeles $(BIN)/python -m pytest -n 2 tests/unit tests/property tests/integration/test_run.py
+	TZ=America/Los_Angeles $(BIN)/python -m pytest -n 2 tests/unit tests/integration/test_run.py
 	$(BIN)/python tests/wheel_smoke.py
+
+bench: setup
+	$(BIN)/python benchmarks/load_events.py 1000000 5000000
 
 lock:
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \

@@ -183,11 +183,11 @@ def rebuild(settings: Settings, day: date | None = None, progress: Progress = _s
         return report
     if day is not None:
         with tempfile.TemporaryDirectory(prefix="faletl-") as scratch:
-            reads = [read for read in _all_reads(settings) if read.manifest.window.day == day]
-            batch = [s for read in reads if (s := _staged_again(settings, read, Path(scratch)))]
+            mine = (read for read in _all_reads(settings) if read.manifest.window.day == day)
+            batch = [s for read in mine if (s := _staged_again(settings, read, Path(scratch)))]
             with warehouse.lease(holder) as lease:
                 with lease.connection.begin():
-                    _refuse_gaps(current_loads(lease.connection, day), reads)
+                    _refuse_gaps(current_loads(lease.connection, day), [s.landed for s in batch])
                 outcomes = replay(settings, warehouse, lease, batch, forget=day)
         report.outcomes += map(_outcome, batch, outcomes)
     else:

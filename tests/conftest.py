@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -78,37 +79,39 @@ def published_path(settings: Settings) -> Path:
     return Path(settings.warehouse.removeprefix("duckdb:///")).with_name("spend.duckdb")
 
 
-def ask(settings: Settings, sql: str) -> list[tuple[Any, ...]]:
-    """Rows of the published copy."""
+@contextmanager
+def published(settings: Settings) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A reader of the published copy."""
     with duckdb.connect(str(published_path(settings)), read_only=True) as connection:
         connection.execute("set TimeZone = 'UTC'")
+        yield connection
+
+
+def ask(settings: Settings, sql: str) -> list[tuple[Any, ...]]:
+    """Rows of the published copy."""
+    with published(settings) as connection:
         return connection.execute(sql).fetchall()
 
 
 def all_tables(settings: Settings) -> dict[str, list[tuple[Any, ...]]]:
-    """Every row of raw, marts and reports that two warehouses of the same data must share.
+    """Every row of all layers that two warehouses of the same data must share.
 
     Where a row was landed differs with the cut into pages and with each load; so do the ledgers.
     """
-    found = {}
-    for schema, table in ask(
-        settings,
-        "select table_schema, table_name from information_schema.tables "
-        "where table_schema in ('raw', 'marts', 'reports')",
-    ):
-        names = [
-            name
-            for (name,) in ask(
-                settings,
-                "select column_name from information_schema.columns where "
-                f"table_schema = '{schema}' and table_name = '{table}' order by ordinal_position",
+    with published(settings) as connection:
+        columns: dict[str, list[str]] = {}
+        for table, column in connection.execute(
+            "select table_schema || '.' || table_name, column_name from information_schema.columns "
+            "where table_schema in ('raw', 'staging', 'marts', 'reports') order by all"
+        ).fetchall():
+            if column not in ("_load_id", "_page", "_row", "load_id"):
+                columns.setdefault(table, []).append(f'"{column}"')
+        return {
+            table: sorted(
+                connection.execute(f"select {', '.join(names)} from {table}").fetchall(), key=repr
             )
-            if name not in ("_load_id", "_page", "_row")
-        ]
-        columns = ", ".join(f'"{name}"' for name in names)
-        rows = ask(settings, f"select {columns} from {schema}.{table}")
-        found[f"{schema}.{table}"] = sorted(rows, key=repr)
-    return found
+            for table, names in columns.items()
+        }
 
 
 def total(settings: Settings) -> Decimal:

@@ -26,7 +26,7 @@ from tests.truth import FLUX, KEY, LOGIN, NOBODY, NOW, VIDEO, VOICE, Account, li
 
 # Every example is a whole run or several, over HTTP, into a warehouse of its own.
 a_few = hypothesis_settings(
-    max_examples=8,
+    max_examples=5,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -130,7 +130,7 @@ class Change:
         account.lines += self.late
 
 
-a_story = hypothesis_settings(a_few, max_examples=4)
+a_story = hypothesis_settings(a_few, max_examples=3)
 
 changes = st.builds(
     Change,
