@@ -69,7 +69,12 @@ def test_a_second_run_asks_little_and_changes_nothing_but_credits(
     ]
     after = all_tables(settings)
     changed = {name for name in before if before[name] != after[name]}
-    assert changed == {"raw.credits", "marts.fct_credit_balance", "marts.dim_account"}
+    assert changed == {
+        "raw.credits",
+        "staging.stg_fal__credits",
+        "marts.fct_credit_balance",
+        "marts.dim_account",
+    }
 
 
 def test_naming_days_fetches_them_again_and_changes_nothing(
