@@ -146,7 +146,9 @@ def _replace(
     if held is not None and held["last_fencing_token"] > manifest.fencing_token and not is_replay:
         return "superseded"
     is_same = held is not None and held["digest"] == staged.digest
-    data_version = fence(lease, changes_data=not is_same)
+    # That a day has closed is news to a report, even if it brought no more rows.
+    is_closing = held is not None and held["is_provisional"] and not manifest.window.is_provisional
+    data_version = fence(lease, changes_data=is_closing or not is_same)
     _forget_failure(connection, manifest)
     _widen_horizon(connection, manifest)
     _remember_unknown(connection, manifest)
@@ -164,6 +166,7 @@ def _replace(
     }  # fmt: skip
     if held is not None and is_same:
         read["loaded_at"] = held["loaded_at"]
+        read["data_version"] = data_version if is_closing else held["data_version"]
         connection.execute(sa.update(LOADS).where(LOADS.c.load_id == held["load_id"]).values(read))
         return "unchanged"
     is_restating = held is not None and not held["is_provisional"]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import logging
+import re
 import secrets
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -33,7 +34,15 @@ from faletl.errors import CheckFailedError, SettingsError, WarehouseError
 from faletl.load import changed_days, fence
 from faletl.resources import RESOURCES
 from faletl.warehouse import Lease, Warehouse
-from faletl.warehouse.tables import BUILDS, RAW, SEED_CREDENTIAL_OWNER, SEED_UNIT, SEEDS, WAREHOUSE
+from faletl.warehouse.tables import (
+    BUILDS,
+    RAW,
+    SEED_CREDENTIAL_OWNER,
+    SEED_UNIT,
+    SEEDS,
+    UNIT_FAMILIES,
+    WAREHOUSE,
+)
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +50,9 @@ LAYERS = ("staging", "marts", "reports")
 """Folders of sql/ in build order; inside a folder what is read comes before what reads it."""
 
 SOURCE_DIALECT = "duckdb"
+
+LARGEST_FACTOR = 1_000_000
+"""Base units in one unit; more could overflow a quantity counted in them."""
 
 LONGEST_SPAN = 31
 """Days that one statement builds: memory does not grow with the history."""
@@ -433,6 +445,7 @@ def _read_seeds(settings: Settings) -> dict[str, list[_SeedRow]]:
     units: dict[str, _SeedRow] = {}
     for row in _seed_rows("unit.csv", settings.units, "FALETL_UNITS", SEED_UNIT):
         unit = str(row["unit"]).strip().lower()
+        _check_unit(row)
         units[unit] = {
             **row,
             "unit": unit,
@@ -446,6 +459,23 @@ def _read_seeds(settings: Settings) -> dict[str, list[_SeedRow]]:
         given = {name: value or "UNMAPPED" for name, value in row.items()}
         owners[row["account"], row["credential_id"]] = {**given, "account": row["account"]}
     return {SEED_UNIT.name: list(units.values()), SEED_CREDENTIAL_OWNER.name: list(owners.values())}
+
+
+def _check_unit(row: Mapping[str, str]) -> None:
+    """Raises SettingsError for a line of the table of units that cannot mean anything."""
+    line = f"FALETL_UNITS: the unit {row['unit']!a}"
+    if not row["canonical_unit"].strip():
+        raise SettingsError(f"{line} has no canonical_unit")
+    if row["family"] not in UNIT_FAMILIES:
+        known = ", ".join(UNIT_FAMILIES)
+        raise SettingsError(f"{line} has the family {row['family']!a}, none of {known}")
+    if bool(row["base_unit"]) != bool(row["factor"]):
+        raise SettingsError(f"{line} has only one of base_unit and factor")
+    factor = row["factor"]
+    if factor and not (re.fullmatch("[0-9]{1,7}", factor) and 1 <= int(factor) <= LARGEST_FACTOR):
+        raise SettingsError(
+            f"{line} has the factor {factor!a}; it must be 1 to {LARGEST_FACTOR:,}, whole"
+        )
 
 
 def _seed_rows(

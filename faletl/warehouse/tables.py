@@ -78,12 +78,14 @@ def _ops_table(name: str, comment: str, **columns: tuple[sa.types.TypeEngine[Any
 
 _TEXT, _COUNT, _AT, _FLAG = sa.Text(), sa.BigInteger(), _instant(), sa.Boolean()
 
+UNIT_FAMILIES = ("image", "pixel", "time", "text", "token", "compute", "request", "other")
+
 SEED_UNIT = sa.Table(
     "seed_unit",
     METADATA,
     sa.Column("unit", sa.Text, comment="unit as billed, trimmed and in lower case"),
     sa.Column("canonical_unit", sa.Text, comment="one spelling for all of its spellings"),
-    sa.Column("family", sa.Text, comment="image, pixel, time, text, token, compute, request, other"),
+    sa.Column("family", sa.Text, comment=", ".join(UNIT_FAMILIES)),
     sa.Column("base_unit", sa.Text, comment="what a quantity can be counted in"),
     sa.Column("factor", sa.Numeric(PRECISION, SCALE), comment="base units in one unit"),
     schema="staging",

@@ -61,13 +61,25 @@ select
     priced.cost_subtotal,
     priced.cost_discount,
     priced.cost_total,
+    billed.base_unit,  -- what the unit counts, by the table of units; null where it does not know
+    case
+        when priced.quantity < 10000000000000
+            then quotient(priced.cost_total, priced.quantity * cast(billed.factor as bigint))
+    end as cost_per_base_unit,  -- cost_total / (quantity × factor): units of one kind become comparable
     priced.effective_unit_price,  -- cost_subtotal / quantity: what a unit cost before discount
     priced.list_unit_price,  -- list price of a list_unit at the end of the day; never part of a cost
     priced.list_unit,  -- unit of the list price; it may differ from the unit billed
     case
         when billed.canonical_unit = listed.canonical_unit and priced.currency = priced.list_currency
             then priced.effective_unit_price - priced.list_unit_price
-    end as price_difference,  -- effective less list price; null where units or currencies differ
+    end as price_difference,  -- effective less list price; null where they cannot be compared
+    case
+        when priced.list_unit_price is null then 'no list price'
+        when billed.canonical_unit <> listed.canonical_unit then 'units differ'
+        when priced.currency <> priced.list_currency then 'currencies differ'
+        when priced.effective_unit_price is null then 'no effective price'
+        else 'compared'
+    end as price_comparison,  -- whether the two prices can be compared, and if not, why not
     priced.is_list_price_assumed  -- whether the price was first seen after that day
 from priced
 left join marts.dim_endpoint as endpoints

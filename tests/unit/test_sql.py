@@ -150,6 +150,7 @@ def test_what_is_built_day_by_day_is_what_has_the_size_of_hours_or_charges() -> 
     assert {model.table for model in models() if model.is_by_day} == {
         "staging.int_usage_daily",
         "staging.int_billing_events_daily",
+        "staging.int_requests_daily",
         "marts.fct_usage",
         "marts.fct_billing_event",
         "marts.fct_requests",

@@ -1,0 +1,94 @@
+-- List price changes, and how much spend is at stake: what to look at when a bill is about to move. Model APIs only.
+-- grain: account, endpoint_id, changed_at
+with
+
+prices as (
+    select
+        *,
+        lag(unit) over by_time as previous_unit,
+        lag(unit_price) over by_time as previous_unit_price,
+        lag(currency) over by_time as previous_currency
+    from marts.dim_price
+    window by_time as (partition by account, endpoint_id order by valid_from)
+),
+
+changes as (
+    select
+        *,
+        cast(valid_from as date) as change_date
+    from prices
+    where previous_unit is not null
+),
+
+newest as (
+    select
+        account,
+        cast(max(window_start) at time zone 'UTC' as date) as last_date
+    from ops.loads
+    where resource = 'usage' and is_current
+    group by account
+),
+
+spend as (
+    select
+        account,
+        usage_date,
+        endpoint_id,
+        currency,
+        sum(cost_total) as cost_total
+    from staging.int_usage_daily
+    group by account, usage_date, endpoint_id, currency
+),
+
+stakes as (
+    select
+        changes.account,
+        changes.endpoint_id,
+        changes.valid_from,
+        sum(
+            case when spend.usage_date > newest.last_date - interval '30 days' then spend.cost_total end
+        ) as spend_last_30_days,
+        sum(
+            case
+                when
+                    spend.usage_date >= changes.change_date - interval '30 days'
+                    and spend.usage_date < changes.change_date
+                    then spend.cost_total
+            end
+        ) as spend_30_days_before
+    from changes
+    inner join newest
+        on changes.account = newest.account
+    inner join spend
+        on
+            changes.account = spend.account
+            and changes.endpoint_id = spend.endpoint_id
+            and changes.currency = spend.currency
+    group by changes.account, changes.endpoint_id, changes.valid_from
+)
+
+select
+    changes.account,
+    changes.endpoint_id,
+    endpoints.display_name,
+    changes.valid_from as changed_at,  -- first snapshot that showed the new price, UTC
+    changes.previous_unit,  -- unit of the old price
+    changes.unit,
+    changes.previous_currency,  -- currency of the old price
+    changes.currency,
+    changes.previous_unit_price,  -- old list price of one unit
+    changes.unit_price,
+    changes.change_ratio,
+    coalesce(stakes.spend_last_30_days, 0)
+        as spend_last_30_days,  -- charged for the endpoint in the last 30 days that are loaded: what is at stake now
+    coalesce(stakes.spend_30_days_before, 0)
+        as spend_30_days_before,  -- charged for it in the 30 days before the change: what was at stake then
+    changes.is_current  -- whether the new price is still the last one known
+from changes
+left join stakes
+    on
+        changes.account = stakes.account
+        and changes.endpoint_id = stakes.endpoint_id
+        and changes.valid_from = stakes.valid_from
+left join marts.dim_endpoint as endpoints
+    on changes.endpoint_id = endpoints.endpoint_id
