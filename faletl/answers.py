@@ -1,10 +1,9 @@
-"""What people read in a terminal: query results, the state of the warehouse, the first answers."""
+"""What people read in a terminal: query results, the state of the warehouse, what a run would do."""
 
 from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -59,7 +58,7 @@ def print_query(settings: Settings, query: str, form: Format) -> None:
                 with path.open("rb") as file:
                     shutil.copyfileobj(file, sys.stdout.buffer)
             return
-        with _published(settings) as connection:
+        with published(settings) as connection:
             result = connection.exec_driver_sql(query)
             if not result.returns_rows:
                 raise UsageError("the query returns no rows; write one select")
@@ -74,14 +73,16 @@ _UNPUBLISHED = "nothing is published yet; run faletl run first"
 
 
 @contextmanager
-def _published(settings: Settings) -> Iterator[sa.Connection]:
+def published(settings: Settings) -> Iterator[sa.Connection]:
+    """What readers see; raises UsageError when there is nothing yet."""
     with open_warehouse(settings).published() as connection:
         if connection is None:
             raise UsageError(_UNPUBLISHED)
         yield connection
 
 
-def _write_table(names: Sequence[str], rows: sa.CursorResult[Any]) -> None:
+def write_table(names: Sequence[str], rows: sa.CursorResult[Any]) -> None:
+    """Write rows for people, numbers to the right."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     shown = rows.fetchmany(_MOST_ROWS)
     for position, name in enumerate(names):
@@ -89,7 +90,7 @@ def _write_table(names: Sequence[str], rows: sa.CursorResult[Any]) -> None:
         table.add_column(Text(name), justify="right" if is_number else "left", overflow="fold")
     for row in shown:
         table.add_row(*(Text(_shown(value)) for value in row))
-    _console().print(table)
+    console().print(table)
     if rows.fetchone() is not None:
         sys.stderr.write(f"only the first {_MOST_ROWS:,} rows are shown; --format csv has all\n")
 
@@ -131,7 +132,7 @@ def _write_json(names: Sequence[str], rows: sa.CursorResult[Any]) -> None:
     sys.stdout.write("\n]\n")
 
 
-_WRITERS = {"table": _write_table, "csv": _write_csv, "json": _write_json}
+_WRITERS = {"table": write_table, "csv": _write_csv, "json": _write_json}
 
 
 # --- faletl status --------------------------------------------------------------------------------
@@ -342,108 +343,13 @@ def _print_table(names: Sequence[str], lines: Sequence[Sequence[str]], left: int
         table.add_column(name, justify="left" if position < left else "right")
     for line in lines:
         table.add_row(*(Text(_shown(cell)) for cell in line))
-    _console().print(table)
+    console().print(table)
 
 
-# --- The first answers ----------------------------------------------------------------------------
-
-_TOTAL = """
-select currency, sum(cost_total) as cost_total, min(usage_date) as first_day, max(usage_date) as last_day
-from reports.rpt_spend_daily group by currency order by currency
-"""
-
-_DAYS = """
-select usage_date, sum(cost_total) as cost_total from reports.rpt_spend_daily
-where currency = 'USD' group by usage_date order by usage_date
-"""
-
-_TOP = """
-select
-    endpoint_id, unit, sum(quantity) as quantity, sum(cost_total) as cost_total,
-    quotient(sum(cost_subtotal), sum(quantity)) as effective_unit_price,
-    max(list_unit_price) as list_unit_price, max(list_unit) as list_unit
-from reports.rpt_spend_daily where currency = 'USD'
-group by endpoint_id, unit order by cost_total desc limit 10
-"""
-
-_CREDITS = """
-select balance, currency, read_at from marts.fct_credit_balance order by read_at desc limit 1
-"""
-
-TRY_NEXT = (
-    "select usage_date, endpoint_id, quantity, unit, cost_total "
-    "from reports.rpt_spend_daily order by cost_total desc limit 5"
-)
+# --- Shared ---------------------------------------------------------------------------------------
 
 
-def print_first_answers(settings: Settings) -> None:
-    """Total spend, spend per day, the endpoints that cost most, credits left, and where to go on."""
-    console = _console()
-    with _published(settings) as connection:
-        asked = {
-            name: connection.exec_driver_sql(query).mappings().all()
-            for name, query in (
-                ("total", _TOTAL),
-                ("days", _DAYS),
-                ("top", _TOP),
-                ("credits", _CREDITS),
-            )
-        }
-        file = connection.engine.url.database
-    for total in asked["total"]:
-        console.print(f"\n[bold]{_money(total['cost_total'])} {total['currency']}[/bold] "
-                      f"from {total['first_day']} to {total['last_day']}. {COVERAGE}\n")  # fmt: skip
-    _print_days(console, asked["days"])
-    _print_top(console, asked["top"])
-    for credit in asked["credits"]:
-        console.print(f"\nCredits left: {_money(credit['balance'])} {credit['currency']}")
-    console.print(f"Database for your tools: {file}", soft_wrap=True)
-    command = "faletl" if shutil.which("faletl") else os.path.relpath(sys.argv[0])
-    console.print("\nTry next:")
-    console.print(
-        f'  FALETL_WAREHOUSE={settings.warehouse} {command} sql "{TRY_NEXT}"',
-        soft_wrap=True, markup=False, highlight=False,
-    )  # fmt: skip
-
-
-def _print_days(console: Console, days: Sequence[sa.RowMapping]) -> None:
-    most = max((day["cost_total"] for day in days), default=Decimal(0))
-    width = 40
-    for day in days:
-        bar = "█" * int(day["cost_total"] * width / most) if most else ""
-        console.print(f"{day['usage_date']}  {_money(day['cost_total']):>12}  {bar}", highlight=False)
-
-
-def _print_top(console: Console, top: Sequence[sa.RowMapping]) -> None:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    columns = (
-        "endpoint",
-        "unit",
-        "quantity",
-        "cost USD",
-        "effective price",
-        "list price",
-        "list unit",
-    )
-    for name in columns:
-        table.add_column(name, justify="left" if name in ("endpoint", "unit", "list unit") else "right")
-    for row in top:
-        listed = row["list_unit_price"]
-        effective = row["effective_unit_price"]
-        cells = (
-            row["endpoint_id"], row["unit"], plain(row["quantity"]), _money(row["cost_total"]),
-            plain(round(effective, 6)) if effective is not None else "",
-            plain(listed) if listed is not None else "", row["list_unit"] or "",
-        )  # fmt: skip
-        table.add_row(*(Text(_shown(cell)) for cell in cells))
-    console.print()
-    console.print(table)
-
-
-def _money(amount: Decimal) -> str:
-    return f"{amount:,.2f}"
-
-
-def _console() -> Console:
+def console() -> Console:
+    """Where results are written to."""
     # Not narrower than a table needs when the output goes to a file or a pipe.
     return Console(width=None if sys.stdout.isatty() else 160, highlight=False)

@@ -293,24 +293,13 @@ def sandbox(
 def demo(
     folder: Annotated[Path, typer.Option(help="Where the demo keeps its files.")] = Path("faletl-demo"),
 ) -> None:
-    """Sandbox, a run over the last 30 days, and the first answers, in one go."""
-    from faletl import answers, pipeline
-    from faletl.config import Settings
-    from faletl.sandbox import FULL_KEY, Sandbox, invented_world
+    """Sandbox, a run over this month and the last, and the first answers, in one go."""
+    from faletl import demo
 
-    with Sandbox(invented_world(late=True)) as server:
-        # Not Settings.load(): invented spend must never meet a real warehouse.
-        settings = Settings.isolated(
-            key=FULL_KEY,
-            api_url=server.url,
-            warehouse=f"duckdb:///{folder / 'warehouse.duckdb'}",
-            landing=str(folder / "landing"),
-            rate=0,
-        )
-        with _progress() as progress:
-            report = pipeline.run(settings, progress=progress)
+    with _progress() as progress:
+        settings, report = demo.run(folder, progress)
     if report.exit_code == 0:
-        answers.print_first_answers(settings)
+        demo.print_first_answers(settings)
     _finish(report, quiet=True)
 
 

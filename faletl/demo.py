@@ -1,0 +1,204 @@
+"""The demo: an invented team's last two months, and the first answers that the tables give.
+
+It keeps to a folder of its own and takes no setting from the environment: invented spend must never
+meet a real warehouse.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, time, timedelta
+from decimal import Decimal
+from pathlib import Path
+
+import sqlalchemy as sa
+from rich.console import Console
+
+from faletl import answers, pipeline
+from faletl.config import Settings
+from faletl.plan import Asked
+from faletl.sandbox import FULL_KEY, Sandbox, invented_world
+
+OWNERS = """\
+account,credential_id,owner,team,cost_centre
+,key:sandbox-key-1,backend,platform,CC-100
+,user:alice,Alice,design,CC-200
+"""
+"""Whose keys these are, as a team would write it down; whom it leaves out shows as UNMAPPED."""
+
+
+def run(folder: Path, progress: pipeline.Progress) -> tuple[Settings, pipeline.Report]:
+    """Load last month and this one into the folder; when called again, what is due.
+
+    Fal tells no history of its price list. So that there are changes to be seen, it is read twice at
+    first: as it was when these months began, and as it is now.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    owners = folder / "owners.csv"
+    if not owners.exists():
+        owners.write_text(OWNERS, "utf-8")
+    if (folder / "warehouse.duckdb").exists():
+        return _load(folder, owners, _now, Asked(), progress)
+    first_of_month = _now().date().replace(day=1)
+    start = (first_of_month - timedelta(days=1)).replace(day=1)
+    then = datetime.combine(start, time(), UTC)
+    settings, report = _load(
+        folder, owners, lambda: then, Asked(resources=("models", "prices")), progress
+    )
+    if report.exit_code:
+        return settings, report
+    return _load(folder, owners, _now, Asked(start), progress)
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _load(
+    folder: Path,
+    owners: Path,
+    served_at: Callable[[], datetime],
+    asked: Asked,
+    progress: pipeline.Progress,
+) -> tuple[Settings, pipeline.Report]:
+    with Sandbox(invented_world(late=True, now=served_at)) as server:
+        settings = Settings.isolated(
+            key=FULL_KEY,
+            api_url=server.url,
+            warehouse=f"duckdb:///{folder / 'warehouse.duckdb'}",
+            landing=str(folder / "landing"),
+            owners=owners,
+            rate=0,
+        )
+        return settings, pipeline.run(settings, asked, progress)
+
+
+# --- The first answers ----------------------------------------------------------------------------
+
+_TOTAL = """
+select currency, sum(cost_total) as cost_total, min(usage_date) as first_day, max(usage_date) as last_day
+from reports.rpt_spend_daily group by currency order by currency
+"""
+
+_DAYS = """
+select usage_date, sum(cost_total) as cost_total from reports.rpt_spend_daily
+where currency = 'USD' group by usage_date order by usage_date desc limit 14
+"""
+
+ANSWERS = (
+    (
+        "Where does it go, and does the bill match the list price? The last 30 days.",
+        """
+        select
+            endpoint_id as endpoint, unit, sum(quantity) as quantity,
+            round(sum(cost_total), 2) as cost_usd,
+            round(quotient(sum(cost_subtotal), sum(quantity)), 6) as paid_per_unit,
+            arg_max(list_unit_price, usage_date) as list_price,
+            arg_max(list_unit, usage_date) as list_unit
+        from reports.rpt_spend_daily
+        where currency = 'USD'
+            and usage_date > (select max(usage_date) from reports.rpt_spend_daily) - interval '30 days'
+        group by endpoint_id, unit order by cost_usd desc limit 8
+        """,
+    ),
+    (
+        "Why is this month's bill not last month's?",
+        """
+        select
+            endpoint_id as endpoint, unit, round(previous_cost_total, 2) as last_month,
+            round(cost_total, 2) as this_month, round(cost_change, 2) as change,
+            round(change_from_price, 2) as from_price, round(change_from_volume, 2) as from_volume,
+            round(change_from_new_or_gone, 2) as new_or_gone
+        from reports.rpt_spend_monthly
+        where currency = 'USD'
+            and usage_month = (select max(usage_month) from reports.rpt_spend_monthly)
+        order by abs(cost_change) desc limit 6
+        """,
+    ),
+    (
+        "Which list prices changed, and how much spend is at stake?",
+        """
+        select
+            endpoint_id as endpoint, previous_unit_price as old_price, previous_unit as old_unit,
+            unit_price as new_price, unit as new_unit, round(change_ratio, 4) as ratio,
+            round(spend_last_30_days, 2) as usd_last_30_days
+        from reports.rpt_price_changes order by spend_last_30_days desc limit 6
+        """,
+    ),
+    (
+        "Whose keys spend it?",
+        """
+        select
+            credential_label as credential, owner, team, cost_centre,
+            round(sum(cost_total), 2) as cost_usd
+        from reports.rpt_spend_by_credential where currency = 'USD'
+        group by credential_label, owner, team, cost_centre order by cost_usd desc
+        """,
+    ),
+    (
+        "What does a success cost, and how much fails? The last 30 days.",
+        """
+        select
+            endpoint_id as endpoint, sum(request_count) as requests,
+            round(quotient(sum(cost_total), sum(success_count)), 4) as usd_per_success,
+            round(100 * quotient(sum(user_error_count), sum(request_count)), 1) as user_error_percent,
+            round(100 * quotient(sum(error_count), sum(request_count)), 1) as error_percent
+        from reports.rpt_unit_economics
+        where usage_date > (select max(usage_date) from reports.rpt_unit_economics) - interval '30 days'
+        group by endpoint_id order by sum(cost_total) desc limit 6
+        """,
+    ),
+    (
+        "How long do the credits last?",
+        """
+        select
+            balance_date, round(current_balance, 2) as balance, currency,
+            round(burn_7_days, 2) as a_day_last_7, round(burn_30_days, 2) as a_day_last_30,
+            round(days_left, 1) as days_left, empty_on
+        from reports.rpt_credit_runway order by balance_date desc limit 1
+        """,
+    ),
+)  # fmt: skip
+"""Questions that people ask of a bill, each with its query. Amounts are rounded for the eye."""
+
+TRY_NEXT = (
+    "select usage_date, endpoint_id, quantity, unit, cost_total "
+    "from reports.rpt_spend_daily order by cost_total desc limit 5"
+)
+
+
+def print_first_answers(settings: Settings) -> None:
+    """Total spend, spend per day, the answers to `ANSWERS`, and where to go on."""
+    console = answers.console()
+    with answers.published(settings) as connection:
+        for total in connection.exec_driver_sql(_TOTAL).mappings():
+            days = f"from {total['first_day']} to {total['last_day']}"
+            amount = f"[bold]{_money(total['cost_total'])} {total['currency']}[/bold]"
+            console.print(f"\n{amount} {days}. {answers.COVERAGE}\n")
+        _print_days(console, connection.exec_driver_sql(_DAYS).mappings().all())
+        for question, query in ANSWERS:
+            console.print(f"\n[bold]{question}[/bold]")
+            result = connection.exec_driver_sql(query)
+            answers.write_table(list(result.keys()), result)
+        file = connection.engine.url.database
+    command = "faletl" if shutil.which("faletl") else os.path.relpath(sys.argv[0])
+    console.print(f"\nDatabase for your tools: {file}. Try next:", soft_wrap=True)
+    console.print(
+        f'  FALETL_WAREHOUSE={settings.warehouse} {command} sql "{TRY_NEXT}"',
+        soft_wrap=True, markup=False, highlight=False,
+    )  # fmt: skip
+
+
+def _print_days(console: Console, days: Sequence[sa.RowMapping]) -> None:
+    most = max((day["cost_total"] for day in days), default=Decimal(0))
+    width = 40
+    for day in reversed(days):
+        bar = "█" * int(day["cost_total"] * width / most) if most else ""
+        console.print(f"{day['usage_date']}  {_money(day['cost_total']):>12}  {bar}", highlight=False)
+
+
+def _money(amount: Decimal) -> str:
+    return f"{amount:,.2f}"
