@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test lint check bench lock clean
+.PHONY: help setup demo test lint check docs bench lock clean
 
 help:
 	@echo "make demo    sandbox API, a run over the last 30 days, the first answers"
@@ -12,6 +12,7 @@ help:
 	@echo "make setup   create the environment in $(VENV), nothing else"
 	@echo "make lint    ruff, mypy, sqlfluff"
 	@echo "make check   lint, tests (a second time under another time zone), wheel"
+	@echo "make docs    the data dictionary and the star schema anew, from the SQL and its comments"
 	@echo "make bench   what 1 and 5 million billing events of a day cost (some minutes)"
 	@echo "make lock    resolve requirements.lock anew (needs uv)"
 
@@ -41,6 +42,9 @@ lint: setup
 check: lint test
 	TZ=America/Los_Angeles $(BIN)/python -m pytest -n 2 tests/unit tests/integration/test_run.py
 	$(BIN)/python tests/wheel_smoke.py
+
+docs: setup
+	$(BIN)/python -m docs
 
 bench: setup
 	$(BIN)/python benchmarks/load_events.py 1000000 5000000

@@ -1,6 +1,7 @@
 """The tables that faletl writes row by window: raw from the catalogue, ops by hand.
 
-Marts and reports are not here: they are what `sql/` selects.
+Marts and reports are not here: they are what `sql/` selects. What the `grain` line is to a model,
+`info["grain"]` is to a table here: the columns that tell its rows apart; empty where there are none.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ SCHEMAS: Mapping[str, str] = {
     "reports": "What dashboards read: wide, named for people.",
     "ops": "What faletl did: loads, restatements, builds, failures, and who may write.",
 }
+"""What each schema is for, in reading order: in docs/, and as a comment where a database keeps it."""
 
 METADATA = sa.MetaData()
 
@@ -60,19 +62,43 @@ def _raw_table(resource: Resource) -> sa.Table:
         sa.Column(column.name, _TYPES[column.kind], comment=column.comment)
         for column in resource.columns
     ]
-    return sa.Table(resource.name, METADATA, *lead, *body, schema="raw", comment=resource.comment)
+    return sa.Table(
+        resource.name,
+        METADATA,
+        *lead,
+        *body,
+        schema="raw",
+        comment=resource.comment,
+        info={"grain": _raw_grain(resource)},
+    )
+
+
+def _raw_grain(resource: Resource) -> tuple[str, ...]:
+    """What tells rows of the raw table apart; nothing where fal may send a line in two parts."""
+    if resource.identity:
+        return ("_account", "_hash", "_ordinal")
+    if resource.window == "snapshot":
+        return ("_account", "_snapshot_at", *resource.key)
+    return () if resource.repeats else ("_account", *resource.key)
 
 
 RAW: Mapping[str, sa.Table] = {name: _raw_table(r) for name, r in RESOURCES.items()}
 
 
-def _ops_table(name: str, comment: str, **columns: tuple[sa.types.TypeEngine[Any], str]) -> sa.Table:
+def _ops_table(
+    name: str,
+    comment: str,
+    grain: tuple[str, ...],
+    /,
+    **columns: tuple[sa.types.TypeEngine[Any], str],
+) -> sa.Table:
     return sa.Table(
         name,
         METADATA,
         *(sa.Column(column, kind, comment=text) for column, (kind, text) in columns.items()),
         schema="ops",
         comment=comment,
+        info={"grain": grain},
     )
 
 
@@ -90,6 +116,7 @@ SEED_UNIT = sa.Table(
     sa.Column("factor", sa.Numeric(PRECISION, SCALE), comment="base units in one unit"),
     schema="staging",
     comment="What units mean: sql/seeds/unit.csv, and the user's own table (FALETL_UNITS).",
+    info={"grain": ("unit",)},
 )
 
 SEED_CREDENTIAL_OWNER = sa.Table(
@@ -102,6 +129,7 @@ SEED_CREDENTIAL_OWNER = sa.Table(
     sa.Column("cost_centre", sa.Text, comment="cost centre that pays"),
     schema="staging",
     comment="Whose credentials are: sql/seeds/credential_owner.csv, and the user's own (FALETL_OWNERS).",
+    info={"grain": ("account", "credential_id")},
 )
 
 SEEDS = (SEED_UNIT, SEED_CREDENTIAL_OWNER)
@@ -109,6 +137,7 @@ SEEDS = (SEED_UNIT, SEED_CREDENTIAL_OWNER)
 WAREHOUSE = _ops_table(
     "warehouse",
     "The warehouse itself: one row.",
+    (),
     schema_version=(sa.Integer(), "version of the raw and ops tables"),
     fencing_token=(_COUNT, "token of the newest lease; an older one may not commit"),
     holder=(_TEXT, "who took the newest lease"),
@@ -119,6 +148,7 @@ WAREHOUSE = _ops_table(
 LOADS = _ops_table(
     "loads",
     "Loads of windows: the ledger of what raw holds and what it held before.",
+    ("load_id",),
     load_id=(_TEXT, "id of the read and its load; the folder of its pages has that name"),
     run_id=(_TEXT, "run that read the window"),
     account=(_TEXT, "account label"),
@@ -151,6 +181,7 @@ LOADS = _ops_table(
 RESTATEMENTS = _ops_table(
     "restatements",
     "What a read changed in a window that had been read after its end: one row per changed line.",
+    ("load_id", "endpoint_id", "unit", "currency", "credential_id"),
     load_id=(_TEXT, "load that brought the change"),
     account=(_TEXT, "account label"),
     resource=(_TEXT, "collection of the fal API"),
@@ -169,6 +200,7 @@ RESTATEMENTS = _ops_table(
 HORIZONS = _ops_table(
     "horizons",
     "From which day on the ledger of an account's resource is to be complete: the first ever planned.",
+    ("account", "resource"),
     account=(_TEXT, "account label"),
     resource=(_TEXT, "collection of the fal API"),
     first_day=(sa.Date(), "every UTC day from here on that is not loaded is due"),
@@ -177,6 +209,7 @@ HORIZONS = _ops_table(
 UNKNOWN_ENDPOINTS = _ops_table(
     "unknown_endpoints",
     "Endpoint ids that a fal API answered 404 for; they are not asked again for some days.",
+    ("account", "resource", "endpoint_id"),
     account=(_TEXT, "account label"),
     resource=(_TEXT, "collection of the fal API"),
     endpoint_id=(_TEXT, "fal's id of the model endpoint"),
@@ -186,6 +219,7 @@ UNKNOWN_ENDPOINTS = _ops_table(
 FAILURES = _ops_table(
     "failures",
     "Windows whose last attempt failed; a window that loads leaves no row.",
+    ("account", "resource", "window_start"),
     run_id=(_TEXT, "run that failed"),
     account=(_TEXT, "account label"),
     resource=(_TEXT, "collection of the fal API"),
@@ -198,6 +232,7 @@ FAILURES = _ops_table(
 BUILDS = _ops_table(
     "builds",
     "Builds of staging, marts and reports that passed their checks.",
+    ("build_id",),
     build_id=(_TEXT, "id of the build"),
     run_id=(_TEXT, "run that built"),
     days=(_COUNT, "days that were made anew"),

@@ -38,6 +38,15 @@ facts as (
         null as unit,
         null as credential_id
     from marts.fct_latency
+    union all
+    select distinct
+        'fct_credit_balance' as fact,
+        account,
+        balance_date as usage_date,
+        null as endpoint_id,
+        null as unit,
+        null as credential_id
+    from marts.fct_credit_balance
 )
 
 select facts.*
@@ -57,6 +66,6 @@ left join marts.dim_credential as credentials
 where
     accounts.account is null
     or dates.date_day is null
-    or endpoints.endpoint_id is null
+    or (facts.endpoint_id is not null and endpoints.endpoint_id is null)
     or (facts.unit is not null and units.unit is null)
     or (facts.credential_id is not null and credentials.credential_id is null)

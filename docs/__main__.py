@@ -1,0 +1,18 @@
+"""`python -m docs`: write the documents that are made of the code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from docs import dictionary, star_schema
+
+MADE: Mapping[str, Callable[[], str]] = {
+    "data-dictionary.md": dictionary.document,
+    "star-schema.svg": star_schema.picture,
+}
+"""Each document of this folder that is made of the code, and what makes it."""
+
+if __name__ == "__main__":
+    for name, make in MADE.items():
+        (Path(__file__).parent / name).write_text(make(), "utf-8")
