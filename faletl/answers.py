@@ -20,11 +20,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from faletl import landing, pipeline
+from faletl import landing
 from faletl.config import Settings
 from faletl.errors import UsageError, WarehouseBusyError
 from faletl.money import plain
 from faletl.plan import Forecast
+from faletl.rebuild import prune
 from faletl.resources import RESOURCES
 from faletl.warehouse import open_warehouse
 from faletl.warehouse.tables import BUILDS, FAILURES, LOADS, RESTATEMENTS
@@ -263,7 +264,7 @@ def _restatements(connection: sa.Connection) -> list[dict[str, Any]]:
         {
             "account": account,
             "resource": resource,
-            "currency": currency or "USD",
+            "currency": currency,
             "lines": count,
             "windows": windows,
             "cost_total_change": plain(Decimal(changed)),
@@ -297,7 +298,7 @@ def _span(seconds: int) -> str:
 
 def print_landing(settings: Settings) -> None:
     """Reads and bytes per account folder and resource, and how many of them prune would drop."""
-    dropped = set(pipeline.prune(settings, is_dry=True)[0])
+    dropped = set(prune(settings, is_dry=True)[0])
     sums: dict[tuple[str, str], list[int]] = {}
     for folder in landing.all_reads(settings):
         size, is_dropped = landing.size(folder), folder in dropped

@@ -191,12 +191,12 @@ def rebuild(
     ] = None,
 ) -> None:
     """Make the warehouse anew from the landed pages alone; asks fal nothing."""
-    from faletl import pipeline
     from faletl.config import Settings
+    from faletl.rebuild import rebuild as rebuild_warehouse
 
     with _progress() as progress:
-        report = pipeline.rebuild(Settings.load(), window, progress)
-    _finish(report, nothing="nothing to rebuild: nothing has landed")
+        report = rebuild_warehouse(Settings.load(), window, progress)
+    _finish(report, nothing="nothing to rebuild: nothing was ever loaded from landed pages")
 
 
 @app.command(epilog="Example: faletl verify")
@@ -204,15 +204,17 @@ def verify() -> None:
     """Look whether loaded rows, their landed pages, sums and models are as they were left."""
     from faletl.config import Settings
     from faletl.errors import TamperedError
-    from faletl.verify import verify as findings
+    from faletl.verify import verify as verdict_on
 
-    found = 0
-    for sentence in findings(Settings.load()):
-        found += 1
+    verdict = verdict_on(Settings.load())
+    for sentence in verdict.findings:
         _say(sentence)
-    if found:
+    if not verdict.is_complete:
+        _say("sums and models were not looked at: something is not built yet; run faletl build")
+    if verdict.findings:
         raise typer.Exit(TamperedError.exit_code)
-    typer.echo("all is as it was left: ledger, rows, landed pages, sums and models")
+    more = ", sums and models" if verdict.is_complete else ""
+    typer.echo(f"all that was looked at is as it was left: ledger, rows, landed pages{more}")
 
 
 @landing_app.command(epilog="Example: faletl landing du")
@@ -229,10 +231,10 @@ def prune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Delete nothing, only tell.")] = False,
 ) -> None:
     """Delete landed pages that nothing stands on any more; rebuild gives the same tables as before."""
-    from faletl import pipeline
     from faletl.config import Settings
+    from faletl.rebuild import prune as prune_landing
 
-    reads, size = pipeline.prune(Settings.load(), is_dry=dry_run)
+    reads, size = prune_landing(Settings.load(), is_dry=dry_run)
     typer.echo(f"{len(reads):,} reads, {size:,} bytes {'would be ' * dry_run}deleted")
 
 

@@ -2,10 +2,12 @@
 
     <landing>/<account>/<resource>/<window start>/<load id>/<call>-<page>.json.zst
                                                            /manifest.json
+                                                           /loaded.json
 
 A read of a window lands in a folder of its own, which nobody changes once its manifest is there. Each
 page goes to a temporary name, is flushed to the disk, and is then renamed: a page that has its name
-is whole. Without a manifest the read is not complete, but its pages may be taken up again.
+is whole. Without a manifest the read is not complete, but its pages may be taken up again. What was
+loaded has a receipt beside it, so that the history of the warehouse lies with its pages.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, date, datetime
 from pathlib import Path
+from typing import Literal
 
 import filelock
 import msgspec
@@ -33,6 +36,7 @@ from faletl.windows import Window
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+RECEIPT = "loaded.json"
 _LOCK = ".reading"
 _STAMP = "%Y%m%dT%H%M%S%fZ"
 _LOAD_ID = re.compile(r"\d{8}T\d{12}Z-[0-9a-f]{6}")
@@ -108,6 +112,14 @@ class Manifest(msgspec.Struct, frozen=True):
             if call.label == "rows"
             for endpoint_id in call.query.get("endpoint_id", [])
         )
+
+
+class Receipt(msgspec.Struct, frozen=True, order=True):
+    """That a read was loaded: under which token, when, and whether its rows were news or known."""
+
+    fencing_token: int
+    loaded_at: datetime
+    outcome: Literal["loaded", "unchanged"]
 
 
 class Landed(msgspec.Struct, frozen=True):
@@ -243,10 +255,40 @@ def resume(
     return None
 
 
-def complete_reads(settings: Settings) -> Iterator[Path]:
-    """The folder of every complete read, oldest first within each window."""
-    for path in sorted(Path(settings.landing).glob(f"*/*/*/*/{MANIFEST}")):
+def complete_reads(settings: Settings, day: date | None = None) -> Iterator[Path]:
+    """The folder of every complete read (of one UTC day), oldest first within each window."""
+    for path in sorted(Path(settings.landing).glob(f"*/*/{day or '*'}/*/{MANIFEST}")):
         yield path.parent
+
+
+def is_intact(folder: Path) -> bool:
+    """Whether a complete read is still there, byte for byte."""
+    try:
+        landed = open_read(folder)
+        for call in landed.manifest.calls:
+            for page in call.pages:
+                landed.body(page)
+    except TamperedError:
+        return False
+    return True
+
+
+def receipt_of(folder: Path) -> Receipt | None:
+    """The receipt for a read that was loaded; None without a (readable) one."""
+    try:
+        return msgspec.json.decode((folder / RECEIPT).read_bytes(), type=Receipt)
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def leave_receipt(folder: Path, receipt: Receipt) -> None:
+    """Write down that the read is loaded now; raises StorageError."""
+    write_durably(folder / RECEIPT, msgspec.json.encode(receipt))
+
+
+def take_receipt(folder: Path) -> None:
+    """Forget that the read was loaded: another one stands in for it."""
+    (folder / RECEIPT).unlink(missing_ok=True)
 
 
 def open_read(folder: Path) -> Landed:
@@ -300,8 +342,13 @@ def drop(folder: Path) -> None:
 
 
 def size(folder: Path) -> int:
-    """The bytes of the files of a read."""
-    return sum(path.stat().st_size for path in folder.iterdir())
+    """The bytes of the files of a read; of one under way, about."""
+    total = 0
+    with suppress(FileNotFoundError):  # a page gets its name, a read is dropped
+        for path in folder.iterdir():
+            with suppress(FileNotFoundError):
+                total += path.stat().st_size
+    return total
 
 
 def relative_path(settings: Settings, folder: Path) -> str:

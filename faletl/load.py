@@ -7,18 +7,21 @@ clocks say.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import sqlalchemy as sa
 
+from faletl import landing
 from faletl.config import Settings
 from faletl.errors import FaletlError, LeaseLostError, WarehouseError
-from faletl.landing import Manifest, relative_path
+from faletl.landing import Manifest, Receipt, relative_path
 from faletl.resources import RESOURCES, Resource
 from faletl.staging import Staged
 from faletl.warehouse import Lease, Warehouse
@@ -67,32 +70,28 @@ def replace_window(settings: Settings, warehouse: Warehouse, lease: Lease, stage
         LeaseLostError: a newer run took over; nothing is changed.
         WarehouseError: the database did not keep what it was given; nothing is changed.
     """
-    with _written(staged), lease.connection.begin():
-        return _replace(settings, warehouse, lease, staged)
-
-
-def next_lease(lease: Lease) -> Lease:
-    """The same lease with the next token: each load of a rebuild has its own, as it had before."""
-    with lease.connection.begin():
-        fence(lease, changes_data=False)
-        token = lease.connection.execute(
-            sa.update(WAREHOUSE)
-            .values(fencing_token=WAREHOUSE.c.fencing_token + 1)
-            .returning(WAREHOUSE.c.fencing_token)
-        ).scalar_one()
-    return Lease(lease.connection, token)
+    folder = staged.landed.folder
+    with _written(staged):
+        with lease.connection.begin():
+            done = _replace(settings, warehouse, lease, staged)
+        if done.receipt is not None and landing.receipt_of(folder) is None:
+            landing.leave_receipt(folder, done.receipt)
+        if done.stood_in_for is not None:
+            landing.take_receipt(done.stood_in_for)
+    return done.outcome
 
 
 def replay(
     settings: Settings,
     warehouse: Warehouse,
     lease: Lease,
-    batch: Iterable[Staged],
+    reads: Iterable[tuple[Staged, Receipt]],
     forget: date | None = None,
-) -> list[Outcome]:
+) -> tuple[list[Outcome], Lease]:
     """Load earlier reads once more, in the order given, as they were loaded then; all or nothing.
 
-    All that is known of the day to `forget` goes first: rows, ledger, restatements.
+    All that is known of the day to `forget` goes first: rows, ledger, restatements. Each read has a
+    token of its own, as it had before; returns the lease with the newest.
 
     Raises: as `replace_window`.
     """
@@ -100,10 +99,22 @@ def replay(
     with lease.connection.begin():
         if forget is not None:
             _forget_day(lease, Window.of_day(forget))
-        for staged in batch:
+        for staged, receipt in reads:
+            lease = _next_lease(lease)
             with _written(staged):
-                outcomes.append(_replace(settings, warehouse, lease, staged, is_replay=True))
-    return outcomes
+                done = _replace(settings, warehouse, lease, staged, then=receipt, is_all=forget is None)
+            outcomes.append(done.outcome)
+    return outcomes, lease
+
+
+def _next_lease(lease: Lease) -> Lease:
+    fence(lease, changes_data=False)
+    token = lease.connection.execute(
+        sa.update(WAREHOUSE)
+        .values(fencing_token=WAREHOUSE.c.fencing_token + 1)
+        .returning(WAREHOUSE.c.fencing_token)
+    ).scalar_one()
+    return Lease(lease.connection, token)
 
 
 @contextmanager
@@ -131,27 +142,51 @@ def _forget_day(lease: Lease, day: Window) -> None:
         lease.connection.execute(sa.delete(ledger).where(start >= day.start, start < day.end))
 
 
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """What became of a window, the receipt for its read, and the damaged read it stands in for."""
+
+    outcome: Outcome
+    receipt: Receipt | None = None
+    stood_in_for: Path | None = None
+
+
 def _replace(
     settings: Settings,
     warehouse: Warehouse,
     lease: Lease,
     staged: Staged,
     *,
-    is_replay: bool = False,
-) -> Outcome:
+    then: Receipt | None = None,
+    is_all: bool = True,
+) -> _Done:
+    """Replace the window; `then` is the receipt of a read that is loaded once more.
+
+    Where not all is loaded once more, failures and unknown ids stay as they are known now.
+    """
     manifest, connection = staged.landed.manifest, lease.connection
     held = connection.execute(_current(staged.resource, manifest)).mappings().first()
     if held is not None and held["load_id"] == manifest.load_id:
-        return "unchanged"
-    if held is not None and held["last_fencing_token"] > manifest.fencing_token and not is_replay:
-        return "superseded"
-    is_same = held is not None and held["digest"] == staged.digest
+        return _Done("unchanged", Receipt(held["fencing_token"], held["loaded_at"], "loaded"))
+    if held is not None and held["last_fencing_token"] > manifest.fencing_token and then is None:
+        return _Done("superseded")
+    is_same = held is not None and (held["digest"], held["asked_digest"]) == (
+        staged.digest, _digest_of_ids(staged)
+    )  # fmt: skip
+    lost = None
+    if held is not None and is_same and then is None:
+        folder = Path(settings.landing) / held["landing_path"]
+        if not landing.is_intact(folder):  # these pages are what a rebuild can stand on from now on
+            connection.execute(sa.delete(LOADS).where(LOADS.c.load_id == held["load_id"]))
+            is_same, lost = False, folder
     # That a day has closed is news to a report, even if it brought no more rows.
     is_closing = held is not None and held["is_provisional"] and not manifest.window.is_provisional
     data_version = fence(lease, changes_data=is_closing or not is_same)
-    _forget_failure(connection, manifest)
     _widen_horizon(connection, manifest)
-    _remember_unknown(connection, manifest)
+    if is_all:
+        _forget_failure(connection, manifest)
+        _remember_unknown(connection, manifest)
+    loaded_at = then.loaded_at if then else datetime.now(UTC)
     read: dict[str, Any] = {
         "last_read_at": manifest.started_at,
         "last_fencing_token": lease.token,
@@ -162,21 +197,27 @@ def _replace(
             manifest.started_at if manifest.is_whole_catalogue
             else held["whole_catalogue_at"] if held else None
         ),
-        "loaded_at": manifest.finished_at if is_replay else datetime.now(UTC),
     }  # fmt: skip
     if held is not None and is_same:
-        read["loaded_at"] = held["loaded_at"]
-        read["data_version"] = data_version if is_closing else held["data_version"]
+        if is_closing:
+            read["data_version"] = data_version
         connection.execute(sa.update(LOADS).where(LOADS.c.load_id == held["load_id"]).values(read))
-        return "unchanged"
+        return _Done("unchanged", Receipt(lease.token, loaded_at, "unchanged"))
     is_restating = held is not None and not held["is_provisional"]
     before = _lines(connection, staged) if is_restating else {}
     _delete_window(connection, staged)
     _insert(warehouse, lease, staged)
-    _enter(settings, lease, staged, {**read, "data_version": data_version})
+    _enter(settings, lease, staged, {**read, "loaded_at": loaded_at, "data_version": data_version})
     if is_restating:
         _restate(connection, manifest, before, _lines(connection, staged))
-    return "loaded"
+    return _Done("loaded", Receipt(lease.token, loaded_at, "loaded"), lost)
+
+
+def _digest_of_ids(staged: Staged) -> str | None:
+    """A fingerprint of the endpoint ids that the rows speak for; None where they speak for all."""
+    if staged.asked_ids is None:
+        return None
+    return hashlib.sha256(repr(sorted(staged.asked_ids)).encode()).hexdigest()
 
 
 def _current(resource: Resource, manifest: Manifest) -> sa.Select[Any]:
@@ -259,6 +300,7 @@ def _enter(settings: Settings, lease: Lease, staged: Staged, read: Mapping[str, 
             rows=held.scalar_subquery(),
             cost_total=Decimal(staged.cost_total),
             digest=staged.digest,
+            asked_digest=_digest_of_ids(staged),
             dropped_rows=staged.dropped_rows,
             doubtful_rows=staged.doubtful_rows,
             rounded_amounts=staged.rounded_amounts,
@@ -286,7 +328,7 @@ def _lines(connection: sa.Connection, staged: Staged) -> _Lines:
     key = (
         rows.endpoint_id,
         rows.unit,
-        rows.currency if "currency" in rows else sa.null(),
+        sa.func.currency_code(rows.currency) if "currency" in rows else sa.literal("USD"),
         sa.func.credential_id(rows.api_key_id, rows.login_username, label),
     )
     amounts = (sa.func.coalesce(sa.func.sum(rows.quantity), 0), sa.func.sum(rows.cost_total))
@@ -295,7 +337,7 @@ def _lines(connection: sa.Connection, staged: Staged) -> _Lines:
 
 
 def _restate(connection: sa.Connection, manifest: Manifest, before: _Lines, after: _Lines) -> None:
-    """Keep each line that is another one now (docs/architecture.md, "What a bill looked like then")."""
+    """Keep each line that is another one now (docs/restatements.md)."""
     nothing = (Decimal(0), Decimal(0))
     changed = [
         {
@@ -502,29 +544,60 @@ def _newest_snapshot_ids(table: sa.Table, account: str) -> sa.Select[Any]:
     )
 
 
-def current_loads(connection: sa.Connection, day: date | None = None) -> set[str]:
-    """The loads that hold the windows of that UTC day now, or all windows."""
-    found = sa.select(LOADS.c.load_id).where(LOADS.c.is_current)
-    if day is not None:
-        start, window = LOADS.c.window_start, Window.of_day(day)
-        found = found.where(start >= window.start, start < window.end)
-    return set(connection.execute(found).scalars())
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """What ops.loads tells of landed reads; of a warehouse that cannot be read, nothing.
 
-
-def kept_loads(connection: sa.Connection) -> tuple[set[str], set[tuple[str, str, date]]]:
-    """The loads whose landed pages are needed, and the days of which some day a closed read is, too.
-
-    Needed is what raw stands on, and what was restated after its day had closed. A day that closed
-    without a change stands on a read from while it was open: the first one after tells that it closed.
+    `loads` are receipts by load id; `confirmations`, of reads that found the same rows, by account,
+    resource and the instant at which the read began. `needed` are the loads without whose landed
+    pages rows or restatements would be lost.
     """
+
+    loads: Mapping[str, Receipt] = field(default_factory=dict)
+    confirmations: Mapping[tuple[str, str, datetime], Receipt] = field(default_factory=dict)
+    needed: frozenset[str] = frozenset()
+
+    def receipt_of(self, manifest: Manifest) -> Receipt | None:
+        """The receipt for a read, if it was loaded."""
+        began = (manifest.account, manifest.resource, manifest.started_at)
+        return self.loads.get(manifest.load_id) or self.confirmations.get(began)
+
+
+def read_ledger(connection: sa.Connection, day: date | None = None) -> Ledger:
+    """The ledger, or that of one UTC day. Raw stands on what is needed, and so do restatements."""
     loads = LOADS.c
-    needed = sa.or_(loads.is_current, sa.not_(loads.is_provisional))
-    standing = [sa.select(table.c["_load_id"]) for n, table in RAW.items() if RESOURCES[n].ids_per_call]
-    ids = sa.union(sa.select(loads.load_id).where(needed), *standing)
-    days = sa.select(loads.account, loads.resource, loads.window_start).where(
-        sa.not_(loads.is_provisional), loads.window_start < loads.window_end
+    query = sa.select(
+        loads.load_id, loads.account, loads.resource, loads.fencing_token, loads.loaded_at,
+        loads.read_at, loads.last_read_at, loads.last_fencing_token, loads.is_current,
+        loads.is_provisional,
+    )  # fmt: skip
+    if day is not None:
+        window = Window.of_day(day)
+        query = query.where(loads.window_start >= window.start, loads.window_start < window.end)
+    found = connection.execute(query).all()
+    standing = _standing_loads(connection)
+    return Ledger(
+        loads={one.load_id: Receipt(one.fencing_token, one.loaded_at, "loaded") for one in found},
+        confirmations={
+            (one.account, one.resource, one.last_read_at): Receipt(
+                one.last_fencing_token, one.last_read_at, "unchanged"
+            )
+            for one in found
+            if one.last_read_at > one.read_at
+        },
+        needed=frozenset(
+            one.load_id
+            for one in found
+            if one.is_current or not one.is_provisional or one.load_id in standing
+        ),
     )
-    return set(connection.execute(ids).scalars()), {
-        (account, resource, start.astimezone(UTC).date())
-        for account, resource, start in connection.execute(days)
-    }
+
+
+def _standing_loads(connection: sa.Connection) -> set[str]:
+    """Loads that brought rows which no later read of their day asked for again."""
+    standing = set[str]()
+    for name, resource in RESOURCES.items():
+        is_there = sa.inspect(connection).has_table(name, schema="raw")  # not in an older warehouse
+        if resource.ids_per_call is not None and resource.window == "day" and is_there:
+            standing |= set(connection.execute(sa.select(RAW[name].c["_load_id"]).distinct()).scalars())
+    return standing

@@ -341,6 +341,7 @@ def build(
             is_full = full or last is None or last[1] != _models_digest(settings)
             changed = changed_days(connection, 0 if is_full or last is None else last[0])
             if is_full:
+                warehouse.define_functions(connection)
                 _plant(connection, seeds)
             for model in models():
                 days = _days_of(model.sql, changed)
@@ -348,15 +349,17 @@ def build(
                     _create(connection, model, warehouse.dialect)
                 if (is_full or days) and not model.is_view:
                     _fill(connection, model, warehouse.dialect, days)
+            checked = 0
             for check in checks():
                 days = _days_of(check.sql, changed)
                 if is_full or days:
+                    checked += 1
                     _check(connection, check, warehouse.dialect, None if is_full else days)
             by_day = [days for name, days in changed.items() if RESOURCES[name].window == "day"]
             done = Build(
                 build_id=f"{started_at:%Y%m%dT%H%M%S%fZ}-{secrets.token_hex(3)}",
                 days=len(set[date]().union(*by_day)),
-                checks=len(checks()),
+                checks=checked,
             )
             connection.execute(
                 sa.insert(BUILDS).values(

@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -26,24 +26,16 @@ from faletl import landing, models
 from faletl.client import FalClient, StoppedError
 from faletl.config import Settings
 from faletl.errors import (
-    ContractError,
-    DataRefusedError,
     FaletlError,
     KeyRefusedError,
-    SettingsError,
-    TamperedError,
     UnprovenError,
 )
-from faletl.extract import RESUME_WITHIN, Origin, fetch_window
+from faletl.extract import Origin, fetch_window
 from faletl.landing import Landed
 from faletl.load import (
-    current_loads,
-    kept_loads,
     loaded_reads,
-    next_lease,
     record_failure,
     replace_window,
-    replay,
 )
 from faletl.plan import (
     Asked,
@@ -71,7 +63,8 @@ DUE = Asked()
 """What is due, of every resource."""
 
 
-def _silent(_what: str, _done: int, _of: int) -> None: ...
+def silent(_what: str, _done: int, _of: int) -> None:
+    """Tell nobody."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +98,7 @@ class Report:
 # --- The steps ------------------------------------------------------------------------------------
 
 
-def run(settings: Settings, asked: Asked = DUE, progress: Progress = _silent) -> Report:
+def run(settings: Settings, asked: Asked = DUE, progress: Progress = silent) -> Report:
     """The whole line, for what is due or for the UTC days that are named.
 
     Named days are always fetched again; without an end they go up to now. Models, prices and credits
@@ -114,7 +107,7 @@ def run(settings: Settings, asked: Asked = DUE, progress: Progress = _silent) ->
     Raises:
         UsageError: settings that cannot mean anything; no key.
     """
-    report = Report(_new_run_id())
+    report = Report(new_run_id())
     warehouse = open_warehouse(settings)
 
     def take(batch: list[Staged]) -> None:
@@ -123,18 +116,18 @@ def run(settings: Settings, asked: Asked = DUE, progress: Progress = _silent) ->
     if _extract_all(settings, warehouse, report, take, asked, progress):
         _record_failures(warehouse, report)
         try:
-            _build_and_publish(settings, report)
+            build_and_publish(settings, report)
         except FaletlError as error:
             report.failures.append((None, error))
     return report
 
 
-def extract(settings: Settings, asked: Asked = DUE, progress: Progress = _silent) -> Report:
+def extract(settings: Settings, asked: Asked = DUE, progress: Progress = silent) -> Report:
     """Land and prove the windows that `run` would; load nothing. Raises UsageError, as `run`."""
-    report = Report(_new_run_id())
+    report = Report(new_run_id())
 
     def take(batch: list[Staged]) -> None:
-        report.outcomes.extend(_outcome(staged, "landed") for staged in batch)
+        report.outcomes.extend(outcome_of(staged, "landed") for staged in batch)
 
     _extract_all(settings, open_warehouse(settings), report, take, asked, progress)
     return report
@@ -154,9 +147,9 @@ def dry_run(settings: Settings, asked: Asked = DUE) -> list[Forecast]:
         return forecast(settings, connection, label, asked, datetime.now(UTC))
 
 
-def load(settings: Settings, asked: Asked = DUE, progress: Progress = _silent) -> Report:
+def load(settings: Settings, asked: Asked = DUE, progress: Progress = silent) -> Report:
     """Stage, prove and load what has landed and is not loaded yet; asks fal nothing."""
-    report = Report(_new_run_id())
+    report = Report(new_run_id())
     warehouse = open_warehouse(settings)
     waiting = [
         landed
@@ -167,86 +160,14 @@ def load(settings: Settings, asked: Asked = DUE, progress: Progress = _silent) -
     return report
 
 
-def rebuild(settings: Settings, day: date | None = None, progress: Progress = _silent) -> Report:
-    """The warehouse, or one UTC day of it, anew from the landed pages alone; asks fal nothing.
-
-    Every read that is still there is loaded again, in the order of that time, so that the ledger and
-    the restatements come back, too. The old warehouse serves until the new one is whole.
-
-    Raises:
-        TamperedError: landed pages are gone or are not those that were landed; nothing is changed.
-        SettingsError, WarehouseError, StorageError: the warehouse cannot be written.
-    """
-    report, warehouse = Report(_new_run_id()), open_warehouse(settings)
-    holder = f"faletl rebuild, run {report.run_id}"
-    if not any(True for _ in landing.complete_reads(settings)):
-        return report
-    if day is not None:
-        with tempfile.TemporaryDirectory(prefix="faletl-") as scratch:
-            mine = (read for read in _all_reads(settings) if read.manifest.window.day == day)
-            batch = [s for read in mine if (s := _staged_again(settings, read, Path(scratch)))]
-            with warehouse.lease(holder) as lease:
-                with lease.connection.begin():
-                    _refuse_gaps(current_loads(lease.connection, day), [s.landed for s in batch])
-                outcomes = replay(settings, warehouse, lease, batch, forget=day)
-        report.outcomes += map(_outcome, batch, outcomes)
-    else:
-        loaded = set[str]()  # of a warehouse that cannot be read, which is a reason to rebuild it
-        with suppress(SettingsError, TamperedError), warehouse.reading() as connection:
-            loaded = current_loads(connection) if connection is not None else loaded
-        _refuse_gaps(loaded, _all_reads(settings))
-        with (
-            warehouse.renewed(holder) as fresh,
-            tempfile.TemporaryDirectory(prefix="faletl-") as scratch,
-            fresh.lease(holder) as lease,
-        ):
-            reads = _all_reads(settings)  # now that nobody else can load any more
-            for done, landed in enumerate(reads):
-                progress("loading", done, len(reads))
-                if staged := _staged_again(settings, landed, Path(scratch)):
-                    lease = next_lease(lease)
-                    outcome = replay(settings, fresh, lease, [staged])[0]
-                    report.outcomes.append(_outcome(staged, outcome))
-                    staged.path.unlink()
-            report.build = models.build(settings, fresh, lease, run_id=report.run_id)
-    _build_and_publish(settings, report)
-    return report
-
-
-def prune(settings: Settings, *, is_dry: bool = False) -> tuple[list[Path], int]:
-    """Delete landed reads that nothing stands on any more; return their folders and bytes.
-
-    What is loaded, what was restated after its day closed, what is not loaded yet, and interrupted
-    reads that can still be taken up are kept: `rebuild` gives the same tables as before.
-
-    Raises:
-        StorageError: a folder cannot be deleted.
-    """
-    with open_warehouse(settings).reading() as connection:
-        kept, closed = kept_loads(connection) if connection is not None else (set(), set())
-    kept |= {landed.manifest.load_id for landed in _not_loaded(settings, open_warehouse(settings))}
-    dropped = list(landing.interrupted_reads(settings, datetime.now(UTC) - RESUME_WITHIN))
-    for folder in landing.complete_reads(settings):
-        manifest = landing.open_read(folder).manifest
-        day = (manifest.account, manifest.resource, manifest.window.day)
-        if day in closed and not manifest.window.is_provisional:
-            closed.discard(day)  # the first read after the day closed: reads come in order
-        elif manifest.load_id not in kept:
-            dropped.append(folder)
-    size = sum(landing.size(folder) for folder in dropped)
-    for folder in dropped if not is_dry else ():
-        landing.drop(folder)
-    return dropped, size
-
-
 def build(settings: Settings, *, full: bool = False) -> Report:
     """Build marts and reports if raw, the SQL or the seeds changed (`full`: in any case).
 
     Raises:
         CheckFailedError: a SQL check found rows; nothing was changed.
     """
-    report = Report(_new_run_id())
-    _build_and_publish(settings, report, builds="always" if full else "changed", publishes=False)
+    report = Report(new_run_id())
+    build_and_publish(settings, report, builds="always" if full else "changed", publishes=False)
     return report
 
 
@@ -256,12 +177,12 @@ def publish(settings: Settings) -> Report:
     Raises:
         WarehouseError: something was loaded that is not built yet.
     """
-    report = Report(_new_run_id())
-    _build_and_publish(settings, report, builds="never")
+    report = Report(new_run_id())
+    build_and_publish(settings, report, builds="never")
     return report
 
 
-def _build_and_publish(
+def build_and_publish(
     settings: Settings,
     report: Report,
     *,
@@ -374,7 +295,10 @@ def _waves(
     if by_ids:
         used = seen["usage"] | seen["billing_events"]
         with warehouse.reading() as connection:
-            by_ids = with_ids(connection, account, by_ids, now, used=used, catalogue=seen["models"])
+            known = with_ids(connection, account, by_ids, now, used=used, catalogue=seen["models"])
+        for name in sorted({t.resource.name for t in by_ids} - {t.resource.name for t in known}):
+            log.warning("%s: no endpoint is known yet to ask for; load usage or models first", name)
+        by_ids = known
     yield by_ids
 
 
@@ -448,13 +372,14 @@ def _load_batch(settings: Settings, warehouse: Warehouse, batch: list[Staged], r
     with warehouse.lease(f"faletl load, run {report.run_id}") as lease:
         for staged in batch:
             outcome = replace_window(settings, warehouse, lease, staged)
-            report.outcomes.append(_outcome(staged, outcome))
+            report.outcomes.append(outcome_of(staged, outcome))
             window = staged.landed.manifest.window
             told = f"{staged.rows:,} rows, {outcome}, proof {staged.proof}"
             log.info("%s, window %s: %s", staged.resource.name, window, told)
 
 
-def _outcome(staged: Staged, outcome: str) -> Outcome:
+def outcome_of(staged: Staged, outcome: str) -> Outcome:
+    """What became of the staged window."""
     window = staged.landed.manifest.window
     return Outcome(staged.resource.name, window, outcome, staged.rows, staged.landed.folder)
 
@@ -479,43 +404,6 @@ def _load_landed(
             _load_batch(settings, warehouse, [staged], report)
             staged.path.unlink()
         progress("loading", len(reads), len(reads))
-
-
-def _all_reads(settings: Settings) -> list[Landed]:
-    """Complete reads in the order in which they were loaded, but for those that came too late then.
-
-    Later ones know of greater tokens. Of two that were under way at the same time, the first that was
-    complete was loaded, and the other one was superseded.
-    """
-    reads = map(landing.open_read, landing.complete_reads(settings))
-    ordered, newest = list[Landed](), dict[tuple[str, ...], Landed]()
-    for landed in sorted(reads, key=lambda r: (r.manifest.fencing_token, r.manifest.finished_at)):
-        manifest = landed.manifest
-        key = (manifest.account, manifest.resource, str(manifest.window.start))
-        before = newest.get(key)
-        if before is None or before.manifest.finished_at <= manifest.started_at:
-            newest[key] = landed
-            ordered.append(landed)
-    return ordered
-
-
-def _staged_again(settings: Settings, landed: Landed, scratch: Path) -> Staged | None:
-    """The rows of an earlier read; None for one that was refused then, and is now."""
-    try:
-        return stage_window(settings, landed, scratch)
-    except (ContractError, DataRefusedError, UnprovenError) as error:
-        log.info("%s; it was not loaded then, and is not now", error)
-        return None
-
-
-def _refuse_gaps(loaded: set[str], reads: Sequence[Landed]) -> None:
-    """Raises TamperedError when something is loaded whose landed pages are gone: it would be lost."""
-    if gone := sorted(loaded - {landed.manifest.load_id for landed in reads}):
-        raise TamperedError(
-            f"the landed pages of {len(gone)} loads are gone (the first is {gone[0]}), and a rebuild "
-            "would lose their rows: is FALETL_LANDING right? Restore them, read these days again with "
-            "faletl run --start … --end …, or move the warehouse away to rebuild without them"
-        )
 
 
 def _record_failures(warehouse: Warehouse, report: Report) -> None:
@@ -559,5 +447,6 @@ def _not_loaded(settings: Settings, warehouse: Warehouse, report: Report | None 
     )
 
 
-def _new_run_id() -> str:
+def new_run_id() -> str:
+    """When it began, and chance."""
     return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"

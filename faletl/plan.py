@@ -71,6 +71,18 @@ class Forecast:
     calls: int
 
 
+ASSUMED_CATALOGUE = 1400
+"""Endpoints that fal's catalogue is taken to have while none is loaded (docs/fal-api.md, "Models")."""
+
+ASSUMED_USED = 50
+"""Endpoints that an account is taken to use while no usage is loaded."""
+
+
+def _assumed_ids(task: Task) -> int:
+    is_all = task.is_whole_catalogue or task.window.is_snapshot
+    return ASSUMED_CATALOGUE if is_all else ASSUMED_USED
+
+
 def account_label(client: FalClient, settings: Settings) -> str:
     """The account's label: FALETL_ACCOUNT, or fal's name of the account.
 
@@ -177,11 +189,12 @@ def with_ids(
         known = KnownIds()
         if connection is not None:
             known = known_ids(connection, account, task.resource, task.window, now)
-        ids = known.used_or_held.union(used)
-        if task.is_whole_catalogue or task.window.is_snapshot:
-            ids = ids.union(known.catalogue, catalogue)
+        ids, all_ids = known.used_or_held.union(used), known.catalogue.union(catalogue)
+        is_whole = task.is_whole_catalogue and bool(all_ids)  # not when fal's catalogue was out of reach
+        if is_whole or task.window.is_snapshot:
+            ids |= all_ids
         if ids := ids - known.unknown:
-            found.append(replace(task, ids=tuple(sorted(ids))))
+            found.append(replace(task, ids=tuple(sorted(ids)), is_whole_catalogue=is_whole))
     return found
 
 
@@ -202,8 +215,12 @@ def forecast(
     for name, mine in by_name.items():
         resource = RESOURCES[name]
         if resource.ids_per_call is not None:
-            mine = with_ids(connection, account, mine, now)
-            batches = sum(math.ceil(len(task.ids) / resource.ids_per_call) for task in mine)
+            known = {task.window: task for task in with_ids(connection, account, mine, now)}
+            batches = sum(
+                math.ceil((len(known[t.window].ids) if t.window in known else _assumed_ids(t))
+                          / resource.ids_per_call)
+                for t in mine
+            )  # fmt: skip
             calls = batches * len(resource.params)
         else:
             calls = math.ceil(len(mine) * pages.get(name, 1)) + len(mine) * (resource.proof is not None)

@@ -60,9 +60,9 @@ Question = Mapping[str, str | tuple[str, ...]]
 class Proof:
     """A control total: fal's own sums over the same window, from a question of its own.
 
-    `columns` are those of an answer's records; sums of the `sums` per `key` must be ours. Where
-    `two_walks_suffice`, the totals come from another ledger of fal's: rows that differ from it are
-    accepted when a second walk finds the very same ones.
+    `columns` are those of an answer's records; sums of the `sums` per `key` must be ours, over those
+    records of which `only` (SQL) holds. Where `two_walks_suffice`, the totals come from another ledger
+    of fal's: rows that differ from it are accepted when a second walk finds the very same ones.
     """
 
     path: str
@@ -71,6 +71,7 @@ class Proof:
     columns: tuple[Column, ...]
     key: tuple[str, ...]
     sums: tuple[str, ...]
+    only: str = "true"
     two_walks_suffice: bool = False
 
 
@@ -292,7 +293,13 @@ BILLING_EVENTS = Resource(
         Column("cost_estimate_nano_usd", Kind.WHOLE, "the charge in whole nano-dollars"),
         *_CREDENTIAL,
     ),
-    proof=replace(_USAGE_TOTALS, key=("endpoint_id",), sums=("cost_total",), two_walks_suffice=True),
+    proof=replace(
+        _USAGE_TOTALS,
+        key=("endpoint_id",),
+        sums=("cost_total",),
+        only="coalesce(currency, 'USD') = 'USD'",  # as charges are
+        two_walks_suffice=True,
+    ),
     doubts={
         **_COST_DOUBTS,
         "nano-dollars are not the total": (

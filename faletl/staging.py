@@ -665,7 +665,8 @@ def _count(connection: duckdb.DuckDBPyConnection, query: str) -> int:
 
 def _proof_columns(resource: Resource) -> tuple[Column, ...]:
     proof = resource.proof
-    return tuple(c for c in proof.columns if c.name in (*proof.key, *proof.sums)) if proof else ()
+    names = (*proof.key, *proof.sums, "currency") if proof else ()
+    return tuple(c for c in proof.columns if c.name in names) if proof else ()
 
 
 def _prove(
@@ -727,22 +728,25 @@ def _differences(
 ) -> list[str]:
     """Where our sums per key are not fal's, as sentences.
 
-    A sum may differ by half a nano per row summed, as fal rounds each amount to a nano-dollar; a
-    quantity also by one part in 10^12, as fal may have summed it in doubles.
+    A sum may differ by half a nano for each row that fal rounded to a nano-dollar: ours, where the
+    totals are of these very rows; else fal's. A quantity may also differ by one part in 10^12, as fal
+    may have summed it in doubles.
     """
     key = ", ".join(proof.key)
     ours = ", ".join(f"sum({name}) as {name}" for name in proof.sums)
     same = " and ".join(f"ours.{name} is not distinct from fals.{name}" for name in proof.key)
     off = " or ".join(
         f"abs(coalesce(ours.{name}, 0) - coalesce(fals.{name}, 0)) > "
-        f"coalesce(ours.n, 1) * {_tolerance(name)}"
+        f"coalesce({'fals' if proof.two_walks_suffice else 'ours'}.n, 1) * {_tolerance(name)}"
         for name in proof.sums
     )
     figures = ", ".join(f"coalesce(ours.{name}, 0), coalesce(fals.{name}, 0)" for name in proof.sums)
     whose = ", ".join(f"coalesce(ours.{name}, fals.{name})" for name in proof.key)
     found = connection.execute(f"""
         with ours as (select {key}, count(*) as n, {ours} from {_quoted(rows)} group by {key}),
-        fals as (select {key}, {ours} from {_quoted(totals)} group by {key})
+        fals as (
+            select {key}, count(*) as n, {ours} from {_quoted(totals)} where {proof.only} group by {key}
+        )
         select {whose}, {figures} from ours full join fals on {same} where {off} order by all
     """).fetchall()
     return [_difference(proof, row[: len(proof.key)], row[len(proof.key) :]) for row in found]

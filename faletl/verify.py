@@ -7,9 +7,12 @@ that fal sent), and models (every table is what its SQL makes of what it reads).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
+from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import sqlalchemy as sa
 
@@ -17,6 +20,7 @@ from faletl import landing, models
 from faletl.config import Settings
 from faletl.errors import FaletlError, UsageError
 from faletl.landing import Landed
+from faletl.load import read_ledger
 from faletl.resources import RESOURCES
 from faletl.staging import digest_of, digest_sums
 from faletl.warehouse import open_warehouse
@@ -24,25 +28,56 @@ from faletl.warehouse.tables import LOADS, RAW
 from faletl.windows import Window
 
 
-def verify(settings: Settings) -> Iterator[str]:
-    """A sentence for everything that is not as it was left, with what to do about it.
+@dataclass(slots=True)
+class Verdict:
+    """A sentence for each thing that is not as it was left, and whether all was looked at.
+
+    Sums and models are not, while something is loaded that is not built yet.
+    """
+
+    findings: list[str] = field(default_factory=list)
+    is_complete: bool = True
+
+
+def verify(settings: Settings) -> Verdict:
+    """Look at everything, a part at a time: runs get their turn in between.
 
     Raises:
         UsageError: there is no warehouse yet.
         WarehouseError, TamperedError: the warehouse cannot be read at all.
     """
-    warehouse = open_warehouse(settings)
-    with warehouse.reading() as connection:
-        if connection is None:
-            raise UsageError("nothing is loaded yet; run faletl run first")
-        for name in RESOURCES:
-            yield from _changed_rows(connection, name)
-            yield from _lost_pages(settings, connection, name)
-        if models.needs_build(settings, connection):
-            yield from _failed_checks(connection, warehouse.dialect, only_ledger=True)
-            return  # what is loaded is not built yet: nothing is to be compared
-        yield from _failed_checks(connection, warehouse.dialect)
-        yield from _changed_models(connection, warehouse.dialect)
+    warehouse, verdict = open_warehouse(settings), Verdict()
+    parts = [*_parts_of_raw(settings, warehouse.dialect), *_parts_of_models(warehouse.dialect)]
+    for needs_build, part in parts:
+        with warehouse.reading() as connection:
+            if connection is None:
+                raise UsageError("nothing is loaded yet; run faletl run first")
+            if needs_build and models.needs_build(settings, connection):
+                verdict.is_complete = False
+                break
+            verdict.findings += part(connection)
+    return verdict
+
+
+_Part: TypeAlias = tuple[bool, Callable[[sa.Connection], Iterable[str]]]
+"""What to look at, and whether that must be built to be looked at."""
+
+
+def _parts_of_raw(settings: Settings, dialect: str) -> Iterator[_Part]:
+    for name in RESOURCES:
+        yield False, partial(_changed_rows, resource=name)
+        yield False, partial(_lost_pages, settings=settings, resource=name)
+        check = next(check for check in models.checks() if check.name == f"loads of raw.{name}")
+        yield False, partial(_failed_check, dialect=dialect, check=check)
+
+
+def _parts_of_models(dialect: str) -> Iterator[_Part]:
+    for check in models.checks():
+        if not check.name.startswith("loads of raw."):
+            yield True, partial(_failed_check, dialect=dialect, check=check)
+    for model in models.models():
+        if not model.is_view:
+            yield True, partial(_changed_model, dialect=dialect, model=model)
 
 
 def _repair(day: date) -> str:
@@ -71,16 +106,17 @@ def _changed_rows(connection: sa.Connection, resource: str) -> Iterator[str]:
             )
 
 
-def _lost_pages(settings: Settings, connection: sa.Connection, resource: str) -> Iterator[str]:
+def _lost_pages(connection: sa.Connection, settings: Settings, resource: str) -> Iterator[str]:
     """Loads whose landed pages are gone, changed, or too few for the rows in raw."""
     table = RAW[resource]
     rows = table.c["_load_id"], table.c["_page"], sa.func.max(table.c["_row"])
     last_rows: dict[str, dict[int, int]] = {}
     for load_id, page, row in connection.execute(sa.select(*rows).group_by(*rows[:2])):
         last_rows.setdefault(load_id, {})[page] = row
-    loads = sa.select(LOADS.c.load_id, LOADS.c.landing_path, LOADS.c.is_current)
+    needed = read_ledger(connection).needed
+    loads = sa.select(LOADS.c.load_id, LOADS.c.landing_path)
     for load in connection.execute(loads.where(LOADS.c.resource == resource)).all():
-        if not load.is_current and load.load_id not in last_rows:
+        if load.load_id not in needed:
             continue
         folder = Path(settings.landing) / load.landing_path
         try:
@@ -105,41 +141,33 @@ def _checked_pages(landed: Landed) -> list[int]:
     return [page.rows for page in landed.manifest.pages("rows")]
 
 
-def _failed_checks(
-    connection: sa.Connection, dialect: str, *, only_ledger: bool = False
-) -> Iterator[str]:
-    for check in models.checks():
-        if only_ledger and not check.name.startswith("loads of raw."):
-            continue
-        found = connection.exec_driver_sql(models.translate(check.sql, dialect)).mappings()
-        for row in found.fetchmany(3):
-            told = ", ".join(f"{key} {_plain(value)}" for key, value in row.items())
-            yield f"the check '{check.name}' finds {told}; faletl rebuild makes all anew"
+def _failed_check(connection: sa.Connection, dialect: str, check: models.Check) -> Iterator[str]:
+    found = connection.exec_driver_sql(models.translate(check.sql, dialect)).mappings()
+    for row in found.fetchmany(3):
+        told = ", ".join(f"{key} {_plain(value)}" for key, value in row.items())
+        yield f"the check '{check.name}' finds {told}; faletl rebuild makes all anew"
 
 
-def _changed_models(connection: sa.Connection, dialect: str) -> Iterator[str]:
-    """Tables that are not what their SQL makes of what they read."""
-    for model in models.models():
-        if model.is_view:
-            continue
-        for span in _spans(connection, model) if model.is_by_day else [None]:
-            made = models.restricted(model.sql, span) if span else model.sql
-            held = f"select * from {model.table}"
-            held = models.restricted(held, span) if span else held
-            differing = f"""
-                select count(*) from (
-                    (select * from ({made}) as a except all select * from ({held}) as b)
-                    union all
-                    (select * from ({held}) as c except all select * from ({made}) as d)
-                ) as differing
-            """
-            count = connection.exec_driver_sql(models.translate(differing, dialect)).scalar_one()
-            if count:
-                when = f", {span.first} to before {span.end}" if span else ""
-                yield (
-                    f"{model.table}{when}: {count} rows are not what {model.name}.sql makes; "
-                    "faletl build --full makes it anew"
-                )
+def _changed_model(connection: sa.Connection, dialect: str, model: models.Model) -> Iterator[str]:
+    """Where the table is not what its SQL makes of what it reads."""
+    for span in _spans(connection, model) if model.is_by_day else [None]:
+        made = models.restricted(model.sql, span) if span else model.sql
+        held = f"select * from {model.table}"
+        held = models.restricted(held, span) if span else held
+        differing = f"""
+            select count(*) from (
+                (select * from ({made}) as a except all select * from ({held}) as b)
+                union all
+                (select * from ({held}) as c except all select * from ({made}) as d)
+            ) as differing
+        """
+        count = connection.exec_driver_sql(models.translate(differing, dialect)).scalar_one()
+        if count:
+            when = f", {span.first} to before {span.end}" if span else ""
+            yield (
+                f"{model.table}{when}: {count} rows are not what {model.name}.sql makes; "
+                "faletl build --full makes it anew"
+            )
 
 
 def _spans(connection: sa.Connection, model: models.Model) -> Iterator[models.Span]:

@@ -39,11 +39,17 @@ class Warehouse(Protocol):
             TamperedError, SettingsError: the file is no warehouse of ours, or of a newer faletl.
         """
 
-    def reading(self, *, wait: bool = True) -> AbstractContextManager[sa.Connection | None]:
+    def reading(
+        self, *, wait: bool = True, is_older_fine: bool = False
+    ) -> AbstractContextManager[sa.Connection | None]:
         """A connection for reading what is loaded now; None when there is no warehouse yet.
+
+        Nobody writes while it is open: read and let go.
 
         Raises:
             WarehouseBusyError: somebody writes; at once, or after as long as we `wait`.
+            TamperedError, SettingsError: it is no warehouse of ours, or not of this version;
+                one of an older faletl may be read where that is fine.
         """
 
     def published(self) -> AbstractContextManager[sa.Connection | None]:
@@ -52,14 +58,17 @@ class Warehouse(Protocol):
     def export(self, query: str, path: Path) -> bool:
         """Write the rows of a reader's query to a Parquet file; False when nothing is published."""
 
-    def renewed(self, holder: str) -> AbstractContextManager[Warehouse]:
+    def renewed(self, holder: str, token: int) -> AbstractContextManager[Warehouse]:
         """An empty warehouse that takes the place of this one if all goes well, in one step.
 
         This one is held meanwhile, and need not be readable. Leases of the new one have greater
-        tokens than those of this one had, as far as these can be read.
+        tokens than `token`, and than those of this one, as far as these can be read.
 
         Raises: as `lease`.
         """
+
+    def define_functions(self, connection: sa.Connection) -> None:
+        """Create or replace the functions that the models call and the database does not have."""
 
     def take_in(self, connection: sa.Connection, table: sa.Table, rows: Path) -> None:
         """Insert a staged Parquet file in bulk; its columns are columns of the table."""

@@ -73,6 +73,10 @@ MACROS = (
             ) + trillionths(whole)) // (2 * trillionths(whole))
         as decimal(38,0)) * 0.000000000001
     """,
+    # ISO 4217 has a code for no currency.
+    """
+    create or replace macro currency_code(currency) as coalesce(nullif(currency, ''), 'XXX')
+    """,
     # Labels are renamed, ids are not. The same rule for usage and events, models and restatements.
     """
     create or replace macro credential_id(api_key_id, login_username, label) as case
@@ -111,8 +115,10 @@ class DuckDBWarehouse:
                 yield Lease(connection, self._take_token(connection, holder))
 
     @contextmanager
-    def reading(self, *, wait: bool = True) -> Iterator[sa.Connection | None]:
-        """What is loaded now. Blocks writers for as long as it is open: read and let go."""
+    def reading(
+        self, *, wait: bool = True, is_older_fine: bool = False
+    ) -> Iterator[sa.Connection | None]:
+        """What is loaded now; see the protocol."""
         if not self._path.exists():
             yield None
             return
@@ -120,7 +126,7 @@ class DuckDBWarehouse:
             self._lock("a reader", self._settings.lock_seconds if wait else 0),
             self._opened(read_only=True) as connection,
         ):
-            _check_version(connection, self._path)
+            _check_version(connection, self._path, is_older_fine=is_older_fine)
             yield connection
 
     @contextmanager
@@ -155,10 +161,10 @@ class DuckDBWarehouse:
             connection.close()
 
     @contextmanager
-    def renewed(self, holder: str) -> Iterator[Warehouse]:
+    def renewed(self, holder: str, token: int) -> Iterator[Warehouse]:
         """Make a new file beside the old one and rename it over that; see the protocol."""
         with self._lock(holder, self._settings.lock_seconds):
-            token = self._last_token()
+            token = max(token, self._last_token())
             part = self._path.with_name(f".{self._path.name}.rebuild")
             _discard(part)
             url = sa.URL.create("duckdb", database=str(part))
@@ -188,6 +194,11 @@ class DuckDBWarehouse:
             log.warning("%s; it is kept as %s", error, aside)
             shutil.copyfile(self._path, aside)
             return 0
+
+    def define_functions(self, connection: sa.Connection) -> None:
+        """Create or replace the macros; see the protocol."""
+        for macro in MACROS:
+            connection.exec_driver_sql(macro)
 
     def take_in(self, connection: sa.Connection, table: sa.Table, rows: Path) -> None:
         """Insert a staged Parquet file; see the protocol."""
@@ -254,6 +265,7 @@ class DuckDBWarehouse:
             part_wal.unlink(missing_ok=True)
             with _closing(_connect(part, self._settings)) as connection, connection.begin():
                 _create_tables(connection, token)
+                self.define_functions(connection)
             part.chmod(0o600)
             _sync_file(part)
             part.replace(self._path)
@@ -399,8 +411,6 @@ def _create_tables(connection: sa.Connection, token: int) -> None:
     for schema in tables.SCHEMAS:  # DuckDB keeps no comments on schemas
         connection.execute(sa.schema.CreateSchema(schema))
     tables.METADATA.create_all(connection)
-    for macro in MACROS:
-        connection.exec_driver_sql(macro)
     connection.execute(
         sa.insert(tables.WAREHOUSE).values(
             schema_version=tables.SCHEMA_VERSION, fencing_token=token, data_version=0

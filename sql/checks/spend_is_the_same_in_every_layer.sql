@@ -5,7 +5,7 @@ with
 layers as (
     select
         _account as account,
-        coalesce(nullif(currency, ''), 'XXX') as currency,
+        currency_code(currency) as currency,
         quantity,
         cost_total,
         'raw' as layer

@@ -7,7 +7,7 @@ seen as (
     union all
     select usage_date as seen_at from staging.int_billing_events_daily
     union all
-    select usage_date as seen_at from staging.stg_fal__analytics
+    select usage_date as seen_at from staging.int_requests_daily
     union all
     select cast(snapshot_at as date) as seen_at from staging.stg_fal__prices
     union all

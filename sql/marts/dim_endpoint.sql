@@ -17,9 +17,9 @@ sightings as (
     union all
     select
         endpoint_id,
-        bucket_at as first_seen_at,
-        bucket_at as last_seen_at
-    from staging.stg_fal__analytics
+        first_requested_at as first_seen_at,
+        last_requested_at as last_seen_at
+    from staging.int_requests_daily
     union all
     select
         endpoint_id,

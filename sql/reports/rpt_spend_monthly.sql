@@ -18,13 +18,12 @@ months as (
 ),
 
 -- A line that is gone has nothing in the month after its last: once, and only if that month was read.
-newest as (
-    select
+months_read as (
+    select distinct
         account,
-        cast(date_trunc('month', max(window_start) at time zone 'UTC') as date) as usage_month
+        cast(date_trunc('month', window_start at time zone 'UTC') as date) as usage_month
     from ops.loads
     where resource = 'usage' and is_current
-    group by account
 ),
 
 gone as (
@@ -35,8 +34,10 @@ gone as (
         months.unit,
         months.currency
     from months
-    inner join newest
-        on months.account = newest.account and months.usage_month < newest.usage_month
+    inner join months_read
+        on
+            months.account = months_read.account
+            and months.usage_month + interval '1 month' = months_read.usage_month
     left join months as following
         on
             months.account = following.account
@@ -104,7 +105,7 @@ select
         as change_from_price,  -- what a unit cost more or less, after discounts
     split.change_from_volume,  -- more or fewer units, at what a unit cost the month before
     case when split.is_comparable then 0 else split.cost_change end
-        as change_from_new_or_gone  -- nothing used in one of the two months
+        as change_from_new_or_gone  -- nothing used in one of the two months; in an open month: so far
 from split
 left join marts.dim_endpoint as endpoints
     on split.endpoint_id = endpoints.endpoint_id

@@ -28,7 +28,7 @@ days as (
         coalesce(spend.account, requests.account) as account,
         coalesce(spend.usage_date, requests.usage_date) as usage_date,
         coalesce(spend.endpoint_id, requests.endpoint_id) as endpoint_id,
-        coalesce(spend.currency, billed.currency, 'XXX') as currency,
+        currency_code(coalesce(spend.currency, billed.currency)) as currency,
         coalesce(spend.cost_total, 0) as cost_total,
         requests.request_count,
         requests.success_count,

@@ -4,6 +4,6 @@ select
     _account as account,  -- account label: fal's username, or FALETL_ACCOUNT
     _snapshot_at at time zone 'UTC' as read_at,  -- when the balance was read, UTC
     current_balance,
-    coalesce(nullif(currency, ''), 'XXX') as currency,  -- ISO 4217 code of every amount; XXX when fal gave none
+    currency_code(currency) as currency,  -- ISO 4217 code of every amount; XXX when fal gave none
     _load_id as load_id  -- the load that brought the row; see ops.loads
 from raw.credits

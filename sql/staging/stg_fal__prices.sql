@@ -6,6 +6,6 @@ select
     endpoint_id,
     unit,
     unit_price,
-    coalesce(nullif(currency, ''), 'XXX') as currency,  -- ISO 4217 code of every amount; XXX when fal gave none
+    currency_code(currency) as currency,  -- ISO 4217 code of every amount; XXX when fal gave none
     _load_id as load_id  -- the load that brought the row; see ops.loads
 from raw.prices

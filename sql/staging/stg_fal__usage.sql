@@ -17,7 +17,7 @@ select
     unit,
     unit_price,
     percent_discount,
-    coalesce(nullif(currency, ''), 'XXX') as currency,  -- ISO 4217 code of every amount; XXX when fal gave none
+    currency_code(currency) as currency,  -- ISO 4217 code of every amount; XXX when fal gave none
     credential_id(api_key_id, login_username, auth_label)
         as credential_id,  -- key:…, user:…, label:… (where fal told no id) or none
     auth_label as credential_label,  -- name of the credential at that hour

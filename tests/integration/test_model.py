@@ -20,6 +20,7 @@ from faletl import models, pipeline
 from faletl.config import Settings
 from faletl.errors import TamperedError, UnprovenError
 from faletl.plan import Asked
+from faletl.rebuild import prune, rebuild
 from faletl.sandbox import BILLING_KEY, READONLY_KEY, Calls, Fault, Request, Sandbox
 from faletl.verify import verify
 from tests import truth
@@ -257,12 +258,12 @@ def test_what_an_id_was_not_asked_for_stays(
     assert pipeline.run(settings).exit_code == 0
     held = f"select request_count from marts.fct_requests where endpoint_id = '{BROKEN}'"
     assert ask(settings, held) == [(3,)]
-    assert list(verify(settings)) == []
+    assert verify(settings).findings == []
     before = all_tables(settings)
-    pipeline.rebuild(settings)
+    rebuild(settings)
     assert all_tables(settings) == before
-    pipeline.prune(settings)
-    pipeline.rebuild(settings)
+    prune(settings)
+    rebuild(settings)
     assert all_tables(settings) == before
 
 
@@ -451,7 +452,7 @@ def test_the_documented_queries_tell_what_a_month_looked_like_at_an_instant(
     lines, totals = (documented("restatements.md", number) for number in (1, 2))
     for is_rebuilt in (False, True):
         if is_rebuilt:
-            pipeline.rebuild(settings)
+            rebuild(settings)
         for then, spent in seen:
             rows = ask(settings, as_of(lines, then))
             assert {(row[1], row[2]): row[5] for row in rows} == {k: v for k, v in spent.items() if v}
@@ -515,9 +516,9 @@ def test_a_build_touches_only_the_days_that_changed(
     assert ask(
         settings, "select distinct quantity from marts.fct_usage where usage_date = '2026-11-22'"
     ) == [(Decimal(77),)]
-    assert [finding for finding in verify(settings) if "marts.fct_usage, 2026-11" in finding]
+    assert [finding for finding in verify(settings).findings if "marts.fct_usage, 2026-11" in finding]
     pipeline.build(settings, full=True)
-    assert list(verify(settings)) == []
+    assert verify(settings).findings == []
 
 
 def test_days_of_a_select_are_its_select_of_those_days(
@@ -557,21 +558,21 @@ def test_full_builds_and_rebuilds_give_the_tables_that_a_story_of_runs_gave(
     pipeline.publish(settings)
     assert all_tables(settings) == before
     sandbox.fault = lambda _: Fault(drop=True)  # the network is not needed
-    pipeline.rebuild(settings)
+    rebuild(settings)
     assert all_tables(settings) == before
     assert ledgers(settings) == ledger
     kept = list((tmp_path / "landing").rglob("manifest.json"))
-    dropped, size = pipeline.prune(settings, is_dry=True)
+    dropped, size = prune(settings, is_dry=True)
     assert list((tmp_path / "landing").rglob("manifest.json")) == kept
-    assert pipeline.prune(settings) == (dropped, size)
+    assert prune(settings) == (dropped, size)
     assert dropped
     assert size
     shutil.rmtree(tmp_path / "spend.duckdb", ignore_errors=True)
     (tmp_path / "warehouse.duckdb").unlink()
-    pipeline.rebuild(settings)
+    rebuild(settings)
     assert all_tables(settings) == before
     assert ask(settings, CHANGES)
-    assert list(verify(settings)) == []
+    assert verify(settings).findings == []
 
 
 def ledgers(settings: Settings) -> list[list[tuple[Any, ...]]]:
@@ -600,13 +601,13 @@ def test_raw_rows_that_were_edited_are_found_and_a_day_is_made_anew(
 ) -> None:
     pipeline.run(settings)
     before = all_tables(settings)
-    assert list(verify(settings)) == []
+    assert verify(settings).findings == []
     with duckdb.connect(str(tmp_path / "warehouse.duckdb")) as connection:
         connection.execute(damage)
-    assert any(told in finding for finding in verify(settings)), list(verify(settings))
+    assert any(told in finding for finding in verify(settings).findings), verify(settings).findings
     for day in (21, 22, 23):
-        pipeline.rebuild(settings, truth.day(day))
-    assert list(verify(settings)) == []
+        rebuild(settings, truth.day(day))
+    assert verify(settings).findings == []
     assert all_tables(settings) == before
 
 
@@ -617,16 +618,16 @@ def test_landed_pages_that_are_gone_are_found_and_refuse_a_rebuild(
     before = all_tables(settings)
     page = next((tmp_path / "landing/acme/usage/2026-11-22").rglob("rows-*"))
     page.write_bytes(page.read_bytes()[:-1] + b"x")
-    assert any(page.name in finding for finding in verify(settings))
+    assert any(page.name in finding for finding in verify(settings).findings)
     for day in (None, truth.day(22)):
         with pytest.raises(TamperedError, match=re.escape(page.name)):
-            pipeline.rebuild(settings, day)
+            rebuild(settings, day)
     shutil.rmtree(page.parent)
     for day in (None, truth.day(22)):
         with pytest.raises(TamperedError, match="are gone"):
-            pipeline.rebuild(settings, day)
+            rebuild(settings, day)
     assert all_tables(settings) == before
-    assert len(list(verify(settings))) == 1
+    assert len(verify(settings).findings) == 1
 
 
 # --- What a run would do, and a server of last year -----------------------------------------------

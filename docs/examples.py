@@ -1,0 +1,79 @@
+"""Outputs in the documents: what they show is run against the demo, at a time that stands still."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+
+import time_machine
+
+from faletl import answers, demo, pipeline
+from faletl.config import Settings
+
+SHOWN_AT = datetime(2026, 11, 24, 12, tzinfo=UTC)
+FOLDER = Path(__file__).parent
+
+_QUERY = re.compile(r"```sql\n(?P<sql>.*?)```\n(\n```text\n.*?```\n)?", re.DOTALL)
+_COMMAND = re.compile(r'(?P<line>\$ faletl sql "(?P<sql>[^"]+)"\n).*?(?=\n?\n\$|```)', re.DOTALL)
+_FIRST_ANSWERS = re.compile(r"(?<=```text\n)[^`]*? USD from .*?(?=```)", re.DOTALL)
+
+_SHOWN_DAYS = 4
+_SHOWN_ROWS = 2
+
+
+def queries() -> str:
+    """docs/queries.md with the output of each query."""
+    page = (FOLDER / "queries.md").read_text("utf-8")
+    return _QUERY.sub(
+        lambda found: f"```sql\n{found['sql']}```\n\n```text\n{_rows(found['sql'])}```\n", page
+    )
+
+
+def readme() -> str:
+    """README.md with the end of the demo, and the output of each query."""
+    page = (FOLDER.parent / "README.md").read_text("utf-8")
+    page = _FIRST_ANSWERS.sub(lambda _: "".join(_excerpt(_first_answers())), page)
+    return _COMMAND.sub(lambda found: found["line"] + _rows(found["sql"]), page)
+
+
+def _rows(sql: str) -> str:
+    """What `faletl sql` prints."""
+    return _printed(lambda: answers.print_query(_demo(), sql, "table"))
+
+
+def _first_answers() -> str:
+    return _printed(lambda: demo.print_first_answers(_demo()))
+
+
+def _excerpt(output: str) -> Iterator[str]:
+    """The total, the last days, and of each answer the first rows."""
+    total, days, *tables, _where_to_go_on = output.strip("\n").split("\n\n")
+    yield f"{total}\n\n"
+    yield "\n".join(days.splitlines()[-_SHOWN_DAYS:]) + "\n"
+    for table in tables:
+        question, header, *rows = table.splitlines()
+        more = ["…"] if len(rows) > _SHOWN_ROWS else []
+        yield "\n" + "\n".join([question, header, *rows[:_SHOWN_ROWS], *more]) + "\n"
+
+
+def _printed(show: Callable[[], None]) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        show()
+    return "".join(f"{line.rstrip()}\n" for line in printed.getvalue().splitlines())
+
+
+@cache
+def _demo() -> Settings:
+    """The demo's tables, made once."""
+    folder = Path(tempfile.mkdtemp(prefix="faletl-docs-"))
+    with time_machine.travel(SHOWN_AT, tick=False):
+        settings, report = demo.run(folder, pipeline.silent)
+    if report.exit_code:
+        raise RuntimeError(report.failures)
+    return settings

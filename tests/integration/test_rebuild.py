@@ -1,0 +1,340 @@
+"""Rebuild, prune and verify: the landed pages are enough, whatever became of the warehouse."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pytest
+import time_machine
+
+from faletl import landing, pipeline
+from faletl.config import Settings
+from faletl.errors import TamperedError, UsageError
+from faletl.plan import Asked
+from faletl.rebuild import prune, rebuild
+from faletl.sandbox import Fault, Request, Sandbox
+from faletl.verify import verify
+from tests import truth
+from tests.conftest import all_tables, ask, settings_for, total
+from tests.truth import FLUX, VIDEO, VOICE, Account, line
+
+DAYS = Asked(start=truth.day(21), end=truth.day(23), resources=["usage", "billing_events"])
+
+
+def at(text: str) -> datetime:
+    """An instant of November 2026: `22T05`."""
+    return datetime.fromisoformat(f"2026-11-{text}:00:00+00:00")
+
+
+def history(settings: Settings) -> list[list[tuple[Any, ...]]]:
+    """What a rebuild must bring back beside the tables: the ledger and the restatements."""
+    return [
+        ask(settings, f"select * exclude ({less}) from ops.{table} order by all")
+        for table, less in (
+            ("loads", "fencing_token, last_fencing_token, data_version"),
+            ("restatements", "load_id"),
+        )
+    ]
+
+
+def check_rebuilds_alike(settings: Settings) -> None:
+    """From the ledger and the pages, from the pages alone, and day by day: always the same."""
+    before, past = all_tables(settings), history(settings)
+    rebuild(settings)
+    assert (all_tables(settings), history(settings)) == (before, past)
+    Path(settings.warehouse.removeprefix("duckdb:///")).unlink()
+    rebuild(settings)
+    assert (all_tables(settings), history(settings)) == (before, past)
+    for day in (21, 22, 23):
+        rebuild(settings, truth.day(day))
+    assert (all_tables(settings), history(settings)) == (before, past)
+    assert verify(settings).findings == []
+
+
+def within_a_run(
+    settings: Settings, sandbox: Sandbox, happens: Callable[[], None], asked: Asked = DAYS
+) -> pipeline.Report:
+    """A run during whose first request for usage something else happens, from start to end."""
+    is_over = False
+
+    def meanwhile(request: Request) -> Fault | None:
+        nonlocal is_over
+        if request.path == "/models/usage" and not is_over:
+            is_over = True
+            happens()
+        return None
+
+    sandbox.fault = meanwhile
+    report = pipeline.run(settings, asked)
+    sandbox.fault = None
+    return report
+
+
+def test_of_two_runs_that_overlap_a_rebuild_loads_the_one_that_was_loaded(
+    clock: time_machine.Traveller, account: Account, sandbox: Sandbox, settings: Settings
+) -> None:
+    pipeline.run(settings)
+    account.lines.append(line(at("22T05"), VIDEO, "2"))
+    clock.shift(60)
+
+    def another() -> None:
+        assert {o.outcome for o in pipeline.run(settings, DAYS).outcomes} >= {"loaded"}
+        account.lines.append(line(at("21T05"), VOICE, "9"))  # seen by the slower run alone
+        clock.shift(60)
+
+    slow = within_a_run(settings, sandbox, another)
+    assert {outcome.outcome for outcome in slow.outcomes} == {"superseded"}
+    assert verify(settings).findings == []
+    check_rebuilds_alike(settings)
+    clock.shift(timedelta(days=1))
+    pipeline.run(settings)
+    assert total(settings) == sum(one.cost_total for one in account.lines)
+    prune(settings)
+    before = all_tables(settings)
+    rebuild(settings)
+    assert all_tables(settings) == before
+
+
+def test_what_waits_to_be_loaded_is_not_pruned(
+    clock: time_machine.Traveller, account: Account, sandbox: Sandbox, settings: Settings
+) -> None:
+    pipeline.run(settings)
+    clock.shift(60)
+    for quantity in ("2", "3"):
+        account.lines.append(line(at("22T05"), VIDEO, quantity))
+        pipeline.extract(settings, DAYS)
+        clock.shift(60)
+        assert prune(settings)[0] == []
+    pipeline.load(settings)
+    pipeline.build(settings)
+    pipeline.publish(settings)
+    assert total(settings) == sum(one.cost_total for one in account.lines)
+    dropped, _ = prune(settings)  # the older reads can never be loaded any more
+    assert len({folder.parent for folder in dropped}) == len(dropped) > 0
+    check_rebuilds_alike(settings)
+
+
+def test_prune_keeps_the_read_that_found_a_day_closed_and_not_one_that_was_refused(
+    clock: time_machine.Traveller, account: Account, sandbox: Sandbox, settings: Settings
+) -> None:
+    account.lines.append(line(at("23T05"), VIDEO, "2"))
+    pipeline.run(settings)
+    clock.shift(timedelta(days=1))
+    sandbox.fault = lambda request: (
+        Fault(body=b'{"summary":[],"next_cursor":null,"has_more":false}')
+        if request.query.get("expand") == ["summary"]
+        else None
+    )
+    assert pipeline.run(settings).exit_code == 3  # refused
+    sandbox.fault = None
+    clock.shift(60)
+    pipeline.run(settings)  # unchanged
+    account.lines[-1] = line(at("23T05"), VIDEO, "3")
+    clock.shift(timedelta(days=3))
+    pipeline.run(settings)  # restated
+    before, restated = all_tables(settings), history(settings)[1]
+    assert restated
+    reads = ask(settings, "select resource, window_start, last_read_at from ops.loads where is_current")
+    dropped, size = prune(settings, is_dry=True)
+    assert dropped
+    assert prune(settings) == (dropped, size)
+    assert prune(settings) == ([], 0)
+    Path(settings.warehouse.removeprefix("duckdb:///")).unlink()
+    rebuild(settings)
+    assert (all_tables(settings), history(settings)[1]) == (before, restated)
+    assert reads == ask(
+        settings, "select resource, window_start, last_read_at from ops.loads where is_current"
+    )
+
+
+def test_nothing_is_pruned_where_no_warehouse_tells_what_is_needed(
+    clock: time_machine.Traveller, settings: Settings, tmp_path: Path
+) -> None:
+    pipeline.run(settings)
+    landed = sorted((tmp_path / "landing").rglob("*"))
+    elsewhere = settings.model_copy(update={"warehouse": f"duckdb:///{tmp_path / 'typo.duckdb'}"})
+    with pytest.raises(UsageError, match="is FALETL_WAREHOUSE right"):
+        prune(elsewhere)
+    assert sorted((tmp_path / "landing").rglob("*")) == landed
+
+
+@pytest.mark.parametrize("damage", ["drop table ops.loads", "drop table raw.usage"])
+def test_a_warehouse_without_its_ledger_is_made_anew(
+    damage: str, clock: time_machine.Traveller, account: Account, settings: Settings, tmp_path: Path
+) -> None:
+    pipeline.run(settings)
+    account.lines[0] = line(account.lines[0].hour, FLUX, "9")
+    clock.shift(timedelta(days=1))
+    pipeline.run(settings)
+    before, past = all_tables(settings), history(settings)
+    with duckdb.connect(str(tmp_path / "warehouse.duckdb")) as connection:
+        connection.execute(damage)
+    rebuild(settings)
+    assert (all_tables(settings), history(settings)) == (before, past)
+
+
+def test_a_kill_between_a_load_and_its_receipt_loses_nothing(
+    clock: time_machine.Traveller, account: Account, settings: Settings, tmp_path: Path
+) -> None:
+    pipeline.run(settings)
+    account.lines[0] = line(account.lines[0].hour, FLUX, "9")
+    clock.shift(timedelta(days=1))
+    pipeline.run(settings)
+    before, past = all_tables(settings), history(settings)
+    for receipt in (tmp_path / "landing").rglob(landing.RECEIPT):
+        receipt.unlink()
+    rebuild(settings)
+    assert (all_tables(settings), history(settings)) == (before, past)
+    check_rebuilds_alike(settings)  # the receipts are there again
+
+
+# --- Pages that are gone or damaged ---------------------------------------------------------------
+
+
+def damaged(folder: Path) -> None:
+    """One byte of the first page is another one."""
+    page = next(folder.glob("rows-*"))
+    page.write_bytes(page.read_bytes()[:-1] + b"x")
+
+
+@pytest.mark.parametrize("damage", [shutil.rmtree, damaged])
+def test_reading_a_day_again_stands_in_for_its_damaged_pages(
+    damage: Callable[[Path], None],
+    clock: time_machine.Traveller, settings: Settings, tmp_path: Path,
+) -> None:  # fmt: skip
+    pipeline.run(settings)
+    before = all_tables(settings)
+    for folder in (tmp_path / "landing/acme/usage/2026-11-22").iterdir():
+        damage(folder)
+    assert verify(settings).findings
+    with pytest.raises(TamperedError):
+        rebuild(settings)
+    clock.shift(60)
+    report = pipeline.run(settings, Asked(truth.day(21), truth.day(23), ["usage"]))
+    assert [outcome.outcome for outcome in report.outcomes] == ["unchanged", "loaded"]
+    assert all_tables(settings) == before
+    assert verify(settings).findings == []
+    assert history(settings)[1] == []
+    check_rebuilds_alike(settings)
+
+
+def test_damage_to_pages_that_nothing_stands_on_is_no_hindrance(
+    clock: time_machine.Traveller, account: Account, settings: Settings, tmp_path: Path
+) -> None:
+    pipeline.run(settings)  # the 23rd is open
+    account.lines.append(line(at("23T05"), VIDEO, "2"))
+    (open_read,) = (tmp_path / "landing/acme/usage/2026-11-23").iterdir()
+    clock.shift(timedelta(days=1))
+    pipeline.run(settings)
+    before = all_tables(settings)
+    damaged(open_read)
+    assert verify(settings).findings == []
+    rebuild(settings)
+    assert all_tables(settings) == before
+    (open_read / landing.MANIFEST).write_bytes(b"{")
+    rebuild(settings)
+    assert all_tables(settings) == before
+
+
+def test_pages_that_only_restatements_stand_on_are_missed_too(
+    clock: time_machine.Traveller, account: Account, settings: Settings, tmp_path: Path
+) -> None:
+    pipeline.run(settings)
+    (first,) = (tmp_path / "landing/acme/usage/2026-11-22").iterdir()
+    account.lines.append(line(at("22T05"), VIDEO, "2"))
+    clock.shift(timedelta(days=1))
+    pipeline.run(settings)
+    assert history(settings)[1]
+    shutil.rmtree(first)
+    assert [first.name in finding for finding in verify(settings).findings] == [True]
+    for day in (None, truth.day(22)):
+        with pytest.raises(TamperedError, match=f"1 loads are gone .*{first.name}"):
+            rebuild(settings, day)
+
+
+def test_another_landing_folder_is_not_taken_for_an_empty_history(
+    clock: time_machine.Traveller, settings: Settings, tmp_path: Path
+) -> None:
+    pipeline.run(settings)
+    elsewhere = settings.model_copy(update={"landing": str(tmp_path / "typo")})
+    with pytest.raises(TamperedError, match="is FALETL_LANDING right"):
+        rebuild(elsewhere)
+
+
+# --- One day --------------------------------------------------------------------------------------
+
+
+def test_a_day_made_anew_leaves_what_is_known_of_fal_as_it_is(
+    clock: time_machine.Traveller, sandbox: Sandbox, settings: Settings
+) -> None:
+    pipeline.run(settings)
+    clock.shift(timedelta(days=1))
+    sandbox.fault = lambda request: (
+        Fault(status=400)
+        if request.path == "/models/usage" and request.query["start"] == ["2026-11-22T00:00:00Z"]
+        else None
+    )
+    assert pipeline.run(settings, DAYS).exit_code == 3
+    sandbox.fault = None
+    known = "select * from ops.{} order by all"
+    before = [ask(settings, known.format(table)) for table in ("failures", "unknown_endpoints")]
+    assert all(before)
+    rebuild(settings, truth.day(22))
+    pipeline.publish(settings)
+    assert [
+        ask(settings, known.format(table)) for table in ("failures", "unknown_endpoints")
+    ] == before
+    tokens = "select count(*), count(distinct fencing_token) from ops.loads where window_start::date = '{}'"
+    count, distinct = ask(settings, tokens.format("2026-11-22"))[0]
+    assert count == distinct  # the ledger tells which of two loads was the later one
+
+
+# --- Verify ---------------------------------------------------------------------------------------
+
+
+def test_verify_says_what_it_could_not_look_at(
+    clock: time_machine.Traveller, account: Account, settings: Settings, tmp_path: Path
+) -> None:
+    pipeline.run(settings)
+    assert verify(settings).is_complete
+    owners = tmp_path / "owners.csv"
+    owners.write_text("account,credential_id,owner,team,cost_centre\n,none,web,,\n")
+    verdict = verify(settings.model_copy(update={"owners": owners}))
+    assert (verdict.findings, verdict.is_complete) == ([], False)
+    account.lines.append(line(at("22T05"), VIDEO, "2"))
+    clock.shift(60)
+    pipeline.extract(settings, DAYS)
+    pipeline.load(settings)
+    with duckdb.connect(str(tmp_path / "warehouse.duckdb")) as connection:
+        connection.execute("delete from reports.rpt_spend_daily")
+        connection.execute("delete from raw.billing_events where _row = 2")
+    verdict = verify(settings)
+    assert not verdict.is_complete
+    assert verdict.findings  # raw is looked at in any case
+    assert all("billing_events" in finding for finding in verdict.findings)
+
+
+def test_a_build_counts_the_checks_that_it_made(
+    clock: time_machine.Traveller, settings: Settings
+) -> None:
+    first = pipeline.run(settings).build
+    clock.shift(60)
+    second = pipeline.run(settings).build  # the balance alone is new
+    assert first is not None
+    assert second is not None
+    assert 0 < second.checks < first.checks
+    assert datetime.now(UTC) > truth.NOW
+
+
+def test_the_day_of_another_landing_is_no_day_of_this_one(
+    clock: time_machine.Traveller, tmp_path: Path
+) -> None:
+    settings = settings_for("http://127.0.0.1:9", tmp_path)
+    with pytest.raises(UsageError, match="there is no warehouse yet"):
+        rebuild(settings, truth.day(22))
+    assert rebuild(settings).outcomes == []
