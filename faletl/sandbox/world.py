@@ -349,7 +349,8 @@ class InventedWorld:
     def billing_events(self, start: datetime, end: datetime) -> Iterator[BillingEvent]:
         """The charges of `[start, end)` whose hours are over: together, exactly the usage."""
         now = self.now()
-        for hour in _hours(start.replace(minute=0, second=0, microsecond=0), end, now):
+        first = max(start, FOUNDED).astimezone(UTC).replace(minute=0, second=0, microsecond=0)
+        for hour in _hours(first, end, now):
             for event in self._shown(hour, now, events_of_hour(self.seed, hour)):
                 if start <= event.timestamp < end:
                     yield event

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta, timezone
 from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +14,8 @@ from typing import Any
 
 import httpx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from referencing import Registry, Resource
 
@@ -33,7 +35,14 @@ from faletl.sandbox import (
     World,
     invented_world,
 )
-from faletl.sandbox.world import FAILING, FOUNDED, lines_of_hour
+from faletl.sandbox.world import (
+    FAILING,
+    FOUNDED,
+    calls_of_hour,
+    changes_of_hour,
+    events_of_hour,
+    lines_of_hour,
+)
 
 DOCUMENT = json.loads(Path(faletl.sandbox.__file__).with_name("openapi.json").read_bytes())
 NOW = datetime(2026, 11, 20, 12, 30, tzinfo=UTC)
@@ -589,10 +598,16 @@ def test_a_world_may_change_between_requests() -> None:
         assert len(usage_rows(client, EXACT)) == 1
 
 
+def make_anew() -> None:
+    """Forget what was invented, so that the next who asks makes it again."""
+    for made in (lines_of_hour, changes_of_hour, events_of_hour, calls_of_hour):
+        made.cache_clear()
+
+
 def test_the_same_hour_has_the_same_lines_however_it_is_asked() -> None:
     start, end = datetime(2026, 11, 17, tzinfo=UTC), datetime(2026, 11, 19, tzinfo=UTC)
     whole = list(frozen_world().usage(start, end))
-    lines_of_hour.cache_clear()
+    make_anew()
     later = invented_world(now=lambda: NOW + timedelta(days=400))
     hours = [start + n * HOUR for n in reversed(range(48))]
     pieces = [list(later.usage(hour, hour + HOUR)) for hour in hours]
@@ -600,6 +615,28 @@ def test_the_same_hour_has_the_same_lines_however_it_is_asked() -> None:
     assert list(frozen_world(seed=8).usage(start, end)) != whole
     # Pinned, so that the demo's figures change on purpose only.
     assert sum(line.cost_total for line in whole) == Decimal("682.3877587")
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(
+    day=st.integers(-1, 4 * 365),
+    minutes=st.lists(st.integers(0, 2 * 24 * 60), min_size=2, max_size=5).map(sorted),
+    zone=st.sampled_from([UTC, timezone(timedelta(hours=5, minutes=45))]),
+    late=st.booleans(),
+)
+def test_any_range_is_the_sum_of_its_pieces(
+    day: int, minutes: list[int], zone: timezone, late: bool
+) -> None:
+    world = invented_world(now=lambda: datetime(2029, 1, 1, tzinfo=UTC), late=late)
+    cuts = [(FOUNDED + timedelta(days=day, minutes=n)).astimezone(zone) for n in minutes]
+    for held in (world.usage, world.billing_events, world.calls):
+        make_anew()
+        whole = Counter(held(cuts[0], cuts[-1]))
+        pieces: Counter[object] = Counter()
+        for piece in reversed(list(pairwise(cuts))):
+            make_anew()
+            pieces.update(held(*piece))
+        assert pieces == whole
 
 
 def test_only_hours_that_have_ended_are_there() -> None:
