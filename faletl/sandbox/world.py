@@ -200,7 +200,8 @@ STREAMS = (
     Stream("fal-ai/nano-banana-pro/edit", (110, 0, 20, 0)),
     Stream("fal-ai/bytedance/seedream/v4/text-to-image", (180, 320, 0, 0), is_discounted=True),
     Stream("fal-ai/qwen-image-2/pro/edit", (45, 0, 0, 0)),
-    Stream("fal-ai/recraft-v3", (60, 0, 6, 0)),
+    # A price agreed on: the bill keeps to it whatever the list says.
+    Stream("fal-ai/recraft-v3", (60, 0, 6, 0), unit_price="0.04"),
     Stream("fal-ai/ideogram/v3", (35, 0, 0, 0), months=2),
     Stream("openai/gpt-image-2", (55, 0, 10, 0), call="0.22"),
     Stream("fal-ai/birefnet/v2", (2400, 900, 0, 12)),
@@ -250,6 +251,42 @@ STREAMS = (
         call="9.5",
     ),
 )
+
+
+class PriceChange(NamedTuple):
+    """How the list price of an endpoint moves on from the one in prices.csv; the same for any seed.
+
+    Twice a year, in `month` (1 to 6) and six months later, on `day` (at most 28) at `hour` UTC, it moves
+    to the next of `to`, after the last back to the one in prices.csv, and so on from 2025. Those of `to`
+    are in `unit`, if that is another. The bill follows `billed_days_later`.
+    """
+
+    month: int
+    day: int
+    hour: int
+    to: tuple[str, ...]
+    unit: str = ""
+    billed_days_later: int = 0
+
+
+# Two endpoints a month, one of them in the middle of its hours of use.
+PRICE_CHANGES = {
+    "fal-ai/topaz/upscale/image": PriceChange(1, 6, 0, ("0.012",)),
+    "fal-ai/wan/v2.2-a14b/image-to-video": PriceChange(1, 22, 9, ("0.07", "0.075")),
+    "fal-ai/nano-banana-2": PriceChange(2, 3, 16, ("0.07", "0.074", "0.077")),
+    "fal-ai/esrgan": PriceChange(2, 18, 0, ("0.00125",)),
+    "fal-ai/recraft-v3": PriceChange(3, 9, 0, ("0.05", "0.045")),
+    "fal-ai/elevenlabs/tts/turbo-v2.5": PriceChange(3, 28, 17, ("0.04", "0.045")),
+    "fal-ai/veo3.1/fast/image-to-video": PriceChange(4, 13, 18, ("0.12", "0.135")),
+    # As it was seen of this one: the unit changed, too, and with it what a call costs.
+    "fal-ai/flux-2": PriceChange(4, 28, 0, ("0.00167",), unit="compute seconds"),
+    "fal-ai/kling-video/v3/pro/image-to-video": PriceChange(
+        5, 4, 0, ("0.168", "0.154"), billed_days_later=9
+    ),
+    "fal-ai/flux/dev": PriceChange(5, 12, 15, ("0.022",)),
+    "fal-ai/nano-banana-pro": PriceChange(6, 10, 0, ("0.134",)),  # not in use
+    "fal-ai/kokoro": PriceChange(6, 19, 3, ("0.018", "0.021")),
+}
 
 PERCENT_DISCOUNT = Decimal(10)  # of discounted streams, for calls made with a key
 NO_DISCOUNT = Decimal(0)
@@ -325,20 +362,23 @@ class InventedWorld:
 
     def models(self) -> list[dict[str, Any]]:
         """The priced endpoints and a few more."""
-        categories = {row["endpoint_id"]: row["category"] for row in _price_list()} | UNPRICED
+        priced = {endpoint_id: row["category"] for endpoint_id, row in _price_list().items()}
+        categories = priced | UNPRICED
         return [_model(endpoint_id, categories[endpoint_id]) for endpoint_id in sorted(categories)]
 
     def prices(self) -> dict[str, dict[str, Any]]:
-        """The price list, the same at any time."""
-        return {
-            row["endpoint_id"]: {
-                "endpoint_id": row["endpoint_id"],
-                "unit_price": Decimal(row["unit_price"]),
-                "unit": row["unit"],
+        """The price list as it is by now."""
+        now = self.now().astimezone(UTC)
+        prices = {}
+        for endpoint_id, row in _price_list().items():
+            listed = list_price(endpoint_id, now)
+            prices[endpoint_id] = {
+                "endpoint_id": endpoint_id,
+                "unit_price": listed.unit_price,
+                "unit": listed.unit,
                 "currency": row["currency"],
             }
-            for row in _price_list()
-        }
+        return prices
 
     def usage(self, start: datetime, end: datetime) -> Iterator[UsageLine]:
         """The lines of the hours that begin in `[start, end)` and are over; in time order."""
@@ -414,14 +454,15 @@ def _hours(start: datetime, end: datetime, now: datetime) -> Iterator[datetime]:
 @lru_cache(maxsize=100 * 24)  # a hundred days: each page of a walk asks for its range again
 def lines_of_hour(seed: int, hour: datetime) -> tuple[UsageLine, ...]:
     """The lines of the hour that begins at `hour` (UTC), whatever the clock says."""
-    month = hour.year * 12 + hour.month - 1
-    growth = min(max(60 + (month - 2025 * 12) * 5 // 3, 60), 120)  # percent; from 2025 to 2027
+    month = _month(hour)
+    growth = min(max(60 + month * 5 // 3, 60), 120)  # percent; from 2025 to 2027
     mood = Random(f"{seed} {hour.date().isoformat()}").randrange(85, 116)  # noqa: S311 percent
     chance = Random(f"{seed} {hour.isoformat()}")  # noqa: S311 invented data, not secrets
     lines = []
-    for stream in _streams():
+    for stream in STREAMS:
         if month % stream.months:
             continue
+        metered = _metered_at(stream, hour)
         for caller, calls_a_day in zip(CALLERS, stream.calls, strict=True):
             week = caller.weekend if hour.weekday() >= 5 else 100
             share = caller.permille[hour.hour] * week * growth * mood
@@ -429,8 +470,25 @@ def lines_of_hour(seed: int, hour: datetime) -> tuple[UsageLine, ...]:
             luck = chance.randrange(60, 141)
             calls = (calls_a_day * share * luck + chance.randrange(10**11)) // 10**11
             if calls:
-                lines.append(_line(hour, stream, caller.credential, calls, chance))
+                lines.append(_line(hour, metered, caller.credential, calls, chance))
     return tuple(lines)
+
+
+def list_price(endpoint_id: str, at: datetime) -> Price:
+    """What the list says at an instant (UTC) of an endpoint that is in it."""
+    turns = _prices_in_turn(endpoint_id)
+    if endpoint_id not in PRICE_CHANGES:
+        return turns[0]
+    change = PRICE_CHANGES[endpoint_id]
+    # Moved back by so much, the instants from a change on are those of its month and later ones.
+    moved = at - timedelta(days=change.day - 1, hours=change.hour)
+    changes_so_far = (_month(moved) + 1 - change.month) // 6 + 1
+    return turns[changes_so_far % len(turns)]
+
+
+def _month(instant: datetime) -> int:
+    """How many months the one of the instant lies after the first of 2025."""
+    return (instant.year - 2025) * 12 + instant.month - 1
 
 
 @lru_cache(maxsize=100 * 24)
@@ -469,12 +527,17 @@ def calls_of_hour(seed: int, hour: datetime) -> tuple[Calls, ...]:
     return tuple(calls)
 
 
+class Price(NamedTuple):
+    """The price of one unit, in US dollars."""
+
+    unit: str
+    unit_price: Decimal
+
+
 class _Metered(NamedTuple):
-    """A stream with its unit, price and steps looked up."""
+    """How the calls of a stream are billed at one time."""
 
     endpoint_id: str
-    calls: tuple[int, int, int, int]
-    months: int
     unit: str
     unit_price: Decimal
     step: Decimal
@@ -483,21 +546,21 @@ class _Metered(NamedTuple):
 
 
 def _line(
-    hour: datetime, stream: _Metered, credential: Credential, calls: int, chance: Random
+    hour: datetime, metered: _Metered, credential: Credential, calls: int, chance: Random
 ) -> UsageLine:
-    steps = calls * stream.steps_a_call
-    if stream.steps_a_call > 1:
+    steps = calls * metered.steps_a_call
+    if metered.steps_a_call > 1:
         steps = max(steps * chance.randrange(80, 121) // 100, 1)
-    quantity = steps * stream.step
-    percent = PERCENT_DISCOUNT if stream.is_discounted and credential.api_key_id else None
+    quantity = steps * metered.step
+    percent = PERCENT_DISCOUNT if metered.is_discounted and credential.api_key_id else None
     return UsageLine(
         hour=hour,
-        endpoint_id=stream.endpoint_id,
-        unit=stream.unit,
+        endpoint_id=metered.endpoint_id,
+        unit=metered.unit,
         quantity=quantity,
-        unit_price=stream.unit_price,
+        unit_price=metered.unit_price,
         percent_discount=percent,
-        **_costs(quantity, stream.unit_price, percent),
+        **_costs(quantity, metered.unit_price, percent),
         currency="USD",
         credential=credential,
     )
@@ -576,33 +639,43 @@ def _typical_milliseconds(endpoint_id: str) -> int:
     return 600 + _below(20_000, endpoint_id, "duration")
 
 
-@cache
-def _streams() -> tuple[_Metered, ...]:
-    listed = {row["endpoint_id"]: row for row in _price_list()}
-    metered = []
-    for stream in STREAMS:
-        row = listed.get(stream.endpoint_id, {})
-        unit = stream.billed_unit or row["unit"]
-        call, step = CALL_OF_UNIT.get(unit) or CALL_OF_UNIT[row["unit"]]  # "second" like "seconds"
-        metered.append(
-            _Metered(
-                endpoint_id=stream.endpoint_id,
-                calls=stream.calls,
-                months=stream.months,
-                unit=unit,
-                unit_price=Decimal(stream.unit_price or row["unit_price"]),
-                step=Decimal(step),
-                steps_a_call=int(Decimal(stream.call or call) / Decimal(step)),
-                is_discounted=stream.is_discounted,
-            )
-        )
-    return tuple(metered)
+def _metered_at(stream: Stream, hour: datetime) -> _Metered:
+    if stream.endpoint_id not in _price_list():
+        return _metered(stream, Price(stream.billed_unit, Decimal(stream.unit_price)))
+    change = PRICE_CHANGES.get(stream.endpoint_id)
+    behind = timedelta(days=change.billed_days_later) if change else timedelta()
+    return _metered(stream, list_price(stream.endpoint_id, hour - behind))
 
 
 @cache
-def _price_list() -> tuple[dict[str, str], ...]:
+def _metered(stream: Stream, listed: Price) -> _Metered:
+    unit = stream.billed_unit or listed.unit
+    call, step = CALL_OF_UNIT.get(unit) or CALL_OF_UNIT[listed.unit]  # "second" like "seconds"
+    return _Metered(
+        endpoint_id=stream.endpoint_id,
+        unit=unit,
+        unit_price=Decimal(stream.unit_price) if stream.unit_price else listed.unit_price,
+        step=Decimal(step),
+        steps_a_call=int(Decimal(stream.call or call) / Decimal(step)),
+        is_discounted=stream.is_discounted,
+    )
+
+
+@cache
+def _prices_in_turn(endpoint_id: str) -> tuple[Price, ...]:
+    row = _price_list()[endpoint_id]
+    first = Price(row["unit"], Decimal(row["unit_price"]))
+    change = PRICE_CHANGES.get(endpoint_id)
+    if not change:
+        return (first,)
+    return (first, *(Price(change.unit or first.unit, Decimal(price)) for price in change.to))
+
+
+@cache
+def _price_list() -> dict[str, dict[str, str]]:
+    """The rows of the price list, by endpoint."""
     with Path(__file__).with_name("prices.csv").open(encoding="utf-8", newline="") as file:
-        return tuple(csv.DictReader(file))
+        return {row["endpoint_id"]: row for row in csv.DictReader(file)}
 
 
 def _model(endpoint_id: str, category: str) -> dict[str, Any]:
