@@ -1,8 +1,9 @@
 """What a sandbox answers from: the World protocol, and one invented world.
 
-The invented one is a mid-size team that spends 100 to 600 USD a day. Everything in it follows from
-the seed and the hour asked for: ask a day at once or hour by hour, today or next year, and the same
-lines come back. Chance works on whole numbers only, so that no platform rounds it differently.
+The invented one is a mid-size team that spends 100 to 600 USD a day, and once a month or so far more
+on a single call. Everything in it follows from the seed and the hour asked for: ask a day at once or
+hour by hour, today or next year, and the same lines come back. Prices change for every seed alike.
+Chance works on whole numbers only, so that no platform rounds it differently.
 
 Where things come late, what is shown of an hour follows from the clock as well, and from nothing else.
 """
@@ -288,6 +289,18 @@ PRICE_CHANGES = {
     "fal-ai/kokoro": PriceChange(6, 19, 3, ("0.018", "0.021")),
 }
 
+# Users of fal have told of single videos billed as hundreds. Here, once in each stretch of days, one
+# call of the first caller to one of the endpoints is charged as so many: some 400 to 2,000 USD. Between
+# two such charges lie two weeks at least, so that the week's credit outlasts them.
+RUNAWAY_ENDPOINTS = {
+    "fal-ai/veo3.1",
+    "fal-ai/kling-video/v3/pro/image-to-video",
+    "bytedance/seedance-2.0/enterprise/v2/image-to-video",
+}
+RUNAWAY_CALLS = range(600, 1000)
+RUNAWAY_STRETCH = timedelta(days=30)
+RUNAWAY_HOURS = range(8 * 24, 24 * 24)  # of a stretch
+
 PERCENT_DISCOUNT = Decimal(10)  # of discounted streams, for calls made with a key
 NO_DISCOUNT = Decimal(0)
 
@@ -454,11 +467,14 @@ def _hours(start: datetime, end: datetime, now: datetime) -> Iterator[datetime]:
 @lru_cache(maxsize=100 * 24)  # a hundred days: each page of a walk asks for its range again
 def lines_of_hour(seed: int, hour: datetime) -> tuple[UsageLine, ...]:
     """The lines of the hour that begins at `hour` (UTC), whatever the clock says."""
+    return (*_usual_lines(seed, hour), *runaways_of_hour(seed, hour))
+
+
+def _usual_lines(seed: int, hour: datetime) -> Iterator[UsageLine]:
     month = _month(hour)
     growth = min(max(60 + month * 5 // 3, 60), 120)  # percent; from 2025 to 2027
     mood = Random(f"{seed} {hour.date().isoformat()}").randrange(85, 116)  # noqa: S311 percent
     chance = Random(f"{seed} {hour.isoformat()}")  # noqa: S311 invented data, not secrets
-    lines = []
     for stream in STREAMS:
         if month % stream.months:
             continue
@@ -470,8 +486,19 @@ def lines_of_hour(seed: int, hour: datetime) -> tuple[UsageLine, ...]:
             luck = chance.randrange(60, 141)
             calls = (calls_a_day * share * luck + chance.randrange(10**11)) // 10**11
             if calls:
-                lines.append(_line(hour, metered, caller.credential, calls, chance))
-    return tuple(lines)
+                yield _line(hour, metered, caller.credential, calls, chance)
+
+
+@lru_cache(maxsize=100 * 24)
+def runaways_of_hour(seed: int, hour: datetime) -> tuple[UsageLine, ...]:
+    """The charge that ran away in the hour, as a line of its own; mostly there is none."""
+    stretch, passed = divmod(hour - FOUNDED, RUNAWAY_STRETCH)
+    chance = Random(f"{seed} {stretch} runaway")  # noqa: S311
+    if passed != chance.choice(RUNAWAY_HOURS) * HOUR:
+        return ()
+    stream = chance.choice([stream for stream in STREAMS if stream.endpoint_id in RUNAWAY_ENDPOINTS])
+    calls = chance.choice(RUNAWAY_CALLS)
+    return (_line(hour, _metered_at(stream, hour), CALLERS[0].credential, calls, chance),)
 
 
 def list_price(endpoint_id: str, at: datetime) -> Price:
@@ -493,10 +520,10 @@ def _month(instant: datetime) -> int:
 
 @lru_cache(maxsize=100 * 24)
 def changes_of_hour(seed: int, hour: datetime) -> Mapping[int, Change]:
-    """What happens, later on, to lines of the hour: by the place of the line."""
+    """What happens, later on, to lines of the hour: by the place of the line. Runaways stay."""
     chance = Random(f"{seed} {hour.isoformat()} changes")  # noqa: S311
     changes = {}
-    for number in range(len(lines_of_hour(seed, hour))):
+    for number in range(len(lines_of_hour(seed, hour)) - len(runaways_of_hour(seed, hour))):
         drawn = chance.randrange(1000)
         for permille, before, after, hours in CHANGES:
             if 0 <= drawn < permille:
@@ -509,7 +536,13 @@ def changes_of_hour(seed: int, hour: datetime) -> Mapping[int, Change]:
 def events_of_hour(seed: int, hour: datetime) -> tuple[tuple[BillingEvent, ...], ...]:
     """The charges behind each line of the hour, which add up to it."""
     chance = Random(f"{seed} {hour.isoformat()} events")  # noqa: S311
-    return tuple(tuple(_events(line, chance)) for line in lines_of_hour(seed, hour))
+    runaways = runaways_of_hour(seed, hour)
+    return tuple(
+        (_event(line, line.quantity, *_request(line, chance)),)
+        if line in runaways
+        else tuple(_events(line, chance))
+        for line in lines_of_hour(seed, hour)
+    )
 
 
 @lru_cache(maxsize=32 * 24)
@@ -581,21 +614,38 @@ def _events(line: UsageLine, chance: Random) -> Iterator[BillingEvent]:
     cuts = chance.sample(range(1, steps), min(chance.randrange(4), steps - 1))
     request_id = ""
     for first, last in pairwise((0, *sorted(cuts), steps)):
-        quantity = Decimal(last - first).scaleb(-places)
         if not request_id or chance.randrange(50):
-            request_id = str(UUID(int=chance.getrandbits(128), version=4))
-            timestamp = line.hour + timedelta(microseconds=chance.randrange(3600 * 10**6))
-        yield BillingEvent(
-            timestamp=timestamp,
-            request_id=request_id,
-            endpoint_id=line.endpoint_id,
-            unit=line.unit if chance.randrange(50) else None,
-            quantity=quantity if chance.randrange(100) else None,
-            unit_price=line.unit_price,
-            percent_discount=line.percent_discount,
-            **_costs(quantity, line.unit_price, line.percent_discount),
-            credential=line.credential,
-        )
+            request_id, timestamp = _request(line, chance)
+        event = _event(line, Decimal(last - first).scaleb(-places), request_id, timestamp)
+        is_unit_told, is_quantity_told = chance.randrange(50), chance.randrange(100)
+        if not (is_unit_told and is_quantity_told):
+            event = replace(
+                event,
+                unit=event.unit if is_unit_told else None,
+                quantity=event.quantity if is_quantity_told else None,
+            )
+        yield event
+
+
+def _request(line: UsageLine, chance: Random) -> tuple[str, datetime]:
+    """Id and instant of a request within the hour of the line."""
+    request_id = str(UUID(int=chance.getrandbits(128), version=4))
+    return request_id, line.hour + timedelta(microseconds=chance.randrange(3600 * 10**6))
+
+
+def _event(line: UsageLine, quantity: Decimal, request_id: str, timestamp: datetime) -> BillingEvent:
+    """The charge for so much of the line."""
+    return BillingEvent(
+        timestamp=timestamp,
+        request_id=request_id,
+        endpoint_id=line.endpoint_id,
+        unit=line.unit,
+        quantity=quantity,
+        unit_price=line.unit_price,
+        percent_discount=line.percent_discount,
+        **_costs(quantity, line.unit_price, line.percent_discount),
+        credential=line.credential,
+    )
 
 
 def _times(record: Shown, times: int) -> Shown:

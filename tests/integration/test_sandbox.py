@@ -42,6 +42,7 @@ from faletl.sandbox.world import (
     changes_of_hour,
     events_of_hour,
     lines_of_hour,
+    runaways_of_hour,
 )
 
 DOCUMENT = json.loads(Path(faletl.sandbox.__file__).with_name("openapi.json").read_bytes())
@@ -600,7 +601,7 @@ def test_a_world_may_change_between_requests() -> None:
 
 def make_anew() -> None:
     """Forget what was invented, so that the next who asks makes it again."""
-    for made in (lines_of_hour, changes_of_hour, events_of_hour, calls_of_hour):
+    for made in (lines_of_hour, runaways_of_hour, changes_of_hour, events_of_hour, calls_of_hour):
         made.cache_clear()
 
 
@@ -651,8 +652,11 @@ def test_the_invented_team_is_plausible() -> None:
     world = frozen_world()
     lines = list(world.usage(start, start + timedelta(days=49)))
     spend: Counter[datetime] = Counter()
+    runaways = [line for line in lines if line.cost_total > 300]
+    assert 1 <= len(runaways) <= 3
     for line in lines:
-        spend[line.hour.replace(hour=0)] += line.cost_total  # type: ignore[assignment]  # starts at 0
+        if line not in runaways:
+            spend[line.hour.replace(hour=0)] += line.cost_total  # type: ignore[assignment]  # starts at 0
     assert len(spend) == 49
     assert all(100 < total < 600 for total in spend.values())
     units: dict[str, set[str]] = {}
@@ -762,6 +766,35 @@ def test_every_amount_has_nine_decimals_at_most() -> None:
             assert all(-int(amount.as_tuple().exponent) <= 9 for amount in amounts)
 
 
+@pytest.mark.parametrize("seed", [7, 8])
+def test_a_charge_runs_away_in_any_sixty_days(seed: int) -> None:
+    hours = (FOUNDED + n * HOUR for n in range(4 * 365 * 24))
+    found = [line for hour in hours for line in runaways_of_hour(seed, hour)]
+    instants = [FOUNDED, *(line.hour for line in found), FOUNDED + timedelta(days=4 * 365)]
+    assert max(later - earlier for earlier, later in pairwise(instants)) < timedelta(days=60)
+    # A week is topped up to 5,000 USD: two such charges could empty it.
+    assert min(later - earlier for earlier, later in pairwise(instants[1:-1])) > timedelta(days=7)
+    assert all(400 < line.cost_total < 2000 for line in found)
+    assert len({line.endpoint_id for line in found}) == 3
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_runaway_is_one_request_and_one_charge_far_outside_its_history(late: bool) -> None:
+    start = datetime(2026, 9, 26, tzinfo=UTC)
+    world = frozen_world(late=late)
+    charges = list(world.billing_events(start, NOW))
+    runaways = [charge for charge in charges if charge.cost_total > 300]
+    assert len(runaways) == 2
+    for charge in runaways:
+        [of_request] = [one for one in charges if one.request_id == charge.request_id]
+        others = [c.cost_total for c in charges if c.endpoint_id == charge.endpoint_id]
+        assert charge.cost_total > 50 * sorted(others)[-2]
+        hour = charge.timestamp.replace(minute=0, second=0, microsecond=0)
+        [line] = [line for line in world.usage(hour, hour + HOUR) if line.cost_total > 300]
+        for name in ("endpoint_id", "unit", "quantity", "unit_price", "cost_subtotal", "credential"):
+            assert getattr(line, name) == getattr(of_request, name)
+
+
 def test_the_credit_falls_with_spend_and_is_topped_up() -> None:
     clock = [datetime(2026, 11, 10, tzinfo=UTC)]
     world = invented_world(now=lambda: clock[0])
@@ -782,9 +815,10 @@ def test_the_credit_falls_with_spend_and_is_topped_up() -> None:
 
 @pytest.mark.parametrize("late", [False, True])
 def test_the_events_of_a_day_add_up_to_its_usage(late: bool) -> None:
-    days_of_change = [date(2026, 10, 28), date(2026, 11, 12), date(2026, 11, 13)]
+    # Of the days before, two bring other prices and one a charge that ran away.
+    before = [date(2026, 10, 28), date(2026, 11, 2), date(2026, 11, 12)]
     with Sandbox(frozen_world(late=late)) as sandbox, connect(sandbox) as client:
-        for day in (*days_of_change, *(date(2026, 11, n) for n in range(15, 20))):
+        for day in (*before, *(date(2026, 11, n) for n in range(15, 20))):
             query = {"start": f"{day}", "end": f"{day + timedelta(days=1)}"}
             rows = usage_rows(client, {**query, "expand": ["summary", *AUTH]})
             events = event_rows(client, {**query, "expand": AUTH, "limit": 10_000})
@@ -966,13 +1000,16 @@ def test_analytics_have_the_asked_metrics_and_no_row_without_requests() -> None:
         ]
 
 
-def test_what_succeeded_was_charged_and_what_only_fails_was_not(client: httpx.Client) -> None:
-    whole_day = {**ONE_DAY, "limit": 10_000}
+@pytest.mark.parametrize("day", [ONE_DAY, {"start": "2026-11-02", "end": "2026-11-03"}])
+def test_what_succeeded_was_charged_and_what_only_fails_was_not(
+    client: httpx.Client, day: Query
+) -> None:
+    whole_day = {**day, "limit": 10_000}
     requests: dict[str, set[str]] = {endpoint_id: set() for endpoint_id in FAILING}
     for event in event_rows(client, whole_day):
         requests.setdefault(event["endpoint_id"], set()).add(event["request_id"])
     expand = ["summary", "success_count", "request_count", "cold_boot_count"]
-    query = {**ONE_DAY, "endpoint_id": list(requests), "expand": expand}
+    query = {**day, "endpoint_id": list(requests), "expand": expand}
     rows = {row["endpoint_id"]: row for row in analytics_rows(client, query)}
     assert {i: row["success_count"] for i, row in rows.items()} == {
         endpoint_id: len(ids) for endpoint_id, ids in requests.items()
