@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -638,6 +641,24 @@ def test_any_range_is_the_sum_of_its_pieces(
             make_anew()
             pieces.update(held(*piece))
         assert pieces == whole
+
+
+def test_the_command_serves_the_seed_it_is_given() -> None:
+    day = {"start": "2025-11-06", "end": "2025-11-07", "expand": "summary"}
+    command = [sys.executable, "-c", "from faletl.cli import main; main()", "sandbox", "--port", "0"]
+    spent = []
+    for arguments in ([], ["--seed", "8"]):
+        with subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout
+            url = process.stdout.readline().split()[4].rstrip(";")
+            headers = {"Authorization": f"Key {FULL_KEY}"}
+            with httpx.Client(base_url=url, headers=headers, trust_env=False) as client:
+                spent.append(sum(row["cost_total"] for row in usage_rows(client, day)))
+            process.send_signal(signal.SIGINT)
+        assert process.returncode == 0
+    start = datetime(2025, 11, 6, tzinfo=UTC)
+    worlds = (frozen_world(seed=7, late=True), frozen_world(seed=8, late=True))
+    assert spent == [sum(x.cost_total for x in w.usage(start, start + 24 * HOUR)) for w in worlds]
 
 
 def test_only_hours_that_have_ended_are_there() -> None:
