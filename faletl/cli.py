@@ -266,19 +266,23 @@ def sql(
     answers.print_query(Settings.load(), query, output)
 
 
-@app.command(epilog="Example: faletl sandbox --port 8787")
+@app.command(epilog="Example: faletl sandbox --port 8787 --seed 8")
 def sandbox(
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=0, max=65535)] = 8787,
     as_of: Annotated[
         date | None,
         typer.Option(parser=_day, metavar="DATE", help="Speak the API as it was on that day of 2026."),
     ] = None,
+    seed: Annotated[int, typer.Option(help="Another number invents other usage and charges.")] = 7,
 ) -> None:
-    """A fal Platform API on loopback with invented, deterministic data, until Ctrl-C."""
+    """A fal Platform API on loopback with invented data since 2025, until Ctrl-C.
+
+    The same seed and dates always give the same figures.
+    """
     from faletl.sandbox import FULL_KEY, Sandbox, invented_world
 
     try:
-        server = Sandbox(invented_world(late=True), port, as_of=as_of)
+        server = Sandbox(invented_world(seed, late=True), port, as_of=as_of)
     except OSError as error:
         raise UsageError(
             f"port {port} cannot be had ({error.strerror}); name another with --port"

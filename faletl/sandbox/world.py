@@ -1,8 +1,9 @@
 """What a sandbox answers from: the World protocol, and one invented world.
 
-The invented one is a mid-size team that spends 100 to 600 USD a day. Everything in it follows from
-the seed and the hour asked for: ask a day at once or hour by hour, today or next year, and the same
-lines come back. Chance works on whole numbers only, so that no platform rounds it differently.
+The invented one is a mid-size team that spends 100 to 600 USD a day, and once a month or so far more
+on a single call. Everything in it follows from the seed and the hour asked for: ask a day at once or
+hour by hour, today or next year, and the same lines come back. Prices change for every seed alike.
+Chance works on whole numbers only, so that no platform rounds it differently.
 
 Where things come late, what is shown of an hour follows from the clock as well, and from nothing else.
 """
@@ -200,7 +201,8 @@ STREAMS = (
     Stream("fal-ai/nano-banana-pro/edit", (110, 0, 20, 0)),
     Stream("fal-ai/bytedance/seedream/v4/text-to-image", (180, 320, 0, 0), is_discounted=True),
     Stream("fal-ai/qwen-image-2/pro/edit", (45, 0, 0, 0)),
-    Stream("fal-ai/recraft-v3", (60, 0, 6, 0)),
+    # A price agreed on: the bill keeps to it whatever the list says.
+    Stream("fal-ai/recraft-v3", (60, 0, 6, 0), unit_price="0.04"),
     Stream("fal-ai/ideogram/v3", (35, 0, 0, 0), months=2),
     Stream("openai/gpt-image-2", (55, 0, 10, 0), call="0.22"),
     Stream("fal-ai/birefnet/v2", (2400, 900, 0, 12)),
@@ -250,6 +252,54 @@ STREAMS = (
         call="9.5",
     ),
 )
+
+
+class PriceChange(NamedTuple):
+    """How the list price of an endpoint moves on from the one in prices.csv; the same for any seed.
+
+    Twice a year, in `month` (1 to 6) and six months later, on `day` (at most 28) at `hour` UTC, it moves
+    to the next of `to`, after the last back to the one in prices.csv, and so on from 2025. Those of `to`
+    are in `unit`, if that is another. The bill follows `billed_days_later`.
+    """
+
+    month: int
+    day: int
+    hour: int
+    to: tuple[str, ...]
+    unit: str = ""
+    billed_days_later: int = 0
+
+
+# Two endpoints a month, one of them in the middle of its hours of use.
+PRICE_CHANGES = {
+    "fal-ai/topaz/upscale/image": PriceChange(1, 6, 0, ("0.012",)),
+    "fal-ai/wan/v2.2-a14b/image-to-video": PriceChange(1, 22, 9, ("0.07", "0.075")),
+    "fal-ai/nano-banana-2": PriceChange(2, 3, 16, ("0.07", "0.074", "0.077")),
+    "fal-ai/esrgan": PriceChange(2, 18, 0, ("0.00125",)),
+    "fal-ai/recraft-v3": PriceChange(3, 9, 0, ("0.05", "0.045")),
+    "fal-ai/elevenlabs/tts/turbo-v2.5": PriceChange(3, 28, 17, ("0.04", "0.045")),
+    "fal-ai/veo3.1/fast/image-to-video": PriceChange(4, 13, 18, ("0.12", "0.135")),
+    # As it was seen of this one: the unit changed, too, and with it what a call costs.
+    "fal-ai/flux-2": PriceChange(4, 28, 0, ("0.00167",), unit="compute seconds"),
+    "fal-ai/kling-video/v3/pro/image-to-video": PriceChange(
+        5, 4, 0, ("0.168", "0.154"), billed_days_later=9
+    ),
+    "fal-ai/flux/dev": PriceChange(5, 12, 15, ("0.022",)),
+    "fal-ai/nano-banana-pro": PriceChange(6, 10, 0, ("0.134",)),  # not in use
+    "fal-ai/kokoro": PriceChange(6, 19, 3, ("0.018", "0.021")),
+}
+
+# Users of fal have told of single videos billed as hundreds. Here, once in each stretch of days, one
+# call of the first caller to one of the endpoints is charged as so many: some 400 to 2,000 USD. Between
+# two such charges lie two weeks at least, so that the week's credit outlasts them.
+RUNAWAY_ENDPOINTS = {
+    "fal-ai/veo3.1",
+    "fal-ai/kling-video/v3/pro/image-to-video",
+    "bytedance/seedance-2.0/enterprise/v2/image-to-video",
+}
+RUNAWAY_CALLS = range(600, 1000)
+RUNAWAY_STRETCH = timedelta(days=30)
+RUNAWAY_HOURS = range(8 * 24, 24 * 24)  # of a stretch
 
 PERCENT_DISCOUNT = Decimal(10)  # of discounted streams, for calls made with a key
 NO_DISCOUNT = Decimal(0)
@@ -325,20 +375,23 @@ class InventedWorld:
 
     def models(self) -> list[dict[str, Any]]:
         """The priced endpoints and a few more."""
-        categories = {row["endpoint_id"]: row["category"] for row in _price_list()} | UNPRICED
+        priced = {endpoint_id: row["category"] for endpoint_id, row in _price_list().items()}
+        categories = priced | UNPRICED
         return [_model(endpoint_id, categories[endpoint_id]) for endpoint_id in sorted(categories)]
 
     def prices(self) -> dict[str, dict[str, Any]]:
-        """The price list, the same at any time."""
-        return {
-            row["endpoint_id"]: {
-                "endpoint_id": row["endpoint_id"],
-                "unit_price": Decimal(row["unit_price"]),
-                "unit": row["unit"],
+        """The price list as it is by now."""
+        now = self.now().astimezone(UTC)
+        prices = {}
+        for endpoint_id, row in _price_list().items():
+            listed = list_price(endpoint_id, now)
+            prices[endpoint_id] = {
+                "endpoint_id": endpoint_id,
+                "unit_price": listed.unit_price,
+                "unit": listed.unit,
                 "currency": row["currency"],
             }
-            for row in _price_list()
-        }
+        return prices
 
     def usage(self, start: datetime, end: datetime) -> Iterator[UsageLine]:
         """The lines of the hours that begin in `[start, end)` and are over; in time order."""
@@ -349,7 +402,8 @@ class InventedWorld:
     def billing_events(self, start: datetime, end: datetime) -> Iterator[BillingEvent]:
         """The charges of `[start, end)` whose hours are over: together, exactly the usage."""
         now = self.now()
-        for hour in _hours(start.replace(minute=0, second=0, microsecond=0), end, now):
+        first = max(start, FOUNDED).astimezone(UTC).replace(minute=0, second=0, microsecond=0)
+        for hour in _hours(first, end, now):
             for event in self._shown(hour, now, events_of_hour(self.seed, hour)):
                 if start <= event.timestamp < end:
                     yield event
@@ -413,14 +467,18 @@ def _hours(start: datetime, end: datetime, now: datetime) -> Iterator[datetime]:
 @lru_cache(maxsize=100 * 24)  # a hundred days: each page of a walk asks for its range again
 def lines_of_hour(seed: int, hour: datetime) -> tuple[UsageLine, ...]:
     """The lines of the hour that begins at `hour` (UTC), whatever the clock says."""
-    month = hour.year * 12 + hour.month - 1
-    growth = min(max(60 + (month - 2025 * 12) * 5 // 3, 60), 120)  # percent; from 2025 to 2027
+    return (*_usual_lines(seed, hour), *runaways_of_hour(seed, hour))
+
+
+def _usual_lines(seed: int, hour: datetime) -> Iterator[UsageLine]:
+    month = _month(hour)
+    growth = min(max(60 + month * 5 // 3, 60), 120)  # percent; from 2025 to 2027
     mood = Random(f"{seed} {hour.date().isoformat()}").randrange(85, 116)  # noqa: S311 percent
     chance = Random(f"{seed} {hour.isoformat()}")  # noqa: S311 invented data, not secrets
-    lines = []
-    for stream in _streams():
+    for stream in STREAMS:
         if month % stream.months:
             continue
+        metered = _metered_at(stream, hour)
         for caller, calls_a_day in zip(CALLERS, stream.calls, strict=True):
             week = caller.weekend if hour.weekday() >= 5 else 100
             share = caller.permille[hour.hour] * week * growth * mood
@@ -428,16 +486,44 @@ def lines_of_hour(seed: int, hour: datetime) -> tuple[UsageLine, ...]:
             luck = chance.randrange(60, 141)
             calls = (calls_a_day * share * luck + chance.randrange(10**11)) // 10**11
             if calls:
-                lines.append(_line(hour, stream, caller.credential, calls, chance))
-    return tuple(lines)
+                yield _line(hour, metered, caller.credential, calls, chance)
+
+
+@lru_cache(maxsize=100 * 24)
+def runaways_of_hour(seed: int, hour: datetime) -> tuple[UsageLine, ...]:
+    """The charge that ran away in the hour, as a line of its own; mostly there is none."""
+    stretch, passed = divmod(hour - FOUNDED, RUNAWAY_STRETCH)
+    chance = Random(f"{seed} {stretch} runaway")  # noqa: S311
+    if passed != chance.choice(RUNAWAY_HOURS) * HOUR:
+        return ()
+    stream = chance.choice([stream for stream in STREAMS if stream.endpoint_id in RUNAWAY_ENDPOINTS])
+    calls = chance.choice(RUNAWAY_CALLS)
+    return (_line(hour, _metered_at(stream, hour), CALLERS[0].credential, calls, chance),)
+
+
+def list_price(endpoint_id: str, at: datetime) -> Price:
+    """What the list says at an instant (UTC) of an endpoint that is in it."""
+    turns = _prices_in_turn(endpoint_id)
+    if endpoint_id not in PRICE_CHANGES:
+        return turns[0]
+    change = PRICE_CHANGES[endpoint_id]
+    # Moved back by so much, the instants from a change on are those of its month and later ones.
+    moved = at - timedelta(days=change.day - 1, hours=change.hour)
+    changes_so_far = (_month(moved) + 1 - change.month) // 6 + 1
+    return turns[changes_so_far % len(turns)]
+
+
+def _month(instant: datetime) -> int:
+    """How many months the one of the instant lies after the first of 2025."""
+    return (instant.year - 2025) * 12 + instant.month - 1
 
 
 @lru_cache(maxsize=100 * 24)
 def changes_of_hour(seed: int, hour: datetime) -> Mapping[int, Change]:
-    """What happens, later on, to lines of the hour: by the place of the line."""
+    """What happens, later on, to lines of the hour: by the place of the line. Runaways stay."""
     chance = Random(f"{seed} {hour.isoformat()} changes")  # noqa: S311
     changes = {}
-    for number in range(len(lines_of_hour(seed, hour))):
+    for number in range(len(lines_of_hour(seed, hour)) - len(runaways_of_hour(seed, hour))):
         drawn = chance.randrange(1000)
         for permille, before, after, hours in CHANGES:
             if 0 <= drawn < permille:
@@ -450,7 +536,13 @@ def changes_of_hour(seed: int, hour: datetime) -> Mapping[int, Change]:
 def events_of_hour(seed: int, hour: datetime) -> tuple[tuple[BillingEvent, ...], ...]:
     """The charges behind each line of the hour, which add up to it."""
     chance = Random(f"{seed} {hour.isoformat()} events")  # noqa: S311
-    return tuple(tuple(_events(line, chance)) for line in lines_of_hour(seed, hour))
+    runaways = runaways_of_hour(seed, hour)
+    return tuple(
+        (_event(line, line.quantity, *_request(line, chance)),)
+        if line in runaways
+        else tuple(_events(line, chance))
+        for line in lines_of_hour(seed, hour)
+    )
 
 
 @lru_cache(maxsize=32 * 24)
@@ -468,12 +560,17 @@ def calls_of_hour(seed: int, hour: datetime) -> tuple[Calls, ...]:
     return tuple(calls)
 
 
+class Price(NamedTuple):
+    """The price of one unit, in US dollars."""
+
+    unit: str
+    unit_price: Decimal
+
+
 class _Metered(NamedTuple):
-    """A stream with its unit, price and steps looked up."""
+    """How the calls of a stream are billed at one time."""
 
     endpoint_id: str
-    calls: tuple[int, int, int, int]
-    months: int
     unit: str
     unit_price: Decimal
     step: Decimal
@@ -482,21 +579,21 @@ class _Metered(NamedTuple):
 
 
 def _line(
-    hour: datetime, stream: _Metered, credential: Credential, calls: int, chance: Random
+    hour: datetime, metered: _Metered, credential: Credential, calls: int, chance: Random
 ) -> UsageLine:
-    steps = calls * stream.steps_a_call
-    if stream.steps_a_call > 1:
+    steps = calls * metered.steps_a_call
+    if metered.steps_a_call > 1:
         steps = max(steps * chance.randrange(80, 121) // 100, 1)
-    quantity = steps * stream.step
-    percent = PERCENT_DISCOUNT if stream.is_discounted and credential.api_key_id else None
+    quantity = steps * metered.step
+    percent = PERCENT_DISCOUNT if metered.is_discounted and credential.api_key_id else None
     return UsageLine(
         hour=hour,
-        endpoint_id=stream.endpoint_id,
-        unit=stream.unit,
+        endpoint_id=metered.endpoint_id,
+        unit=metered.unit,
         quantity=quantity,
-        unit_price=stream.unit_price,
+        unit_price=metered.unit_price,
         percent_discount=percent,
-        **_costs(quantity, stream.unit_price, percent),
+        **_costs(quantity, metered.unit_price, percent),
         currency="USD",
         credential=credential,
     )
@@ -517,21 +614,38 @@ def _events(line: UsageLine, chance: Random) -> Iterator[BillingEvent]:
     cuts = chance.sample(range(1, steps), min(chance.randrange(4), steps - 1))
     request_id = ""
     for first, last in pairwise((0, *sorted(cuts), steps)):
-        quantity = Decimal(last - first).scaleb(-places)
         if not request_id or chance.randrange(50):
-            request_id = str(UUID(int=chance.getrandbits(128), version=4))
-            timestamp = line.hour + timedelta(microseconds=chance.randrange(3600 * 10**6))
-        yield BillingEvent(
-            timestamp=timestamp,
-            request_id=request_id,
-            endpoint_id=line.endpoint_id,
-            unit=line.unit if chance.randrange(50) else None,
-            quantity=quantity if chance.randrange(100) else None,
-            unit_price=line.unit_price,
-            percent_discount=line.percent_discount,
-            **_costs(quantity, line.unit_price, line.percent_discount),
-            credential=line.credential,
-        )
+            request_id, timestamp = _request(line, chance)
+        event = _event(line, Decimal(last - first).scaleb(-places), request_id, timestamp)
+        is_unit_told, is_quantity_told = chance.randrange(50), chance.randrange(100)
+        if not (is_unit_told and is_quantity_told):
+            event = replace(
+                event,
+                unit=event.unit if is_unit_told else None,
+                quantity=event.quantity if is_quantity_told else None,
+            )
+        yield event
+
+
+def _request(line: UsageLine, chance: Random) -> tuple[str, datetime]:
+    """Id and instant of a request within the hour of the line."""
+    request_id = str(UUID(int=chance.getrandbits(128), version=4))
+    return request_id, line.hour + timedelta(microseconds=chance.randrange(3600 * 10**6))
+
+
+def _event(line: UsageLine, quantity: Decimal, request_id: str, timestamp: datetime) -> BillingEvent:
+    """The charge for so much of the line."""
+    return BillingEvent(
+        timestamp=timestamp,
+        request_id=request_id,
+        endpoint_id=line.endpoint_id,
+        unit=line.unit,
+        quantity=quantity,
+        unit_price=line.unit_price,
+        percent_discount=line.percent_discount,
+        **_costs(quantity, line.unit_price, line.percent_discount),
+        credential=line.credential,
+    )
 
 
 def _times(record: Shown, times: int) -> Shown:
@@ -575,33 +689,43 @@ def _typical_milliseconds(endpoint_id: str) -> int:
     return 600 + _below(20_000, endpoint_id, "duration")
 
 
-@cache
-def _streams() -> tuple[_Metered, ...]:
-    listed = {row["endpoint_id"]: row for row in _price_list()}
-    metered = []
-    for stream in STREAMS:
-        row = listed.get(stream.endpoint_id, {})
-        unit = stream.billed_unit or row["unit"]
-        call, step = CALL_OF_UNIT.get(unit) or CALL_OF_UNIT[row["unit"]]  # "second" like "seconds"
-        metered.append(
-            _Metered(
-                endpoint_id=stream.endpoint_id,
-                calls=stream.calls,
-                months=stream.months,
-                unit=unit,
-                unit_price=Decimal(stream.unit_price or row["unit_price"]),
-                step=Decimal(step),
-                steps_a_call=int(Decimal(stream.call or call) / Decimal(step)),
-                is_discounted=stream.is_discounted,
-            )
-        )
-    return tuple(metered)
+def _metered_at(stream: Stream, hour: datetime) -> _Metered:
+    if stream.endpoint_id not in _price_list():
+        return _metered(stream, Price(stream.billed_unit, Decimal(stream.unit_price)))
+    change = PRICE_CHANGES.get(stream.endpoint_id)
+    behind = timedelta(days=change.billed_days_later) if change else timedelta()
+    return _metered(stream, list_price(stream.endpoint_id, hour - behind))
 
 
 @cache
-def _price_list() -> tuple[dict[str, str], ...]:
+def _metered(stream: Stream, listed: Price) -> _Metered:
+    unit = stream.billed_unit or listed.unit
+    call, step = CALL_OF_UNIT.get(unit) or CALL_OF_UNIT[listed.unit]  # "second" like "seconds"
+    return _Metered(
+        endpoint_id=stream.endpoint_id,
+        unit=unit,
+        unit_price=Decimal(stream.unit_price) if stream.unit_price else listed.unit_price,
+        step=Decimal(step),
+        steps_a_call=int(Decimal(stream.call or call) / Decimal(step)),
+        is_discounted=stream.is_discounted,
+    )
+
+
+@cache
+def _prices_in_turn(endpoint_id: str) -> tuple[Price, ...]:
+    row = _price_list()[endpoint_id]
+    first = Price(row["unit"], Decimal(row["unit_price"]))
+    change = PRICE_CHANGES.get(endpoint_id)
+    if not change:
+        return (first,)
+    return (first, *(Price(change.unit or first.unit, Decimal(price)) for price in change.to))
+
+
+@cache
+def _price_list() -> dict[str, dict[str, str]]:
+    """The rows of the price list, by endpoint."""
     with Path(__file__).with_name("prices.csv").open(encoding="utf-8", newline="") as file:
-        return tuple(csv.DictReader(file))
+        return {row["endpoint_id"]: row for row in csv.DictReader(file)}
 
 
 def _model(endpoint_id: str, category: str) -> dict[str, Any]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta, timezone
 from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +17,8 @@ from typing import Any
 
 import httpx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from referencing import Registry, Resource
 
@@ -33,7 +38,15 @@ from faletl.sandbox import (
     World,
     invented_world,
 )
-from faletl.sandbox.world import FAILING, FOUNDED, lines_of_hour
+from faletl.sandbox.world import (
+    FAILING,
+    FOUNDED,
+    calls_of_hour,
+    changes_of_hour,
+    events_of_hour,
+    lines_of_hour,
+    runaways_of_hour,
+)
 
 DOCUMENT = json.loads(Path(faletl.sandbox.__file__).with_name("openapi.json").read_bytes())
 NOW = datetime(2026, 11, 20, 12, 30, tzinfo=UTC)
@@ -589,17 +602,63 @@ def test_a_world_may_change_between_requests() -> None:
         assert len(usage_rows(client, EXACT)) == 1
 
 
+def make_anew() -> None:
+    """Forget what was invented, so that the next who asks makes it again."""
+    for made in (lines_of_hour, runaways_of_hour, changes_of_hour, events_of_hour, calls_of_hour):
+        made.cache_clear()
+
+
 def test_the_same_hour_has_the_same_lines_however_it_is_asked() -> None:
     start, end = datetime(2026, 11, 17, tzinfo=UTC), datetime(2026, 11, 19, tzinfo=UTC)
     whole = list(frozen_world().usage(start, end))
-    lines_of_hour.cache_clear()
+    make_anew()
     later = invented_world(now=lambda: NOW + timedelta(days=400))
     hours = [start + n * HOUR for n in reversed(range(48))]
     pieces = [list(later.usage(hour, hour + HOUR)) for hour in hours]
     assert [line for piece in reversed(pieces) for line in piece] == whole
     assert list(frozen_world(seed=8).usage(start, end)) != whole
     # Pinned, so that the demo's figures change on purpose only.
-    assert sum(line.cost_total for line in whole) == Decimal("682.3877587")
+    assert sum(line.cost_total for line in whole) == Decimal("672.7167287")
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(
+    day=st.integers(-1, 4 * 365),
+    minutes=st.lists(st.integers(0, 2 * 24 * 60), min_size=2, max_size=5).map(sorted),
+    zone=st.sampled_from([UTC, timezone(timedelta(hours=5, minutes=45))]),
+    late=st.booleans(),
+)
+def test_any_range_is_the_sum_of_its_pieces(
+    day: int, minutes: list[int], zone: timezone, late: bool
+) -> None:
+    world = invented_world(now=lambda: datetime(2029, 1, 1, tzinfo=UTC), late=late)
+    cuts = [(FOUNDED + timedelta(days=day, minutes=n)).astimezone(zone) for n in minutes]
+    for held in (world.usage, world.billing_events, world.calls):
+        make_anew()
+        whole = Counter(held(cuts[0], cuts[-1]))
+        pieces: Counter[object] = Counter()
+        for piece in reversed(list(pairwise(cuts))):
+            make_anew()
+            pieces.update(held(*piece))
+        assert pieces == whole
+
+
+def test_the_command_serves_the_seed_it_is_given() -> None:
+    day = {"start": "2025-11-06", "end": "2025-11-07", "expand": "summary"}
+    command = [sys.executable, "-c", "from faletl.cli import main; main()", "sandbox", "--port", "0"]
+    spent = []
+    for arguments in ([], ["--seed", "8"]):
+        with subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout
+            url = process.stdout.readline().split()[4].rstrip(";")
+            headers = {"Authorization": f"Key {FULL_KEY}"}
+            with httpx.Client(base_url=url, headers=headers, trust_env=False) as client:
+                spent.append(sum(row["cost_total"] for row in usage_rows(client, day)))
+            process.send_signal(signal.SIGINT)
+        assert process.returncode == 0
+    start = datetime(2025, 11, 6, tzinfo=UTC)
+    worlds = (frozen_world(seed=7, late=True), frozen_world(seed=8, late=True))
+    assert spent == [sum(x.cost_total for x in w.usage(start, start + 24 * HOUR)) for w in worlds]
 
 
 def test_only_hours_that_have_ended_are_there() -> None:
@@ -614,8 +673,11 @@ def test_the_invented_team_is_plausible() -> None:
     world = frozen_world()
     lines = list(world.usage(start, start + timedelta(days=49)))
     spend: Counter[datetime] = Counter()
+    runaways = [line for line in lines if line.cost_total > 300]
+    assert 1 <= len(runaways) <= 3
     for line in lines:
-        spend[line.hour.replace(hour=0)] += line.cost_total  # type: ignore[assignment]  # starts at 0
+        if line not in runaways:
+            spend[line.hour.replace(hour=0)] += line.cost_total  # type: ignore[assignment]  # starts at 0
     assert len(spend) == 49
     assert all(100 < total < 600 for total in spend.values())
     units: dict[str, set[str]] = {}
@@ -625,7 +687,10 @@ def test_the_invented_team_is_plausible() -> None:
     prices = world.prices()
     assert 25 <= len(units) <= 40
     assert units.keys() - models.keys() == {"acme/product-photo"}
-    assert sum(len(billed) == 2 for billed in units.values()) == 1
+    assert {i for i, billed in units.items() if len(billed) == 2} == {
+        "fal-ai/flux-2",  # one after the other
+        "xai/grok-imagine-image/quality/text-to-image",  # both at once
+    }
     assert sum(units[i] != {p["unit"]} for i, p in prices.items() if i in units) > 3
     assert len({line.credential for line in lines}) == 4
     assert {line.percent_discount for line in lines} == {None, Decimal(10)}
@@ -633,6 +698,122 @@ def test_the_invented_team_is_plausible() -> None:
     assert not prices.keys() - models.keys()
     facts = [model.get("metadata") for model in models.values()]
     assert Counter(f and f["status"] for f in facts).keys() == {None, "active", "deprecated"}
+
+
+def list_changes(start: datetime, days: int) -> list[tuple[datetime, str, Row, Row]]:
+    """When which entry of the price list changed, from what to what."""
+    clock = [start]
+    world = invented_world(now=lambda: clock[0])
+
+    def prices_at(instant: datetime) -> dict[str, Row]:
+        clock[0] = instant
+        return world.prices()
+
+    changes = []
+    for day in (start + timedelta(days=n) for n in range(days)):
+        if prices_at(day) != prices_at(day + timedelta(days=1)):
+            for hour in (day + n * HOUR for n in range(1, 25)):
+                before, after = prices_at(hour - timedelta.resolution), prices_at(hour)
+                changes += [(hour, i, before[i], after[i]) for i in after if before[i] != after[i]]
+    return changes
+
+
+def test_two_months_hold_several_price_changes_in_any_year() -> None:
+    changes = list_changes(FOUNDED, 4 * 365)
+    for day in range(4 * 365 - 60):
+        start = FOUNDED + timedelta(days=day)
+        within = [change for change in changes if start < change[0] <= start + timedelta(days=60)]
+        assert 3 <= len(within) <= 6
+        assert any(instant.hour for instant, *_ in within)
+    of_same_unit = [(old, new) for *_, old, new in changes if old["unit"] == new["unit"]]
+    assert {old["endpoint_id"] for _, _, old, new in changes if old["unit"] != new["unit"]} == {
+        "fal-ai/flux-2"
+    }
+    rises = sum(old["unit_price"] < new["unit_price"] for old, new in of_same_unit)
+    assert 0.3 < rises / len(of_same_unit) < 0.7
+    used = {line.endpoint_id for line in frozen_world().usage(NOW - 24 * HOUR, NOW)}
+    assert {endpoint_id for _, endpoint_id, *_ in changes} - used == {"fal-ai/nano-banana-pro"}
+
+
+@pytest.mark.parametrize(
+    ("endpoint_id", "billed_from", "before", "after", "listed_days_before"),
+    [
+        ("fal-ai/flux/dev", "2026-11-12T15", ("megapixels", "0.022"), ("megapixels", "0.025"), 0),
+        (
+            "fal-ai/flux-2", "2026-10-28T00", ("compute seconds", "0.00167"), ("megapixels", "0.012"), 0,
+        ),
+        (
+            "fal-ai/kling-video/v3/pro/image-to-video", "2026-11-13T00",
+            ("seconds", "0.14"), ("seconds", "0.168"), 9,
+        ),
+    ],
+)  # fmt: skip
+def test_the_bill_follows_the_list_at_once_or_days_later(
+    endpoint_id: str,
+    billed_from: str,
+    before: tuple[str, str],
+    after: tuple[str, str],
+    listed_days_before: int,
+) -> None:
+    change = datetime.fromisoformat(billed_from).replace(tzinfo=UTC)
+    lines = frozen_world().usage(change - 24 * HOUR, change + 24 * HOUR)
+    billed: dict[bool, set[tuple[str, str]]] = {}
+    for line in lines:
+        if line.endpoint_id == endpoint_id:
+            billed.setdefault(line.hour < change, set()).add((line.unit, str(line.unit_price)))
+    assert billed == {True: {before}, False: {after}}
+    day_before = change - timedelta(days=listed_days_before + 1)
+    [(listed_from, _, old, new)] = [one for one in list_changes(day_before, 1) if one[1] == endpoint_id]
+    assert listed_from == change - timedelta(days=listed_days_before)
+    assert [(row["unit"], str(row["unit_price"])) for row in (old, new)] == [before, after]
+
+
+def test_a_price_agreed_on_stays_when_the_list_changes() -> None:
+    agreed, start = "fal-ai/recraft-v3", datetime(2026, 9, 1, tzinfo=UTC)
+    lines = frozen_world().usage(start, start + timedelta(days=30))
+    assert {str(line.unit_price) for line in lines if line.endpoint_id == agreed} == {"0.04"}
+    [(_, _, old, new)] = [change for change in list_changes(start, 30) if change[1] == agreed]
+    assert (str(old["unit_price"]), str(new["unit_price"])) == ("0.04", "0.05")
+
+
+def test_every_amount_has_nine_decimals_at_most() -> None:
+    world = invented_world(now=lambda: datetime(2029, 1, 1, tzinfo=UTC))
+    for month in range(0, 48, 5):  # all streams flow, and prices take their turns
+        start = FOUNDED + timedelta(days=30 * month)
+        for line in world.usage(start, start + 24 * HOUR):
+            assert line.cost_subtotal == line.quantity * line.unit_price
+            assert line.cost_total == line.cost_subtotal - line.cost_discount
+            amounts = (line.quantity, line.cost_subtotal, line.cost_discount, line.cost_total)
+            assert all(-int(amount.as_tuple().exponent) <= 9 for amount in amounts)
+
+
+@pytest.mark.parametrize("seed", [7, 8])
+def test_a_charge_runs_away_in_any_sixty_days(seed: int) -> None:
+    hours = (FOUNDED + n * HOUR for n in range(4 * 365 * 24))
+    found = [line for hour in hours for line in runaways_of_hour(seed, hour)]
+    instants = [FOUNDED, *(line.hour for line in found), FOUNDED + timedelta(days=4 * 365)]
+    assert max(later - earlier for earlier, later in pairwise(instants)) < timedelta(days=60)
+    # A week is topped up to 5,000 USD: two such charges could empty it.
+    assert min(later - earlier for earlier, later in pairwise(instants[1:-1])) > timedelta(days=7)
+    assert all(400 < line.cost_total < 2000 for line in found)
+    assert len({line.endpoint_id for line in found}) == 3
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_runaway_is_one_request_and_one_charge_far_outside_its_history(late: bool) -> None:
+    start = datetime(2026, 9, 26, tzinfo=UTC)
+    world = frozen_world(late=late)
+    charges = list(world.billing_events(start, NOW))
+    runaways = [charge for charge in charges if charge.cost_total > 300]
+    assert len(runaways) == 2
+    for charge in runaways:
+        [of_request] = [one for one in charges if one.request_id == charge.request_id]
+        others = [c.cost_total for c in charges if c.endpoint_id == charge.endpoint_id]
+        assert charge.cost_total > 50 * sorted(others)[-2]
+        hour = charge.timestamp.replace(minute=0, second=0, microsecond=0)
+        [line] = [line for line in world.usage(hour, hour + HOUR) if line.cost_total > 300]
+        for name in ("endpoint_id", "unit", "quantity", "unit_price", "cost_subtotal", "credential"):
+            assert getattr(line, name) == getattr(of_request, name)
 
 
 def test_the_credit_falls_with_spend_and_is_topped_up() -> None:
@@ -655,14 +836,15 @@ def test_the_credit_falls_with_spend_and_is_topped_up() -> None:
 
 @pytest.mark.parametrize("late", [False, True])
 def test_the_events_of_a_day_add_up_to_its_usage(late: bool) -> None:
+    # Of the days before, two bring other prices and one a charge that ran away.
+    before = [date(2026, 10, 28), date(2026, 11, 2), date(2026, 11, 12)]
     with Sandbox(frozen_world(late=late)) as sandbox, connect(sandbox) as client:
-        for day in range(15, 20):
-            query = {"start": f"2026-11-{day}", "end": f"2026-11-{day + 1}"}
+        for day in (*before, *(date(2026, 11, n) for n in range(15, 20))):
+            query = {"start": f"{day}", "end": f"{day + timedelta(days=1)}"}
             rows = usage_rows(client, {**query, "expand": ["summary", *AUTH]})
             events = event_rows(client, {**query, "expand": AUTH, "limit": 10_000})
-            assert costs(events, "endpoint_id", "auth_method") == costs(
-                rows, "endpoint_id", "auth_method"
-            )
+            by = ("endpoint_id", "unit_price", "auth_method")
+            assert costs(events, *by) == costs(rows, *by)
             of_unit = quantities(row for row in rows if is_whole(row, events))
             assert of_unit
             assert {key: quantities(events)[key] for key in of_unit} == of_unit
@@ -839,13 +1021,16 @@ def test_analytics_have_the_asked_metrics_and_no_row_without_requests() -> None:
         ]
 
 
-def test_what_succeeded_was_charged_and_what_only_fails_was_not(client: httpx.Client) -> None:
-    whole_day = {**ONE_DAY, "limit": 10_000}
+@pytest.mark.parametrize("day", [ONE_DAY, {"start": "2026-11-02", "end": "2026-11-03"}])
+def test_what_succeeded_was_charged_and_what_only_fails_was_not(
+    client: httpx.Client, day: Query
+) -> None:
+    whole_day = {**day, "limit": 10_000}
     requests: dict[str, set[str]] = {endpoint_id: set() for endpoint_id in FAILING}
     for event in event_rows(client, whole_day):
         requests.setdefault(event["endpoint_id"], set()).add(event["request_id"])
     expand = ["summary", "success_count", "request_count", "cold_boot_count"]
-    query = {**ONE_DAY, "endpoint_id": list(requests), "expand": expand}
+    query = {**day, "endpoint_id": list(requests), "expand": expand}
     rows = {row["endpoint_id"]: row for row in analytics_rows(client, query)}
     assert {i: row["success_count"] for i, row in rows.items()} == {
         endpoint_id: len(ids) for endpoint_id, ids in requests.items()
