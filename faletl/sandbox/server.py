@@ -111,6 +111,7 @@ class Request:
     headers: dict[str, str]
     request_id: str
     status: int = 0
+    body: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -774,7 +775,7 @@ class _Handler(BaseHTTPRequestHandler):
         sandbox.requests.append(request)
         length = request.headers.get("content-length", "")
         if length.isdecimal():
-            self.rfile.read(int(length))
+            request.body = self.rfile.read(int(length))
         fault = (sandbox.fault and sandbox.fault(request)) or Fault()
         time.sleep(fault.delay_seconds)
         if fault.drop:
