@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from faletl import landing, pipeline
+from faletl.check import Checked
 from faletl.config import Settings
 from faletl.errors import UsageError, WarehouseBusyError
 from faletl.money import plain
@@ -343,6 +344,31 @@ def _print_table(names: Sequence[str], lines: Sequence[Sequence[str]], left: int
     for line in lines:
         table.add_row(*(Text(_shown(cell)) for cell in line))
     _console().print(table)
+
+
+# --- faletl check ---------------------------------------------------------------------------------
+
+
+def print_check(settings: Settings, checked: Checked) -> None:
+    """The account, and per resource whether it can be read, with which key if there are two.
+
+    Nothing is written where nothing was found out.
+    """
+    if all(one.is_readable is None and not one.exit_code for one in checked.findings):
+        return
+    if checked.account is not None:
+        label = f", labelled {settings.account} (FALETL_ACCOUNT)" if settings.account else ""
+        sys.stdout.write(f"Account: {_shown(checked.account)}{_shown(label)}\n")
+    names = ["resource", "readable", "what to do"]
+    lines = [[one.resource, _READABLE[one.is_readable], one.sentence] for one in checked.findings]
+    if settings.metrics_key:
+        names.insert(1, "key")
+        for line, one in zip(lines, checked.findings, strict=True):
+            line.insert(1, one.key_name)
+    _print_table(names, lines, left=len(names))
+
+
+_READABLE = {True: "yes", False: "no", None: "?"}
 
 
 # --- The first answers ----------------------------------------------------------------------------

@@ -247,6 +247,23 @@ def status(
     answers.print_status(Settings.load(), as_json=as_json)
 
 
+@app.command(epilog="Example: FAL_KEY=id:secret faletl check")
+def check() -> None:
+    """Whether the key can read each resource, and what to do if not; a few tiny questions to fal."""
+    from faletl import answers
+    from faletl.check import check as checked_by
+    from faletl.config import Settings
+
+    if not _Options.debug:  # what is told below says it better than the client's log
+        logging.getLogger("faletl.client").setLevel(logging.ERROR)
+    settings = Settings.load()
+    checked = checked_by(settings)
+    answers.print_check(settings, checked)
+    for problem in checked.problems:
+        _say(problem.sentence)
+    raise typer.Exit(checked.exit_code)
+
+
 @app.command(
     epilog='Example: faletl sql "select sum(cost_total) from reports.rpt_spend_daily" --format csv'
 )
