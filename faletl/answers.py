@@ -25,6 +25,7 @@ from faletl import landing, pipeline
 from faletl.check import Checked
 from faletl.config import Settings
 from faletl.errors import UsageError, WarehouseBusyError
+from faletl.estimate import Estimates
 from faletl.money import plain
 from faletl.plan import Forecast
 from faletl.resources import RESOURCES
@@ -369,6 +370,39 @@ def print_check(settings: Settings, checked: Checked) -> None:
 
 
 _READABLE = {True: "yes", False: "no", None: "?"}
+
+
+# --- faletl estimate ------------------------------------------------------------------------------
+
+
+def print_estimates(estimates: Estimates, *, by_calls: bool) -> None:
+    """A line per plan, or per unit that its endpoint was billed in; and what the figures stand on."""
+    per = "call" if by_calls else "unit"
+    names = ["endpoint", "unit billed", f"{per}s", "fal estimates", "currency", f"charged per {per}",
+             f"for as many {per}s", "currency"]  # fmt: skip
+    lines = []
+    for one in estimates.found:
+        unknown = "no history" if by_calls else "no price"
+        figure = plain(one.total_cost) if one.total_cost else unknown
+        said = [plain(one.planned.quantity), figure, one.currency if one.total_cost else ""]
+        for number, charged in enumerate(one.charged or [None]):
+            told = ("no history", "", "")
+            if charged:
+                told = (plain(charged.cost_per_unit), plain(charged.cost), charged.currency)
+            unit = charged.unit if charged and charged.unit is not None else ""
+            lines.append([one.planned.endpoint_id, unit, *(["", "", ""] if number else said), *told])
+    if by_calls:
+        for line in (names, *lines):
+            del line[1]
+    if lines:
+        _print_table(names, lines, left=1 if by_calls else 2)
+    history = estimates.history
+    if history is None:
+        sys.stdout.write("Nothing charged to this account is published yet; faletl run loads it.\n")
+        return
+    sys.stdout.write(
+        f"Charged: account {_shown(history.account)}, {history.first_day} to {history.last_day}.\n"
+    )
 
 
 # --- The first answers ----------------------------------------------------------------------------
