@@ -120,6 +120,8 @@ def problem_of(settings: Settings, error: FaletlError) -> Problem | None:
     if cause is not None:
         is_setting = cause in ("proxy", "certificate")
         sentence, exit_code = _CAUSES[str(cause)], KEY_OR_SETTINGS if is_setting else FAILED
+        if settings.proxy is not None and cause != "proxy":
+            sentence += " (asked through the proxy of FALETL_PROXY)"
     elif isinstance(status, int) and 300 <= status < 400:
         sentence, exit_code = _REDIRECT, KEY_OR_SETTINGS
     elif isinstance(error, WebPageError):
@@ -143,7 +145,9 @@ _CAUSES = {
     "certificate": "this machine does not trust the certificate of {url}; where a proxy has one of its "
     "own, set FALETL_CA_FILE, else set FALETL_API_URL right",
 }
-_IS_IT_FAL = "set FALETL_API_URL to fal's own address, https://api.fal.ai/v1"
+_IS_IT_FAL = (
+    "set FALETL_API_URL to https://api.fal.ai/v1; where it is that, a proxy or a portal answers instead"
+)
 _REDIRECT = f"{{url}} sends elsewhere, where a key must not follow; {_IS_IT_FAL}"
 _WEB_PAGE = f"{{url}} answers with a web page, not as fal's API does; {_IS_IT_FAL}"
 _NO_CATALOGUE = f"{{url}} has no catalogue of models (404), so it is not fal's API; {_IS_IT_FAL}"
@@ -192,9 +196,9 @@ def _remedy(settings: Settings, resource: Resource, key_name: str) -> str:
     """What to do where fal refuses a key that it accepts for other things."""
     sentence = f"{key_name} needs {resource.needs}"
     if resource.uses_metrics_key and settings.metrics_key is None:
-        sentence += "; or set FAL_METRICS_KEY to a key that has it"
+        sentence += ", or a FAL_METRICS_KEY beside it"
     if resource.is_optional:
-        sentence += "; until then it is left out"
+        sentence += "; left out until then"
     return sentence
 
 

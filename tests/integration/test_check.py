@@ -13,6 +13,7 @@ from email.utils import format_datetime
 from pathlib import Path
 
 import pytest
+import trustme
 
 from faletl import check as check_module
 from faletl.check import KNOWN_ENDPOINT, LIMITED, Checked, check
@@ -25,6 +26,7 @@ from faletl.sandbox.server import document_as_of
 from tests import truth
 from tests.conftest import settings_for
 from tests.integration.test_cli import faletl
+from tests.integration.test_client import RawServer, good, head, tls_of
 
 CANARY = "canary-id:canary-secret-0123456789"
 HTML = b"<!doctype html><html><body>Welcome</body></html>"
@@ -258,6 +260,28 @@ def test_no_network_is_told_by_its_kind_and_may_be_tried_again(monkeypatch: pyte
         assert said in problem.sentence
         assert checked.exit_code == 1
         assert readable(checked) == dict.fromkeys(RESOURCES)
+
+
+def test_a_certificate_that_nobody_vouches_for_is_a_setting() -> None:
+    with RawServer(good, tls=tls_of(trustme.CA())) as server:
+        checked = check(settings_for(server.url, Path()))
+        assert server.heads == []
+    (problem,) = checked.problems
+    assert "does not trust the certificate" in problem.sentence
+    assert checked.exit_code == 2
+
+
+def test_a_proxy_that_refuses_is_a_setting_and_one_that_is_down_is_named() -> None:
+    def refuse(connection: socket.socket) -> None:
+        connection.sendall(head("Content-Length: 0", status="407 Proxy Authentication Required"))
+
+    with RawServer(refuse) as proxy:
+        settings = settings_for("https://nowhere.invalid/v1", Path(), proxy=f"http://{proxy.address}")
+        refused = check(settings)
+    down = check(settings)
+    assert "set FALETL_PROXY right" in sentences(refused)
+    assert "through the proxy of FALETL_PROXY" in sentences(down)
+    assert (refused.exit_code, down.exit_code) == (2, 1)
 
 
 def test_a_network_that_goes_down_meanwhile_ends_the_check_and_keeps_what_is_known() -> None:
