@@ -21,8 +21,10 @@ from rich.table import Table
 from rich.text import Text
 
 from faletl import landing
+from faletl.check import Checked
 from faletl.config import Settings
 from faletl.errors import UsageError, WarehouseBusyError
+from faletl.estimate import Estimates
 from faletl.money import plain
 from faletl.plan import Forecast
 from faletl.rebuild import prune
@@ -345,6 +347,64 @@ def _print_table(names: Sequence[str], lines: Sequence[Sequence[str]], left: int
     for line in lines:
         table.add_row(*(Text(_shown(cell)) for cell in line))
     console().print(table)
+
+
+# --- faletl check ---------------------------------------------------------------------------------
+
+
+def print_check(settings: Settings, checked: Checked) -> None:
+    """The account, and per resource whether it can be read, with which key if there are two.
+
+    Nothing is written where nothing was found out.
+    """
+    if all(one.is_readable is None and not one.exit_code for one in checked.findings):
+        return
+    if checked.account is not None:
+        label = f", labelled {settings.account} (FALETL_ACCOUNT)" if settings.account else ""
+        sys.stdout.write(f"Account: {_shown(checked.account)}{_shown(label)}\n")
+    names = ["resource", "readable", "what to do"]
+    lines = [[one.resource, _READABLE[one.is_readable], one.sentence] for one in checked.findings]
+    if settings.metrics_key:
+        names.insert(1, "key")
+        for line, one in zip(lines, checked.findings, strict=True):
+            line.insert(1, one.key_name)
+    _print_table(names, lines, left=len(names))
+
+
+_READABLE = {True: "yes", False: "no", None: "?"}
+
+
+# --- faletl estimate ------------------------------------------------------------------------------
+
+
+def print_estimates(estimates: Estimates, *, by_calls: bool) -> None:
+    """A line per plan, or per unit that its endpoint was billed in; and what the figures stand on."""
+    per = "call" if by_calls else "unit"
+    names = ["endpoint", "unit billed", f"{per}s", "fal estimates", "currency", f"charged per {per}",
+             f"for as many {per}s", "currency"]  # fmt: skip
+    lines = []
+    for one in estimates.found:
+        unknown = "no history" if by_calls else "no price"
+        figure = plain(one.total_cost) if one.total_cost else unknown
+        said = [plain(one.planned.quantity), figure, one.currency if one.total_cost else ""]
+        for number, charged in enumerate(one.charged or [None]):
+            told = ("no history", "", "")
+            if charged:
+                told = (plain(charged.cost_per_unit), plain(charged.cost), charged.currency)
+            unit = charged.unit if charged and charged.unit is not None else ""
+            lines.append([one.planned.endpoint_id, unit, *(["", "", ""] if number else said), *told])
+    if by_calls:
+        for line in (names, *lines):
+            del line[1]
+    if lines:
+        _print_table(names, lines, left=1 if by_calls else 2)
+    history = estimates.history
+    if history is None:
+        sys.stdout.write("Nothing charged to this account is published yet; faletl run loads it.\n")
+        return
+    sys.stdout.write(
+        f"Charged: account {_shown(history.account)}, {history.first_day} to {history.last_day}.\n"
+    )
 
 
 # --- Shared ---------------------------------------------------------------------------------------

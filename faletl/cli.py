@@ -249,6 +249,44 @@ def status(
     answers.print_status(Settings.load(), as_json=as_json)
 
 
+@app.command(epilog="Example: FAL_KEY=id:secret faletl check")
+def check() -> None:
+    """Whether the key can read each resource, and what to do if not; a few tiny questions to fal."""
+    from faletl import answers
+    from faletl.check import check as checked_by
+    from faletl.config import Settings
+
+    if not _Options.debug:  # what is told below says it better than the client's log
+        logging.getLogger("faletl.client").setLevel(logging.ERROR)
+    settings = Settings.load()
+    checked = checked_by(settings)
+    answers.print_check(settings, checked)
+    for problem in checked.problems:
+        _say(problem.sentence)
+    raise typer.Exit(checked.exit_code)
+
+
+@app.command(epilog="Example: FAL_KEY=id:secret faletl estimate fal-ai/flux/dev=1000 --calls")
+def estimate(
+    plans: Annotated[
+        list[str], typer.Argument(metavar="ENDPOINT=QUANTITY…", help="How many units of which endpoint.")
+    ],
+    calls: Annotated[bool, typer.Option("--calls", help="Quantities are calls, not units.")] = False,
+) -> None:
+    """What fal says that units or calls would cost, beside what was really charged for them of late."""
+    from faletl import answers
+    from faletl.config import Settings
+    from faletl.estimate import estimate as estimated
+    from faletl.estimate import planned
+
+    planned_ones = [planned(text, by_calls=calls) for text in plans]
+    estimates = estimated(Settings.load(), planned_ones, by_calls=calls)
+    answers.print_estimates(estimates, by_calls=calls)
+    for endpoint_id in estimates.unknown:
+        _say(f"fal knows no endpoint {endpoint_id!r}; look it up on fal.ai/models")
+    raise typer.Exit(UsageError.exit_code if estimates.unknown else 0)
+
+
 @app.command(
     epilog='Example: faletl sql "select sum(cost_total) from reports.rpt_spend_daily" --format csv'
 )

@@ -20,7 +20,7 @@ import weakref
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -39,6 +39,7 @@ from faletl.errors import (
     MalformedAnswerError,
     NotFoundError,
     SettingsError,
+    WebPageError,
 )
 
 log = logging.getLogger(__name__)
@@ -56,11 +57,31 @@ QUOTED_CHARACTERS = 300
 
 
 @dataclass(frozen=True, slots=True)
+class Patience:
+    """How long to go on: tries of a request, seconds for each, seconds that fal may ask to wait."""
+
+    tries: int
+    deadline_seconds: float
+    retry_after_seconds: int
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """A complete, decoded body that fal sent with status 200."""
 
     body: bytes
     request_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """What a request asks; whether it is one for the metrics key."""
+
+    method: str
+    path: str
+    params: Params = field(default_factory=dict)
+    metrics: bool = False
+    body: bytes | None = None
 
 
 class MalformedBodyError(Exception):
@@ -76,11 +97,15 @@ class FalClient:
 
     Raises from every request: KeyRefusedError (401, 403), NotFoundError (404), ContractError (any
     other refusal, a redirect, an answer that is not what was asked), ApiUnavailableError (network,
-    429, 5xx, after `TRIES` tries).
+    429, 5xx, after `TRIES` tries, or those of a `patience` of one's own).
     """
 
-    def __init__(self, settings: Settings) -> None:
+    clock_skew_seconds: float | None = None
+    """How far this machine's clock and fal's are apart, once that was too far."""
+
+    def __init__(self, settings: Settings, patience: Patience | None = None) -> None:
         self._settings = settings
+        self._patience = patience or Patience(TRIES, DEADLINE_SECONDS, RETRY_AFTER_SECONDS)
         self._rate = _Rate(settings.rate)
         self._stop = threading.Event()
         self._backend = _DeadlineBackend(self._stop)
@@ -95,7 +120,6 @@ class FalClient:
             trust_env=False,
             timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
         )
-        self._is_skew_told = False
 
     def __enter__(self) -> FalClient:
         return self
@@ -116,31 +140,41 @@ class FalClient:
         `read` raises MalformedBodyError for a body worth asking for again, ContractError for one
         that would not get better.
         """
+        return self._ask(_Question("GET", path, params, metrics), read)
+
+    def post(self, path: str, body: bytes, read: Callable[[bytes], T]) -> tuple[Answer, T]:
+        """The same for a question in a JSON body: one that changes nothing, as it may be asked again."""
+        return self._ask(_Question("POST", path, body=body), read)
+
+    def _ask(self, question: _Question, read: Callable[[bytes], T]) -> tuple[Answer, T]:
         retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception(_is_worth_a_retry),
-            stop=tenacity.stop_after_attempt(TRIES),
+            retry=tenacity.retry_if_exception(self._is_worth_a_retry),
+            stop=tenacity.stop_after_attempt(self._patience.tries),
             wait=_wait,
             sleep=self._sleep,
-            before_sleep=lambda state: self._tell_retry(path, state),
+            before_sleep=lambda state: self._tell_retry(question.path, state),
             reraise=True,
         )
-        answer: tuple[Answer, T] = retrying(self._once, path, params, read, metrics)
+        answer: tuple[Answer, T] = retrying(self._once, question, read)
         return answer
 
-    def _once(
-        self, path: str, params: Params, read: Callable[[bytes], T], metrics: bool
-    ) -> tuple[Answer, T]:
+    def _once(self, question: _Question, read: Callable[[bytes], T]) -> tuple[Answer, T]:
         self._sleep(self._rate.reserve())
         self._sleep(self._rate.held())  # another thread may have been told to wait meanwhile
-        key = self._settings.key_for(metrics=metrics)
+        key = self._settings.key_for(metrics=question.metrics)
+        headers = {"authorization": f"Key {key}"} if key else {}
+        if question.body is not None:
+            headers["content-type"] = "application/json"
         request = self._http.build_request(
-            "GET",
-            self._settings.api_url + path,
-            params=[(name, value) for name, values in params.items() for value in _each(values)],
-            headers={"authorization": f"Key {key}"} if key else {},
+            question.method,
+            self._settings.api_url + question.path,
+            params=[(name, v) for name, values in question.params.items() for v in _each(values)],
+            content=question.body,
+            headers=headers,
         )
         request_id: str | None = None
-        deadline = _deadline.set(time.monotonic() + DEADLINE_SECONDS)
+        seconds = self._patience.deadline_seconds
+        deadline = _deadline.set((time.monotonic() + seconds, seconds))
         try:
             response = self._http.send(request, stream=True)
             request_id = self._request_id(response)
@@ -155,18 +189,21 @@ class FalClient:
                 raise StoppedError from None
             reason = self._settings.redact(str(error)) or type(error).__name__
             raise ApiUnavailableError(
-                f"fal could not be reached ({reason}); try again later", request_id=request_id
+                f"fal could not be reached ({reason}); try again later",
+                request_id=request_id,
+                cause=_cause(error),
             ) from None
         finally:
             _deadline.reset(deadline)
         self._watch_clock(response.headers.get("date"))
         if response.status_code != httpx.codes.OK:
-            raise self._refusal(path, response, body, params).at(request_id=request_id)
+            raise self._refusal(question, response, body).at(request_id=request_id)
         answer = Answer(body, request_id)
         try:
             return answer, read(body)
         except MalformedBodyError as error:
-            raise MalformedAnswerError(f"{error}; fal sent {self._quote(body)}").at(
+            kind = WebPageError if _is_html(body) else MalformedAnswerError
+            raise kind(f"{error}; fal sent {self._quote(body)}").at(
                 status=200, request_id=request_id
             ) from None
         except ContractError as error:
@@ -197,17 +234,17 @@ class FalClient:
         return b"".join(parts)
 
     def _refusal(
-        self, path: str, response: httpx.Response, body: bytes, params: Params
+        self, question: _Question, response: httpx.Response, body: bytes
     ) -> ApiUnavailableError | ContractError | KeyRefusedError:
         """The error that an answer other than 200 means (docs/fal-api.md, "Errors")."""
-        status = response.status_code
+        path, status = question.path, response.status_code
         said = self._quote(body)
         facts: dict[str, Fact] = {"status": status, "path": path}
-        is_html = body.lstrip()[:1] == b"<"
-        if status == httpx.codes.TOO_MANY_REQUESTS or status >= 500 or (status == 403 and is_html):
+        is_gateway = status == 403 and _is_html(body)
+        if status == httpx.codes.TOO_MANY_REQUESTS or status >= 500 or is_gateway:
             wait = _retry_after(response.headers.get("retry-after"))
             told = f"; it asks to come back in {wait} s" if wait else ""
-            if wait and wait <= RETRY_AFTER_SECONDS:
+            if wait and wait <= self._patience.retry_after_seconds:
                 self._rate.hold(wait)
             return ApiUnavailableError(
                 f"fal answered {status} to {path}: {said}{told}", retry_after=wait, **facts
@@ -220,7 +257,7 @@ class FalClient:
             )
         if status == httpx.codes.NOT_FOUND:
             return NotFoundError(f"fal answered 404 to {path}: {said}", **facts)
-        if status == httpx.codes.BAD_REQUEST and "cursor" in params:
+        if status == httpx.codes.BAD_REQUEST and "cursor" in question.params:
             return CursorRefusedError(f"fal refused its own cursor (400: {said})", **facts)
         if 200 <= status < 300:
             return MalformedAnswerError(f"fal answered {status} without data to {path}", **facts)
@@ -249,16 +286,22 @@ class FalClient:
         error = state.outcome.exception() if state.outcome else None
         log.warning(
             "%s: %s; trying again in %.1f s (try %d of %d)",
-            path, error, state.upcoming_sleep, state.attempt_number, TRIES,
+            path, error, state.upcoming_sleep, state.attempt_number, self._patience.tries,
         )  # fmt: skip
+
+    def _is_worth_a_retry(self, error: BaseException) -> bool:
+        if not isinstance(error, (ApiUnavailableError, MalformedAnswerError)):
+            return False
+        asked = error.facts.get("retry_after")
+        return not (isinstance(asked, int) and asked > self._patience.retry_after_seconds)
 
     def _watch_clock(self, date: str | None) -> None:
         at = _http_date(date)
-        if at is None or self._is_skew_told:
+        if at is None or self.clock_skew_seconds is not None:
             return
         skew = abs((datetime.now(UTC) - at).total_seconds())
         if skew > CLOCK_SKEW_SECONDS:
-            self._is_skew_told = True
+            self.clock_skew_seconds = skew
             log.warning("this machine's clock and fal's are %.0f s apart; which is right?", skew)
 
 
@@ -291,10 +334,32 @@ class _Rate:
             return self._held_until - time.monotonic()
 
 
-def _is_worth_a_retry(error: BaseException) -> bool:
-    return isinstance(error, (ApiUnavailableError, MalformedAnswerError)) and not (
-        isinstance(asked := error.facts.get("retry_after"), int) and asked > RETRY_AFTER_SECONDS
-    )
+# What is at the bottom of a transport error, most telling first; all others are a broken connection.
+_CAUSES: tuple[tuple[type[BaseException], str], ...] = (
+    (socket.gaierror, "dns"),
+    (ssl.SSLCertVerificationError, "certificate"),
+    (ConnectionRefusedError, "refused"),
+    (httpx.ProxyError, "proxy"),
+    (httpx.TimeoutException, "timeout"),
+    (TimeoutError, "timeout"),
+)
+
+
+def _cause(error: BaseException) -> str:
+    """One word for why fal could not be reached: those above, or `connection`."""
+    chain: list[BaseException] = []
+    below: BaseException | None = error
+    while below is not None and below not in chain:
+        chain.append(below)
+        below = below.__cause__ or below.__context__
+    for kind, word in _CAUSES:
+        if any(isinstance(one, kind) for one in chain):
+            return word
+    return "connection"
+
+
+def _is_html(body: bytes) -> bool:
+    return body.lstrip()[:1] == b"<"
 
 
 def _wait(state: tenacity.RetryCallState) -> float:
@@ -337,13 +402,15 @@ def _each(values: str | tuple[str, ...]) -> tuple[str, ...]:
 
 # --- One deadline for everything a request does: a slow drip resets every read timeout. ---
 
-_deadline: ContextVar[float] = ContextVar("deadline")
+_deadline: ContextVar[tuple[float, float]] = ContextVar("deadline")
+"""The moment (monotonic), and how many seconds it was away at first."""
 
 
 def _left(timeout: float | None) -> float:
-    left = _deadline.get(math.inf) - time.monotonic()
+    at, seconds = _deadline.get((math.inf, math.inf))
+    left = at - time.monotonic()
     if left <= 0:
-        raise httpcore.ReadTimeout(f"no whole answer within {DEADLINE_SECONDS:.0f} s")
+        raise httpcore.ReadTimeout(f"no whole answer within {seconds:.0f} s")
     return left if timeout is None else min(left, timeout)
 
 

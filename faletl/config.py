@@ -135,6 +135,10 @@ class Settings(BaseSettings):
         key = (self.metrics_key if metrics else None) or self.key
         return key.get_secret_value() if key else None
 
+    def key_name(self, *, metrics: bool = False) -> str:
+        """The setting that this key comes from."""
+        return "FAL_METRICS_KEY" if metrics and self.metrics_key else "FAL_KEY"
+
     def require_key(self) -> None:
         """Raises SettingsError when FAL_KEY is not set."""
         if self.key is None:

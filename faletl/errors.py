@@ -83,6 +83,10 @@ class MalformedAnswerError(ContractError):
     """Status 2xx, but no whole JSON document, and none when asked again."""
 
 
+class WebPageError(MalformedAnswerError):
+    """Status 2xx, but a web page: a gateway's, or that of a host which is not fal's API."""
+
+
 class NotFoundError(ContractError):
     """Fal answered 404: for a batch of ids this means that one of them is unknown."""
 

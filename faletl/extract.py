@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -20,7 +20,7 @@ from faletl.errors import (
 )
 from faletl.landing import Attempt, Call, Landed, Manifest
 from faletl.pages import walk
-from faletl.resources import Resource
+from faletl.resources import Question, Resource
 from faletl.windows import Window, instant
 
 log = logging.getLogger(__name__)
@@ -110,10 +110,9 @@ def fetch_window(
                 attempt.close()
         raise AssertionError("unreachable")
     except KeyRefusedError as error:
-        is_metrics = resource.uses_metrics_key and settings.metrics_key
+        name = settings.key_name(metrics=resource.uses_metrics_key)
         raise KeyRefusedError(
-            f"{error.message}; check {'FAL_METRICS_KEY' if is_metrics else 'FAL_KEY'}: {resource.name} "
-            f"needs {resource.permission} (preset {resource.presets})",
+            f"{error.message}; check {name}: {resource.name} needs {resource.needs}",
             **error.facts,
         ).at(resource=resource.name, window=str(window)) from None
     except FaletlError as error:
@@ -134,22 +133,45 @@ def _ask_all(
     """Ask every question of the resource and for its control total."""
     for number in range(len(resource.params)):
         if resource.ids_per_call is None:
-            asking.walk("rows", number, _bounds(window))
+            asking.walk("rows", number, bounds(window))
         else:
             _ask_by_ids(asking, number, window, ids, unknown)
     proof = resource.proof
     if proof is None:
         return
     try:
-        asking.land("proof", proof.path, {**proof.params, **_bounds(window)}, proof.rows_path)
+        asking.land("proof", proof.path, {**proof.params, **bounds(window)}, proof.rows_path)
     except KeyRefusedError:
         log.warning("%s, window %s: fal refuses the control total to this key; "
                     "two equal walks stand in for it", resource.name, window)  # fmt: skip
         if not (unproven and proof.two_walks_suffice):
             for number in range(len(resource.params)):
-                asking.walk("again", number, _bounds(window))
+                asking.walk("again", number, bounds(window))
     if unproven and proof.two_walks_suffice:
         asking.adopt(unproven)
+
+
+def ask_in_either_form(
+    resource: Resource, number: int, ask: Callable[[Question], None], *, is_older: bool
+) -> bool:
+    """Ask the resource's question of that number; where fal refuses it (400), in its older form.
+
+    `is_older` is whether fal took the older form of an earlier question; returned is whether it is the
+    form that fal takes.
+    """
+    if is_older:
+        ask(resource.older_params[number])
+        return True
+    try:
+        ask(resource.params[number])
+    except ContractError as error:
+        is_refused = error.facts.get("status") == BAD_REQUEST
+        if not is_refused or isinstance(error, CursorRefusedError) or not resource.older_params:
+            raise
+        log.info("%s: %s; asking as before fal had all of these values", resource.name, error)
+        ask(resource.older_params[number])
+        return True
+    return False
 
 
 def _ask_by_ids(
@@ -160,7 +182,7 @@ def _ask_by_ids(
     known = [endpoint_id for endpoint_id in ids if endpoint_id not in unknown]
     for first in range(0, len(known), size):
         batch = known[first : first + size]
-        asking.walk_ids(number, _bounds(window), batch, unknown)
+        asking.walk_ids(number, bounds(window), batch, unknown)
         if not first and len(batch) >= SUSPICIOUS_IDS and unknown.issuperset(batch):
             raise ContractError("fal knows none of the endpoint ids asked for: is the path gone?")
 
@@ -177,19 +199,11 @@ class _Asking:
 
     def walk(self, label: str, number: int, more: Params) -> None:
         """Land all pages of the resource's question of that number; of its older form if need be."""
-        resource = self.resource
-        questions = resource.older_params if self._is_older else resource.params
-        try:
-            self.land(label, resource.path, {**questions[number], **more}, resource.rows_path)
-        except ContractError as error:
-            is_refused = error.facts.get("status") == BAD_REQUEST
-            if not is_refused or isinstance(error, CursorRefusedError) or self._is_older:
-                raise
-            if not resource.older_params:
-                raise
-            log.info("%s: %s; asking as before fal had all of these values", resource.name, error)
-            self._is_older = True
-            self.walk(label, number, more)
+
+        def ask(question: Question) -> None:
+            self.land(label, self.resource.path, {**question, **more}, self.resource.rows_path)
+
+        self._is_older = ask_in_either_form(self.resource, number, ask, is_older=self._is_older)
 
     def land(self, label: str, path: str, params: Params, rows_path: tuple[str, ...]) -> None:
         """Land all pages of one question."""
@@ -225,7 +239,8 @@ class _Asking:
             self.walk_ids(number, more, ids[middle:], unknown)
 
 
-def _bounds(window: Window) -> Params:
+def bounds(window: Window) -> Params:
+    """The window as parameters of a question; a snapshot has none."""
     if window.is_snapshot:
         return {}
     return {"start": instant(window.start), "end": instant(window.end)}

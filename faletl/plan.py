@@ -91,13 +91,18 @@ def account_label(client: FalClient, settings: Settings) -> str:
     if settings.account:
         return settings.account
     try:
-        _, label = client.get("/account/billing", {"expand": ("credits",)}, _read_username)
+        _, label = client.get("/account/billing", {"expand": ("credits",)}, read_username)
     except KeyRefusedError:
         return "default"
     return label
 
 
-def _read_username(body: bytes) -> str:
+def read_username(body: bytes) -> str:
+    """The account's name in an answer of /account/billing.
+
+    Raises:
+        ContractError, MalformedBodyError: there is none.
+    """
     try:
         username = msgspec.json.decode(body, type=dict[str, msgspec.Raw])["username"]
         label = msgspec.json.decode(username, type=str)

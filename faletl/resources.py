@@ -109,6 +109,11 @@ class Resource:
         """The raw table, with its schema."""
         return f"raw.{self.name}"
 
+    @property
+    def needs(self) -> str:
+        """What a key needs to read it, as a person sets it up."""
+        return f"{self.permission} (preset {self.presets})"
+
     def column(self, name: str) -> Column:
         """The column of that name."""
         return next(column for column in self.columns if column.name == name)

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
@@ -70,6 +71,13 @@ FILTERS = {
 USAGE_GRAIN = ("endpoint_id", "unit", "unit_price", "percent_discount", "currency")
 EXACT = Context(prec=200)  # whatever amounts a world makes up
 
+# The kinds of estimate: what a quantity is called, and the least one.
+ESTIMATES = {
+    "unit_price": ("unit_quantity", Decimal("0.000001")),
+    "historical_api_price": ("call_quantity", Decimal(1)),
+}
+MOST = 10**15  # of which the sandbox makes an estimate
+
 # Half as long again as a bucket: from its start this lands inside the next one, whatever daylight
 # saving or the calendar makes of its length.
 PAST_NEXT_BORDER = {
@@ -111,6 +119,7 @@ class Request:
     headers: dict[str, str]
     request_id: str
     status: int = 0
+    body: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -195,18 +204,21 @@ def answer(sandbox: Sandbox, request: Request) -> bytes:
     Raises:
         Refusal: the path, method, key or a parameter is not as documented.
     """
-    if request.method != "GET":
-        raise Refusal(405, f"{request.method} is not offered here")
     document = document_as_of(sandbox.as_of)
-    if request.path == "/openapi.json":
+    if (request.method, request.path) == ("GET", "/openapi.json"):
         return json.dumps(document).encode()
     if request.path not in ANSWERS:
         raise Refusal(404, f"No such path: {request.path}")
-    operation = document["paths"][request.path]["get"]
+    operation = document["paths"][request.path].get(request.method.lower())
+    if operation is None:
+        raise Refusal(405, f"{request.method} is not offered here")
     check_key(sandbox.keys, request, operation)
-    query = read_query(request, parameters_of(request.path, sandbox.as_of))
+    if "requestBody" in operation:
+        asked: Any = read_body(request)
+    else:
+        asked = read_query(request, parameters_of(request.path, sandbox.as_of))
     try:
-        whole = ANSWERS[request.path](sandbox, query)
+        whole = ANSWERS[request.path](sandbox, asked)
     except OverflowError:
         raise Refusal(400, "start or end lies outside the calendar") from None
     schema = operation["responses"]["200"]["content"]["application/json"]["schema"]
@@ -248,6 +260,25 @@ def read_query(request: Request, known: Mapping[str, Parameter]) -> Query:
     if "source" in query and query["source"] != known["source"].default:
         raise Refusal(400, "Tagged sources are not enabled for this account")
     return query
+
+
+def read_body(request: Request) -> Json:
+    """The JSON object that was sent, its fractions as Decimals.
+
+    Raises:
+        Refusal: it is none.
+    """
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is no number in JSON")
+
+    try:
+        body = json.loads(request.body, parse_float=Decimal, parse_constant=refuse)
+    except (ValueError, ArithmeticError, RecursionError):
+        raise Refusal(400, "The body is no JSON document") from None
+    if not isinstance(body, dict):
+        raise Refusal(400, "The body is no JSON object")
+    return body
 
 
 class Parameter(NamedTuple):
@@ -305,6 +336,66 @@ def pricing(sandbox: Sandbox, query: Query) -> Json:
     check_known(asked, listed_endpoints(sandbox.world))
     listed = [prices[endpoint_id] for endpoint_id in asked if endpoint_id in prices]
     return {"prices": listed, "next_cursor": None, "has_more": False}
+
+
+def estimate(sandbox: Sandbox, body: Json) -> Json:
+    """What so many units cost by list, or so many calls by what they cost of late; one sum over all."""
+    kind, endpoints = body.get("estimate_type"), body.get("endpoints")
+    if not isinstance(kind, str) or kind not in ESTIMATES:
+        raise Refusal(400, f"estimate_type is one of {', '.join(ESTIMATES)}")
+    if not isinstance(endpoints, dict) or not endpoints:
+        raise Refusal(400, "endpoints names no endpoint")
+    name, least = ESTIMATES[kind]
+    quantities = {
+        endpoint_id: read_quantity(asked, name, least) for endpoint_id, asked in endpoints.items()
+    }
+    world = sandbox.world
+    if kind == "unit_price":
+        check_known(quantities, listed_endpoints(world))
+        prices = {endpoint_id: price["unit_price"] for endpoint_id, price in world.prices().items()}
+    else:
+        check_known(quantities, listed_endpoints(world) | called_endpoints(world))
+        prices = charges_per_call(world)
+    costs = [
+        EXACT.multiply(prices.get(endpoint_id, Decimal(0)), quantity)
+        for endpoint_id, quantity in quantities.items()
+    ]
+    return {"estimate_type": kind, "total_cost": total(costs), "currency": "USD"}
+
+
+def read_quantity(asked: object, name: str, least: Decimal) -> Decimal:
+    """The quantity of one endpoint; a whole number where the least one is.
+
+    Raises:
+        Refusal: it is missing, or no number in the bounds.
+    """
+    value = asked.get(name) if isinstance(asked, dict) else None
+    if isinstance(value, (int, Decimal)) and not isinstance(value, bool):
+        quantity = Decimal(value)
+        is_whole = quantity <= MOST and quantity == quantity.to_integral_value()
+        if least <= quantity <= MOST and (is_whole or least < 1):
+            return quantity
+    kind = "number" if least < 1 else "whole number"
+    raise Refusal(400, f"{name} is a {kind} from {least} to {MOST}")
+
+
+def charges_per_call(world: World) -> dict[str, Decimal]:
+    """What a request of the last 30 days cost on average, in USD, to twelve decimals."""
+    end = now_of(world)
+    start = end - timedelta(days=30)
+    costs: dict[str, Decimal] = {}
+    for line in world.usage(start, end):
+        if line.currency == "USD":
+            before = costs.get(line.endpoint_id, Decimal(0))
+            costs[line.endpoint_id] = EXACT.add(before, line.cost_total)
+    counts: Counter[str] = Counter()
+    for calls in world.calls(start, end):
+        counts[calls.endpoint_id] += calls.request_count
+    return {
+        endpoint_id: EXACT.divide(cost, counts[endpoint_id]).quantize(Decimal("1e-12"), context=EXACT)
+        for endpoint_id, cost in costs.items()
+        if counts[endpoint_id]
+    }
 
 
 def usage(sandbox: Sandbox, query: Query) -> Json:
@@ -406,9 +497,10 @@ def billing(sandbox: Sandbox, query: Query) -> Json:
     return {"username": sandbox.world.account, **extra}
 
 
-ANSWERS: Mapping[str, Callable[[Sandbox, Query], Json]] = {
+ANSWERS: Mapping[str, Callable[[Sandbox, Any], Json]] = {  # of a query, or of a body
     "/models": models,
     "/models/pricing": pricing,
+    "/models/pricing/estimate": estimate,
     "/models/usage": usage,
     "/models/analytics": analytics,
     "/models/billing-events": billing_events,
@@ -452,13 +544,18 @@ def check_known(asked: Iterable[str], known: set[str]) -> None:
 
 def read_range(world: World, query: Query) -> tuple[datetime, datetime]:
     """Start and end (exclusive). Without them: the last 24 hours. A plain date is midnight UTC."""
-    # An invented world has a clock of its own, which a test may have set.
-    now: datetime = getattr(world, "now", lambda: datetime.now(UTC))()
+    now = now_of(world)
     start = read_instant(query["start"][0]) if "start" in query else now - timedelta(days=1)
     end = read_instant(query["end"][0]) if "end" in query else now
     if end < start:
         raise Refusal(400, "end lies before start")
     return start, end
+
+
+def now_of(world: World) -> datetime:
+    """The present. An invented world has a clock of its own, which a test may have set."""
+    now: datetime = getattr(world, "now", lambda: datetime.now(UTC))()
+    return now
 
 
 def widen(start: datetime, end: datetime, query: Query, zone: tzinfo) -> tuple[datetime, datetime, str]:
@@ -774,7 +871,7 @@ class _Handler(BaseHTTPRequestHandler):
         sandbox.requests.append(request)
         length = request.headers.get("content-length", "")
         if length.isdecimal():
-            self.rfile.read(int(length))
+            request.body = self.rfile.read(int(length))
         fault = (sandbox.fault and sandbox.fault(request)) or Fault()
         time.sleep(fault.delay_seconds)
         if fault.drop:

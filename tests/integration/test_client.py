@@ -26,7 +26,7 @@ import pytest
 import trustme
 
 from faletl import client as client_module
-from faletl.client import Answer, FalClient, Params, StoppedError
+from faletl.client import Answer, FalClient, Params, Patience, StoppedError
 from faletl.config import Settings
 from faletl.errors import (
     ApiUnavailableError,
@@ -35,6 +35,7 @@ from faletl.errors import (
     FaletlError,
     KeyRefusedError,
     NotFoundError,
+    WebPageError,
 )
 from faletl.pages import read_envelope
 from faletl.sandbox import FULL_KEY, Fault, Request, Sandbox
@@ -265,8 +266,21 @@ def test_a_body_that_always_ends_early_is_given_up(speak: Speak) -> None:
 def test_a_refused_connection_is_given_up_as_unavailable() -> None:
     with RawServer(good) as server:
         url = server.url
-    with pytest.raises(ApiUnavailableError, match="refused"):
+    with pytest.raises(ApiUnavailableError, match="refused") as caught:
         ask(url)
+    assert caught.value.facts["cause"] == "refused"
+
+
+def test_a_host_without_an_address_is_told_from_one_that_refuses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(ApiUnavailableError, match="not known") as caught:
+        ask("https://nowhere.invalid/v1")
+    assert caught.value.facts["cause"] == "dns"
 
 
 @pytest.mark.parametrize("status", [429, 500, 502, 503, 504, 520])
@@ -356,6 +370,41 @@ def test_a_reader_of_bodies_that_refuses_one_is_not_asked_twice() -> None:
             client.get("/models", {}, refuse)
         assert len(sandbox.requests) == 1
         assert caught.value.facts["request_id"] == sandbox.requests[0].request_id
+
+
+def test_a_web_page_is_told_from_other_answers_that_are_no_json() -> None:
+    for fault, is_page in ((Fault(body=b"\n " + HTML), True), (Fault(body=BODY[:-1]), False)):
+        with served(always(fault)) as sandbox, pytest.raises(ContractError) as caught:
+            ask(sandbox.url)
+        assert isinstance(caught.value, WebPageError) == is_page
+
+
+def test_a_question_in_a_body_is_asked_like_any_other() -> None:
+    body = b'{"quantity":0.1}'
+    with served(first(2, Fault(status=503))) as sandbox, FalClient(settings_of(sandbox.url)) as client:
+        assert client.post("/models/pricing/estimate", body, read)[1] == 1
+    sent = [(r.method, r.body, r.query, r.headers["content-type"]) for r in sandbox.requests]
+    assert sent == [("POST", body, {}, "application/json")] * 3
+    assert {request.headers["authorization"] for request in sandbox.requests} == {f"Key {KEY}"}
+
+
+def test_a_client_has_the_patience_that_it_is_given() -> None:
+    patience = Patience(tries=3, deadline_seconds=LONG, retry_after_seconds=0)
+    for fault, tries in ((Fault(status=503), 3), (Fault(status=503, headers={"retry-after": "1"}), 1)):
+        with served(always(fault)) as sandbox:
+            with (
+                FalClient(settings_of(sandbox.url), patience) as client,
+                pytest.raises(ApiUnavailableError),
+            ):
+                client.get("/models", {}, read)
+            assert len(sandbox.requests) == tries
+    with (
+        RawServer(hang) as server,
+        FalClient(settings_of(server.url), Patience(1, 0.2, 0)) as client,
+        pytest.raises(ApiUnavailableError) as caught,
+    ):
+        client.get("/models", {}, read)
+    assert caught.value.facts["cause"] == "timeout"
 
 
 # --- Retry-After ----------------------------------------------------------------------------------
@@ -608,10 +657,11 @@ def test_a_server_that_cannot_prove_itself_never_sees_the_key(
 ) -> None:
     with (
         RawServer(good, tls=context(authority)) as server,
-        pytest.raises(ApiUnavailableError, match="certificate"),
+        pytest.raises(ApiUnavailableError, match="certificate") as caught,
     ):
         ask(server.url, ca_file=ca_file)
     assert server.heads == []
+    assert caught.value.facts["cause"] == "certificate"
 
 
 def test_an_authority_is_trusted_only_where_it_was_given(authority: trustme.CA) -> None:
@@ -871,6 +921,7 @@ def test_clocks_that_are_far_apart_are_told_once(minutes: int, caplog: pytest.Lo
             client.get("/models", {}, read)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "clock" in caplog.text
+    assert client.clock_skew_seconds == pytest.approx(abs(minutes) * 60, abs=LONG)
 
 
 @pytest.mark.parametrize("date", ["", "yesterday", "0", "Sun, 99 Foo 2026 99:99:99 GMT"])

@@ -286,10 +286,10 @@ def test_a_day_made_anew_leaves_what_is_known_of_fal_as_it_is(
     assert all(before)
     rebuild(settings, truth.day(22))
     pipeline.publish(settings)
-    assert [
-        ask(settings, known.format(table)) for table in ("failures", "unknown_endpoints")
-    ] == before
-    tokens = "select count(*), count(distinct fencing_token) from ops.loads where window_start::date = '{}'"
+    assert [ask(settings, known.format(table)) for table in ("failures", "unknown_endpoints")] == before
+    tokens = (
+        "select count(*), count(distinct fencing_token) from ops.loads where window_start::date = '{}'"
+    )
     count, distinct = ask(settings, tokens.format("2026-11-22"))[0]
     assert count == distinct  # the ledger tells which of two loads was the later one
 

@@ -316,11 +316,98 @@ def test_a_key_under_another_scheme_is_refused(client: httpx.Client, scheme: str
 
 
 @pytest.mark.parametrize("method", ["HEAD", "POST", "PUT", "DELETE"])
-def test_only_get_is_offered(client: httpx.Client, method: str) -> None:
+def test_only_documented_methods_are_offered(client: httpx.Client, method: str) -> None:
     response = client.request(method, "/models", content=None if method == "HEAD" else b"{}")
     assert response.status_code == 405
     assert (response.content == b"") == (method == "HEAD")
     assert client.get("/models", params={"limit": 1}).status_code == 200
+    assert client.get("/models/pricing/estimate").status_code == 405
+
+
+def ask_estimate(client: httpx.Client, body: str) -> Any:
+    response = client.post("/models/pricing/estimate", content=body)
+    assert response.status_code == 200, response.text
+    return json.loads(response.text, parse_float=Decimal)
+
+
+def test_units_are_estimated_by_their_list_price(client: httpx.Client) -> None:
+    asked = (
+        '{"fal-ai/flux/dev": {"unit_quantity": 1.123456789012}, "fal-ai/veo3.1": {"unit_quantity": 2}}'
+    )
+    found = ask_estimate(client, f'{{"estimate_type": "unit_price", "endpoints": {asked}}}')
+    prices = frozen_world().prices()
+    total = prices["fal-ai/flux/dev"]["unit_price"] * Decimal("1.123456789012")
+    total += prices["fal-ai/veo3.1"]["unit_price"] * 2
+    assert found == {"estimate_type": "unit_price", "total_cost": total, "currency": "USD"}
+    asked = '{"fal-ai/any-llm": {"unit_quantity": 1e-6}}'  # known, but without a price
+    found = ask_estimate(client, f'{{"estimate_type": "unit_price", "endpoints": {asked}}}')
+    assert found["total_cost"] == 0
+
+
+def test_calls_are_estimated_by_what_calls_cost_in_the_last_thirty_days() -> None:
+    now = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
+    world = SmallWorld(
+        lines=[
+            line_at((now - days * 24 * HOUR).isoformat(), cost_total=Decimal(cost))
+            for days, cost in ((1, "1"), (29, "0.5"), (31, "7"))
+        ],
+        hours=[
+            Calls(now - days * 24 * HOUR, "acme/a", success_count=2, user_error_count=1)
+            for days in (1, 29, 31)
+        ],
+    )
+    with Sandbox(world) as server, connect(server) as client:
+        for calls, cost in (("1", "0.25"), ("1000", "250"), ("3.0", "0.75")):
+            asked = f'{{"acme/a": {{"call_quantity": {calls}}}}}'
+            body = f'{{"estimate_type": "historical_api_price", "endpoints": {asked}}}'
+            assert ask_estimate(client, body)["total_cost"] == Decimal(cost)
+        world.lines.clear()
+        assert ask_estimate(client, body)["total_cost"] == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "endpoints", "status"),
+    [
+        ("unit_price", '{"no/such": {"unit_quantity": 1}}', 404),
+        ("historical_api_price", '{"no/such": {"call_quantity": 1}}', 404),
+        (
+            "unit_price",
+            '{"fal-ai/flux/dev": {"unit_quantity": 1}, "no/such": {"unit_quantity": 1}}',
+            404,
+        ),
+        ("unit_price", '{"fal-ai/flux/dev": {"call_quantity": 1}}', 400),
+        ("historical_api_price", '{"fal-ai/flux/dev": {"unit_quantity": 1}}', 400),
+        ("historical_api_price", '{"fal-ai/flux/dev": {"call_quantity": 1.5}}', 400),
+        ("historical_api_price", '{"fal-ai/flux/dev": {"call_quantity": 0}}', 400),
+        ("unit_price", '{"fal-ai/flux/dev": {"unit_quantity": 0.0000009}}', 400),
+        ("unit_price", '{"fal-ai/flux/dev": {"unit_quantity": -1}}', 400),
+        ("unit_price", '{"fal-ai/flux/dev": {"unit_quantity": true}}', 400),
+        ("unit_price", '{"fal-ai/flux/dev": {"unit_quantity": "1"}}', 400),
+        ("unit_price", '{"fal-ai/flux/dev": {"unit_quantity": NaN}}', 400),
+        ("unit_price", '{"fal-ai/flux/dev": {"unit_quantity": 1e999999999}}', 400),
+        ("unit_price", '{"fal-ai/flux/dev": {"unit_quantity": 1e9999999999999999999999}}', 400),
+        ("unit_price", '{"fal-ai/flux/dev": 1}', 400),
+        ("unit_price", "{}", 400),
+        ("unit_price", "[]", 400),
+        ("unit_price", "", 400),
+        ("guess", '{"fal-ai/flux/dev": {"unit_quantity": 1}}', 400),
+    ],
+)
+def test_an_estimate_of_something_else_is_refused(
+    kind: str, endpoints: str, status: int, client: httpx.Client
+) -> None:
+    body = f'{{"estimate_type": "{kind}", "endpoints": {endpoints}}}'
+    assert client.post("/models/pricing/estimate", content=body).status_code == status
+    for body in ("", "[]", "null", '{"estimate_type": ["unit_price"]}', "[" * 100_000, "\udcff"):
+        sent = body.encode("utf-8", "surrogateescape")
+        assert client.post("/models/pricing/estimate", content=sent).status_code == 400
+
+
+def test_an_estimate_takes_any_key_but_takes_one(sandbox: Sandbox) -> None:
+    body = '{"estimate_type": "unit_price", "endpoints": {"fal-ai/flux/dev": {"unit_quantity": 1}}}'
+    for key, status in ((None, 401), ("no:key", 401), *((key, 200) for key in DEFAULT_KEYS)):
+        with connect(sandbox, key) as client:
+            assert client.post("/models/pricing/estimate", content=body).status_code == status
 
 
 @pytest.mark.parametrize("path", ["/models", "/v1", "/v1/", "/v1/models/", "/v1models", "/"])
