@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from docs import dictionary, star_schema
+from docs import dictionary, examples, star_schema
 
 MADE: Mapping[str, Callable[[], str]] = {
     "data-dictionary.md": dictionary.document,
     "star-schema.svg": star_schema.picture,
+    "queries.md": examples.queries,
+    "../README.md": examples.readme,
 }
-"""Each document of this folder that is made of the code, and what makes it."""
+"""Each document, seen from this folder, that the code makes or fills with what it really prints."""
 
 if __name__ == "__main__":
     for name, make in MADE.items():

@@ -333,6 +333,10 @@ def print_forecasts(settings: Settings, forecasts: Sequence[Forecast]) -> None:
     )
     windows = sum(len(one.windows) for one in forecasts)
     sys.stdout.write(f"{windows:,} windows, about {calls:,} calls, {seconds / 60:.1f} minutes\n")
+    if guesses := " and ".join(one.resource for one in forecasts if one.is_guess):
+        sys.stdout.write(
+            f"Calls for {guesses} are a guess: which endpoints there are is not known yet.\n"
+        )
 
 
 SECONDS_A_CALL = 0.5

@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-import msgspec
-
 from faletl.client import FalClient, Params, Patience
 from faletl.config import Settings
 from faletl.errors import (
@@ -20,8 +18,8 @@ from faletl.errors import (
     NotFoundError,
     WebPageError,
 )
-from faletl.extract import ask_in_either_form, bounds
-from faletl.pages import BOM, read_envelope
+from faletl.extract import ask_in_either_form, bounds, first_endpoint
+from faletl.pages import read_envelope
 from faletl.plan import read_username
 from faletl.resources import CREDITS, MODELS, PRICES, RESOURCES, Question, Resource
 from faletl.windows import HOUR, SETTLE, Window
@@ -219,7 +217,7 @@ class _Probe:
         try:
             body = self._ask(resource, metrics=resource.uses_metrics_key)
             if resource is MODELS:
-                self._ids = list(dict.fromkeys([*_first_endpoint(body), KNOWN_ENDPOINT]))
+                self._ids = list(dict.fromkeys([*first_endpoint(body), KNOWN_ENDPOINT]))
             if resource is CREDITS:
                 self.account = read_username(body)
             self._ask_total(resource)
@@ -283,20 +281,3 @@ class _Probe:
             path, params, lambda body: read_envelope(body, rows_path), metrics=metrics
         )
         return answer.body
-
-
-def _first_endpoint(body: bytes) -> list[str]:
-    """The id of the first endpoint on a page of the catalogue, where it has one."""
-    try:
-        page = msgspec.json.decode(body.removeprefix(BOM), type=_Catalogue)
-    except msgspec.MsgspecError:  # what a record must hold is for a run to judge
-        return []
-    return [model.endpoint_id for model in page.models[:1]]
-
-
-class _Model(msgspec.Struct):
-    endpoint_id: str
-
-
-class _Catalogue(msgspec.Struct):
-    models: list[_Model]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
+
+import msgspec
 
 from faletl import __version__, landing
 from faletl.client import FalClient, Params
@@ -19,8 +22,8 @@ from faletl.errors import (
     NotFoundError,
 )
 from faletl.landing import Attempt, Call, Landed, Manifest
-from faletl.pages import walk
-from faletl.resources import Question, Resource
+from faletl.pages import BOM, read_envelope, walk
+from faletl.resources import MODELS, Question, Resource
 from faletl.windows import Window, instant
 
 log = logging.getLogger(__name__)
@@ -31,7 +34,7 @@ RESUME_WITHIN = timedelta(hours=1)
 BAD_REQUEST = 400
 
 SUSPICIOUS_IDS = 10
-"""A first batch of at least so many ids, all of them unknown, means that something else is wrong."""
+"""After a first batch of at least so many ids, all of them unknown, one of fal's own is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +187,7 @@ def _ask_by_ids(
         batch = known[first : first + size]
         asking.walk_ids(number, bounds(window), batch, unknown)
         if not first and len(batch) >= SUSPICIOUS_IDS and unknown.issuperset(batch):
-            raise ContractError("fal knows none of the endpoint ids asked for: is the path gone?")
+            asking.refuse_gone_path(number, bounds(window), unknown)
 
 
 class _Asking:
@@ -226,6 +229,24 @@ class _Asking:
         """Keep the rows of an earlier read beside those of this one."""
         self.calls += self._attempt.adopt(landed)
 
+    def refuse_gone_path(self, number: int, more: Params, unknown: Collection[str]) -> None:
+        """Raises ContractError where fal answers 404 even for an endpoint of its own catalogue."""
+        metrics, resource = self.resource.uses_metrics_key, self.resource
+        page, _ = self._client.get(
+            MODELS.path, {"limit": "1"}, lambda b: read_envelope(b, MODELS.rows_path), metrics=metrics
+        )
+        question = (resource.older_params if self._is_older else resource.params)[number]
+        for listed in first_endpoint(page.body):
+            if listed not in unknown:
+                params = {**question, **more, "endpoint_id": (listed,)}
+                with suppress(NotFoundError):
+                    self._client.get(resource.path, params, self._envelope, metrics=metrics)
+                    return
+            raise ContractError(f"fal answers 404 even for {listed!a}: {resource.path} seems to be gone")
+
+    def _envelope(self, body: bytes) -> tuple[int, str | None]:
+        return read_envelope(body, self.resource.rows_path)
+
     def walk_ids(self, number: int, more: Params, ids: Sequence[str], unknown: set[str]) -> None:
         """Land one batch of ids; where fal knows one of them not, halve it until that one is alone."""
         try:
@@ -244,3 +265,20 @@ def bounds(window: Window) -> Params:
     if window.is_snapshot:
         return {}
     return {"start": instant(window.start), "end": instant(window.end)}
+
+
+def first_endpoint(body: bytes) -> list[str]:
+    """The id of the first endpoint on a page of the catalogue, where it has one."""
+    try:
+        page = msgspec.json.decode(body.removeprefix(BOM), type=_Catalogue)
+    except msgspec.MsgspecError:  # what a record must hold is for staging to judge
+        return []
+    return [model.endpoint_id for model in page.models[:1]]
+
+
+class _Model(msgspec.Struct):
+    endpoint_id: str
+
+
+class _Catalogue(msgspec.Struct):
+    models: list[_Model]

@@ -188,6 +188,7 @@ def _replace(
         _remember_unknown(connection, manifest)
     loaded_at = then.loaded_at if then else datetime.now(UTC)
     read: dict[str, Any] = {
+        "last_load_id": manifest.load_id,
         "last_read_at": manifest.started_at,
         "last_fencing_token": lease.token,
         "window_end": manifest.window_end,
@@ -473,9 +474,10 @@ def horizons(connection: sa.Connection, account: str) -> Mapping[str, date]:
 
 
 def pages_per_window(connection: sa.Connection, account: str) -> Mapping[str, float]:
-    """How many pages the loaded windows of each resource have on average."""
+    """How many pages of rows a read of each resource's loaded windows walks on average."""
+    walked = LOADS.c.pages * sa.case((LOADS.c.proof == "two walks", 2), else_=1)
     found = connection.execute(
-        sa.select(LOADS.c.resource, sa.func.sum(LOADS.c.pages), sa.func.count())
+        sa.select(LOADS.c.resource, sa.func.sum(walked), sa.func.count())
         .where(LOADS.c.account == account, LOADS.c.is_current)
         .group_by(LOADS.c.resource)
     )
@@ -548,43 +550,35 @@ def _newest_snapshot_ids(table: sa.Table, account: str) -> sa.Select[Any]:
 class Ledger:
     """What ops.loads tells of landed reads; of a warehouse that cannot be read, nothing.
 
-    `loads` are receipts by load id; `confirmations`, of reads that found the same rows, by account,
-    resource and the instant at which the read began. `needed` are the loads without whose landed
-    pages rows or restatements would be lost.
+    `receipts` are by the ids of reads: of loads, and of the newest read that found the rows of one.
+    `needed` are the loads without whose landed pages rows or restatements would be lost.
     """
 
-    loads: Mapping[str, Receipt] = field(default_factory=dict)
-    confirmations: Mapping[tuple[str, str, datetime], Receipt] = field(default_factory=dict)
+    receipts: Mapping[str, Receipt] = field(default_factory=dict)
     needed: frozenset[str] = frozenset()
-
-    def receipt_of(self, manifest: Manifest) -> Receipt | None:
-        """The receipt for a read, if it was loaded."""
-        began = (manifest.account, manifest.resource, manifest.started_at)
-        return self.loads.get(manifest.load_id) or self.confirmations.get(began)
 
 
 def read_ledger(connection: sa.Connection, day: date | None = None) -> Ledger:
     """The ledger, or that of one UTC day. Raw stands on what is needed, and so do restatements."""
     loads = LOADS.c
+    is_older = loads.last_load_id.name not in _columns(connection, LOADS)
     query = sa.select(
-        loads.load_id, loads.account, loads.resource, loads.fencing_token, loads.loaded_at,
-        loads.read_at, loads.last_read_at, loads.last_fencing_token, loads.is_current,
-        loads.is_provisional,
+        loads.load_id,
+        loads.load_id.label("last_load_id") if is_older else loads.last_load_id,
+        loads.fencing_token, loads.last_fencing_token, loads.loaded_at, loads.last_read_at,
+        loads.is_current, loads.is_provisional,
     )  # fmt: skip
     if day is not None:
         window = Window.of_day(day)
         query = query.where(loads.window_start >= window.start, loads.window_start < window.end)
     found = connection.execute(query).all()
     standing = _standing_loads(connection)
+    confirmed = {
+        one.last_load_id: Receipt(one.last_fencing_token, one.last_read_at, "unchanged") for one in found
+    }
+    loaded = {one.load_id: Receipt(one.fencing_token, one.loaded_at, "loaded") for one in found}
     return Ledger(
-        loads={one.load_id: Receipt(one.fencing_token, one.loaded_at, "loaded") for one in found},
-        confirmations={
-            (one.account, one.resource, one.last_read_at): Receipt(
-                one.last_fencing_token, one.last_read_at, "unchanged"
-            )
-            for one in found
-            if one.last_read_at > one.read_at
-        },
+        receipts=confirmed | loaded,
         needed=frozenset(
             one.load_id
             for one in found
@@ -597,7 +591,19 @@ def _standing_loads(connection: sa.Connection) -> set[str]:
     """Loads that brought rows which no later read of their day asked for again."""
     standing = set[str]()
     for name, resource in RESOURCES.items():
-        is_there = sa.inspect(connection).has_table(name, schema="raw")  # not in an older warehouse
-        if resource.ids_per_call is not None and resource.window == "day" and is_there:
+        is_in_parts = resource.ids_per_call is not None and resource.window == "day"
+        if is_in_parts and _columns(connection, RAW[name]):
             standing |= set(connection.execute(sa.select(RAW[name].c["_load_id"]).distinct()).scalars())
     return standing
+
+
+def _columns(connection: sa.Connection, table: sa.Table) -> set[str]:
+    """The columns that the table really has; none where it is not there, as in an older warehouse."""
+    names = ("table_schema", "table_name", "column_name")
+    columns = sa.table(
+        "columns", *(sa.column(name, sa.Text) for name in names), schema="information_schema"
+    ).c
+    found = sa.select(columns.column_name).where(
+        columns.table_schema == table.schema, columns.table_name == table.name
+    )
+    return set(connection.execute(found).scalars())

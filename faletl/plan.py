@@ -64,11 +64,15 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What a run would do with one resource."""
+    """What a run would do with one resource.
+
+    The calls are a guess (`is_guess`) where endpoint ids are asked for and none are known yet.
+    """
 
     resource: str
     windows: tuple[Window, ...]
     calls: int
+    is_guess: bool = False
 
 
 ASSUMED_CATALOGUE = 1400
@@ -218,17 +222,13 @@ def forecast(
         by_name.setdefault(task.resource.name, []).append(task)
     forecasts = []
     for name, mine in by_name.items():
-        resource = RESOURCES[name]
+        resource, is_guess = RESOURCES[name], False
         if resource.ids_per_call is not None:
-            known = {task.window: task for task in with_ids(connection, account, mine, now)}
-            batches = sum(
-                math.ceil((len(known[t.window].ids) if t.window in known else _assumed_ids(t))
-                          / resource.ids_per_call)
-                for t in mine
-            )  # fmt: skip
-            calls = batches * len(resource.params)
+            known = {task.window: len(task.ids) for task in with_ids(connection, account, mine, now)}
+            is_guess = any(task.window not in known for task in mine)
+            ids = [known.get(task.window, _assumed_ids(task)) for task in mine]
+            calls = sum(math.ceil(n / resource.ids_per_call) for n in ids) * len(resource.params)
         else:
             calls = math.ceil(len(mine) * pages.get(name, 1)) + len(mine) * (resource.proof is not None)
-        if mine:
-            forecasts.append(Forecast(name, tuple(task.window for task in mine), calls))
+        forecasts.append(Forecast(name, tuple(task.window for task in mine), calls, is_guess))
     return forecasts

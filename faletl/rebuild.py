@@ -170,7 +170,7 @@ def _history(settings: Settings, ledger: Ledger, day: date | None = None) -> lis
                 raise
             log.warning("%s; nothing stands on it", error)
             continue
-        if receipt := landing.receipt_of(folder) or ledger.receipt_of(landed.manifest):
+        if receipt := landing.receipt_of(folder) or ledger.receipts.get(folder.name):
             past.append(Loaded(landed, receipt))
     return sorted(past, key=lambda one: (one.receipt, one.landed.manifest.started_at))
 

@@ -645,7 +645,9 @@ def _digest(connection: duckdb.DuckDBPyConnection, resource: Resource, path: Pat
 
 def digest_sums(resource: Resource) -> str:
     """SQL for the sums over all rows from which `digest_of` makes the digest; in DuckDB's dialect."""
-    fields = ", ".join(f'"{column.name}" := "{column.name}"' for column in resource.columns)
+    names = [column.name for column in resource.columns]
+    names += ["_hash", "_ordinal"] if resource.identity else []
+    fields = ", ".join(f'"{name}" := "{name}"' for name in names)
     row = f"cast(struct_pack({fields}) as varchar)"
     return f"count(*), sum(cast(md5_number_lower({row}) as hugeint))"
 

@@ -7,6 +7,7 @@ that fal sent), and models (every table is what its SQL makes of what it reads).
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
@@ -14,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
+import duckdb
 import sqlalchemy as sa
 
 from faletl import landing, models
@@ -21,8 +23,8 @@ from faletl.config import Settings
 from faletl.errors import FaletlError, UsageError
 from faletl.landing import Landed
 from faletl.load import read_ledger
-from faletl.resources import RESOURCES
-from faletl.staging import digest_of, digest_sums
+from faletl.resources import RESOURCES, Resource
+from faletl.staging import digest_of, digest_sums, stage_window
 from faletl.warehouse import open_warehouse
 from faletl.warehouse.tables import LOADS, RAW
 from faletl.windows import Window
@@ -65,7 +67,7 @@ _Part: TypeAlias = tuple[bool, Callable[[sa.Connection], Iterable[str]]]
 
 def _parts_of_raw(settings: Settings, dialect: str) -> Iterator[_Part]:
     for name in RESOURCES:
-        yield False, partial(_changed_rows, resource=name)
+        yield False, partial(_changed_rows, settings=settings, resource=name)
         yield False, partial(_lost_pages, settings=settings, resource=name)
         check = next(check for check in models.checks() if check.name == f"loads of raw.{name}")
         yield False, partial(_failed_check, dialect=dialect, check=check)
@@ -84,7 +86,7 @@ def _repair(day: date) -> str:
     return f"faletl rebuild --window {day} makes it anew from the landed pages"
 
 
-def _changed_rows(connection: sa.Connection, resource: str) -> Iterator[str]:
+def _changed_rows(connection: sa.Connection, settings: Settings, resource: str) -> Iterator[str]:
     """Loads whose rows in raw are not those that were loaded."""
     table = RAW[resource].fullname
     found = connection.exec_driver_sql(
@@ -99,20 +101,48 @@ def _changed_rows(connection: sa.Connection, resource: str) -> Iterator[str]:
         yield f"{table}: rows of load {load_id!a}, which ops.loads does not know; faletl rebuild"
     for load_id, load in sorted(loads.items()):
         day = load.window_start.astimezone(UTC).date()
-        if load.is_current and held.get(load_id, digest_of((0, None))) != load.digest:
+        is_same = held.get(load_id, digest_of((0, None))) == load.digest
+        if not load.is_current and load_id in held and not is_same:  # a part of its rows, then
+            is_same = _are_landed(settings, connection, RESOURCES[resource], load.landing_path)
+        if (load.is_current or load_id in held) and not is_same:
             yield (
                 f"{table}, window {day}: its rows are not those of load {load_id}, in number or "
                 f"content; {_repair(day)}"
             )
 
 
+def _are_landed(
+    settings: Settings, connection: sa.Connection, resource: Resource, landing_path: str
+) -> bool:
+    """Whether all rows that raw holds of the load are among those that were landed."""
+    names = [column.name for column in resource.columns]
+    table = RAW[resource.name]
+    with tempfile.TemporaryDirectory(prefix="faletl-") as scratch:
+        try:
+            landed = landing.open_read(Path(settings.landing) / landing_path)
+            staged = stage_window(settings, landed, Path(scratch))
+        except FaletlError:
+            return False
+        with duckdb.connect() as engine:
+            engine.execute("set TimeZone = 'UTC'")
+            ours = ", ".join(f'"{name}"' for name in ("_page", "_row", *names))
+            rows = set(engine.execute(f"select {ours} from '{staged.path}'").fetchall())
+    held = sa.select(table.c["_page"], table.c["_row"], *(table.c[name] for name in names)).where(
+        table.c["_load_id"] == landed.manifest.load_id
+    )
+    return all(tuple(row) in rows for row in connection.execute(held))
+
+
 def _lost_pages(connection: sa.Connection, settings: Settings, resource: str) -> Iterator[str]:
     """Loads whose landed pages are gone, changed, or too few for the rows in raw."""
     table = RAW[resource]
-    rows = table.c["_load_id"], table.c["_page"], sa.func.max(table.c["_row"])
-    last_rows: dict[str, dict[int, int]] = {}
-    for load_id, page, row in connection.execute(sa.select(*rows).group_by(*rows[:2])):
-        last_rows.setdefault(load_id, {})[page] = row
+    load_id_and_page, row = (table.c["_load_id"], table.c["_page"]), table.c["_row"]
+    twins = sa.func.count() - sa.func.count(sa.distinct(row))
+    last_rows: dict[str, dict[int, tuple[int, int]]] = {}
+    for load_id, page, *found in connection.execute(
+        sa.select(*load_id_and_page, sa.func.max(row), twins).group_by(*load_id_and_page)
+    ):
+        last_rows.setdefault(load_id, {})[page] = tuple(found)
     needed = read_ledger(connection).needed
     loads = sa.select(LOADS.c.load_id, LOADS.c.landing_path)
     for load in connection.execute(loads.where(LOADS.c.resource == resource)).all():
@@ -125,12 +155,12 @@ def _lost_pages(connection: sa.Connection, settings: Settings, resource: str) ->
         except FaletlError as error:
             yield f"{table.fullname}, load {load.load_id}: {error}"
             continue
-        for page, row in last_rows.get(load.load_id, {}).items():
-            if not (1 <= page <= len(pages) and 1 <= row <= pages[page - 1]):
-                yield (
-                    f"{table.fullname}, load {load.load_id}: page {page} row {row} was never landed; "
-                    f"{_repair(landed.manifest.window.day)}"
-                )
+        for page, (last, twice) in last_rows.get(load.load_id, {}).items():
+            place = f"{table.fullname}, load {load.load_id}: page {page}"
+            if not (1 <= page <= len(pages) and 1 <= last <= pages[page - 1]):
+                yield f"{place} row {last} was never landed; {_repair(landed.manifest.window.day)}"
+            if twice:
+                yield f"{place} gave {twice} rows twice; {_repair(landed.manifest.window.day)}"
 
 
 def _checked_pages(landed: Landed) -> list[int]:

@@ -35,7 +35,7 @@ def main() -> None:
         assert found.startswith((str(scratch.resolve()), folder)), found
         demo = [str(python), "-c", "from faletl.cli import main; main()", "demo"]
         done = subprocess.run(demo, check=True, capture_output=True, text=True, cwd=folder)
-        assert "Credits left" in done.stdout
+        assert "How long do the credits last?" in done.stdout
         print(f"{wheel.name}: the demo runs from the installed wheel")
 
 

@@ -170,6 +170,7 @@ LOADS = _ops_table(
     fencing_token=(_COUNT, "token of the lease under which it was loaded"),
     last_fencing_token=(_COUNT, "token of the newest lease under which the same rows were found"),
     landing_path=(_TEXT, "folder of the landed pages, below the landing folder"),
+    last_load_id=(_TEXT, "id of the newest read that found the same rows"),
     read_at=(_AT, "when the read began that brought the rows"),
     last_read_at=(_AT, "when the newest read began that found the same rows"),
     loaded_at=(_AT, "when the rows were loaded"),

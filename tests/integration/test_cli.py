@@ -17,6 +17,7 @@ import pytest
 
 from faletl import __version__
 from faletl.config import Settings
+from faletl.demo import ANSWERS
 from faletl.sandbox import FULL_KEY, Fault, Request, Sandbox
 from tests import truth
 from tests.conftest import settings_for
@@ -281,8 +282,8 @@ def test_demo_answers_and_keeps_to_its_own_folder(tmp_path: Path) -> None:
             "USD",
             "█",
             "fal-ai/",
-            "list price",
-            "Credits left",
+            "Model APIs only",
+            *(question for question, _ in ANSWERS),
             "spend.duckdb",
             "Try next",
         ):
@@ -336,13 +337,17 @@ def test_commands_on_nothing_say_so(tmp_path: Path) -> None:
     for command, told in (
         (["landing", "du"], "nothing has landed"),
         (["landing", "prune"], "0 reads, 0 bytes deleted"),
-        (["rebuild"], "nothing has landed"),
-        (["rebuild", "--window", "2026-11-21"], "nothing has landed"),
+        (["rebuild"], "nothing was ever loaded"),
     ):
         done = faletl(*command, settings=settings)
         assert done.returncode == 0, done.stderr
         assert told in done.stdout
-    done = faletl("verify", settings=settings)
-    assert done.returncode == 2
-    assert done.stderr == "faletl: nothing is loaded yet; run faletl run first\n"
+    for command, told in (
+        (["verify"], "faletl: nothing is loaded yet; run faletl run first\n"),
+        (["rebuild", "--window", "2026-11-21"],
+         "faletl: there is no warehouse yet; faletl rebuild makes all of it\n"),
+    ):  # fmt: skip
+        done = faletl(*command, settings=settings)
+        assert done.returncode == 2
+        assert done.stderr == told
     assert not (tmp_path / "warehouse.duckdb").exists()

@@ -135,7 +135,7 @@ def test_readers_keep_the_old_copy_when_a_later_run_is_killed(
 @pytest.mark.parametrize(
     "trap",
     [
-        ("faletl.pipeline.replay", "after", "4"),  # half of the reads loaded
+        ("faletl.rebuild.replay", "after", "4"),  # half of the reads loaded
         ("faletl.models.build", "after", "1"),  # the new warehouse whole, not in its place
         ("faletl.warehouse.duckdb.sync_folder", "before", "2"),  # in its place, not published
     ],
