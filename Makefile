@@ -7,12 +7,12 @@ BIN := $(VENV)/bin
 .PHONY: help setup demo test lint check docs bench lock clean
 
 help:
-	@echo "make demo    sandbox API, a run over the last 30 days, the first answers"
+	@echo "make demo    sandbox API, a run over this month and the last, the first answers"
 	@echo "make test    run the tests"
 	@echo "make setup   create the environment in $(VENV), nothing else"
 	@echo "make lint    ruff, mypy, sqlfluff"
 	@echo "make check   lint, tests (a second time under another time zone), wheel"
-	@echo "make docs    the data dictionary and the star schema anew, from the SQL and its comments"
+	@echo "make docs    what docs/ and README repeat of the code anew: dictionary, star, outputs"
 	@echo "make bench   what 1 and 5 million billing events of a day cost (some minutes)"
 	@echo "make lock    resolve requirements.lock anew (needs uv)"
 

@@ -20,7 +20,7 @@ SHOWN_AT = datetime(2026, 11, 24, 12, tzinfo=UTC)
 FOLDER = Path(__file__).parent
 
 _QUERY = re.compile(r"```sql\n(?P<sql>.*?)```\n(\n```text\n.*?```\n)?", re.DOTALL)
-_COMMAND = re.compile(r'(?P<line>\$ faletl sql "(?P<sql>[^"]+)"\n).*?(?=\n?\n\$|```)', re.DOTALL)
+_COMMAND = re.compile(r'(?P<line>\$ faletl sql "(?P<sql>[^"]+)"\n)(?:[^$`\n].*\n)+')  # and its output
 _FIRST_ANSWERS = re.compile(r"(?<=```text\n)[^`]*? USD from .*?(?=```)", re.DOTALL)
 
 _SHOWN_DAYS = 4
@@ -72,7 +72,7 @@ def _printed(show: Callable[[], None]) -> str:
 def _demo() -> Settings:
     """The demo's tables, made once."""
     folder = Path(tempfile.mkdtemp(prefix="faletl-docs-"))
-    with time_machine.travel(SHOWN_AT, tick=False):
+    with time_machine.travel(SHOWN_AT, tick=True):  # one price list comes after the other
         settings, report = demo.run(folder, pipeline.silent)
     if report.exit_code:
         raise RuntimeError(report.failures)
