@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -44,11 +46,11 @@ def readme() -> str:
 
 def _rows(sql: str) -> str:
     """What `faletl sql` prints."""
-    return _printed(lambda: answers.print_query(_demo(), sql, "table"))
+    return _printed(lambda: answers.print_query(warehouse(), sql, "table"))
 
 
 def _first_answers() -> str:
-    return _printed(lambda: demo.print_first_answers(_demo()))
+    return _printed(lambda: demo.print_first_answers(warehouse()))
 
 
 def _excerpt(output: str) -> Iterator[str]:
@@ -69,9 +71,10 @@ def _printed(show: Callable[[], None]) -> str:
 
 
 @cache
-def _demo() -> Settings:
-    """The demo's tables, made once."""
+def warehouse() -> Settings:
+    """The demo's, made once."""
     folder = Path(tempfile.mkdtemp(prefix="faletl-docs-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     with time_machine.travel(SHOWN_AT, tick=True):  # one price list comes after the other
         settings, report = demo.run(folder, pipeline.silent)
     if report.exit_code:

@@ -374,9 +374,14 @@ def _with_literals(
     """Write values into the SQL, quoted by SQLAlchemy: for a bound one DuckDB imports all of pandas."""
     if is_many or not parameters or context.invoked_statement is None:
         return statement, parameters
-    literal = context.invoked_statement.compile(
-        dialect=connection.dialect, compile_kwargs={"literal_binds": True}
-    )
+    invoked = context.invoked_statement
+    if isinstance(invoked, sa.TextClause):  # whose values may have been given apart from it
+        own, given = invoked.compile().params, context.compiled_parameters[0]
+        apart = {name: given[name] for name in own if own[name] is None}
+        if any(isinstance(value, (list, tuple)) for value in apart.values()):
+            return statement, parameters  # of unknown type; only what makes the tables asks so
+        invoked = invoked.bindparams(**apart)
+    literal = invoked.compile(dialect=connection.dialect, compile_kwargs={"literal_binds": True})
     return str(literal), ()
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import time_machine
 
 from docs.__main__ import MADE
+from docs.examples import warehouse
 from docs.star_schema import edges
 from faletl import pipeline
+from faletl.answers import print_query
 from faletl.config import Settings
 from faletl.models import column_comments, models
 from faletl.warehouse.tables import METADATA, SCHEMAS
@@ -22,6 +25,15 @@ DOCS = Path(__file__).parents[2] / "docs"
 def test_a_document_made_of_the_code_is_current(name: str) -> None:
     is_current = (DOCS / name).read_text("utf-8") == MADE[name]()
     assert is_current, f"docs/{name} is not what the code says now: run `make docs` and commit it"
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
+def test_every_query_in_the_documents_runs(page: Path) -> None:
+    text = page.read_text("utf-8")
+    queries = re.findall(r"```sql\n(.*?)```", text, re.DOTALL)
+    queries += re.findall(r'\$ faletl sql "([^"]+)"', text)
+    for query in queries:
+        print_query(warehouse(), query, "csv")
 
 
 def test_everything_in_a_warehouse_is_commented(

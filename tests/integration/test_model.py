@@ -14,6 +14,7 @@ from typing import Any
 
 import duckdb
 import pytest
+import sqlalchemy as sa
 import time_machine
 
 from faletl import models, pipeline
@@ -23,6 +24,7 @@ from faletl.plan import Asked
 from faletl.rebuild import prune, rebuild
 from faletl.sandbox import BILLING_KEY, READONLY_KEY, Calls, Fault, Request, Sandbox
 from faletl.verify import verify
+from faletl.warehouse import open_warehouse
 from tests import truth
 from tests.conftest import Query, all_tables, ask, settings_for, total
 from tests.truth import FLUX, LOGIN, NOW, VIDEO, VOICE, Account, charges, credential_id, line
@@ -394,6 +396,16 @@ def test_the_whole_catalogue_counts_as_asked_for_only_if_it_was(
     assert ask(settings, f"select count(*) from marts.fct_requests where endpoint_id = '{BROKEN}'") == [
         (1,)
     ]
+
+
+def test_values_reach_a_written_query_of_the_warehouse(
+    clock: time_machine.Traveller, settings: Settings
+) -> None:
+    pipeline.run(settings)
+    with open_warehouse(settings).reading() as connection:
+        assert connection is not None
+        found = connection.execute(sa.text("select :x + 1, :y"), {"x": 4, "y": "it's"}).all()
+    assert found == [(5, "it's")]
 
 
 # --- Months and owners ----------------------------------------------------------------------------

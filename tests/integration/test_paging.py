@@ -646,10 +646,17 @@ def test_every_id_is_asked_in_batches_and_unknown_ones_are_found_by_halving(
     assert batches <= len(requests) <= batches + 12 * len(unknown)
 
 
-def test_a_price_list_that_knows_none_of_many_ids_is_another_fault(tmp_path: Path) -> None:
+@pytest.mark.parametrize("listed", [truth.FLUX, "a/3"])  # one that was not asked for, one that was
+def test_a_price_list_that_does_not_even_know_the_catalogue_is_another_fault(
+    listed: str, tmp_path: Path
+) -> None:
+    account = truth.Account(catalogue=[{"endpoint_id": listed}])
     with (
-        Sandbox(truth.Account()) as sandbox,
-        pytest.raises(ContractError, match="none of the endpoint ids") as caught,
+        Sandbox(
+            account,
+            fault=lambda request: Fault(status=404) if request.path == PRICES.path else None,
+        ) as sandbox,
+        pytest.raises(ContractError, match="seems to be gone") as caught,
     ):
         fetch(settings_for(sandbox.url, tmp_path), PRICES, ids=[f"a/{n}" for n in range(10)])
     assert caught.value.facts["resource"] == "prices"
