@@ -49,6 +49,9 @@ select
     changes.unit,
     changes.unit_price,
     changes.currency,
+    changes.previous_unit,  -- unit of the price before; null for the first
+    changes.previous_unit_price,  -- the price before
+    changes.previous_currency,  -- currency of the price before
     case
         when changes.previous_unit = changes.unit and changes.previous_currency = changes.currency
             then quotient(changes.unit_price, changes.previous_unit_price)

@@ -2,21 +2,11 @@
 -- grain: account, endpoint_id, changed_at
 with
 
-prices as (
-    select
-        *,
-        lag(unit) over by_time as previous_unit,
-        lag(unit_price) over by_time as previous_unit_price,
-        lag(currency) over by_time as previous_currency
-    from marts.dim_price
-    window by_time as (partition by account, endpoint_id order by valid_from)
-),
-
 changes as (
     select
         *,
         cast(valid_from as date) as change_date
-    from prices
+    from marts.dim_price
     where previous_unit is not null
 ),
 
@@ -72,11 +62,11 @@ select
     changes.endpoint_id,
     endpoints.display_name,
     changes.valid_from as changed_at,  -- first snapshot that showed the new price, UTC
-    changes.previous_unit,  -- unit of the old price
+    changes.previous_unit,
     changes.unit,
-    changes.previous_currency,  -- currency of the old price
+    changes.previous_currency,
     changes.currency,
-    changes.previous_unit_price,  -- old list price of one unit
+    changes.previous_unit_price,
     changes.unit_price,
     changes.change_ratio,
     coalesce(stakes.spend_last_30_days, 0)
