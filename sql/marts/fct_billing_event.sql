@@ -1,4 +1,4 @@
--- Every single charge. A request may have several; fal gives them no id, so a hash and a number stand in.
+-- Every single charge; fal gives it no id, so a hash and a number stand in. Model APIs only.
 -- grain: account, event_hash, event_ordinal
 -- days: usage_date
 with

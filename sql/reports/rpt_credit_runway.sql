@@ -1,4 +1,4 @@
--- How long the credits last: balance, what a day costs, and when nothing is left. Model APIs only.
+-- How long the credits last, at what a day costs. Model APIs only: they pay for serverless and compute, too.
 -- grain: account, balance_date
 with
 

@@ -73,6 +73,15 @@ def test_every_column_of_a_model_is_documented(model: Model) -> None:
 
 
 @every_model
+def test_a_table_of_spend_says_what_it_covers(model: Model) -> None:
+    has_spend = any(
+        name.startswith(("cost_total", "spend_", "burn_")) for name in column_comments()[model.table]
+    )
+    if has_spend and model.layer in ("marts", "reports"):
+        assert "Model APIs only" in model.comment
+
+
+@every_model
 def test_a_model_translates_to_postgresql(model: Model) -> None:
     assert sqlglot.parse_one(translate(model.sql, "postgres"), read="postgres")
 
