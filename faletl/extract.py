@@ -34,7 +34,10 @@ RESUME_WITHIN = timedelta(hours=1)
 BAD_REQUEST = 400
 
 SUSPICIOUS_IDS = 10
-"""After a first batch of at least so many ids, all of them unknown, one of fal's own is asked for."""
+"""After a first batch of at least so many ids, all of them unknown, others are tried one by one."""
+
+SAMPLED_IDS = 10
+"""So many of the other batches' ids, and one that fal's catalogue lists."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +190,9 @@ def _ask_by_ids(
         batch = known[first : first + size]
         asking.walk_ids(number, bounds(window), batch, unknown)
         if not first and len(batch) >= SUSPICIOUS_IDS and unknown.issuperset(batch):
-            asking.refuse_gone_path(number, bounds(window), unknown)
+            rest = known[size:]
+            sample = rest[-1 :: -max(1, len(rest) // SAMPLED_IDS)][:SAMPLED_IDS]
+            asking.refuse_gone_path(number, bounds(window), sample, unknown)
 
 
 class _Asking:
@@ -229,20 +234,26 @@ class _Asking:
         """Keep the rows of an earlier read beside those of this one."""
         self.calls += self._attempt.adopt(landed)
 
-    def refuse_gone_path(self, number: int, more: Params, unknown: Collection[str]) -> None:
-        """Raises ContractError where fal answers 404 even for an endpoint of its own catalogue."""
+    def refuse_gone_path(
+        self, number: int, more: Params, sample: Sequence[str], unknown: Collection[str]
+    ) -> None:
+        """Raises ContractError where fal answers 404 to all of a sample and of its own catalogue."""
         metrics, resource = self.resource.uses_metrics_key, self.resource
         page, _ = self._client.get(
             MODELS.path, {"limit": "1"}, lambda b: read_envelope(b, MODELS.rows_path), metrics=metrics
         )
+        listed = first_endpoint(page.body)
         question = (resource.older_params if self._is_older else resource.params)[number]
-        for listed in first_endpoint(page.body):
-            if listed not in unknown:
-                params = {**question, **more, "endpoint_id": (listed,)}
+        for endpoint_id in [*listed, *sample]:
+            if endpoint_id not in unknown:
+                params = {**question, **more, "endpoint_id": (endpoint_id,)}
                 with suppress(NotFoundError):
                     self._client.get(resource.path, params, self._envelope, metrics=metrics)
                     return
-            raise ContractError(f"fal answers 404 even for {listed!a}: {resource.path} seems to be gone")
+        if listed:
+            raise ContractError(
+                f"fal answers 404 even for {listed[0]!a}: {resource.path} seems to be gone"
+            )
 
     def _envelope(self, body: bytes) -> tuple[int, str | None]:
         return read_envelope(body, self.resource.rows_path)

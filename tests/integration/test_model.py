@@ -354,10 +354,18 @@ def test_edits_of_requests_that_stayed_from_an_earlier_read_are_found(
     assert all_tables(settings) == before
 
 
-@pytest.mark.parametrize("count", [60, 130])
+@pytest.mark.parametrize(("count", "is_first_listed_unpriced"), [(60, False), (130, False), (60, True)])
 def test_many_unknown_endpoints_are_isolated_and_remembered(
-    count: int, clock: time_machine.Traveller, account: Account, sandbox: Sandbox, settings: Settings
-) -> None:
+    count: int, is_first_listed_unpriced: bool,
+    clock: time_machine.Traveller, account: Account, sandbox: Sandbox, settings: Settings,
+) -> None:  # fmt: skip
+    if is_first_listed_unpriced:
+        account.catalogue.insert(0, {"endpoint_id": "aa/000"})
+        sandbox.fault = lambda request: (
+            Fault(status=404)
+            if request.path == "/models/pricing" and "aa/000" in request.query["endpoint_id"]
+            else None
+        )
     account.lines += [line(at("22T05"), f"aa/{number:03d}") for number in range(count)]
     assert pipeline.run(settings).exit_code == 0
     unknown = "select count(*) from ops.unknown_endpoints where resource = 'prices'"
