@@ -20,7 +20,7 @@ from faletl.check import KNOWN_ENDPOINT, LIMITED, Checked, check
 from faletl.client import Patience
 from faletl.config import Settings
 from faletl.errors import SettingsError
-from faletl.resources import ANALYTICS, BILLING_EVENTS, CREDITS, RESOURCES, USAGE
+from faletl.resources import ANALYTICS, BILLING_EVENTS, CREDITS, RESOURCES, USAGE, Resource
 from faletl.sandbox import BILLING_KEY, FULL_KEY, READONLY_KEY, Fault, Request, Sandbox
 from faletl.sandbox.server import document_as_of
 from tests import truth
@@ -107,11 +107,11 @@ def test_paths_that_take_a_limit_are_those_that_document_it() -> None:
     ],
 )
 def test_what_a_key_may_not_read_is_told_with_the_preset_it_needs(
-    key: str, missing: tuple[object, ...]
+    key: str, missing: tuple[Resource, ...]
 ) -> None:
     with served(key=key) as (settings, _):
         checked = check(settings)
-    assert readable(checked) == {**ALL, **{one.name: False for one in missing}}  # type: ignore[attr-defined]
+    assert readable(checked) == {**ALL, **{one.name: False for one in missing}}
     assert checked.exit_code == (2 if missing else 0)
     for finding in checked.findings:
         if not finding.is_readable:
@@ -199,11 +199,11 @@ def test_ids_come_from_the_catalogue_and_else_are_well_known() -> None:
         return [one for request in server.requests for one in request.query.get("endpoint_id", [])]
 
     with served() as (settings, server):
-        server.world.catalogue.insert(0, {"endpoint_id": "acme/first"})  # type: ignore[attr-defined]
+        server.world.catalogue.insert(0, {"endpoint_id": "acme/first"})  # type: ignore[attr-defined]  # an Account
         assert check(settings).exit_code == 0
         assert set(asked(server)) == {"acme/first"}
     with served() as (settings, server):
-        server.world.catalogue.clear()  # type: ignore[attr-defined]
+        server.world.catalogue.clear()  # type: ignore[attr-defined]  # an Account
         assert check(settings).exit_code == 0
         assert set(asked(server)) == {KNOWN_ENDPOINT}
 
@@ -211,7 +211,7 @@ def test_ids_come_from_the_catalogue_and_else_are_well_known() -> None:
         return Fault(status=404) if request.query.get("endpoint_id") == ["acme/first"] else None
 
     with served(forget) as (settings, server):
-        server.world.catalogue.insert(0, {"endpoint_id": "acme/first"})  # type: ignore[attr-defined]
+        server.world.catalogue.insert(0, {"endpoint_id": "acme/first"})  # type: ignore[attr-defined]  # an Account
         assert (readable(checked := check(settings)), checked.exit_code) == (ALL, 0)
 
 
