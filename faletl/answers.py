@@ -300,7 +300,11 @@ def _span(seconds: int) -> str:
 
 def print_landing(settings: Settings) -> None:
     """Reads and bytes per account folder and resource, and how many of them prune would drop."""
-    dropped = set(prune(settings, is_dry=True)[0])
+    dropped, unknown = set[Path](), ""
+    try:
+        dropped = set(prune(settings, is_dry=True)[0])
+    except UsageError as error:
+        unknown = f"{error}\n"
     sums: dict[tuple[str, str], list[int]] = {}
     for folder in landing.all_reads(settings):
         size, is_dropped = landing.size(folder), folder in dropped
@@ -314,6 +318,7 @@ def print_landing(settings: Settings) -> None:
     _print_table(
         names, [(*key, *map("{:,}".format, held)) for key, held in sorted(sums.items())], left=2
     )
+    sys.stdout.write(unknown)
 
 
 def print_forecasts(settings: Settings, forecasts: Sequence[Forecast]) -> None:

@@ -320,6 +320,12 @@ def test_what_landed_is_pruned_verified_and_rebuilt_from_a_terminal(tmp_path: Pa
     assert pruned.replace("deleted", "would be deleted") == told
     assert faletl("landing", "prune", settings=settings).stdout == "0 reads, 0 bytes deleted\n"
 
+    lost = settings.model_copy(update={"warehouse": f"duckdb:///{tmp_path / 'typo.duckdb'}"})
+    du = faletl("landing", "du", settings=lost)
+    assert du.returncode == 0
+    assert "so none is dropped; is FALETL_WAREHOUSE right?" in du.stdout
+    assert faletl("landing", "prune", settings=lost).returncode == 2
+
     for command in (["verify"], ["rebuild"], ["rebuild", "--window", "2026-11-21"], ["verify"]):
         done = faletl(*command, settings=settings)
         assert done.returncode == 0, done.stderr
