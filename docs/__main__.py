@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from docs import dictionary, examples, star_schema
+from docs import dictionary, examples, star_schema, suites
 
 MADE: Mapping[str, Callable[[], str]] = {
     "data-dictionary.md": dictionary.document,
     "star-schema.svg": star_schema.picture,
     "queries.md": examples.queries,
+    "validation.md": lambda: examples.outputs(suites.document()),
     "../README.md": examples.readme,
 }
 """Each document, seen from this folder, that the code makes or fills with what it really prints."""

@@ -40,7 +40,11 @@ def queries() -> str:
 def readme() -> str:
     """README.md with the end of the demo, and the output of each query."""
     page = (FOLDER.parent / "README.md").read_text("utf-8")
-    page = _FIRST_ANSWERS.sub(lambda _: "".join(_excerpt(_first_answers())), page)
+    return outputs(_FIRST_ANSWERS.sub(lambda _: "".join(_excerpt(_first_answers())), page))
+
+
+def outputs(page: str) -> str:
+    """The page with the output of each `faletl sql` in it."""
     return _COMMAND.sub(lambda found: found["line"] + _rows(found["sql"]), page)
 
 

@@ -29,8 +29,9 @@ from faletl.money import plain
 from faletl.plan import Forecast
 from faletl.rebuild import prune
 from faletl.resources import RESOURCES
+from faletl.validate import Verdict, failures
 from faletl.warehouse import open_warehouse
-from faletl.warehouse.tables import BUILDS, FAILURES, LOADS, RESTATEMENTS
+from faletl.warehouse.tables import BUILDS, FAILURES, LOADS, QUARANTINE, RESTATEMENTS
 from faletl.windows import instant
 
 COVERAGE = "Model APIs only: serverless and compute are not in these sums."
@@ -150,13 +151,15 @@ def print_status(settings: Settings, *, as_json: bool) -> None:
     if not found["resources"]:
         sys.stdout.write("Nothing is loaded yet; run faletl run.\n")
         return
-    names = ("account", "resource", "newest window", "lag", "windows", "rows", "open failures")
+    names = ("account", "resource", "newest window", "lag", "windows", "rows", "quarantine",
+             "open failures")  # fmt: skip
     lines = []
     for line in found["resources"]:
         lag = "" if line["lag_seconds"] is None else _span(line["lag_seconds"])
         lines.append(
             (line["account"], line["resource"], line["newest_window"] or "", lag,
-             f"{line['windows']:,}", f"{line['rows']:,}", str(line["open_failures"]))
+             f"{line['windows']:,}", f"{line['rows']:,}", f"{line['quarantine']:,}",
+             str(line["open_failures"]))
         )  # fmt: skip
     _print_table(names, lines, left=4)
     for restated in found["restatements"]:
@@ -208,6 +211,7 @@ def _status(connection: sa.Connection | None, *, is_published_copy: bool) -> dic
     )
     held = {(row.account, row.resource): row for row in loads}
     order = list(RESOURCES)
+    set_aside = _set_aside(connection)
     keys = held.keys() | {(failure["account"], failure["resource"]) for failure in failures}
     lines = []
     for account, resource in sorted(keys, key=lambda key: (key[0], order.index(key[1]))):
@@ -222,6 +226,7 @@ def _status(connection: sa.Connection | None, *, is_published_copy: bool) -> dic
                 "lag_seconds": max(0, int((now - row.until).total_seconds())) if row else None,
                 "windows": row.windows if row else 0,
                 "rows": int(row.rows) if row else 0,
+                "quarantine": set_aside.get((account, resource), 0),
                 "open_failures": len(mine),
             }
         )
@@ -244,6 +249,17 @@ def _status(connection: sa.Connection | None, *, is_published_copy: bool) -> dic
         "is_published_copy": is_published_copy,
         "coverage": COVERAGE,
     }
+
+
+def _set_aside(connection: sa.Connection) -> dict[tuple[str, str], int]:
+    """How many rows are set aside now, per account and resource."""
+    rows = QUARANTINE.c
+    found = connection.execute(
+        sa.select(rows.account, rows.resource, sa.func.count())
+        .where(rows.resolved_at.is_(None))
+        .group_by(rows.account, rows.resource)
+    )
+    return {(account, resource): count for account, resource, count in found}
 
 
 def _restatements(connection: sa.Connection) -> list[dict[str, Any]]:
@@ -356,6 +372,49 @@ def _print_table(names: Sequence[str], lines: Sequence[Sequence[str]], left: int
     for line in lines:
         table.add_row(*(Text(_shown(cell)) for cell in line))
     console().print(table)
+
+
+# --- faletl validate, faletl quarantine -----------------------------------------------------------
+
+
+def print_validations(verdict: Verdict) -> None:
+    """Per resource: how many windows were looked at, and how many expectations failed."""
+    if not verdict.judged:
+        sys.stdout.write("nothing to validate: nothing of that is loaded\n")
+        return
+    severities = ("critical", "warning", "info")
+    names = ("resource", "windows", "rows", "expectations", *severities)
+    lines = []
+    for name in RESOURCES:
+        if mine := [one for one in verdict.judged if one.resource == name]:
+            sums = (len(mine), sum(one.rows for one in mine), sum(len(o.validations) for o in mine))
+            failed = [sum(failures(one.validations, level) for one in mine) for level in severities]
+            lines.append((name, *map("{:,}".format, (*sums, *failed))))
+    _print_table(names, lines, left=1)
+
+
+def print_quarantine(rows: Sequence[sa.RowMapping]) -> None:
+    """A line for each row that was set aside."""
+    if not rows:
+        sys.stdout.write("no row is set aside\n")
+        return
+    names = ("read", "resource", "window", "page", "row", "endpoint", "reason", "resolved")
+    lines = [
+        (row["load_id"], row["resource"], str(row["window_start"].astimezone(UTC).date()),
+         str(row["page"]), str(row["row"]), row["endpoint_id"] or "", row["reason"],
+         _utc(row["resolved_at"]) if row["resolved_at"] else "")
+        for row in rows
+    ]  # fmt: skip
+    _print_table(names, lines, left=len(names))
+
+
+def print_rows_set_aside(rows: Sequence[sa.RowMapping]) -> None:
+    """Each row as fal sent it, with what is wrong and the folder of its page."""
+    for row in rows:
+        sys.stdout.write(
+            f"{row['landing_path']}, page {row['page']} row {row['row']}: {_shown(row['reason'])}\n"
+            f"{_shown(row['raw_json'])}\n"
+        )
 
 
 # --- faletl check ---------------------------------------------------------------------------------

@@ -48,6 +48,14 @@ landing_app = typer.Typer(
 )
 app.add_typer(landing_app, name="landing")
 
+quarantine_app = typer.Typer(
+    help="Rows that broke their contract: look at them, and replay them from the landed pages.",
+    epilog="Example: faletl quarantine list",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(quarantine_app, name="quarantine")
+
 
 class _Stopped(BaseException):
     """Ctrl-C, or a request to terminate."""
@@ -215,6 +223,73 @@ def verify() -> None:
         raise typer.Exit(TamperedError.exit_code)
     more = ", sums and models" if verdict.is_complete else ""
     typer.echo(f"all that was looked at is as it was left: ledger, rows, landed pages{more}")
+
+
+@app.command(epilog="Example: faletl validate --resource usage --start 2026-11-01 --docs validation")
+def validate(
+    start: Start = None,
+    end: End = None,
+    resource: Resources = None,
+    docs: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Also write what was found as pages for a browser."),
+    ] = None,
+) -> None:
+    """The gate once more, over what is loaded: all of it, or the days and resources given."""
+    from faletl import answers
+    from faletl.config import Settings
+    from faletl.plan import Asked
+    from faletl.validate import validate as verdict_on
+
+    with _progress() as progress:
+        verdict = verdict_on(Settings.load(), Asked(start, end, resource or ()), progress)
+    answers.print_validations(verdict)
+    if docs is not None:
+        from faletl.validation_docs import write_docs
+
+        typer.echo(f"wrote {write_docs(docs, verdict)}")
+    raise typer.Exit(verdict.exit_code)
+
+
+@quarantine_app.command("list", epilog="Example: faletl quarantine list --all")
+def list_quarantine(
+    with_resolved: Annotated[
+        bool, typer.Option("--all", help="Also rows whose window was loaded since.")
+    ] = False,
+) -> None:
+    """The rows set aside: where each stands, and what is wrong with it."""
+    from faletl import answers
+    from faletl.config import Settings
+    from faletl.quarantine import rows_set_aside
+
+    answers.print_quarantine(rows_set_aside(Settings.load(), is_open=not with_resolved))
+
+
+@quarantine_app.command(epilog="Example: faletl quarantine show 20261123T103000000000Z-a1b2c3")
+def show(
+    load_id: Annotated[str, typer.Argument(metavar="LOAD_ID", help="A read, from the list.")],
+) -> None:
+    """The rows of one read as fal sent them, with the page where each was landed."""
+    from faletl import answers
+    from faletl.config import Settings
+    from faletl.quarantine import rows_set_aside
+
+    answers.print_rows_set_aside(rows_set_aside(Settings.load(), load_id))
+
+
+@quarantine_app.command(epilog="Example: faletl quarantine retry")
+def retry(
+    load_ids: Annotated[
+        list[str] | None, typer.Argument(metavar="[LOAD_ID…]", help="Only these reads.")
+    ] = None,
+) -> None:
+    """Take the pages of open rows through the line once more, after an upgrade; asks fal nothing."""
+    from faletl.config import Settings
+    from faletl.quarantine import retry as retried
+
+    with _progress() as progress:
+        report = retried(Settings.load(), load_ids or (), progress)
+    _finish(report, nothing="nothing to retry: no row is set aside")
 
 
 @landing_app.command(epilog="Example: faletl landing du")
@@ -475,7 +550,8 @@ def _set_up_logging() -> None:
     logger = logging.getLogger("faletl")
     logger.handlers, logger.propagate = [handler], False
     # Without a handler of its own it would show a traceback when a signal cuts a connection short.
-    logging.getLogger("sqlalchemy").addHandler(logging.NullHandler())
+    for name in ("sqlalchemy", "great_expectations"):
+        logging.getLogger(name).addHandler(logging.NullHandler())
     # On a terminal the bar tells the progress; elsewhere each window is one line.
     quiet = sys.stderr.isatty() and not is_json and not _Options.debug
     logger.setLevel(logging.WARNING if quiet else logging.INFO)

@@ -50,6 +50,7 @@ class Settings(BaseSettings):
     max_body: ByteSize = Field(ByteSize(64 * 2**20), validation_alias="FALETL_MAX_BODY")
     memory: str = Field("256MB", validation_alias="FALETL_MEMORY")
     units: Path | None = Field(None, validation_alias="FALETL_UNITS")
+    expectations: Path | None = Field(None, validation_alias="FALETL_EXPECTATIONS")
     owners: Path | None = Field(None, validation_alias="FALETL_OWNERS")
     proxy: SecretStr | None = Field(None, validation_alias="FALETL_PROXY")
     ca_file: Path | None = Field(None, validation_alias="FALETL_CA_FILE")

@@ -7,7 +7,10 @@ help. An error keeps its facts; whoever knows more of them (which window, which 
 
 from __future__ import annotations
 
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
+
+if TYPE_CHECKING:
+    from faletl.findings import Findings
 
 Fact = str | int | None
 
@@ -102,9 +105,11 @@ class UnprovenError(FaletlError):
 
 
 class DataRefusedError(FaletlError):
-    """Rows that cannot be right (type, sign, precision). Exit 3."""
+    """Rows that cannot be right (type, sign, precision), or that the gate refuses. Exit 3."""
 
     exit_code = 3
+    findings: Findings | None = None
+    """What was noticed of the read, for the tables of ops."""
 
 
 class WarehouseError(FaletlError):

@@ -15,7 +15,7 @@ from faletl.client import FalClient, MalformedBodyError
 from faletl.config import Settings
 from faletl.errors import ContractError, KeyRefusedError, NotFoundError, UsageError
 from faletl.money import EXACT_TEXT, exact_text, plain
-from faletl.pages import BOM
+from faletl.pages import as_json
 from faletl.plan import account_label
 from faletl.warehouse import open_warehouse
 
@@ -147,7 +147,7 @@ class _Answer(msgspec.Struct):
 
 def _read(body: bytes, kind: str) -> tuple[Decimal, str]:
     try:
-        answer = msgspec.json.decode(body.removeprefix(BOM), type=_Answer)
+        answer = msgspec.json.decode(as_json(body), type=_Answer)
     except msgspec.ValidationError as error:
         raise ContractError(f"fal's estimate is not what was asked for: {error}") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

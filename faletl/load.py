@@ -20,7 +20,8 @@ import sqlalchemy as sa
 
 from faletl import landing
 from faletl.config import Settings
-from faletl.errors import FaletlError, LeaseLostError, WarehouseError
+from faletl.errors import DataRefusedError, FaletlError, LeaseLostError, WarehouseError
+from faletl.findings import keep_findings
 from faletl.landing import Manifest, Receipt, relative_path
 from faletl.resources import RESOURCES, Resource
 from faletl.staging import Staged
@@ -79,6 +80,16 @@ def replace_window(settings: Settings, warehouse: Warehouse, lease: Lease, stage
         if done.stood_in_for is not None:
             landing.take_receipt(done.stood_in_for)
     return done.outcome
+
+
+def is_held(connection: sa.Connection, staged: Staged) -> bool:
+    """Whether the warehouse holds these very rows already, so that loading them would change nothing."""
+    held = connection.execute(_current(staged.resource, staged.landed.manifest)).mappings().first()
+    return held is not None and _is_same(held, staged)
+
+
+def _is_same(held: sa.RowMapping, staged: Staged) -> bool:
+    return (held["digest"], held["asked_digest"]) == (staged.digest, _digest_of_ids(staged))
 
 
 def replay(
@@ -170,9 +181,7 @@ def _replace(
         return _Done("unchanged", Receipt(held["fencing_token"], held["loaded_at"], "loaded"))
     if held is not None and held["last_fencing_token"] > manifest.fencing_token and then is None:
         return _Done("superseded")
-    is_same = held is not None and (held["digest"], held["asked_digest"]) == (
-        staged.digest, _digest_of_ids(staged)
-    )  # fmt: skip
+    is_same = held is not None and _is_same(held, staged)
     lost = None
     if held is not None and is_same and then is None:
         folder = Path(settings.landing) / held["landing_path"]
@@ -187,6 +196,7 @@ def _replace(
         _forget_failure(connection, manifest)
         _remember_unknown(connection, manifest)
     loaded_at = then.loaded_at if then else datetime.now(UTC)
+    keep_findings(settings, lease, staged.findings, is_loaded=True, at=loaded_at)
     read: dict[str, Any] = {
         "last_load_id": manifest.load_id,
         "last_read_at": manifest.started_at,
@@ -241,13 +251,23 @@ def _current(resource: Resource, manifest: Manifest) -> sa.Select[Any]:
     )
 
 
+def rows_of_window(resource: Resource, account: str, window: Window) -> sa.Select[Any]:
+    """What raw holds of the window, whichever loads brought it."""
+    return sa.select(RAW[resource.name]).where(_is_of(resource, account, window))
+
+
 def _rows_of(staged: Staged) -> sa.ColumnElement[bool]:
     """Where the rows of the window stand in its raw table, also those that the read did not ask for."""
-    table, manifest = RAW[staged.resource.name], staged.landed.manifest
-    mine = table.c["_account"] == manifest.account
-    if staged.resource.time is None:
-        return sa.and_(mine, table.c["_snapshot_at"] == manifest.window_start)
-    day, time = Window.of_day(manifest.window.day), table.c[staged.resource.time]
+    manifest = staged.landed.manifest
+    return _is_of(staged.resource, manifest.account, manifest.window)
+
+
+def _is_of(resource: Resource, account: str, window: Window) -> sa.ColumnElement[bool]:
+    table = RAW[resource.name]
+    mine = table.c["_account"] == account
+    if resource.time is None:
+        return sa.and_(mine, table.c["_snapshot_at"] == window.start)
+    day, time = Window.of_day(window.day), table.c[resource.time]
     return sa.and_(mine, time >= day.start, time < day.end)
 
 
@@ -300,9 +320,11 @@ def _enter(settings: Settings, lease: Lease, staged: Staged, read: Mapping[str, 
             pages=len(manifest.pages("rows")),
             rows=held.scalar_subquery(),
             cost_total=Decimal(staged.cost_total),
+            control_total=None if staged.control_total is None else Decimal(staged.control_total),
             digest=staged.digest,
             asked_digest=_digest_of_ids(staged),
             dropped_rows=staged.dropped_rows,
+            quarantined_rows=staged.findings.breaches,
             doubtful_rows=staged.doubtful_rows,
             rounded_amounts=staged.rounded_amounts,
             fencing_token=lease.token,
@@ -416,9 +438,16 @@ def _remember_unknown(connection: sa.Connection, manifest: Manifest) -> None:
 
 
 def record_failure(
-    lease: Lease, error: FaletlError, *, account: str, resource: str, window: Window, run_id: str
+    settings: Settings,
+    lease: Lease,
+    error: FaletlError,
+    *,
+    account: str,
+    resource: str,
+    window: Window,
+    run_id: str,
 ) -> None:
-    """Keep the failure of a window for `faletl status`, in place of an older one."""
+    """Keep a window's failure for `faletl status`, in place of an older one, and what was noticed."""
     with lease.connection.begin():
         fence(lease, changes_data=False)
         lease.connection.execute(
@@ -439,6 +468,8 @@ def record_failure(
                 failed_at=datetime.now(UTC),
             )
         )
+        if isinstance(error, DataRefusedError) and error.findings is not None:
+            keep_findings(settings, lease, error.findings, is_loaded=False, at=datetime.now(UTC))
 
 
 # --- What a run asks of the ledger ----------------------------------------------------------------

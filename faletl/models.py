@@ -464,6 +464,11 @@ def _read_seeds(settings: Settings) -> dict[str, list[_SeedRow]]:
     return {SEED_UNIT.name: list(units.values()), SEED_CREDENTIAL_OWNER.name: list(owners.values())}
 
 
+def known_units(settings: Settings) -> frozenset[str]:
+    """Units of the table of units, trimmed and in lower case; raises SettingsError, as `build`."""
+    return frozenset(str(row["unit"]) for row in _read_seeds(settings)[SEED_UNIT.name])
+
+
 def _check_unit(row: Mapping[str, str]) -> None:
     """Raises SettingsError for a line of the table of units that cannot mean anything."""
     line = f"FALETL_UNITS: the unit {row['unit']!a}"

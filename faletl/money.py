@@ -18,6 +18,9 @@ DOUBLE_DIGITS = 15
 LONGEST = 1000
 """Characters of a number that could still be meant."""
 
+HALF_NANO = "0.0000000005"
+"""What a sum may differ from fal's, per row summed: fal rounds each amount to a nano-dollar."""
+
 DECIMAL_TYPE = f"decimal({PRECISION},{SCALE})"
 
 # What DuckDB casts to DECIMAL(38,12) without losing a digit.

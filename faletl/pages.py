@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 MAX_PAGES = 100_000
 
 _NUL = re.compile(rb"(?<!\\)(\\\\)*\\u0000")  # not an escaped backslash before u0000
-BOM = b"\xef\xbb\xbf"
+_BOM = b"\xef\xbb\xbf"
+_TEXT_OR_NO_NUMBER = re.compile(rb'"(?:[^"\\]|\\.)*+"|-?(?:NaN|Infinity)', re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ def read_envelope(body: bytes, rows_path: tuple[str, ...]) -> tuple[int, str | N
         ContractError: another document: no record list, or a cursor and `has_more` that disagree.
     """
     try:
-        envelope = _envelope(rows_path).decode(body.removeprefix(BOM))
+        envelope = _envelope(rows_path).decode(as_json(body))
     except msgspec.ValidationError as error:
         raise ContractError(f"fal's answer is not what was asked for: {error}") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -57,6 +58,18 @@ def read_envelope(body: bytes, rows_path: tuple[str, ...]) -> tuple[int, str | N
         said = "a next page but gave no cursor" if envelope.has_more else "no next page but a cursor"
         raise ContractError(f"fal announced {said}; the walk cannot be complete")
     return _count(envelope, rows_path), cursor
+
+
+def as_json(body: bytes) -> bytes:
+    """The body as JSON proper: without a byte order mark, NaN and Infinity as texts.
+
+    JSON has no such numbers, but Python's own encoder writes them: better one row that cannot be
+    right than a page that cannot be read.
+    """
+    body = body.removeprefix(_BOM)
+    if b"NaN" in body or b"Infinity" in body:
+        return _TEXT_OR_NO_NUMBER.sub(lambda m: m[0] if m[0][:1] == b'"' else b'"%s"' % m[0], body)
+    return body
 
 
 def walk(

@@ -14,11 +14,11 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import sqlalchemy as sa
 
@@ -26,6 +26,7 @@ from faletl import landing, models
 from faletl.client import FalClient, StoppedError
 from faletl.config import Settings
 from faletl.errors import (
+    DataRefusedError,
     FaletlError,
     KeyRefusedError,
     UnprovenError,
@@ -33,6 +34,7 @@ from faletl.errors import (
 from faletl.extract import Origin, fetch_window
 from faletl.landing import Landed
 from faletl.load import (
+    is_held,
     loaded_reads,
     record_failure,
     replace_window,
@@ -52,6 +54,9 @@ from faletl.staging import Staged, stage_window
 from faletl.warehouse import Warehouse, open_warehouse
 from faletl.warehouse.tables import WAREHOUSE
 from faletl.windows import Window
+
+if TYPE_CHECKING:
+    from faletl.gate import Gate
 
 log = logging.getLogger(__name__)
 
@@ -109,12 +114,10 @@ def run(settings: Settings, asked: Asked = DUE, progress: Progress = silent) -> 
     """
     report = Report(new_run_id())
     warehouse = open_warehouse(settings)
-
-    def take(batch: list[Staged]) -> None:
-        _load_batch(settings, warehouse, batch, report)
-
-    if _extract_all(settings, warehouse, report, take, asked, progress):
-        _record_failures(warehouse, report)
+    with _loader(settings, warehouse, report) as load:
+        can_write = _extract_all(settings, warehouse, report, load, asked, progress)
+    if can_write:
+        _record_failures(settings, warehouse, report)
         try:
             build_and_publish(settings, report)
         except FaletlError as error:
@@ -129,7 +132,9 @@ def extract(settings: Settings, asked: Asked = DUE, progress: Progress = silent)
     def take(batch: list[Staged]) -> None:
         report.outcomes.extend(outcome_of(staged, "landed") for staged in batch)
 
-    _extract_all(settings, open_warehouse(settings), report, take, asked, progress)
+    warehouse = open_warehouse(settings)
+    if _extract_all(settings, warehouse, report, take, asked, progress):
+        _record_failures(settings, warehouse, report)
     return report
 
 
@@ -156,8 +161,31 @@ def load(settings: Settings, asked: Asked = DUE, progress: Progress = silent) ->
         for landed in _not_loaded(settings, warehouse, report)
         if asked.includes(landed.manifest.resource, landed.manifest.window)
     ]
-    _load_landed(settings, warehouse, waiting, report, progress)
+    load_reads(settings, waiting, report, progress)
     return report
+
+
+def load_reads(
+    settings: Settings, reads: Sequence[Landed], report: Report, progress: Progress = silent
+) -> None:
+    """Stage and load complete reads in the order given; those that are refused go to the report."""
+    warehouse = open_warehouse(settings)
+    with (
+        tempfile.TemporaryDirectory(prefix="faletl-") as scratch,
+        _loader(settings, warehouse, report) as load,
+    ):
+        for done, landed in enumerate(reads):
+            progress("loading", done, len(reads))
+            try:
+                staged = stage_window(settings, landed, Path(scratch))
+            except FaletlError as error:
+                task = Task(RESOURCES[landed.manifest.resource], landed.manifest.window)
+                report.failures.append((task, error.at(account=landed.manifest.account)))
+                continue
+            load([staged])
+            staged.path.unlink()
+        progress("loading", len(reads), len(reads))
+    _record_failures(settings, warehouse, report)
 
 
 def build(settings: Settings, *, full: bool = False) -> Report:
@@ -368,14 +396,55 @@ def _fencing_token(connection: sa.Connection | None) -> int:
 # --- Loading --------------------------------------------------------------------------------------
 
 
-def _load_batch(settings: Settings, warehouse: Warehouse, batch: list[Staged], report: Report) -> None:
+@contextmanager
+def _loader(
+    settings: Settings, warehouse: Warehouse, report: Report
+) -> Iterator[Callable[[list[Staged]], None]]:
+    """What loads staged windows that pass the gate; those that do not go to the report.
+
+    The gate takes seconds to make, so it is made when there is news to look at, and without the lease.
+    """
+    gate: Gate | None = None
+    with tempfile.TemporaryDirectory(prefix="faletl-") as scratch:
+
+        def load(batch: list[Staged]) -> None:
+            nonlocal gate
+            if gate is None and _has_news(warehouse, batch):
+                from faletl.gate import Gate
+
+                gate = Gate(settings, Path(scratch))
+            _load_batch(settings, warehouse, gate, batch, report)
+
+        yield load
+
+
+def _has_news(warehouse: Warehouse, batch: list[Staged]) -> bool:
+    with warehouse.reading() as connection:
+        return connection is None or not all(is_held(connection, staged) for staged in batch)
+
+
+def _load_batch(
+    settings: Settings,
+    warehouse: Warehouse,
+    gate: Gate | None,
+    batch: list[Staged],
+    report: Report,
+) -> None:
     with warehouse.lease(f"faletl load, run {report.run_id}") as lease:
         for staged in batch:
-            outcome = replace_window(settings, warehouse, lease, staged)
+            resource, window = staged.resource, staged.landed.manifest.window
+            judged = staged
+            try:
+                with lease.connection.begin():
+                    if gate is not None and not is_held(lease.connection, staged):
+                        judged = gate.passed(lease.connection, staged)
+            except DataRefusedError as error:
+                report.failures.append((Task(resource, window), error))
+                continue
+            outcome = replace_window(settings, warehouse, lease, judged)
             report.outcomes.append(outcome_of(staged, outcome))
-            window = staged.landed.manifest.window
             told = f"{staged.rows:,} rows, {outcome}, proof {staged.proof}"
-            log.info("%s, window %s: %s", staged.resource.name, window, told)
+            log.info("%s, window %s: %s", resource.name, window, told)
 
 
 def outcome_of(staged: Staged, outcome: str) -> Outcome:
@@ -384,37 +453,19 @@ def outcome_of(staged: Staged, outcome: str) -> Outcome:
     return Outcome(staged.resource.name, window, outcome, staged.rows, staged.landed.folder)
 
 
-def _load_landed(
-    settings: Settings,
-    warehouse: Warehouse,
-    reads: Sequence[Landed],
-    report: Report,
-    progress: Progress,
-) -> None:
-    """Stage and load complete reads in the order given; those that are refused go to the report."""
-    with tempfile.TemporaryDirectory(prefix="faletl-") as scratch:
-        for done, landed in enumerate(reads):
-            progress("loading", done, len(reads))
-            try:
-                staged = stage_window(settings, landed, Path(scratch))
-            except FaletlError as error:
-                task = Task(RESOURCES[landed.manifest.resource], landed.manifest.window)
-                report.failures.append((task, error))
-                continue
-            _load_batch(settings, warehouse, [staged], report)
-            staged.path.unlink()
-        progress("loading", len(reads), len(reads))
-
-
-def _record_failures(warehouse: Warehouse, report: Report) -> None:
+def _record_failures(settings: Settings, warehouse: Warehouse, report: Report) -> None:
     """Keep what failed for `faletl status`; that it failed is in the report in any case."""
-    failed = [(task, error) for task, error in report.failures if task is not None]
-    if not failed or report.account is None:
+    failed = [
+        (task, error, str(account))
+        for task, error in report.failures
+        if task is not None and (account := error.facts.get("account") or report.account)
+    ]
+    if not failed:
         return
     with suppress(FaletlError), warehouse.lease(f"faletl, run {report.run_id}") as lease:
-        for task, error in failed:
+        for task, error, account in failed:
             record_failure(
-                lease, error, account=report.account, resource=task.resource.name,
+                settings, lease, error, account=account, resource=task.resource.name,
                 window=task.window, run_id=report.run_id,
             )  # fmt: skip
 

@@ -31,7 +31,8 @@ class Column:
     `path` leads to it inside the record (default: its own name). A column that is not `required`
     may be absent or null. `fallback` names an older field that carries the same value, times
     `fallback_scale`. `is_outer` says that the field stands beside the record list (a bucket), not in
-    each record; `is_asked`, that it is in no answer but a parameter of the question.
+    each record; `is_asked`, that it is in no answer but a parameter of the question; `is_sparse`, that
+    fal may leave it out of every record, which is news for any other field at the top of a record.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Column:
     fallback_scale: str = "1"
     is_outer: bool = False
     is_asked: bool = False
+    is_sparse: bool = False
     at_most: int | None = None
     may_be_empty: bool = True
 
@@ -97,8 +99,10 @@ class Resource:
     ids_per_call: int | None = None  # asked by endpoint ids, so many a call
     repeats: bool = True  # whether rows with the same key are separate rows, or one seen twice
     identity: tuple[str, ...] = ()  # fal gives rows no id: these are hashed into one, twins numbered
+    not_kept: tuple[str, ...] = ()  # fields that fal is known to send and that are not loaded
     proof: Proof | None = None
-    doubts: Mapping[str, str] = field(default_factory=dict)  # what is warned about: SQL that finds it
+    # What rows are expected to be, each with SQL for those that are not; these are kept, with a warning.
+    expected: Mapping[str, str] = field(default_factory=dict)
     uses_metrics_key: bool = False
     is_optional: bool = False  # a key that may not read it leaves it out, unless it is asked for by name
     permission: str = ""
@@ -152,12 +156,25 @@ _CREDENTIAL = (
         ("auth_method_structured", "login_username"),
     ),
 )
-_COST_DOUBTS = {
-    "subtotal less discount is not the total": (
+_COST_IDENTITY = {
+    "cost_subtotal less cost_discount is cost_total": (
         "abs(cost_subtotal - cost_discount - cost_total) > 0.000000001"
     ),
 }
 _BILLING_PERMISSION = "billing:usage:read, auth:keys:read and account:users:read"
+
+_METADATA_NOT_KEPT = (
+    "is_favorited",
+    "thumbnail_url",
+    "thumbnail_animated_url",
+    "github_url",
+    "highlighted",
+    "pinned",
+    "training_endpoint_ids",
+    "inference_endpoint_ids",
+    "stream_url",
+    "duration_estimate",
+)
 
 MODELS = Resource(
     name="models",
@@ -182,6 +199,7 @@ MODELS = Resource(
         Column("group_label", Kind.TEXT, "name of the model family", ("metadata", "group", "label")),
         Column("kind", Kind.TEXT, "inference or training", ("metadata", "kind")),
     ),
+    not_kept=("openapi", "enterprise_status", *(f"metadata.{name}" for name in _METADATA_NOT_KEPT)),
     uses_metrics_key=True,
     permission="no permission",
     presets="any",
@@ -251,11 +269,12 @@ USAGE = Resource(
         "auth_method",
     ),
     columns=(*_USAGE_COLUMNS, *_CREDENTIAL),
+    not_kept=("tags",),
     proof=_USAGE_TOTALS,
-    doubts={
-        "they are not in USD": "currency is distinct from 'USD'",
-        **_COST_DOUBTS,
-        "cost is not cost_total": "abs(cost - cost_total) > 0.000000001",
+    expected={
+        "currency is USD": "currency is distinct from 'USD'",
+        **_COST_IDENTITY,
+        "cost is cost_total": "abs(cost - cost_total) > 0.000000001",
     },
     permission=_BILLING_PERMISSION,
     presets="BILLING or FULL",
@@ -298,6 +317,7 @@ BILLING_EVENTS = Resource(
         Column("cost_estimate_nano_usd", Kind.WHOLE, "the charge in whole nano-dollars"),
         *_CREDENTIAL,
     ),
+    not_kept=("tags",),
     proof=replace(
         _USAGE_TOTALS,
         key=("endpoint_id",),
@@ -305,9 +325,9 @@ BILLING_EVENTS = Resource(
         only="coalesce(currency, 'USD') = 'USD'",  # as charges are
         two_walks_suffice=True,
     ),
-    doubts={
-        **_COST_DOUBTS,
-        "nano-dollars are not the total": (
+    expected={
+        **_COST_IDENTITY,
+        "cost_estimate_nano_usd is cost_total in nano-dollars": (
             "abs(cost_total - cost_estimate_nano_usd * 0.000000001) > 0.0000000005"
         ),
     },
@@ -348,7 +368,8 @@ _DURATIONS = {
 
 def _percentile(name: str) -> Column:
     percent, of = name.removeprefix("p").split("_", 1)
-    return Column(name, Kind.SECONDS, f"{percent} % took at most so many seconds: {_DURATIONS[of]}")
+    comment = f"{percent} % took at most so many seconds: {_DURATIONS[of]}"
+    return Column(name, Kind.SECONDS, comment, is_sparse=True)
 
 
 ANALYTICS = Resource(
@@ -375,10 +396,15 @@ ANALYTICS = Resource(
         replace(_BUCKET, comment="start of the hour or day"),
         _ENDPOINT,
         *(
-            Column(name, Kind.WHOLE, f"{comment}; per hour only")
+            Column(name, Kind.WHOLE, f"{comment}; per hour only", is_sparse=name in _LATER_COUNTS)
             for name, comment in (_COUNTS | _LATER_COUNTS).items()
         ),
-        Column("total_billable_duration", Kind.SECONDS, "execution that counts for billing, in seconds"),
+        Column(
+            "total_billable_duration",
+            Kind.SECONDS,
+            "execution that counts for billing, in seconds",
+            is_sparse=True,
+        ),
         *(_percentile(name) for name in (*_PERCENTILES, *_LATER_PERCENTILES)),
     ),
     uses_metrics_key=True,

@@ -12,18 +12,19 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from decimal import Decimal
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import duckdb
 import msgspec
 
 from faletl.config import Settings
+from faletl.contract import Contract, Tree, records_of, tree_of
 from faletl.errors import (
     ContractError,
     DataRefusedError,
@@ -31,16 +32,14 @@ from faletl.errors import (
     StorageError,
     UnprovenError,
 )
+from faletl.findings import Drift, Findings, SetAside
 from faletl.landing import Landed
-from faletl.money import DECIMAL_TYPE, DOUBLE_DIGITS, SCALE, exact_text, plain
-from faletl.pages import BOM
+from faletl.money import DECIMAL_TYPE, DOUBLE_DIGITS, HALF_NANO, SCALE, exact_text, plain
+from faletl.pages import as_json
 from faletl.resources import RESOURCES, Column, Kind, Proof, Resource
 from faletl.windows import instant
 
 log = logging.getLogger(__name__)
-
-HALF_NANO = "0.0000000005"
-"""What a sum may differ from fal's, per row summed: fal rounds each amount to a nano-dollar."""
 
 SETTLED_AFTER = timedelta(hours=24)
 """How long after a day's end its billing events and its usage may still differ without a warning."""
@@ -49,6 +48,8 @@ LARGEST_RECORD = 4 * 2**20
 """Bytes of JSON in one record; DuckDB sets buffers aside for twice as much on each thread."""
 
 _TELL = 3  # so many offenders are named in an error
+_KEEP = 1000  # so many are kept in ops.quarantine of one read; the landed pages have all
+_LITTLE = 2**20  # compressed bytes of pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,8 @@ class Staged:
     `path` is a Parquet file with the columns of the raw table. `digest` depends on the rows alone:
     not on their order, their pages, or the load. `proof` says how completeness was shown: `summary`,
     `two walks`, `none` (the resource has no control total) or `differs` (a day still open).
-    `asked_ids` are the endpoints that the rows speak for; None where they speak for all.
+    `control_total` is fal's own sum of the window's cost, where it told one. `asked_ids` are the
+    endpoints that the rows speak for; None where they speak for all.
     """
 
     path: Path
@@ -67,10 +69,14 @@ class Staged:
     rows: int
     digest: str
     proof: str
+    control_total: str | None
+    landed_rows: int
     dropped_rows: int
+    repeated_rows: int
     doubtful_rows: int
     rounded_amounts: int
     cost_total: str
+    findings: Findings
     endpoint_ids: frozenset[str]
     asked_ids: frozenset[str] | None
 
@@ -86,7 +92,7 @@ def stage_window(settings: Settings, landed: Landed, scratch: Path) -> Staged:
     manifest = landed.manifest
     resource = RESOURCES[manifest.resource]
     try:
-        with _engine(settings, scratch) as connection:
+        with _engine(settings, scratch, landed) as connection:
             return _stage(connection, landed, resource, scratch)
     except FaletlError as error:
         raise error.at(resource=resource.name, window=str(manifest.window)) from None
@@ -107,9 +113,12 @@ def _stage(
 ) -> Staged:
     manifest = landed.manifest
     path = scratch / f"{manifest.load_id}.parquet"
-    rounded = _typed(connection, landed, resource, "rows", path)
-    _refuse_breaches(connection, landed, "rows", path)
-    dropped = _count(connection, f"select count(*) from {_quoted(path)} where not _is_inside")
+    typed = _typed(connection, landed, resource, "rows", path)
+    findings = Findings(landed, typed.breaches, typed.set_aside, tuple(_drifts(typed.contract)))
+    held, inside = connection.execute(
+        f"select count(*), count(*) filter (where _is_inside) from {_quoted(path)} where _breach = ''"
+    ).fetchone() or (0, 0)
+    dropped = held - inside
     if dropped:
         log.warning("%s, window %s: fal sent %d rows outside the window; they are dropped",
                     resource.name, manifest.window, dropped)  # fmt: skip
@@ -118,48 +127,66 @@ def _stage(
         f"copy ({_final_rows(connection, landed, resource, path)}) to {_quoted(final)} (format parquet)"
     )
     path.unlink()
-    digest = _digest(connection, resource, final)
-    doubtful = _doubtful_rows(connection, landed, resource, final)
-    proof = _prove(connection, landed, resource, final, digest, scratch)
+    try:
+        digest = _digest(connection, resource, final)
+        doubtful = _doubtful_rows(connection, resource, final)
+        proof, control_total = _prove(connection, landed, resource, final, digest, typed, scratch)
+    except DataRefusedError as error:
+        error.findings = findings
+        raise
+    if typed.breaches:
+        log.warning("%s, window %s: %s", resource.name, manifest.window, _told(
+            typed, "fal's control total says that nothing of value is missing without them, so the "
+            "window is loaded and they are set aside in ops.quarantine"
+        ))  # fmt: skip
     cost = "sum(cost_total)" if any(c.name == "cost_total" for c in resource.columns) else "null"
-    total = connection.execute(f"select coalesce({cost}, 0)::varchar from {_quoted(final)}").fetchone()
+    rows, total = connection.execute(
+        f"select count(*), coalesce({cost}, 0)::varchar from {_quoted(final)}"
+    ).fetchone() or (0, "0")
     return Staged(
         path=final,
         landed=landed,
         resource=resource,
-        rows=_count(connection, f"select count(*) from {_quoted(final)}"),
+        rows=rows,
         digest=digest,
         proof=proof,
+        control_total=control_total,
+        landed_rows=sum(page.rows for page in manifest.pages("rows")),
         dropped_rows=dropped,
+        repeated_rows=inside - rows,
         doubtful_rows=doubtful,
-        rounded_amounts=rounded,
-        cost_total=str(total[0]) if total else "0",
+        rounded_amounts=typed.rounded,
+        cost_total=total,
+        findings=findings,
         endpoint_ids=_endpoint_ids(connection, resource, final),
         asked_ids=manifest.asked_ids if resource.ids_per_call else None,
     )
 
 
-def _doubtful_rows(
-    connection: duckdb.DuckDBPyConnection, landed: Landed, resource: Resource, path: Path
-) -> int:
-    """Count and warn about rows that are kept as fal sent them though something is odd about them."""
-    if not resource.doubts:
+def _drifts(contract: Contract) -> Iterator[Drift]:
+    """What fal changed of its records, as far as the pages show."""
+    for steps, sample in contract.new.items():
+        yield Drift(".".join(steps), "new", sample)
+    for steps, sample in contract.retyped.items():
+        yield Drift(".".join(steps), "retyped", sample)
+    for steps in contract.missing:
+        yield Drift(".".join(steps), "missing", None)
+
+
+def _doubtful_rows(connection: duckdb.DuckDBPyConnection, resource: Resource, path: Path) -> int:
+    """Count the rows that are kept as fal sent them though something is odd about them."""
+    if not resource.expected:
         return 0
-    each = ", ".join(f"count(*) filter (where {predicate})" for predicate in resource.doubts.values())
-    any_of_them = " or ".join(f"({predicate})" for predicate in resource.doubts.values())
-    counts = connection.execute(
-        f"select count(*) filter (where {any_of_them}), {each} from {_quoted(path)}"
-    ).fetchone() or (0,)
-    for doubt, found in zip(resource.doubts, counts[1:], strict=True):
-        if found:
-            log.warning("%s, window %s: %d rows are kept as they are, but %s",
-                        resource.name, landed.manifest.window, found, doubt)  # fmt: skip
-    return int(counts[0])
+    odd = " or ".join(f"({predicate})" for predicate in resource.expected.values())
+    return _count(connection, f"select count(*) from {_quoted(path)} where {odd}")
 
 
-def _engine(settings: Settings, scratch: Path) -> duckdb.DuckDBPyConnection:
+def _engine(settings: Settings, scratch: Path, landed: Landed) -> duckdb.DuckDBPyConnection:
+    size = sum(page.bytes for call in landed.manifest.calls for page in call.pages)
     connection = duckdb.connect(
         config={
+            # More threads only get in each other's way over little; windows run side by side anyway.
+            **({"threads": "1"} if size < _LITTLE else {}),
             "memory_limit": settings.memory,
             "temp_directory": str(scratch / "spill"),
             "autoinstall_known_extensions": "false",
@@ -182,38 +209,84 @@ def _endpoint_ids(
 # --- From landed bytes to typed columns -----------------------------------------------------------
 
 
+@dataclass(slots=True)
+class Typed:
+    """What became of the records of one walk: those that broke their contract were set aside.
+
+    `breaches` counts all of them, `set_aside` holds the first ones.
+    """
+
+    contract: Contract
+    rounded: int = 0
+    breaches: int = 0
+    set_aside: tuple[SetAside, ...] = ()
+
+
 def _typed(
     connection: duckdb.DuckDBPyConnection,
     landed: Landed,
     resource: Resource,
     label: str,
     path: Path,
-) -> int:
-    """Write the records of the `label` calls as typed columns; return how many amounts were rounded.
+) -> Typed:
+    """Write the records of the `label` calls as typed columns.
 
     Beside the resource's columns stand `_page`, `_row`, `_is_inside` (the window), `_breach` (why the
     record cannot be taken, else empty) and, where fal gives rows no id, the `_hash` of their identity.
+    Records that are not even of the right JSON types are left out.
     """
     lines = path.with_suffix(".ndjson")
     try:
-        rounded = _write_lines(landed, resource, label, lines, is_exact=False)
+        typed = _write_lines(landed, resource, label, lines, is_exact=False)
         _write_typed(connection, landed, resource, label, lines, path)
-        if not _count(connection, f"select count(*) from {_quoted(path)} where _breach <> ''"):
-            lines.unlink()
-            return rounded
+        breached = _count(connection, f"select count(*) from {_quoted(path)} where _breach <> ''")
     except duckdb.InvalidInputException:
         log.debug("%s: the records are read number by number", resource.name)
-    rounded = _write_lines(landed, resource, label, lines, is_exact=True)
-    _write_typed(connection, landed, resource, label, lines, path)
+        breached = -1
+    if breached:
+        typed = _write_lines(landed, resource, label, lines, is_exact=True)
+        _write_typed(connection, landed, resource, label, lines, path)
+        _set_breaches_aside(connection, landed, resource, label, path, typed)
     lines.unlink()
-    return rounded
+    return typed
 
 
-def _write_lines(landed: Landed, resource: Resource, label: str, lines: Path, *, is_exact: bool) -> int:
-    """Write each record on a line, with its page and row; return how many amounts were rounded."""
-    is_proof = label == "proof"
-    rows_path = resource.proof.rows_path if is_proof and resource.proof else resource.rows_path
-    columns = _columns(resource, label)
+def _set_breaches_aside(
+    connection: duckdb.DuckDBPyConnection,
+    landed: Landed,
+    resource: Resource,
+    label: str,
+    path: Path,
+    typed: Typed,
+) -> None:
+    """Set the rows aside whose values cannot be taken; their text is in the landed page."""
+    breached = f"from {_quoted(path)} where _breach <> ''"
+    typed.breaches += _count(connection, f"select count(*) {breached}")
+    found = connection.execute(
+        f"select _page, _row, _breach {breached} order by _page, _row limit {_KEEP}"
+    ).fetchall()
+    rows_path, pages = _rows_path(resource, label), landed.manifest.pages(label)
+    records: dict[int, list[bytes]] = {}
+    for page, row, why in found:
+        if page not in records:
+            records = {page: records_of(as_json(landed.body(pages[page - 1])), rows_path)}
+        typed.set_aside += (SetAside.of(page, row, why, records[page][row - 1]),)
+    typed.set_aside = tuple(sorted(typed.set_aside, key=lambda one: (one.page, one.row))[:_KEEP])
+
+
+def _rows_path(resource: Resource, label: str) -> tuple[str, ...]:
+    return resource.proof.rows_path if label == "proof" and resource.proof else resource.rows_path
+
+
+def _write_lines(
+    landed: Landed, resource: Resource, label: str, lines: Path, *, is_exact: bool
+) -> Typed:
+    """Write each record on a line, with its page and row."""
+    rows_path, columns = _rows_path(resource, label), _columns(resource, label)
+    known = frozenset(tuple(path.split(".")) for path in resource.not_kept)
+    if label == "proof" and resource.proof:  # of a total only what is compared is looked at
+        known |= {(column.name,) for column in resource.proof.columns}
+    typed = Typed(Contract(rows_path, columns, known))
     asked = [column.name for column in columns if column.is_asked]
     pages = [
         (page, {name: call.query[name][0] for name in asked})
@@ -221,24 +294,32 @@ def _write_lines(landed: Landed, resource: Resource, label: str, lines: Path, *,
         if call.label == label
         for page in call.pages
     ]
-    rounded = 0
     with lines.open("wb") as file:
         for number, (page, parameters) in enumerate(pages, start=1):
             outer = {"_page": number, **parameters}
             try:
-                body = landed.body(page).removeprefix(BOM)
-                _check_types(body, rows_path, columns)
+                body = as_json(landed.body(page))
+                breaches = typed.contract.breaches(body)
                 if is_exact or _has_long_number(body) or _has_key_twice(body, rows_path):
-                    records, noise = _records(body, rows_path, columns)
-                    rounded += noise
-                    for row, record in enumerate(records, start=1):
-                        record |= {**outer, "_row": row}
-                    file.write(msgspec.json.Encoder().encode_lines(records))
+                    records, noise = _records(body, rows_path, columns, breaches)
+                    typed.rounded += noise
+                    lead = [outer | {"_row": row} for row in records]
+                    whole = [r | more for r, more in zip(records.values(), lead, strict=True)]
+                    file.write(msgspec.json.Encoder().encode_lines(whole))
                 else:
-                    file.write(_raw_lines(body, rows_path, columns, outer))
+                    file.write(_raw_lines(body, rows_path, columns, outer, breaches))
+                _set_untyped_aside(typed, number, breaches, body)
             except FaletlError as error:
                 raise error.at(page=number, request_id=page.request_id) from None
-    return rounded
+    return typed
+
+
+def _set_untyped_aside(typed: Typed, page: int, breaches: Mapping[int, str], body: bytes) -> None:
+    typed.breaches += len(breaches)
+    if breaches and len(typed.set_aside) < _KEEP:
+        records = records_of(body, typed.contract.rows_path)
+        more = (SetAside.of(page, row, why, records[row - 1]) for row, why in breaches.items())
+        typed.set_aside = (*typed.set_aside, *more)[:_KEEP]
 
 
 def _write_typed(
@@ -259,7 +340,7 @@ def _write_typed(
     )
     if resource.identity and label != "proof":
         more += f", {_hash_expression(landed.manifest.account, resource)} as _hash"
-    columns_read = {name: _read_type(tree) for name, tree in _tree(columns).items()}
+    columns_read = {name: _read_type(tree) for name, tree in tree_of(columns).items()}
     source = connection.read_json(
         str(lines),
         format="newline_delimited",
@@ -336,12 +417,16 @@ _LIST = msgspec.json.Decoder(list[msgspec.Raw])
 
 
 def _raw_lines(
-    body: bytes, rows_path: tuple[str, ...], columns: tuple[Column, ...], outer: Mapping[str, Any]
+    body: bytes,
+    rows_path: tuple[str, ...],
+    columns: tuple[Column, ...],
+    outer: Mapping[str, Any],
+    without: Container[int],
 ) -> bytes:
     """The records of a page as they are, one a line, each behind its page, row and outer fields."""
     lead = msgspec.json.encode(outer)[:-1]
     if not rows_path:
-        return lead + b',"_row":1,' + _one_line(body)[1:] + b"\n"
+        return b"" if 1 in without else lead + b',"_row":1,' + _one_line(body)[1:] + b"\n"
     names = [column.name for column in columns if column.is_outer]
     levels = [_levels(rows_path, tuple(names)).decode(body)]
     for _ in rows_path[1:]:
@@ -351,7 +436,8 @@ def _raw_lines(
         fields = b"".join(b',"%s":%s' % (name.encode(), bytes(getattr(level, name))) for name in names)
         for record in level.rows:
             row += 1
-            lines.append(b'%s%s,"_row":%d,%s\n' % (lead, fields, row, _one_line(bytes(record))[1:]))
+            if row not in without:
+                lines.append(b'%s%s,"_row":%d,%s\n' % (lead, fields, row, _one_line(bytes(record))[1:]))
     return b"".join(lines)
 
 
@@ -361,9 +447,9 @@ def _one_line(record: bytes) -> bytes:
 
 
 def _records(
-    body: bytes, rows_path: tuple[str, ...], columns: tuple[Column, ...]
-) -> tuple[list[dict[str, Any]], int]:
-    """The records of a page, amounts as exact text; and how many were rounded."""
+    body: bytes, rows_path: tuple[str, ...], columns: tuple[Column, ...], without: Container[int]
+) -> tuple[dict[int, dict[str, Any]], int]:
+    """The records of a page by their rows, amounts as exact text; and how many were rounded."""
     outer = [column.name for column in columns if column.is_outer]
     rounded = texts = 0
 
@@ -380,16 +466,16 @@ def _records(
             json.loads(body, object_pairs_hook=_refuse_twice)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise ContractError(f"fal's answer cannot be read: {error}") from None
-    if not rows_path:
-        return [document], rounded
-    levels = [document]
-    for step in rows_path[:-1]:
+    levels = [{"": [document]}]
+    for step in ("", *rows_path[:-1]):
         levels = [inner for level in levels for inner in level[step]]
-    return [
-        {**record, **{name: level[name] for name in outer}} if outer else record
-        for level in levels
-        for record in level[rows_path[-1]]
-    ], rounded
+    last = rows_path[-1] if rows_path else ""
+    found = ((level, record) for level in levels for record in (level[last] if last else [level]))
+    return {
+        row: {**record, **{name: level[name] for name in outer}}
+        for row, (level, record) in enumerate(found, start=1)
+        if row not in without
+    }, rounded
 
 
 def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -402,49 +488,6 @@ def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
-# --- The contract, from the catalogue -------------------------------------------------------------
-
-_Tree: TypeAlias = "dict[str, Column | _Tree]"
-
-
-def _tree(columns: tuple[Column, ...]) -> _Tree:
-    """The columns as they are nested in a record; a fallback field is one more field."""
-    tree: _Tree = {}
-    for column in columns:
-        level = tree
-        for step in column.steps[:-1]:
-            inner = level.setdefault(step, {})
-            assert isinstance(inner, dict)  # noqa: S101  # the catalogue's own consistency
-            level = inner
-        level[column.steps[-1]] = column
-        if column.fallback:
-            level.setdefault(column.fallback, Column(column.fallback, column.kind, "", required=False))
-    return tree
-
-
-def _check_types(body: bytes, rows_path: tuple[str, ...], columns: tuple[Column, ...]) -> None:
-    try:
-        _contract(rows_path, columns).decode(body)
-    except msgspec.ValidationError as error:
-        raise DataRefusedError(f"fal's record is not what its contract says: {error}") from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ContractError(f"fal's answer cannot be read: {error}") from None
-
-
-@cache
-def _contract(rows_path: tuple[str, ...], columns: tuple[Column, ...]) -> msgspec.json.Decoder[Any]:
-    """A strict decoder of the whole page: names, types and nullability of every catalogued field.
-
-    What it decodes is thrown away (its numbers are floats); it checks at the speed of C and names
-    the JSON path of the first offence.
-    """
-    within = _struct(_tree(tuple(c for c in columns if not c.is_outer and not c.is_asked)))
-    for depth, step in enumerate(reversed(rows_path)):
-        outer = tuple(c for c in columns if c.is_outer) if depth == 0 else ()
-        within = _struct({step: within, **_tree(outer)})
-    return msgspec.json.Decoder(within)
-
-
 @cache
 def _levels(rows_path: tuple[str, ...], outer: tuple[str, ...]) -> msgspec.json.Decoder[Any]:
     """A decoder of what is around the records; these, and what stands beside them, stay bytes."""
@@ -455,45 +498,9 @@ def _levels(rows_path: tuple[str, ...], outer: tuple[str, ...]) -> msgspec.json.
     return msgspec.json.Decoder(inner)
 
 
-def _struct(fields: Mapping[str, Any]) -> Any:
-    """A msgspec type for a JSON object; a value that is a type already is a required list of it."""
-    specs: list[Any] = []
-    for name, node in fields.items():
-        if isinstance(node, Column):
-            kind: Any = _JSON_TYPES[node.kind]
-            is_needed = node.required and not node.fallback
-            specs.append((name, kind) if is_needed else (name, kind | None, None))
-        elif isinstance(node, dict):
-            specs.append((name, _struct(node) | None, None))
-        else:
-            specs.append((name, _list_of(node)))
-    names = [f"f{number}" for number in range(len(specs))]
-    return msgspec.defstruct(
-        "Record",
-        [(plain, *spec[1:]) for plain, spec in zip(names, specs, strict=True)],
-        rename={plain: spec[0] for plain, spec in zip(names, specs, strict=True)},
-        kw_only=True,
-        gc=False,
-    )
-
-
-def _list_of(kind: Any) -> Any:
-    return list[kind]
-
-
-_JSON_TYPES: Mapping[Kind, Any] = {
-    Kind.TEXT: str,
-    Kind.AMOUNT: float,
-    Kind.WHOLE: float,
-    Kind.SECONDS: float,
-    Kind.INSTANT: str,
-    Kind.LIST: list[str],
-}
-
-
-def _read_type(tree: Column | _Tree) -> str:
+def _read_type(tree: Column | Tree | None) -> str:
     """The type in which DuckDB reads a JSON field: every scalar as its text."""
-    if isinstance(tree, Column):
+    if not isinstance(tree, dict):
         return "varchar"
     inner = ", ".join(f'"{name}" {_read_type(child)}' for name, child in tree.items())
     return f"struct({inner})"
@@ -575,22 +582,22 @@ def _breach_expression(column: Column) -> str:
     return f"case {' '.join(cases)} end" if cases else "null"
 
 
-def _refuse_breaches(
-    connection: duckdb.DuckDBPyConnection, landed: Landed, label: str, path: Path
-) -> None:
-    found = connection.execute(f"""
-        select _page, _row, _breach, count(*) over () from {_quoted(path)}
-        where _breach <> '' order by _page, _row limit {_TELL}
-    """).fetchall()
-    if found:
-        told = "; ".join(f"page {page} row {row}: {ascii(why)[1:-1]}" for page, row, why, _ in found)
-        first = found[0][0]
-        raise DataRefusedError(
-            f"{found[0][3]} of fal's rows cannot be right ({told}); the window is not loaded",
-            page=first,
-            rows=found[0][3],
-            request_id=landed.manifest.pages(label)[first - 1].request_id,
-        )
+def _refused(landed: Landed, label: str, typed: Typed, because: str) -> DataRefusedError:
+    """The error for a window whose rows cannot all be taken."""
+    page = typed.set_aside[0].page
+    return DataRefusedError(
+        f"{_told(typed, because)}; the window is not loaded",
+        page=page,
+        rows=typed.breaches,
+        request_id=landed.manifest.pages(label)[page - 1].request_id,
+    )
+
+
+def _told(typed: Typed, because: str) -> str:
+    shown = typed.set_aside[:_TELL]
+    told = "; ".join(f"page {one.page} row {one.row}: {ascii(one.reason)[1:-1]}" for one in shown)
+    rows = f"{typed.breaches:,} of fal's rows cannot be right"
+    return f"{rows} ({told}{'; …' * (typed.breaches > _TELL)}); {because}"
 
 
 def _hash_expression(account: str, resource: Resource) -> str:
@@ -614,7 +621,7 @@ def _final_rows(
     names = ", ".join(f'"{column.name}"' for column in resource.columns)
     if resource.identity:
         lead += f", _hash, {_ordinal_expression(connection, names, path)} as _ordinal"
-    rows = f"select {lead}, {names} from {_quoted(path)} as rows where _is_inside"
+    rows = f"select {lead}, {names} from {_quoted(path)} as rows where _is_inside and _breach = ''"
     if resource.repeats or not resource.key:
         return rows
     key = ", ".join(resource.key)
@@ -623,7 +630,7 @@ def _final_rows(
 
 def _ordinal_expression(connection: duckdb.DuckDBPyConnection, names: str, path: Path) -> str:
     """SQL that numbers rows of the same `_hash`, in whatever order they came; 1 where there are none."""
-    twins = f"select _hash from {_quoted(path)} group by _hash having count(*) > 1"
+    twins = f"select _hash from {_quoted(path)} where _breach = '' group by _hash having count(*) > 1"
     if not _count(connection, f"select count(*) from ({twins})"):
         return "1"
     # Only twins are numbered: a window over millions of rows would have to sort them all.
@@ -632,7 +639,7 @@ def _ordinal_expression(connection: duckdb.DuckDBPyConnection, names: str, path:
         select
             _page, _row,
             cast(row_number() over (partition by _hash order by {names}, _page, _row) as integer) as n
-        from {_quoted(path)} where _is_inside and _hash in ({twins})
+        from {_quoted(path)} where _is_inside and _breach = '' and _hash in ({twins})
     """)
     return "coalesce((select n from twins where twins._page = rows._page and twins._row = rows._row), 1)"
 
@@ -677,22 +684,26 @@ def _prove(
     resource: Resource,
     rows: Path,
     digest: str,
+    typed: Typed,
     scratch: Path,
-) -> str:
-    """Show that the rows are all there; returns how. docs/fal-api.md, "Control totals".
+) -> tuple[str, str | None]:
+    """Show that the rows are all there; returns how, and fal's total. docs/fal-api.md, "Control totals".
 
-    Fal's own sums do, and where there are none or those of another ledger, two equal walks.
+    Fal's own sums do, and where there are none or those of another ledger, two equal walks. Rows that
+    were set aside may be missing only if fal's sums say that nothing of value is missing with them.
     """
-    if resource.proof is None:
-        return "none"
-    manifest, differs = landed.manifest, list[str]()
-    if manifest.has("proof"):
-        totals = scratch / f"{manifest.load_id}.proof.parquet"
-        _typed(connection, landed, resource, "proof", totals)
-        _refuse_breaches(connection, landed, "proof", totals)
-        differs = _differences(connection, resource.proof, rows, totals)
+    manifest, differs, total = landed.manifest, list[str](), None
+    if resource.proof is not None and manifest.has("proof"):
+        differs, total = _compared(connection, landed, resource, resource.proof, rows, scratch)
         if not differs:
-            return "summary"
+            return "summary", total
+    if typed.breaches:
+        because = "fal's control total says that they are of value" if differs else (
+            "no control total of fal's says that nothing of value is missing without them"
+        )  # fmt: skip
+        raise _refused(landed, "rows", typed, f"{because} (faletl quarantine list shows them)")
+    if resource.proof is None:
+        return "none", None
     told = f"{len(differs)} lines differ: {'; '.join(differs[:_TELL])}"
     if manifest.has("again") and _digest_again(connection, landed, resource, scratch) == digest:
         if differs:
@@ -700,17 +711,36 @@ def _prove(
             log.log(logging.WARNING if is_settled else logging.INFO,
                     "%s, window %s: two walks agree, but fal's usage says otherwise (%s)",
                     resource.name, manifest.window, told)  # fmt: skip
-        return "two walks"
+        return "two walks", total
     if not differs:
         told = "two walks one after the other gave other rows"
     if manifest.window.is_provisional:
         log.warning("%s, window %s: the day is still open and does not add up to fal's control total "
                     "yet (%s)", resource.name, manifest.window, told)  # fmt: skip
-        return "differs"
+        return "differs", total
     raise UnprovenError(
         f"the rows do not add up to fal's control total ({told})",
         request_id=next((page.request_id for page in manifest.pages("proof")), None),
     )
+
+
+def _compared(
+    connection: duckdb.DuckDBPyConnection,
+    landed: Landed,
+    resource: Resource,
+    proof: Proof,
+    rows: Path,
+    scratch: Path,
+) -> tuple[list[str], str]:
+    """Where our sums are not fal's, as sentences; and fal's sum of all costs."""
+    totals = scratch / f"{landed.manifest.load_id}.proof.parquet"
+    typed = _typed(connection, landed, resource, "proof", totals)
+    if typed.breaches:
+        raise _refused(landed, "proof", typed, "they are of fal's control total")
+    total = connection.execute(
+        f"select coalesce(sum(cost_total), 0)::varchar from {_quoted(totals)} where {proof.only}"
+    ).fetchone()
+    return _differences(connection, proof, rows, totals), str(total[0]) if total else "0"
 
 
 def _digest_again(
@@ -719,7 +749,9 @@ def _digest_again(
     """The digest of the rows of the other walk."""
     again = scratch / f"{landed.manifest.load_id}.again.parquet"
     kept = again.with_suffix(".kept.parquet")
-    _typed(connection, landed, resource, "again", again)
+    typed = _typed(connection, landed, resource, "again", again)
+    if typed.breaches:
+        raise _refused(landed, "again", typed, "the walk before had no such rows")
     rows = _final_rows(connection, landed, resource, again)
     connection.execute(f"copy ({rows}) to {_quoted(kept)} (format parquet)")
     return _digest(connection, resource, kept)

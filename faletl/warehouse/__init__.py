@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import sqlalchemy as sa
 
@@ -72,6 +72,9 @@ class Warehouse(Protocol):
 
     def take_in(self, connection: sa.Connection, table: sa.Table, rows: Path) -> None:
         """Insert a staged Parquet file in bulk; its columns are columns of the table."""
+
+    def hand_out(self, connection: sa.Connection, query: sa.Select[Any], path: Path) -> None:
+        """Write the rows of a select to a Parquet file, typed as in the warehouse."""
 
     def publish(self, lease: Lease) -> Path | None:
         """Show the newest build to readers, in one step; None when they have it already.

@@ -207,6 +207,11 @@ class DuckDBWarehouse:
             f"insert into {table.fullname} ({names}) select {names} from read_parquet({_quoted(rows)})"
         )
 
+    def hand_out(self, connection: sa.Connection, query: sa.Select[Any], path: Path) -> None:
+        """Write rows to a Parquet file; see the protocol."""
+        select = query.compile(dialect=connection.dialect, compile_kwargs={"literal_binds": True})
+        connection.exec_driver_sql(f"copy ({select}) to {_quoted(path)} (format parquet)")
+
     def publish(self, lease: Lease) -> Path | None:
         """Copy the file to its readers' place: temporary name, flush, rename."""
         connection = lease.connection

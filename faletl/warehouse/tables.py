@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from faletl.money import PRECISION, SCALE
 from faletl.resources import RESOURCES, Kind, Resource
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Grows when a table here changes; a warehouse of a newer version is refused."""
 
 SCHEMAS: Mapping[str, str] = {
@@ -22,7 +22,7 @@ SCHEMAS: Mapping[str, str] = {
     "staging": "Raw, renamed and cast: instants in UTC, one credential id. Views and seeds; no sums.",
     "marts": "Dimensions and facts: what analysts join.",
     "reports": "What dashboards read: wide, named for people.",
-    "ops": "What faletl did: loads, restatements, builds, failures, and who may write.",
+    "ops": "What faletl did and noticed: loads, restatements, quarantine, validations, failures.",
 }
 """What each schema is for, in reading order: in docs/, and as a comment where a database keeps it."""
 
@@ -161,10 +161,15 @@ LOADS = _ops_table(
         sa.Numeric(PRECISION, SCALE),
         "sum over the rows, to compare with raw: no amount to report, as it mixes currencies",
     ),
+    control_total=(
+        sa.Numeric(PRECISION, SCALE),
+        "sum of cost_total that fal itself says for the window; null where it says none",
+    ),
     digest=(_TEXT, "fingerprint of the rows, whatever their order"),
     asked_digest=(_TEXT, "fingerprint of the endpoint ids that were asked for; null where all were"),
     proof=(_TEXT, "how completeness was shown: summary, two walks, none; differs on an open day"),
     dropped_rows=(_COUNT, "rows that fal sent from outside the window"),
+    quarantined_rows=(_COUNT, "rows set aside for a breach of contract; see ops.quarantine"),
     doubtful_rows=(_COUNT, "rows kept as sent though odd: another currency, costs that do not add up"),
     rounded_amounts=(_COUNT, "amounts that lost the noise of a binary float"),
     fencing_token=(_COUNT, "token of the lease under which it was loaded"),
@@ -197,6 +202,58 @@ RESTATEMENTS = _ops_table(
     cost_total_before=(sa.Numeric(PRECISION, SCALE), "charge as it was"),
     cost_total_after=(sa.Numeric(PRECISION, SCALE), "charge as it is now"),
     seen_at=(_AT, "when the read was complete that showed the change"),
+)
+
+QUARANTINE = _ops_table(
+    "quarantine",
+    "Rows that broke their contract and are not in raw: looked at by faletl quarantine.",
+    ("load_id", "page", "row"),
+    load_id=(_TEXT, "id of the read; the folder of its pages has that name"),
+    run_id=(_TEXT, "run that read the window"),
+    account=(_TEXT, "account label"),
+    resource=(_TEXT, "collection of the fal API"),
+    window_start=(_AT, "start of the window, or instant of the snapshot"),
+    page=(sa.Integer(), "page of the read, counted from 1"),
+    row=(sa.Integer(), "row of the page, counted from 1"),
+    endpoint_id=(_TEXT, "fal's id of the model endpoint, where the row tells it"),
+    reason=(_TEXT, "what is wrong with the row"),
+    raw_json=(_TEXT, "the row as fal sent it; of a very long one the beginning"),
+    landing_path=(_TEXT, "folder of the landed pages, below the landing folder"),
+    fencing_token=(_COUNT, "token of the lease under which the row was set aside or resolved"),
+    seen_at=(_AT, "when the read was complete that brought it"),
+    resolved_at=(_AT, "when its window was loaded without such rows; null while it is open"),
+)
+
+CONTRACT_DRIFT = _ops_table(
+    "contract_drift",
+    "First sight of each change of what fal sends: a field that is new, missing or of another type.",
+    ("account", "resource", "field", "kind"),
+    account=(_TEXT, "account label"),
+    resource=(_TEXT, "collection of the fal API"),
+    field=(_TEXT, "where it stands in a record; steps are separated by dots"),
+    kind=(_TEXT, "new, missing or retyped"),
+    sample=(_TEXT, "the beginning of one such value, as fal sent it; null where it is missing"),
+    load_id=(_TEXT, "read that showed it first"),
+    first_seen_at=(_AT, "when that read was complete"),
+    landing_path=(_TEXT, "folder of its landed pages, below the landing folder"),
+)
+
+VALIDATIONS = _ops_table(
+    "validations",
+    "What the gate found of each load, and of loads that it refused: one row per expectation.",
+    ("load_id", "expectation"),
+    load_id=(_TEXT, "id of the read; the folder of its pages has that name"),
+    run_id=(_TEXT, "run that validated"),
+    account=(_TEXT, "account label"),
+    resource=(_TEXT, "collection of the fal API"),
+    window_start=(_AT, "start of the window, or instant of the snapshot"),
+    expectation=(_TEXT, "what is expected"),
+    severity=(_TEXT, "critical refuses the window; warning and info are only recorded"),
+    success=(_FLAG, "whether it is so"),
+    observed=(_TEXT, "what was found"),
+    unexpected_count=(_COUNT, "rows that are not as expected"),
+    sample_keys=(_TEXT, "keys of some of them, as JSON"),
+    validated_at=(_AT, "when"),
 )
 
 HORIZONS = _ops_table(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from collections.abc import Iterator
 from datetime import datetime
 from decimal import Decimal
@@ -13,7 +14,10 @@ from typing import Any
 import duckdb
 import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import faletl.sandbox
 from faletl import landing
 from faletl.config import Settings
 from faletl.errors import ContractError, DataRefusedError, FaletlError
@@ -197,6 +201,66 @@ def test_fields_that_fal_adds_are_survived(resource: Resource, tmp_path: Path) -
     before = stage(resource, (FIXTURES / resource.name / "first.json").read_bytes(), tmp_path / "a")
     after = stage(resource, json.dumps(document).encode(), tmp_path / "b")
     assert after.digest == before.digest
+
+
+BROKEN_CHARGES = [document for _, document in broken(RESOURCES["billing_events"])]
+
+
+@given(picks=st.lists(st.none() | st.sampled_from(BROKEN_CHARGES), min_size=1, max_size=12))
+@settings(max_examples=40, deadline=None)
+def test_exactly_the_rows_that_break_their_contract_are_set_aside(picks: list[Any]) -> None:
+    document = first(RESOURCES["billing_events"])
+    good = document["billing_events"][0]
+    document["billing_events"] = [pick["billing_events"][0] if pick else good for pick in picks]
+    body = json.dumps(document).encode()
+    expected = [(1, row) for row, pick in enumerate(picks, start=1) if pick]
+    with tempfile.TemporaryDirectory() as folder:
+        if not expected:
+            staged = stage(RESOURCES["billing_events"], body, Path(folder))
+            assert [row["_row"] for row in staged_rows(staged)] == list(range(1, len(picks) + 1))
+            return
+        with pytest.raises(DataRefusedError) as caught:  # as no control total says otherwise
+            stage(RESOURCES["billing_events"], body, Path(folder))
+    findings = caught.value.findings
+    assert findings is not None
+    assert [(one.page, one.row) for one in findings.set_aside] == expected
+    assert findings.breaches == len(expected)
+    assert [json.loads(one.raw_json) for one in findings.set_aside] == [
+        pick["billing_events"][0] for pick in picks if pick
+    ]
+
+
+@every_resource
+def test_the_catalogue_names_every_field_that_fal_documents(resource: Resource) -> None:
+    fields = set(_fields(_answer(resource), resource.rows_path))
+    kept = {".".join(c.steps) for c in resource.columns if not c.is_outer and not c.is_asked}
+    assert fields - kept - set(resource.not_kept) == set()
+    assert set(resource.not_kept) <= fields
+
+
+DOCUMENT = json.loads((Path(faletl.sandbox.__file__).parent / "openapi.json").read_text("utf-8"))
+
+
+def _answer(resource: Resource) -> Any:
+    get = DOCUMENT["paths"][resource.path]["get"]
+    return get["responses"]["200"]["content"]["application/json"]["schema"]
+
+
+def _fields(schema: Any, rows_path: tuple[str, ...], place: str = "") -> Iterator[str]:
+    """The fields of a record, as the document has them; of objects that we keep parts of, the parts."""
+    while "$ref" in schema or "items" in schema:
+        name = schema.get("$ref", "").rsplit("/", 1)[-1]
+        schema = DOCUMENT["components"]["schemas"][name] if name else schema["items"]
+    if rows_path:
+        yield from _fields(schema["properties"][rows_path[0]], rows_path[1:])
+        return
+    kept_in_parts = {".".join(c.steps[:n]) for r in RESOURCES.values() for c in r.columns
+                     for n in range(1, len(c.steps))}  # fmt: skip
+    for name, inner in schema["properties"].items():
+        if place + name in kept_in_parts:
+            yield from _fields(inner, (), f"{place}{name}.")
+        else:
+            yield place + name
 
 
 @every_resource

@@ -272,6 +272,7 @@ ENVIRONMENT = {
     "FALETL_MAX_BODY": ("max_body", "1MiB"),
     "FALETL_MEMORY": ("memory", "1GB"),
     "FALETL_UNITS": ("units", "units.csv"),
+    "FALETL_EXPECTATIONS": ("expectations", "expectations"),
     "FALETL_OWNERS": ("owners", "owners.csv"),
     "FALETL_PROXY": ("proxy", "http://127.0.0.1:9"),
     "FALETL_CA_FILE": ("ca_file", "ca.pem"),

@@ -1,0 +1,328 @@
+"""The contract of a page, from the catalogue: which records break it, and what fal changed of it.
+
+A page is decoded once by a strict type made of the catalogue; what that decodes is thrown away (its
+numbers are floats), but it checks at the speed of C. Only a page that it refuses is looked at record
+by record: a field that is new is noted, a record that cannot be right is named.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, TypeAlias
+
+import msgspec
+
+from faletl.errors import ContractError
+from faletl.resources import Column, Kind
+
+Tree: TypeAlias = "dict[str, Column | Tree | None]"
+"""Columns as they are nested in a record; None for a field that is known and not kept."""
+
+Steps: TypeAlias = tuple[str, ...]
+"""Where a field stands in a record; around the records, behind a first step `$`."""
+
+_AROUND = frozenset({"next_cursor", "has_more", "ordering", "summary", "time_series"})
+"""Fields around the records that fal is known to send, beside the record list itself."""
+
+_SAMPLE = 80  # characters of a value in a drift
+_MOST_NEW = 100  # fields that may be new at once: more are no records of fal's any more
+
+
+@dataclass(slots=True)
+class Contract:
+    """What the pages of one walk showed, page after page.
+
+    `new` are fields that the catalogue does not know, `retyped` those with a value of another type,
+    each with a sample; `missing` (once all pages were looked at) those that fal sends in every record,
+    by its contract, and that none had. `known` are fields of the contract that are not kept.
+    """
+
+    rows_path: tuple[str, ...]
+    columns: tuple[Column, ...]
+    known: frozenset[Steps] = frozenset()
+    new: dict[Steps, str] = field(default_factory=dict)
+    retyped: dict[Steps, str] = field(default_factory=dict)
+    _rows: int = 0
+    _present: set[str] = field(default_factory=set)
+
+    @property
+    def missing(self) -> list[Steps]:
+        """Fields that no record had; none where there were no records."""
+        expected = _attributes_to_find(self.columns) if self._rows else ()
+        return [(name,) for name in expected if name not in self._present]
+
+    def breaches(self, body: bytes) -> dict[int, str]:
+        """Why rows of the page (numbered from 1) cannot be right; a later check finds more.
+
+        Raises:
+            ContractError: what is around the records is not what was asked for.
+        """
+        try:
+            page = _page(self.rows_path, self.columns, self.known.union(self.new)).decode(body)
+        except msgspec.ValidationError:
+            return self._look_closer(body)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise _unreadable(error) from None
+        rows = list(_inner(page, len(self.rows_path)))
+        self._rows += len(rows)
+        for name, attribute in _attributes_to_find(self.columns).items():
+            if name not in self._present and any(
+                getattr(row, attribute) is not msgspec.UNSET for row in rows
+            ):
+                self._present.add(name)
+        return {}
+
+    def _look_closer(self, body: bytes) -> dict[int, str]:
+        tree = tree_of(_inside(self.columns), self.known)
+        decoder, around_decoder = _record(self.columns), _around(self.columns)
+        found, row = dict[int, str](), 0
+        for around, records in self._levels(body):
+            reason = _reason(around_decoder, around)
+            why_around = reason[0] if reason else None
+            for record in records:
+                row += 1
+                self._note_fields(record, tree, ())
+                if why := why_around or self._note_type(record, _reason(decoder, record)):
+                    found[row] = why
+        self._rows += row
+        return found
+
+    def _levels(self, body: bytes) -> Iterator[tuple[bytes, list[bytes]]]:
+        """What stands around each list of records, and the records; new fields around are noted."""
+        if not self.rows_path:
+            yield b"{}", [body]
+            return
+        around: list[bytes] = [body]
+        place: Steps = ("$",)
+        for step in self.rows_path:
+            is_first, is_last = len(place) == 1, len(place) == len(self.rows_path)
+            known = {step} | (_AROUND if is_first else set())
+            known |= {c.name for c in self.columns if c.is_outer} if is_last else set()
+            inner: list[bytes] = []
+            for one in around:
+                fields = _decoded(_OBJECT, one)
+                for name in sorted(fields.keys() - known):
+                    self._note_new((*place, name), bytes(fields[name]))
+                listed = list(map(bytes, _decoded(_LIST, bytes(fields.get(step, b"null")))))
+                if is_last:
+                    yield one, listed
+                inner += listed
+            around, place = inner, (*place, step)
+
+    def _note_fields(self, record: bytes, tree: Tree, place: Steps) -> None:
+        try:
+            fields = _OBJECT.decode(record)
+        except msgspec.ValidationError:
+            return  # no object: that is another breach
+        for name, value in fields.items():
+            node = tree.get(name, ...)
+            if node is ...:
+                self._note_new((*place, name), bytes(value))
+            elif isinstance(node, Column):
+                self._present |= {name} if not place else set()
+            elif node is not None:
+                self._note_fields(bytes(value), node, (*place, name))
+
+    def _note_new(self, path: Steps, value: bytes) -> None:
+        self.new.setdefault(path, _sample(value))
+        if len(self.new) > _MOST_NEW:
+            raise ContractError(f"fal's records have more than {_MOST_NEW} fields that are not known")
+
+    def _note_type(self, record: bytes, reason: tuple[str, Steps | None] | None) -> str | None:
+        """The reason's sentence; a value of another type is noted."""
+        if reason is None:
+            return None
+        sentence, retyped = reason
+        if retyped is not None:
+            value = record
+            for step in retyped:
+                value = bytes(_OBJECT.decode(value)[step])
+            self.retyped.setdefault(retyped, _sample(value))
+        return sentence
+
+
+_OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_LIST = msgspec.json.Decoder(list[msgspec.Raw])
+
+
+def records_of(body: bytes, rows_path: tuple[str, ...]) -> list[bytes]:
+    """The records of a page as they were sent, in order; raises ContractError where there are none."""
+    return [record for _, records in Contract(rows_path, ())._levels(body) for record in records]
+
+
+def _decoded(decoder: msgspec.json.Decoder[Any], text: bytes) -> Any:
+    try:
+        return decoder.decode(text)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise _unreadable(error) from None
+
+
+def _unreadable(error: Exception) -> ContractError:
+    return ContractError(f"fal's answer cannot be read: {error}")
+
+
+def _inner(page: Any, depth: int) -> Iterator[Any]:
+    levels = [page]
+    for _ in range(depth):
+        levels = [inner for level in levels for inner in level.f0]
+    yield from levels
+
+
+# --- Types from the catalogue ---------------------------------------------------------------------
+
+
+def tree_of(columns: tuple[Column, ...], known: frozenset[Steps] = frozenset()) -> Tree:
+    """The columns as they are nested in a record; a fallback field is one more field."""
+    tree: Tree = {}
+    for column in columns:
+        level = _level(tree, column.steps)
+        level[column.steps[-1]] = column
+        if column.fallback:
+            level.setdefault(column.fallback, Column(column.fallback, column.kind, ""))
+    for steps in sorted(known):
+        if steps[0] != "$":
+            _level(tree, steps).setdefault(steps[-1], None)
+    return tree
+
+
+def _level(tree: Tree, steps: Steps) -> Tree:
+    for step in steps[:-1]:
+        inner = tree.setdefault(step, {})
+        assert isinstance(inner, dict)  # noqa: S101  # the catalogue's own consistency
+        tree = inner
+    return tree
+
+
+def _inside(columns: tuple[Column, ...]) -> tuple[Column, ...]:
+    return tuple(c for c in columns if not c.is_outer and not c.is_asked)
+
+
+@cache
+def _page(
+    rows_path: tuple[str, ...], columns: tuple[Column, ...], known: frozenset[Steps]
+) -> msgspec.json.Decoder[Any]:
+    """A strict decoder of the whole page: names, types and nullability of every field.
+
+    A page with a name that msgspec does not take is looked at record by record, each time.
+    """
+    sayable = frozenset(steps for steps in known if not _UNSAYABLE.search("".join(steps)))
+    within = _struct(tree_of(_inside(columns), sayable))
+    for depth in reversed(range(len(rows_path))):
+        place = ("$", *rows_path[:depth])
+        around = {steps[-1] for steps in sayable if steps[:-1] == place}
+        around |= _AROUND if depth == 0 else frozenset()
+        outer = {c.name: c for c in columns if c.is_outer and depth + 1 == len(rows_path)}
+        others: Tree = dict.fromkeys(sorted(around - {rows_path[depth]}))
+        within = _struct({rows_path[depth]: _list_of(within), **others, **outer})
+    return msgspec.json.Decoder(within)
+
+
+_UNSAYABLE = re.compile(r'[\\"\x00-\x1f]')
+
+
+def _list_of(kind: Any) -> Any:
+    return list[kind]
+
+
+@cache
+def _record(columns: tuple[Column, ...]) -> msgspec.json.Decoder[Any]:
+    return msgspec.json.Decoder(_struct(tree_of(_inside(columns)), is_open=True))
+
+
+@cache
+def _around(columns: tuple[Column, ...]) -> msgspec.json.Decoder[Any]:
+    return msgspec.json.Decoder(_struct({c.name: c for c in columns if c.is_outer}, is_open=True))
+
+
+@cache
+def _attributes_to_find(columns: tuple[Column, ...]) -> Mapping[str, str]:
+    """For each field that some record must have, the attribute of a decoded record that holds it."""
+    tree = tree_of(_inside(columns))
+    return {
+        name: f"f{number}"
+        for number, (name, node) in enumerate(tree.items())
+        if isinstance(node, Column) and not node.is_sparse
+    }
+
+
+_JSON_TYPES: Mapping[Kind, Any] = {
+    Kind.TEXT: str,
+    Kind.AMOUNT: float,
+    Kind.WHOLE: float,
+    Kind.SECONDS: float,
+    Kind.INSTANT: str,
+    Kind.LIST: list[str],
+}
+
+
+def _struct(fields: Mapping[str, Any], *, is_open: bool = False) -> Any:
+    """A msgspec type for a JSON object; a value that is a type already is required."""
+    specs: list[Any] = []
+    for number, node in enumerate(fields.values()):
+        name = f"f{number}"
+        if node is None:
+            specs.append((name, Any, None))
+        elif isinstance(node, Column):
+            kind = _JSON_TYPES[node.kind]
+            is_needed = node.required and not node.fallback
+            optional = (name, kind | msgspec.UnsetType | None, msgspec.UNSET)
+            specs.append((name, kind) if is_needed else optional)
+        elif isinstance(node, dict):
+            specs.append((name, _struct(node, is_open=is_open) | None, None))
+        else:
+            specs.append((name, node))
+    return msgspec.defstruct(
+        "Record",
+        specs,
+        rename={f"f{number}": name for number, name in enumerate(fields)},
+        kw_only=True,
+        gc=False,
+        forbid_unknown_fields=not is_open,
+    )
+
+
+# --- Reasons --------------------------------------------------------------------------------------
+
+_AT = r"( - at `\$\.?(?P<path>.*)`)?"
+_MISMATCH = re.compile(r"Expected `(?P<type>.*)`, got `(?P<got>\w+)`" + _AT)
+_MISSING = re.compile(r"Object missing required field `(?P<name>.*?)`" + _AT)
+_RANGE = re.compile(r"Number out of range" + _AT)
+_SAID = {
+    "float": "a number", "int": "a number", "str": "text", "bool": "true or false",
+    "object": "an object", "array": "a list",
+}  # fmt: skip
+
+
+def _reason(decoder: msgspec.json.Decoder[Any], text: bytes) -> tuple[str, Steps | None] | None:
+    """Why the object is not of that type, in the words that people use; and which field has another.
+
+    Raises:
+        ContractError: it cannot be read at all.
+    """
+    try:
+        decoder.decode(text)
+    except msgspec.ValidationError as error:
+        message = str(error)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _unreadable(error) from None
+    else:
+        return None
+    if found := _MISSING.fullmatch(message):
+        return f"{'.'.join(filter(None, (found['path'], found['name'])))} is missing", None
+    if found := _RANGE.fullmatch(message):
+        return f"{found['path']} is out of range", None
+    if found := _MISMATCH.fullmatch(message):
+        path, got = found["path"] or "", found["got"]
+        if got == "null":
+            return f"{path or 'the row'} is null", None
+        wanted = found["type"].split(" | ")[0]
+        said = f"{path or 'the row'} is {_SAID.get(got, got)} where {_SAID.get(wanted, wanted)} belongs"
+        return said, tuple(path.split("[")[0].split(".")) if path else None
+    return message, None
+
+
+def _sample(value: bytes) -> str:
+    return value[: 4 * _SAMPLE].decode("utf-8", "replace")[:_SAMPLE]

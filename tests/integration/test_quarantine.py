@@ -1,0 +1,296 @@
+"""Rows that break their contract are set aside, and what fal changes of its contract is noticed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pytest
+import time_machine
+import zstandard
+
+from faletl import pipeline, quarantine
+from faletl.config import Settings
+from faletl.plan import Asked
+from faletl.resources import RESOURCES, Column
+from faletl.sandbox import Fault, Request, Sandbox
+from tests import truth
+from tests.conftest import ask, settings_for, total
+from tests.integration.test_run import (
+    PLAIN,
+    one_row,
+    run_broken,
+    served_as,
+    summary,
+    usage_page,
+)
+
+
+def held(settings: Settings, sql: str) -> list[tuple[Any, ...]]:
+    """Rows of the warehouse itself, whether published or not."""
+    path = settings.warehouse.removeprefix("duckdb:///")
+    with duckdb.connect(path, read_only=True) as connection:
+        connection.execute("set TimeZone = 'UTC'")
+        return connection.execute(sql).fetchall()
+
+
+def with_number(field: str, text: str) -> bytes:
+    """A page with a good row and one whose field holds that text where a number belongs."""
+    page = usage_page(PLAIN, {**PLAIN, "endpoint_id": truth.VIDEO, field: 4242424242})
+    return page.replace(b"4242424242", text.encode())
+
+
+BROKEN = [
+    ("quantity", "null", "quantity is null"),
+    ("quantity", '"1"', "quantity is text where a number belongs"),
+    ("quantity", "{}", "quantity is an object where a number belongs"),
+    ("cost_total", "1e999", "cost_total is out of range"),
+    ("cost_total", "9" * 400, "cost_total is out of range"),
+    ("cost_total", "NaN", "cost_total is text where a number belongs"),
+    ("unit_price", "-Infinity", "unit_price is text where a number belongs"),
+    ("cost_total", "-0.5", "cost_total is negative: -0.5"),
+    ("unit_price", "0.1234567890123456", "unit_price cannot be kept exactly"),
+    ("percent_discount", "101", "percent_discount is more than 100: 101"),
+    ("endpoint_id", '""', "endpoint_id is empty"),
+]
+
+
+@pytest.mark.parametrize(("field", "text", "reason"), BROKEN)
+def test_a_row_of_no_value_is_set_aside_and_the_rest_is_loaded(
+    field: str, text: str, reason: str, clock: time_machine.Traveller, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    fault = served_as(with_number(field, text), summary("0.025"))
+    report, settings, _ = run_broken(one_row(), tmp_path, fault)
+    assert report.exit_code == 0
+    assert total(settings) == Decimal("0.025")
+    assert "1 of fal's rows cannot be right (page 1 row 2: " in caplog.text
+    [(page, row, why, raw, landing_path, resolved_at)] = ask(
+        settings, "select page, row, reason, raw_json, landing_path, resolved_at from ops.quarantine"
+    )
+    assert (page, row, resolved_at) == (1, 2, None)
+    assert why.startswith(reason)
+    assert json.loads(raw)["unit"] == "images"
+    told = ask(settings, "select endpoint_id from ops.quarantine")
+    assert told == [("" if field == "endpoint_id" else truth.VIDEO,)]
+    assert list((tmp_path / "landing" / landing_path).glob("rows-*"))
+    assert ask(
+        settings,
+        "select quarantined_rows, rows, control_total from ops.loads where window_start = "
+        "'2026-11-22 00:00:00Z'",
+    ) == [(1, 1, Decimal("0.025"))]
+
+
+@pytest.mark.parametrize(("field", "text", "reason"), BROKEN)
+def test_a_row_that_may_be_of_value_refuses_its_window_and_no_other(
+    field: str, text: str, reason: str, clock: time_machine.Traveller, tmp_path: Path
+) -> None:
+    fault = served_as(with_number(field, text), summary("1.5"))
+    report, settings, _ = run_broken(one_row(), tmp_path, fault)
+    assert report.exit_code == 3
+    [(_, error)] = report.failures
+    assert reason in str(error)
+    assert "of value" in str(error)
+    assert str(error).startswith("usage, window 2026-11-22, page 1: 1 of fal's rows cannot be right")
+    assert total(settings) == 0
+    assert ask(settings, "select window_start::date::varchar from ops.loads order by 1") == [
+        ("2026-11-21",), ("2026-11-23",)
+    ]  # fmt: skip
+    assert ask(settings, "select page, row, resolved_at from ops.quarantine") == [(1, 2, None)]
+
+
+def test_without_a_control_total_no_row_may_be_left_out(
+    clock: time_machine.Traveller, tmp_path: Path
+) -> None:
+    account = truth.two_days()
+    prices = [{"endpoint_id": truth.FLUX, "unit": "images", "unit_price": "free", "currency": "USD"}]
+    body = json.dumps({"prices": prices, "next_cursor": None, "has_more": False}).encode()
+
+    def fault(request: Request) -> Fault | None:
+        return Fault(body=body) if request.path.endswith("/pricing") else None
+
+    with Sandbox(account, fault=fault) as server:
+        settings = settings_for(server.url, tmp_path)
+        report = pipeline.run(settings)
+    assert report.exit_code == 3
+    assert "no control total of fal's" in str(report.failures[0][1])
+    assert held(settings, "select resource, reason from ops.quarantine") == [
+        ("prices", "unit_price is text where a number belongs")
+    ]
+    assert held(settings, "select count(*) from raw.prices") == [(0,)]
+    assert total(settings) > 0
+
+
+def test_a_good_read_resolves_what_was_set_aside(clock: time_machine.Traveller, tmp_path: Path) -> None:
+    answers = served_as(with_number("quantity", "null"), summary("1.5"))
+    is_broken = [True]
+
+    def fault(request: Request) -> Fault | None:
+        return answers(request) if is_broken[0] else None
+
+    with Sandbox(one_row(), fault=fault) as server:
+        settings = settings_for(server.url, tmp_path)
+        days = Asked(truth.day(22), truth.day(23), ["usage"])
+        assert pipeline.run(settings, days).exit_code == 3
+        assert pipeline.run(settings, days).exit_code == 3
+        assert held(settings, "select count(*) from ops.quarantine") == [(1,)]
+        is_broken[0] = False
+        assert pipeline.run(settings, days).exit_code == 0
+    assert held(settings, "select count(*), count(resolved_at) from ops.quarantine") == [(1, 1)]
+    assert quarantine.rows_set_aside(settings) == []
+    assert len(quarantine.rows_set_aside(settings, is_open=False)) == 1
+
+
+def learn_to_take_any_discount(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an upgrade of faletl might bring."""
+
+    def taught(columns: tuple[Column, ...]) -> tuple[Column, ...]:
+        return tuple(
+            replace(column, at_most=None) if column.name == "percent_discount" else column
+            for column in columns
+        )
+
+    usage = RESOURCES["usage"]
+    assert usage.proof is not None
+    proof = replace(usage.proof, columns=taught(usage.proof.columns))
+    fixed = replace(usage, columns=taught(usage.columns), proof=proof)
+    for module in ("faletl.staging", "faletl.pipeline"):
+        monkeypatch.setattr(sys.modules[module], "RESOURCES", {**RESOURCES, "usage": fixed})
+
+
+@pytest.mark.parametrize(("amount", "was_refused"), [(0.025, True), (0, False)])
+def test_a_retry_after_a_fix_loads_the_rows_from_their_landed_pages(
+    amount: float, was_refused: bool, clock: time_machine.Traveller, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    charged = {"quantity": amount / 0.025, "cost_subtotal": amount, "cost_total": amount, "cost": amount}
+    odd = {**PLAIN, "endpoint_id": truth.VIDEO, "percent_discount": 101, **charged}
+    control = {"summary": [PLAIN, odd] if was_refused else [PLAIN], "has_more": False}
+    fault = served_as(usage_page(PLAIN, odd), Fault(body=json.dumps(control).encode()))
+    report, settings, server = run_broken(one_row(), tmp_path, fault)
+    assert report.exit_code == (3 if was_refused else 0)
+    asked = len(server.requests)
+    reasons = [row["reason"] for row in quarantine.rows_set_aside(settings)]
+
+    assert quarantine.retry(settings).exit_code == 3  # nothing was fixed
+    assert [row["reason"] for row in quarantine.rows_set_aside(settings)] == reasons != []
+
+    learn_to_take_any_discount(monkeypatch)
+    done = quarantine.retry(settings)
+    assert done.exit_code == 0
+    assert quarantine.rows_set_aside(settings) == []
+    assert total(settings) == Decimal("0.05" if was_refused else "0.025")
+    assert ask(settings, "select count(*) from raw.usage") == [(2,)]
+    assert len(server.requests) == asked
+
+
+def test_the_commands_show_what_is_set_aside(clock: time_machine.Traveller, tmp_path: Path) -> None:
+    fault = served_as(with_number("quantity", '"\\u001b[31m<script>"'), summary("1.5"))
+    _, settings, _ = run_broken(one_row(), tmp_path, fault)
+    [row] = quarantine.rows_set_aside(settings)
+
+    def faletl(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "faletl", *arguments], capture_output=True, text=True, check=False,
+            env={"FALETL_WAREHOUSE": settings.warehouse, "FALETL_LANDING": settings.landing},
+        )  # fmt: skip
+
+    listed = faletl("quarantine", "list")
+    assert listed.returncode == 0
+    assert row["load_id"] in listed.stdout
+    assert "quantity is text where a number belongs" in " ".join(listed.stdout.split())
+    shown = faletl("quarantine", "show", row["load_id"])
+    assert '"\\u001b[31m<script>"' in shown.stdout
+    assert "\x1b" not in shown.stdout
+    assert row["landing_path"] in shown.stdout
+    retried = faletl("quarantine", "retry")
+    assert retried.returncode == 3
+    assert "quantity is text" in retried.stderr
+    assert faletl("quarantine", "show", "nothing").returncode == 2
+    assert faletl("quarantine", "retry", "nothing").returncode == 2
+    assert '"quarantine": 1' in faletl("status", "--json").stdout
+
+
+# --- Drift of the contract ------------------------------------------------------------------------
+
+DRIFTS = "select field, kind, sample from ops.contract_drift order by all"
+
+
+def test_a_new_field_is_kept_in_the_page_recorded_and_reported_once(
+    clock: time_machine.Traveller, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    page = usage_page({**PLAIN, "auth_method": "backend", "region": "eu-west"})
+    fault = served_as(page, summary("0.025"))
+    report, settings, _ = run_broken(one_row(), tmp_path, fault)
+    assert report.exit_code == 0
+    assert total(settings) == Decimal("0.025")
+    assert "fal sends a field that is not known, region" in caplog.text
+    assert ask(settings, DRIFTS) == [("region", "new", '"eu-west"')]
+    [path] = ask(settings, "select landing_path from ops.contract_drift")[0]
+    [landed] = (tmp_path / "landing" / path).glob("rows-*")
+    assert b"eu-west" in zstandard.ZstdDecompressor().decompress(landed.read_bytes())
+
+    caplog.clear()
+    run_broken(one_row(), tmp_path, fault)
+    assert ask(settings, DRIFTS) == [("region", "new", '"eu-west"')]
+    assert "region" not in caplog.text
+
+
+def test_fields_around_the_records_are_noticed(clock: time_machine.Traveller, tmp_path: Path) -> None:
+    page = json.loads(usage_page({**PLAIN, "auth_method": "backend", 'odd"\\name': 1, "a.b": 2}))
+    page["time_series"][0]["note"] = "of a bucket"
+    page["notice"] = ["of a page"]
+    fault = served_as(json.dumps(page).encode(), summary("0.025"))
+    report, settings, _ = run_broken(one_row(), tmp_path, fault)
+    assert report.exit_code == 0
+    assert ask(settings, DRIFTS) == [
+        ("$.notice", "new", '["of a page"]'),
+        ("$.time_series.note", "new", '"of a bucket"'),
+        ("a.b", "new", "2"),
+        ('odd"\\name', "new", "1"),
+    ]
+
+
+def test_an_optional_field_that_is_gone_is_survived_and_noticed(
+    clock: time_machine.Traveller, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    row = {**PLAIN, "auth_method": "backend"}
+    del row["cost_discount"]
+    report, settings, _ = run_broken(one_row(), tmp_path, served_as(usage_page(row), summary("0.025")))
+    assert report.exit_code == 0
+    assert ask(settings, DRIFTS) == [("cost_discount", "missing", None)]
+    assert "fal does not send cost_discount any more" in caplog.text
+    assert total(settings) == Decimal("0.025")
+
+
+def test_a_required_field_that_is_gone_refuses_the_window_and_is_named(
+    clock: time_machine.Traveller, tmp_path: Path
+) -> None:
+    row = {**PLAIN, "auth_method": "backend"}
+    del row["quantity"]
+    report, settings, _ = run_broken(one_row(), tmp_path, served_as(usage_page(row), summary("0.025")))
+    assert report.exit_code == 3
+    assert "quantity is missing" in str(report.failures[0][1])
+    assert held(settings, DRIFTS) == [("quantity", "missing", None)]
+    assert held(settings, "select reason from ops.quarantine") == [("quantity is missing",)]
+
+
+def test_a_field_of_another_type_is_noticed(clock: time_machine.Traveller, tmp_path: Path) -> None:
+    row = {**PLAIN, "auth_method": "backend", "unit_price": "0.025"}
+    report, settings, _ = run_broken(one_row(), tmp_path, served_as(usage_page(row), summary("0.025")))
+    assert report.exit_code == 3
+    assert held(settings, DRIFTS) == [("unit_price", "retyped", '"0.025"')]
+
+
+def test_an_ordinary_run_notices_nothing(
+    clock: time_machine.Traveller, settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert pipeline.run(settings).exit_code == 0
+    assert ask(settings, "select count(*) from ops.contract_drift") == [(0,)]
+    assert ask(settings, "select count(*) from ops.quarantine") == [(0,)]
