@@ -502,6 +502,9 @@ def _sentences(report: Report) -> Iterator[str]:
             yield f"{name}: {len(mine)} {windows} ({told}), {rows:,} rows"
     if report.build:
         yield f"built {report.build.days:,} days anew; {report.build.checks} checks found nothing"
+        if report.build.runaways:
+            charges = "charge" if report.build.runaways == 1 else "charges"
+            yield f"{report.build.runaways:,} new runaway {charges}: see reports.rpt_runaway_requests"
     if report.published:
         yield f"published {report.published}"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import ipaddress
 import re
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Self
 from urllib.parse import quote, urlsplit
@@ -16,6 +17,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from faletl.errors import SettingsError
 
 REDACTED = "[key]"
+
+Threshold = Annotated[Decimal, Field(gt=0, max_digits=26, decimal_places=12)]
+"""An amount above zero that a column of amounts holds exactly."""
 
 _URL = re.compile(
     r"https?://(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9-]{1,63}(\.[A-Za-z0-9-]{1,63})*\.?)"
@@ -52,6 +56,9 @@ class Settings(BaseSettings):
     units: Path | None = Field(None, validation_alias="FALETL_UNITS")
     expectations: Path | None = Field(None, validation_alias="FALETL_EXPECTATIONS")
     owners: Path | None = Field(None, validation_alias="FALETL_OWNERS")
+    runaway_min_cost: Threshold = Field(Decimal(10), validation_alias="FALETL_RUNAWAY_MIN_COST")
+    runaway_factor: Threshold = Field(Decimal(50), validation_alias="FALETL_RUNAWAY_FACTOR")
+    runaway_alone: Threshold = Field(Decimal(1000), validation_alias="FALETL_RUNAWAY_ALONE")
     proxy: SecretStr | None = Field(None, validation_alias="FALETL_PROXY")
     ca_file: Path | None = Field(None, validation_alias="FALETL_CA_FILE")
     allow_http: bool = Field(False, validation_alias="FALETL_ALLOW_HTTP")
@@ -130,6 +137,12 @@ class Settings(BaseSettings):
         if proxy is not None and not proxy.get_secret_value().startswith(("http://", "https://")):
             raise ValueError("must be an http:// or https:// URL")
         return proxy
+
+    @property
+    def thresholds(self) -> dict[str, Decimal]:
+        """What the models are to compare with, by name."""
+        names = ("runaway_min_cost", "runaway_factor", "runaway_alone")
+        return {name: getattr(self, name) for name in names}
 
     def key_for(self, *, metrics: bool = False) -> str | None:
         """The key that reads this kind of data, or None when none is set."""

@@ -152,6 +152,15 @@ ANSWERS = (
         """,
     ),
     (
+        "Did a single request cost far more than is usual?",
+        """
+        select
+            strftime(requested_at, '%Y-%m-%d %H:%M') as requested_at, endpoint_id as endpoint,
+            round(cost_total, 2) as cost_usd, round(usual_cost, 2) as usual, round(times_usual) as times
+        from reports.rpt_runaway_requests order by rpt_runaway_requests.cost_total desc limit 6
+        """,
+    ),
+    (
         "How long do the credits last?",
         """
         select

@@ -28,7 +28,7 @@ from faletl.findings import Validation
 from faletl.models import known_units
 from faletl.money import plain
 from faletl.resources import Resource
-from faletl.staging import SETTLED_AFTER, Staged
+from faletl.staging import Staged
 from faletl.warehouse.tables import LOADS, RAW
 from faletl.windows import DAY, WEEK, Window
 
@@ -177,7 +177,7 @@ class Gate:
             window=window,
             expected_rows=subject.expected_rows,
             control_total=subject.control_total,
-            is_settled=not window.is_provisional and subject.read_at - window.end > SETTLED_AFTER,
+            is_settled=window.has_settled(subject.read_at),
             units=self._units,
             prices=prices,
             usual_rows=None if window.is_provisional else _usual_rows(connection, subject),

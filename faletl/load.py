@@ -30,6 +30,7 @@ from faletl.warehouse.tables import (
     FAILURES,
     HORIZONS,
     LOADS,
+    QUARANTINE,
     RAW,
     RESTATEMENTS,
     UNKNOWN_ENDPOINTS,
@@ -188,9 +189,12 @@ def _replace(
         if not landing.is_intact(folder):  # these pages are what a rebuild can stand on from now on
             connection.execute(sa.delete(LOADS).where(LOADS.c.load_id == held["load_id"]))
             is_same, lost = False, folder
-    # That a day has closed is news to a report, even if it brought no more rows.
-    is_closing = held is not None and held["is_provisional"] and not manifest.window.is_provisional
-    data_version = fence(lease, changes_data=is_closing or not is_same)
+    is_settled = manifest.window.has_settled(manifest.started_at)
+    # That a day has closed or settled is news to a report, even if it brought no more rows.
+    is_news = held is not None and (held["is_provisional"], held["is_settled"]) != (
+        manifest.window.is_provisional, is_settled
+    )  # fmt: skip
+    data_version = fence(lease, changes_data=is_news or not is_same)
     _widen_horizon(connection, manifest)
     if is_all:
         _forget_failure(connection, manifest)
@@ -204,13 +208,14 @@ def _replace(
         "window_end": manifest.window_end,
         "proof": staged.proof,
         "is_provisional": manifest.window.is_provisional,
+        "is_settled": is_settled,
         "whole_catalogue_at": (
             manifest.started_at if manifest.is_whole_catalogue
             else held["whole_catalogue_at"] if held else None
         ),
     }  # fmt: skip
     if held is not None and is_same:
-        if is_closing:
+        if is_news:
             read["data_version"] = data_version
         connection.execute(sa.update(LOADS).where(LOADS.c.load_id == held["load_id"]).values(read))
         return _Done("unchanged", Receipt(lease.token, loaded_at, "unchanged"))
@@ -486,11 +491,17 @@ def reads_by_day(connection: sa.Connection, account: str, resource: str) -> Mapp
     return {start.astimezone(UTC).date(): Read(*read) for start, *read in found}
 
 
-def changed_days(connection: sa.Connection, since: int) -> Mapping[str, set[date]]:
-    """Per resource the UTC days whose rows changed after that version of the raw tables."""
-    loads = LOADS.c
+def changed_days(connection: sa.Connection, since: int, token: int) -> Mapping[str, set[date]]:
+    """Per resource the UTC days whose rows changed after that version of the raw tables.
+
+    With them those of which rows were set aside, or resolved, under a later lease than `token`.
+    """
+    loads, aside = LOADS.c, QUARANTINE.c
     found = connection.execute(
-        sa.select(loads.resource, loads.window_start).where(loads.data_version > since)
+        sa.union(
+            sa.select(loads.resource, loads.window_start).where(loads.data_version > since),
+            sa.select(aside.resource, aside.window_start).where(aside.fencing_token > token),
+        )
     )
     changed: dict[str, set[date]] = {}
     for resource, start in found:

@@ -38,6 +38,7 @@ from faletl.warehouse.tables import (
     BUILDS,
     RAW,
     SEED_CREDENTIAL_OWNER,
+    SEED_THRESHOLD,
     SEED_UNIT,
     SEEDS,
     UNIT_FAMILIES,
@@ -51,18 +52,25 @@ LAYERS = ("staging", "marts", "reports")
 
 SOURCE_DIALECT = "duckdb"
 
+TELL_RUNAWAYS = 5
+"""Of so many new runaway charges a build tells each."""
+
 LARGEST_FACTOR = 1_000_000
 """Base units in one unit; more could overflow a quantity counted in them."""
 
 LONGEST_SPAN = 31
 """Days that one statement builds: memory does not grow with the history."""
 
+BY_WINDOW = ("ops.loads", "ops.restatements", "ops.quarantine")
+"""Tables beside raw whose rows have a day: that of `window_start`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Model:
     """One select of sql/. `grain` is empty where rows need not be unique.
 
-    `day` is the column that puts a row on a day, if there is one.
+    `day` is the column that puts a row on a day, if there is one; `longest_span` is how many of its
+    days one statement builds.
     """
 
     layer: str
@@ -71,6 +79,7 @@ class Model:
     comment: str
     grain: tuple[str, ...]
     day: str | None
+    longest_span: int = LONGEST_SPAN
 
     @property
     def table(self) -> str:
@@ -89,7 +98,8 @@ class Model:
         return self.day is not None and all(
             RESOURCES[table.removeprefix("raw.")].window == "day"
             if table.startswith("raw.")
-            else table.startswith("staging.seed_")
+            else table in BY_WINDOW
+            or table.startswith("staging.seed_")
             or (table in known and (known[table].is_view or known[table].is_by_day))
             for table in _all_read(self.sql)
         )
@@ -105,11 +115,17 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """A finished build: how many days were made anew, how many checks found nothing."""
+    """A finished build: how many days were made anew, how many checks found nothing.
+
+    `runaways` is how many charges are in reports.rpt_runaway_requests that were not before it, and
+    `dearest_runaways` has a sentence for each of the dearest of them, at most `TELL_RUNAWAYS`.
+    """
 
     build_id: str
     days: int
     checks: int
+    runaways: int = 0
+    dearest_runaways: tuple[str, ...] = ()
 
 
 def sql_folder() -> Path:
@@ -129,7 +145,9 @@ def models() -> tuple[Model, ...]:
             told = dict(line.split(": ", 1) for line in lines[:2] if ": " in line)
             keys = told["grain"].split(";")[0]
             key = () if keys == "none" else tuple(keys.split(", "))
-            model = Model(layer, path.stem, sql, comment, key, told.get("days"))
+            day, *each = told["days"].split(";")[0].split(", ") if "days" in told else [None]
+            span = 1 if each == ["one at a time"] else LONGEST_SPAN
+            model = Model(layer, path.stem, sql, comment, key, day, span)
             found[model.table] = model
     order = TopologicalSorter(
         {table: sorted(tables_read(model.sql) & found.keys()) for table, model in found.items()}
@@ -213,7 +231,7 @@ def column_comments() -> dict[str, dict[str, str]]:
         read = sorted(tables_read(model.sql) & known.keys())
         known[model.table] = {}
         for column in select.selects:
-            own = " ".join(column.comments or []).strip()
+            own = " ".join(" ".join(column.comments or []).split())
             name = column.unalias().name or column.alias
             inherited = {known[table][name] for table in read if name in known[table]}
             if not own and len(inherited) != 1:
@@ -274,7 +292,7 @@ def _rows_on(table: str, span: Span) -> str | None:
             "timestamptz",
             "Z",
         )
-    elif table == "ops.loads":
+    elif table in BY_WINDOW:
         column, kind, zone = "window_start", "timestamptz", "Z"
     else:
         return None
@@ -287,11 +305,11 @@ def _rows_on(table: str, span: Span) -> str | None:
     )
 
 
-def spans(days: Collection[date]) -> Iterator[Span]:
-    """The days as few spans of consecutive ones, none longer than `LONGEST_SPAN`, in order."""
+def spans(days: Collection[date], longest: int = LONGEST_SPAN) -> Iterator[Span]:
+    """The days as few spans of consecutive ones, none of more than `longest`, in order."""
     first = end = None
     for day in sorted(days):
-        if first is None or day != end or (end - first).days >= LONGEST_SPAN:
+        if first is None or day != end or (end - first).days >= longest:
             if first is not None and end is not None:
                 yield Span(first, end)
             first = day
@@ -307,18 +325,28 @@ def needs_build(settings: Settings, connection: sa.Connection) -> bool:
     """Whether raw, the SQL or the seeds changed since the last build."""
     last = _last_build(connection)
     loaded = connection.execute(sa.select(WAREHOUSE.c.data_version)).scalar_one()
-    return last != (loaded, _models_digest(settings))
+    return last is None or last[:2] != (loaded, _models_digest(settings))
 
 
-def _last_build(connection: sa.Connection) -> tuple[int, str] | None:
-    """The version of the raw tables and the digest of the models that the newest build stands on."""
+def is_behind(settings: Settings, connection: sa.Connection) -> bool:
+    """Whether it needs a build, or rows were set aside since: no reason to build, but a difference."""
+    last = _last_build(connection)
+    return (
+        last is None
+        or needs_build(settings, connection)
+        or bool(changed_days(connection, last[0], last[2]))
+    )
+
+
+def _last_build(connection: sa.Connection) -> tuple[int, str, int] | None:
+    """What the newest build stands on: version of the raw tables, digest of the models, its token."""
     newest = (
-        sa.select(BUILDS.c.data_version, BUILDS.c.models_digest)
+        sa.select(BUILDS.c.data_version, BUILDS.c.models_digest, BUILDS.c.fencing_token)
         .order_by(BUILDS.c.fencing_token.desc())
         .limit(1)
     )
     found = connection.execute(newest).first()
-    return (found.data_version, found.models_digest) if found else None
+    return (found.data_version, found.models_digest, found.fencing_token) if found else None
 
 
 def build(
@@ -339,7 +367,10 @@ def build(
             data_version = fence(lease, changes_data=False)
             last = _last_build(connection)
             is_full = full or last is None or last[1] != _models_digest(settings)
-            changed = changed_days(connection, 0 if is_full or last is None else last[0])
+            since, token = (0, 0) if is_full or last is None else (last[0], last[2])
+            changed = changed_days(connection, since, token)
+            if last is not None:
+                connection.exec_driver_sql(_REMEMBER_RUNAWAYS)
             if is_full:
                 warehouse.define_functions(connection)
                 _plant(connection, seeds)
@@ -356,10 +387,13 @@ def build(
                     checked += 1
                     _check(connection, check, warehouse.dialect, None if is_full else days)
             by_day = [days for name, days in changed.items() if RESOURCES[name].window == "day"]
+            runaways, dearest = _new_runaways(connection, is_first=last is None)
             done = Build(
                 build_id=f"{started_at:%Y%m%dT%H%M%S%fZ}-{secrets.token_hex(3)}",
                 days=len(set[date]().union(*by_day)),
                 checks=checked,
+                runaways=runaways,
+                dearest_runaways=dearest,
             )
             connection.execute(
                 sa.insert(BUILDS).values(
@@ -403,7 +437,7 @@ def _fill(connection: sa.Connection, model: Model, dialect: str, days: Collectio
         connection.exec_driver_sql(f"delete from {model.table}")
         connection.exec_driver_sql(f"insert into {model.table}\n{translate(model.sql, dialect)}")
         return
-    for span in spans(days):
+    for span in spans(days, model.longest_span):
         connection.exec_driver_sql(
             f"delete from {model.table} where {model.day} >= date '{span.first}' "
             f"and {model.day} < date '{span.end}'"
@@ -431,6 +465,49 @@ def _check(connection: sa.Connection, check: Check, dialect: str, days: Collecti
             )
 
 
+# --- What ran away -------------------------------------------------------------------------------
+
+_RUNAWAYS = "reports.rpt_runaway_requests"
+
+
+_REMEMBER_RUNAWAYS = f"""
+    create temporary table runaways_before as
+    select account, event_hash, event_ordinal from {_RUNAWAYS}
+"""
+
+
+def _new_runaways(connection: sa.Connection, *, is_first: bool) -> tuple[int, tuple[str, ...]]:
+    """How many charges of the report it did not have before, and sentences about the dearest."""
+    new = f"from {_RUNAWAYS} as now"
+    if not is_first:
+        new += """
+            where not exists (
+                select 1 from runaways_before as known
+                where now.account = known.account and now.event_hash = known.event_hash
+                    and now.event_ordinal = known.event_ordinal
+            )
+        """
+    count = connection.exec_driver_sql(f"select count(*) {new}").scalar_one()
+    dearest = connection.exec_driver_sql(
+        f"select * {new} order by cost_total desc, requested_at, event_hash limit {TELL_RUNAWAYS}"
+    ).mappings()
+    sentences = tuple(_runaway_sentence(row) for row in dearest)
+    if not is_first:
+        connection.exec_driver_sql("drop table runaways_before")
+    return count, sentences
+
+
+def _runaway_sentence(row: sa.RowMapping) -> str:
+    usual = "and nothing is known of what is usual"
+    if row["usual_cost"] is not None:
+        usual = f"where {row['usual_cost'].normalize():f} is usual"
+    return (
+        f"{row['endpoint_id']} was charged {row['cost_total'].normalize():f} {row['currency']} for the "
+        f"request {row['request_id']} of {row['requested_at']:%Y-%m-%d %H:%M} UTC, {usual} "
+        f"({row['reason']})"
+    )
+
+
 # --- Seeds ----------------------------------------------------------------------------------------
 
 _SeedRow: TypeAlias = dict[str, str | None]
@@ -444,7 +521,7 @@ def _plant(connection: sa.Connection, seeds: Mapping[str, list[_SeedRow]]) -> No
 
 
 def _read_seeds(settings: Settings) -> dict[str, list[_SeedRow]]:
-    """The tables of units and owners: ours, and the user's rows instead of or beside them."""
+    """The tables of units and owners, the user's rows instead of or beside ours; the thresholds."""
     units: dict[str, _SeedRow] = {}
     for row in _seed_rows("unit.csv", settings.units, "FALETL_UNITS", SEED_UNIT):
         unit = str(row["unit"]).strip().lower()
@@ -461,7 +538,13 @@ def _read_seeds(settings: Settings) -> dict[str, list[_SeedRow]]:
     ):
         given = {name: value or "UNMAPPED" for name, value in row.items()}
         owners[row["account"], row["credential_id"]] = {**given, "account": row["account"]}
-    return {SEED_UNIT.name: list(units.values()), SEED_CREDENTIAL_OWNER.name: list(owners.values())}
+    return {
+        SEED_UNIT.name: list(units.values()),
+        SEED_CREDENTIAL_OWNER.name: list(owners.values()),
+        SEED_THRESHOLD.name: [
+            {"name": name, "value": f"{value:f}"} for name, value in settings.thresholds.items()
+        ],
+    }
 
 
 def known_units(settings: Settings) -> frozenset[str]:
@@ -507,4 +590,5 @@ def _models_digest(settings: Settings) -> str:
         digest.update(path.read_bytes())
     for seed in (settings.units, settings.owners):
         digest.update(seed.read_bytes() if seed and seed.exists() else b"")
+    digest.update(repr(sorted(settings.thresholds.items())).encode())
     return digest.hexdigest()

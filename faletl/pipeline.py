@@ -195,7 +195,7 @@ def build(settings: Settings, *, full: bool = False) -> Report:
         CheckFailedError: a SQL check found rows; nothing was changed.
     """
     report = Report(new_run_id())
-    build_and_publish(settings, report, builds="always" if full else "changed", publishes=False)
+    build_and_publish(settings, report, builds="always" if full else "behind", publishes=False)
     return report
 
 
@@ -214,23 +214,37 @@ def build_and_publish(
     settings: Settings,
     report: Report,
     *,
-    builds: Literal["changed", "always", "never"] = "changed",
+    builds: Literal["changed", "behind", "always", "never"] = "changed",
     publishes: bool = True,
 ) -> None:
-    """Under one lease, so that nobody loads in between; a warehouse that is not there stays so."""
+    """Under one lease, so that nobody loads in between; a warehouse that is not there stays so.
+
+    `changed`: if something was loaded; `behind`: also if rows were only set aside.
+    """
     warehouse = open_warehouse(settings)
     with warehouse.reading() as connection:
         if connection is None:
             return
     with warehouse.lease(f"faletl build and publish, run {report.run_id}") as lease:
         with lease.connection.begin():
-            is_due = builds == "changed" and models.needs_build(settings, lease.connection)
+            is_due = (builds == "changed" and models.needs_build(settings, lease.connection)) or (
+                builds == "behind" and models.is_behind(settings, lease.connection)
+            )
         if is_due or builds == "always":
             report.build = models.build(
                 settings, warehouse, lease, run_id=report.run_id, full=builds == "always"
             )
+            warn_of_runaways(report.build)
         if publishes:
             report.published = warehouse.publish(lease)
+
+
+def warn_of_runaways(build: models.Build) -> None:
+    """Tell each charge that ran away and was not known before; of many, the dearest."""
+    for sentence in build.dearest_runaways:
+        log.warning("runaway charge: %s", sentence)
+    if more := build.runaways - len(build.dearest_runaways):
+        log.warning("and %d more: see reports.rpt_runaway_requests", more)
 
 
 # --- Extraction -----------------------------------------------------------------------------------

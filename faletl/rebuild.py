@@ -91,6 +91,7 @@ def _rebuild_all(settings: Settings, report: Report, progress: Progress) -> None
                 report.outcomes.append(pipeline.outcome_of(staged, outcomes[0]))
                 staged.path.unlink()
         report.build = models.build(settings, fresh, lease, run_id=report.run_id)
+        pipeline.warn_of_runaways(report.build)
     _complete_receipts(past)
 
 

@@ -14,7 +14,6 @@ import json
 import logging
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from decimal import Decimal
 from functools import cache
 from pathlib import Path
@@ -41,8 +40,6 @@ from faletl.windows import instant
 
 log = logging.getLogger(__name__)
 
-SETTLED_AFTER = timedelta(hours=24)
-"""How long after a day's end its billing events and its usage may still differ without a warning."""
 
 LARGEST_RECORD = 4 * 2**20
 """Bytes of JSON in one record; DuckDB sets buffers aside for twice as much on each thread."""
@@ -707,7 +704,7 @@ def _prove(
     told = f"{len(differs)} lines differ: {'; '.join(differs[:_TELL])}"
     if manifest.has("again") and _digest_again(connection, landed, resource, scratch) == digest:
         if differs:
-            is_settled = manifest.started_at - manifest.window.end > SETTLED_AFTER
+            is_settled = manifest.window.has_settled(manifest.started_at)
             log.log(logging.WARNING if is_settled else logging.INFO,
                     "%s, window %s: two walks agree, but fal's usage says otherwise (%s)",
                     resource.name, manifest.window, told)  # fmt: skip

@@ -54,7 +54,7 @@ def verify(settings: Settings) -> Verdict:
         with warehouse.reading() as connection:
             if connection is None:
                 raise UsageError("nothing is loaded yet; run faletl run first")
-            if needs_build and models.needs_build(settings, connection):
+            if needs_build and models.is_behind(settings, connection):
                 verdict.is_complete = False
                 break
             verdict.findings += part(connection)
@@ -211,7 +211,7 @@ def _spans(connection: sa.Connection, model: models.Model) -> Iterator[models.Sp
         )
     }
     held = connection.exec_driver_sql(f"select distinct {model.day} from {model.table}")
-    yield from models.spans(days | set(held.scalars()))
+    yield from models.spans(days | set(held.scalars()), model.longest_span)
 
 
 def _plain(value: object) -> str:

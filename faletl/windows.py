@@ -17,6 +17,10 @@ WATCH = timedelta(days=90)
 """For how long after its end a window is read again for late and restated data."""
 
 
+SETTLED_AFTER = timedelta(hours=24)
+"""How long after a day's end its billing events and its usage may still differ."""
+
+
 @dataclass(frozen=True, order=True, slots=True)
 class Window:
     """`[start, end)` in UTC. A snapshot is the empty window at its instant: start = end."""
@@ -55,6 +59,11 @@ class Window:
     def is_provisional(self) -> bool:
         """Whether the window is a day that was cut because it had not ended yet."""
         return not self.is_snapshot and self.end < self.start + DAY
+
+    def has_settled(self, read_at: datetime) -> bool:
+        """Whether the window is a day whose figures should all be there in a read that began then."""
+        is_whole = not self.is_snapshot and not self.is_provisional
+        return is_whole and read_at - self.end >= SETTLED_AFTER
 
     def settled(self, now: datetime) -> Window | None:
         """The part of the window up to the last full hour that ended `SETTLE` ago; None if empty."""

@@ -154,6 +154,8 @@ CALLERS = (
     Caller(Credential("None"), _ROUND_THE_CLOCK, 40),
 )
 
+COMPUTE_SECONDS = "compute seconds"
+
 # What one call takes of a unit: on average, and the smallest step of it. Steps are as fine as nine
 # decimals of cost allow after a price of up to six decimals and a discount in whole tenths.
 CALL_OF_UNIT = {
@@ -549,10 +551,16 @@ def events_of_hour(seed: int, hour: datetime) -> tuple[tuple[BillingEvent, ...],
 def calls_of_hour(seed: int, hour: datetime) -> tuple[Calls, ...]:
     """The calls of the hour: those that were charged, and those that failed."""
     chance = Random(f"{seed} {hour.isoformat()} calls")  # noqa: S311
-    requests: dict[str, set[str]] = {}
-    for events in events_of_hour(seed, hour):
-        requests.setdefault(events[0].endpoint_id, set()).update(e.request_id for e in events)
-    calls = [_calls(hour, endpoint_id, len(ids), chance) for endpoint_id, ids in requests.items()]
+    requests: dict[str, dict[str, Decimal]] = {}  # and the seconds that each is charged for
+    for line, events in zip(lines_of_hour(seed, hour), events_of_hour(seed, hour), strict=True):
+        charged = requests.setdefault(line.endpoint_id, {})
+        for event in events:
+            seconds = event.cost_subtotal / line.unit_price if line.unit == COMPUTE_SECONDS else 0
+            charged[event.request_id] = charged.get(event.request_id, Decimal(0)) + seconds
+    calls = [
+        _calls(hour, endpoint_id, tuple(charged.values()), chance)
+        for endpoint_id, charged in requests.items()
+    ]
     for endpoint_id, name in FAILING.items():
         failed: dict[str, Any] = {name: chance.randrange(3)}
         if failed[name]:
@@ -659,7 +667,12 @@ def _times(record: Shown, times: int) -> Shown:
     )
 
 
-def _calls(hour: datetime, endpoint_id: str, successes: int, chance: Random) -> Calls:
+def _calls(hour: datetime, endpoint_id: str, charged: tuple[Decimal, ...], chance: Random) -> Calls:
+    """The calls of the hour that went well, one for each of `charged`, and those that did not.
+
+    What is charged for seconds ran for so many.
+    """
+    successes = len(charged)
     # The fraction of a request that is left happens by chance, as in lines.
     counts: dict[str, Any] = {
         name: (successes * permille + chance.randrange(1000)) // 1000
@@ -671,7 +684,8 @@ def _calls(hour: datetime, endpoint_id: str, successes: int, chance: Random) -> 
         """So many of them, in seconds; the bounds are in milliseconds."""
         return tuple(Decimal(chance.randrange(shortest, longest)).scaleb(-3) for _ in range(many))
 
-    ran = durations(successes, typical * 2 // 3, typical * 2)
+    drawn = durations(successes, typical * 2 // 3, typical * 2)
+    ran = tuple(seconds or any_time for seconds, any_time in zip(charged, drawn, strict=True))
     return Calls(
         hour,
         endpoint_id,

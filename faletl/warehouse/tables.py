@@ -132,7 +132,17 @@ SEED_CREDENTIAL_OWNER = sa.Table(
     info={"grain": ("account", "credential_id")},
 )
 
-SEEDS = (SEED_UNIT, SEED_CREDENTIAL_OWNER)
+SEED_THRESHOLD = sa.Table(
+    "seed_threshold",
+    METADATA,
+    sa.Column("name", sa.Text, comment="the setting without FALETL_, in lower case"),
+    sa.Column("value", sa.Numeric(PRECISION, SCALE), comment="its value"),
+    schema="staging",
+    comment="From when on a charge counts as run away: the settings FALETL_RUNAWAY_….",
+    info={"grain": ("name",)},
+)
+
+SEEDS = (SEED_UNIT, SEED_CREDENTIAL_OWNER, SEED_THRESHOLD)
 
 WAREHOUSE = _ops_table(
     "warehouse",
@@ -183,6 +193,7 @@ LOADS = _ops_table(
     data_version=(_COUNT, "version of the raw tables that the load made; see ops.warehouse"),
     is_current=(_FLAG, "whether raw holds these rows, and not those of a newer load"),
     is_provisional=(_FLAG, "whether the day was still open when it was last read"),
+    is_settled=(_FLAG, "whether the day had ended 24 hours ago when it was last read"),
 )
 
 RESTATEMENTS = _ops_table(

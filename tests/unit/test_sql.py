@@ -160,10 +160,14 @@ def test_what_is_built_day_by_day_is_what_has_the_size_of_hours_or_charges() -> 
         "staging.int_usage_daily",
         "staging.int_billing_events_daily",
         "staging.int_requests_daily",
+        "staging.int_charges_daily",
+        "staging.int_charges_large",
         "marts.fct_usage",
         "marts.fct_billing_event",
         "marts.fct_requests",
         "marts.fct_latency",
+        "reports.rpt_reconciliation",
+        "reports.rpt_billing_rules",
     }
 
 
@@ -178,9 +182,16 @@ def test_a_select_cut_to_days_reads_only_rows_of_these_days(model: Model) -> Non
                 assert "2026-11-23" in select.args["where"].sql()
 
 
-@given(st.sets(st.dates(date(2026, 1, 1), date(2026, 12, 31)), max_size=80))
-def test_spans_cover_the_days_and_no_others(days: set[date]) -> None:
-    found = list(spans(days))
+def test_what_takes_memory_for_each_request_is_built_a_day_at_a_time() -> None:
+    each = {model.table for model in models() if model.longest_span == 1}
+    assert each == {m.table for m in models() if "count(distinct request_id)" in m.sql} != set()
+
+
+@given(
+    st.sets(st.dates(date(2026, 1, 1), date(2026, 12, 31)), max_size=80), st.integers(1, LONGEST_SPAN)
+)
+def test_spans_cover_the_days_and_no_others(days: set[date], longest: int) -> None:
+    found = list(spans(days, longest))
     covered = [s.first + timedelta(n) for s in found for n in range((s.end - s.first).days)]
     assert covered == sorted(days)
-    assert all((s.end - s.first).days <= LONGEST_SPAN for s in found)
+    assert all((s.end - s.first).days <= longest for s in found)

@@ -1,0 +1,145 @@
+-- Usage against billing events, day by day: do fal's two ledgers tell the same cost? Model APIs only.
+-- grain: account, usage_date, endpoint_id, currency
+-- days: usage_date
+with
+
+feeds as (
+    select
+        account,
+        cast(window_start at time zone 'UTC' as date) as usage_date,
+        bool_or(resource = 'usage') as is_usage_loaded,
+        bool_or(resource = 'billing_events') as is_events_loaded,
+        count(*) = 2 and not bool_or(is_provisional) as is_closed,
+        bool_and(is_settled) as is_settled
+    from ops.loads
+    where is_current and resource in ('usage', 'billing_events')
+    group by account, cast(window_start at time zone 'UTC' as date)
+),
+
+-- A window may have been refused for such rows, so they speak for all of its endpoints.
+quarantined as (
+    select
+        account,
+        cast(window_start at time zone 'UTC' as date) as usage_date,
+        bool_or(resource = 'usage') as is_usage_quarantined,
+        bool_or(resource = 'billing_events') as is_events_quarantined
+    from ops.quarantine
+    where resolved_at is null and resource in ('usage', 'billing_events')
+    group by account, cast(window_start at time zone 'UTC' as date)
+),
+
+restated as (
+    select distinct
+        account,
+        cast(window_start at time zone 'UTC' as date) as usage_date,
+        endpoint_id
+    from ops.restatements
+    where resource in ('usage', 'billing_events')
+),
+
+usage_costs as (
+    select
+        lines.account,
+        lines.usage_date,
+        lines.endpoint_id,
+        lines.currency,
+        count(*) as line_count,
+        count(*) > count(known.unit) as has_unknown_unit,
+        sum(lines.cost_total) as cost_total
+    from marts.fct_usage as lines
+    left join staging.seed_unit as known
+        on lower(trim(lines.unit)) = known.unit
+    group by lines.account, lines.usage_date, lines.endpoint_id, lines.currency
+),
+
+charges as (
+    select
+        *,
+        'USD' as currency
+    from staging.int_charges_daily
+),
+
+compared as (
+    select
+        coalesce(usage_costs.account, charges.account) as account,
+        coalesce(usage_costs.usage_date, charges.usage_date) as usage_date,
+        coalesce(usage_costs.endpoint_id, charges.endpoint_id) as endpoint_id,
+        coalesce(usage_costs.currency, charges.currency) as currency,
+        usage_costs.cost_total as usage_cost_total,
+        charges.cost_total as events_cost_total,
+        coalesce(usage_costs.cost_total, 0) - coalesce(charges.cost_total, 0) as difference,
+        coalesce(usage_costs.line_count, 0) * 0.000000001 as tolerance,
+        charges.charge_count,
+        coalesce(usage_costs.has_unknown_unit, false)
+        or coalesce(charges.charges_without_unit, 0) > 0 as has_unknown_unit
+    from usage_costs
+    full join charges
+        on
+            usage_costs.account = charges.account
+            and usage_costs.usage_date = charges.usage_date
+            and usage_costs.endpoint_id = charges.endpoint_id
+            and usage_costs.currency = charges.currency
+),
+
+judged as (
+    select
+        compared.*,
+        feeds.is_usage_loaded,
+        feeds.is_events_loaded,
+        feeds.is_closed,
+        bool_or(compared.currency <> 'USD') over (
+            partition by compared.account, compared.usage_date, compared.endpoint_id
+        ) as has_other_currency,
+        coalesce(quarantined.is_usage_quarantined, false) as is_usage_quarantined,
+        coalesce(quarantined.is_events_quarantined, false) as is_events_quarantined,
+        restated.endpoint_id is not null as is_restated,
+        case
+            when not feeds.is_closed or compared.currency <> 'USD' then 'open'
+            when abs(compared.difference) <= compared.tolerance then 'matched'
+            when not feeds.is_settled then 'settling'
+            else 'differs'
+        end as status
+    from compared
+    inner join feeds
+        on compared.account = feeds.account and compared.usage_date = feeds.usage_date
+    left join quarantined
+        on compared.account = quarantined.account and compared.usage_date = quarantined.usage_date
+    left join restated
+        on
+            compared.account = restated.account
+            and compared.usage_date = restated.usage_date
+            and compared.endpoint_id = restated.endpoint_id
+)
+
+select
+    account,
+    usage_date,
+    endpoint_id,
+    currency,
+    usage_cost_total,  -- charge by usage; null where it has none for the endpoint: pending or unknown, not zero
+    events_cost_total,  -- charge by billing events; null where there are none: pending or unknown, not zero
+    case
+        when
+            (usage_cost_total is not null and events_cost_total is not null)
+            or status in ('matched', 'differs')
+            then difference
+    end as difference,  -- usage less events; a missing side makes it all of the other once the day has settled
+    charge_count,  -- charges; null where there are none
+    status,  -- open: cannot be told yet, or at all; settling: differs, but events may still come; matched; differs
+    case
+        when status = 'matched' then null
+        when is_usage_quarantined then 'usage quarantined'
+        when is_events_quarantined then 'billing events quarantined'
+        when not is_usage_loaded then 'usage not loaded'
+        when not is_events_loaded then 'billing events not loaded'
+        when not is_closed then 'day still open'
+        when has_other_currency then 'other currency'
+        when is_restated then 'restated'
+        when coalesce(events_cost_total, 0) < coalesce(usage_cost_total, 0) then 'event late'
+        when has_unknown_unit then 'unit unknown'
+        else 'not known'
+    end as reason  /* the first that holds of: usage quarantined, billing events quarantined, usage not loaded,
+    billing events not loaded, day still open, other currency (billing events are in USD), restated (fal changed
+    a line of the endpoint after the day had closed), event late (events cost less than usage), unit unknown,
+    not known; null where matched */
+from judged
