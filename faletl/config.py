@@ -54,6 +54,7 @@ class Settings(BaseSettings):
     max_body: ByteSize = Field(ByteSize(64 * 2**20), validation_alias="FALETL_MAX_BODY")
     memory: str = Field("256MB", validation_alias="FALETL_MEMORY")
     units: Path | None = Field(None, validation_alias="FALETL_UNITS")
+    gate: bool = Field(True, validation_alias="FALETL_GATE")
     expectations: Path | None = Field(None, validation_alias="FALETL_EXPECTATIONS")
     owners: Path | None = Field(None, validation_alias="FALETL_OWNERS")
     runaway_min_cost: Threshold = Field(Decimal(10), validation_alias="FALETL_RUNAWAY_MIN_COST")

@@ -121,10 +121,10 @@ class Contract:
             node = tree.get(name, ...)
             if node is ...:
                 self._note_new((*place, name), bytes(value))
-            elif isinstance(node, Column):
-                self._present |= {name} if not place else set()
             elif node is not None:
-                self._note_fields(bytes(value), node, (*place, name))
+                self._present |= {name} if not place else set()
+                if isinstance(node, dict):
+                    self._note_fields(bytes(value), node, (*place, name))
 
     def _note_new(self, path: Steps, value: bytes) -> None:
         self.new.setdefault(path, _sample(value))
@@ -239,12 +239,14 @@ def _around(columns: tuple[Column, ...]) -> msgspec.json.Decoder[Any]:
 
 @cache
 def _attributes_to_find(columns: tuple[Column, ...]) -> Mapping[str, str]:
-    """For each field that some record must have, the attribute of a decoded record that holds it."""
-    tree = tree_of(_inside(columns))
+    """For each field that some record must have, the attribute of a decoded record that holds it.
+
+    An object of which we keep parts is one, too.
+    """
     return {
         name: f"f{number}"
-        for number, (name, node) in enumerate(tree.items())
-        if isinstance(node, Column) and not node.is_sparse
+        for number, (name, node) in enumerate(tree_of(_inside(columns)).items())
+        if not (isinstance(node, Column) and node.is_sparse)
     }
 
 
@@ -271,7 +273,8 @@ def _struct(fields: Mapping[str, Any], *, is_open: bool = False) -> Any:
             optional = (name, kind | msgspec.UnsetType | None, msgspec.UNSET)
             specs.append((name, kind) if is_needed else optional)
         elif isinstance(node, dict):
-            specs.append((name, _struct(node, is_open=is_open) | None, None))
+            inner = _struct(node, is_open=is_open) | msgspec.UnsetType | None
+            specs.append((name, inner, msgspec.UNSET))
         else:
             specs.append((name, node))
     return msgspec.defstruct(

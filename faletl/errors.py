@@ -24,6 +24,9 @@ class FaletlError(Exception):
     exit_code: ClassVar[int] = 1
     is_retryable: ClassVar[bool] = False
 
+    findings: Findings | None = None
+    """What was noticed of a read before it was refused, for the tables of ops."""
+
     def __init__(self, message: str, **facts: Fact) -> None:
         super().__init__(message)
         self.message = message
@@ -108,8 +111,6 @@ class DataRefusedError(FaletlError):
     """Rows that cannot be right (type, sign, precision), or that the gate refuses. Exit 3."""
 
     exit_code = 3
-    findings: Findings | None = None
-    """What was noticed of the read, for the tables of ops."""
 
 
 class WarehouseError(FaletlError):

@@ -69,9 +69,18 @@ class Facts:
 
 
 def suite_of(facts: Facts, own: Sequence[Expectation] = ()) -> ExpectationSuite:
-    """The suite of the resource for that window, with the user's own expectations behind ours."""
-    expectations = [*_of_catalogue(facts), *_of_meaning(facts)]
-    return ExpectationSuite(name=facts.resource.name, expectations=[*expectations, *own])
+    """The suite of the resource for that window, with the user's own expectations behind ours.
+
+    Raises:
+        SettingsError: one of the user's is described as one of ours.
+    """
+    ours = [*_of_catalogue(facts), *_of_meaning(facts)]
+    if twice := {str(one.description) for one in ours} & {str(one.description) for one in own}:
+        raise SettingsError(
+            f"FALETL_EXPECTATIONS: {facts.resource.name}.json describes an expectation as one of "
+            f"faletl's own is: {min(twice)!a}"
+        )
+    return ExpectationSuite(name=facts.resource.name, expectations=[*ours, *own])
 
 
 def key_columns(resource: Resource) -> list[str]:
@@ -261,21 +270,28 @@ def own_expectations(folder: Path | None) -> dict[str, list[Expectation]]:
             raise SettingsError(
                 f"FALETL_EXPECTATIONS: {path} is named for none of {', '.join(RESOURCES)}"
             )
-        try:
-            given = json.loads(path.read_text("utf-8"))["expectations"]
-            suite = ExpectationSuite(name=path.stem, expectations=given)
-        except Exception as error:  # noqa: BLE001  # whatever Great Expectations makes of a wrong file
-            told = " ".join(str(error).split()) or type(error).__name__
-            raise SettingsError(f"FALETL_EXPECTATIONS: {path} is no suite: {told[:200]}") from None
-        if len(suite.expectations) < len(given):  # of an unknown type: it is left out in silence
-            raise SettingsError(
-                f"FALETL_EXPECTATIONS: {path} has expectations of a type that Great Expectations does "
-                "not know, or the same one twice"
-            )
-        for expectation in suite.expectations:
-            expectation.description = expectation.description or _described(expectation)
-        found[path.stem] = list(suite.expectations)
+        found[path.stem] = _own_of(path)
     return found
+
+
+def _own_of(path: Path) -> list[Expectation]:
+    wrong = f"FALETL_EXPECTATIONS: {path}"
+    try:
+        given = list(json.loads(path.read_text("utf-8-sig"))["expectations"])
+        suite = ExpectationSuite(name=path.stem, expectations=given)
+    except Exception as error:  # noqa: BLE001  # whatever Great Expectations makes of a wrong file
+        told = " ".join(str(error).split()) or type(error).__name__
+        raise SettingsError(f"{wrong} is no suite: {told[:200]}") from None
+    if len(suite.expectations) < len(given):  # it leaves them out with no more than a log line
+        raise SettingsError(f"{wrong} has an expectation of a type or severity that there is not")
+    for expectation in suite.expectations:
+        expectation.description = expectation.description or _described(expectation)
+        if not expectation.description.isprintable():
+            raise SettingsError(f"{wrong} has a description that cannot be printed")
+    names = [str(expectation.description) for expectation in suite.expectations]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise SettingsError(f"{wrong} has two expectations with one description: {min(twice)!a}")
+    return list(suite.expectations)
 
 
 def _described(expectation: Expectation) -> str:

@@ -87,12 +87,18 @@ class Findings:
 
 
 def keep_findings(
-    settings: Settings, lease: Lease, findings: Findings, *, is_loaded: bool, at: datetime
+    settings: Settings,
+    lease: Lease,
+    findings: Findings,
+    outcome: Literal["loaded", "unchanged", "refused"],
+    *,
+    at: datetime,
 ) -> None:
     """Inside a transaction: keep them; a drift that was not known yet is warned about.
 
-    A read that was loaded (`at`) resolves what was set aside of its window before; one that was
-    refused takes the place of earlier ones that were refused.
+    A read that was loaded (`at`), or found the same rows, resolves what was set aside of its window
+    before; one that was refused takes the place of earlier ones that were refused. The rows of the read
+    that holds the window stay open as long as reads find them still broken.
     """
     landed, connection = findings.landed, lease.connection
     manifest, path = landed.manifest, relative_path(settings, landed.folder)
@@ -102,11 +108,13 @@ def keep_findings(
         "resource": manifest.resource,
         "window_start": manifest.window_start,
     }
-    _settle(lease, manifest, is_loaded=is_loaded, at=at)
+    is_kept = _settle(lease, findings, outcome, at)
     _insert(
         connection,
         QUARANTINE,
-        [
+        []
+        if is_kept
+        else [
             {
                 **read,
                 "run_id": manifest.run_id,
@@ -139,10 +147,19 @@ def _fields(validation: Validation) -> dict[str, Any]:
     return {name: getattr(validation, name) for name in Validation.__slots__}
 
 
-def _settle(lease: Lease, manifest: Manifest, *, is_loaded: bool, at: datetime) -> None:
-    """What earlier reads of the same window had set aside is not open any more."""
-    day, table, connection = Window.of_day(manifest.window.day), QUARANTINE.c, lease.connection
-    connection.execute(sa.delete(QUARANTINE).where(table.load_id == manifest.load_id))
+def _settle(
+    lease: Lease,
+    findings: Findings,
+    outcome: Literal["loaded", "unchanged", "refused"],
+    at: datetime,
+) -> bool:
+    """What earlier reads of the same window had set aside is not open any more.
+
+    Returns whether it still is: where the read that holds the window has open rows, and this one
+    does not take its place.
+    """
+    manifest, table, connection = findings.landed.manifest, QUARANTINE.c, lease.connection
+    day = Window.of_day(manifest.window.day)
     earlier = sa.and_(
         table.account == manifest.account,
         table.resource == manifest.resource,
@@ -151,12 +168,25 @@ def _settle(lease: Lease, manifest: Manifest, *, is_loaded: bool, at: datetime) 
         table.seen_at <= manifest.finished_at,
         table.resolved_at.is_(None),
     )
-    if is_loaded:
-        resolved = {"resolved_at": at, "fencing_token": lease.token}
-        connection.execute(sa.update(QUARANTINE).where(earlier).values(resolved))
-    else:
-        held = sa.select(LOADS.c.load_id).where(LOADS.c.is_current)
-        connection.execute(sa.delete(QUARANTINE).where(earlier, table.load_id.not_in(held)))
+    own = table.load_id == manifest.load_id
+    if not connection.execute(sa.select(sa.func.count()).where(sa.or_(earlier, own))).scalar_one():
+        return False  # as nearly always
+    holding = sa.union(
+        sa.select(LOADS.c.load_id).where(LOADS.c.is_current),
+        sa.select(LOADS.c.last_load_id).where(LOADS.c.is_current),
+    )
+    of_holder = sa.and_(earlier, table.load_id.in_(holding))
+    has_open = connection.execute(sa.select(sa.func.count()).where(of_holder)).scalar_one() > 0
+    if outcome == "refused":
+        connection.execute(sa.delete(QUARANTINE).where(earlier, table.load_id.not_in(holding)))
+        is_own = connection.execute(sa.select(sa.func.count()).where(of_holder, own)).scalar_one()
+        return bool(is_own)
+    if outcome == "unchanged" and has_open and findings.breaches:
+        return True
+    resolved = {"resolved_at": at, "fencing_token": lease.token}
+    connection.execute(sa.delete(QUARANTINE).where(own))
+    connection.execute(sa.update(QUARANTINE).where(earlier).values(resolved))
+    return False
 
 
 def _note(connection: sa.Connection, manifest: Manifest, path: str, drifts: Sequence[Drift]) -> None:

@@ -20,7 +20,7 @@ import sqlalchemy as sa
 
 from faletl import landing
 from faletl.config import Settings
-from faletl.errors import DataRefusedError, FaletlError, LeaseLostError, WarehouseError
+from faletl.errors import FaletlError, LeaseLostError, WarehouseError
 from faletl.findings import keep_findings
 from faletl.landing import Manifest, Receipt, relative_path
 from faletl.resources import RESOURCES, Resource
@@ -178,11 +178,11 @@ def _replace(
     """
     manifest, connection = staged.landed.manifest, lease.connection
     held = connection.execute(_current(staged.resource, manifest)).mappings().first()
-    if held is not None and held["load_id"] == manifest.load_id:
-        return _Done("unchanged", Receipt(held["fencing_token"], held["loaded_at"], "loaded"))
-    if held is not None and held["last_fencing_token"] > manifest.fencing_token and then is None:
-        return _Done("superseded")
     is_same = held is not None and _is_same(held, staged)
+    if held is not None and is_same and held["load_id"] == manifest.load_id:
+        return _Done("unchanged", Receipt(held["fencing_token"], held["loaded_at"], "loaded"))
+    if held is not None and then is None and _is_newer(held, manifest):
+        return _Done("superseded")
     lost = None
     if held is not None and is_same and then is None:
         folder = Path(settings.landing) / held["landing_path"]
@@ -200,13 +200,15 @@ def _replace(
         _forget_failure(connection, manifest)
         _remember_unknown(connection, manifest)
     loaded_at = then.loaded_at if then else datetime.now(UTC)
-    keep_findings(settings, lease, staged.findings, is_loaded=True, at=loaded_at)
+    keep_findings(settings, lease, staged.findings, "unchanged" if is_same else "loaded", at=loaded_at)
     read: dict[str, Any] = {
         "last_load_id": manifest.load_id,
         "last_read_at": manifest.started_at,
         "last_fencing_token": lease.token,
         "window_end": manifest.window_end,
         "proof": staged.proof,
+        "control_total": None if staged.control_total is None else Decimal(staged.control_total),
+        "quarantined_rows": staged.findings.breaches,
         "is_provisional": manifest.window.is_provisional,
         "is_settled": is_settled,
         "whole_catalogue_at": (
@@ -227,6 +229,15 @@ def _replace(
     if is_restating:
         _restate(connection, manifest, before, _lines(connection, staged))
     return _Done("loaded", Receipt(lease.token, loaded_at, "loaded"), lost)
+
+
+def _is_newer(held: sa.RowMapping, manifest: Manifest) -> bool:
+    """Whether the window was loaded under a lease that this read did not know when it was planned.
+
+    The read that holds the window may be loaded anew: rows of it had been set aside (quarantine.py).
+    """
+    is_own = manifest.load_id in (held["load_id"], held["last_load_id"])
+    return not is_own and held["last_fencing_token"] > manifest.fencing_token
 
 
 def _digest_of_ids(staged: Staged) -> str | None:
@@ -283,6 +294,7 @@ def _delete_window(connection: sa.Connection, staged: Staged) -> None:
     if staged.asked_ids is not None:
         is_replaced = sa.and_(is_replaced, table.c.endpoint_id.in_(sorted(staged.asked_ids)))
     connection.execute(sa.delete(table).where(is_replaced))
+    connection.execute(sa.delete(LOADS).where(LOADS.c.load_id == manifest.load_id))  # it is read anew
     connection.execute(
         sa.update(LOADS)
         .where(
@@ -325,11 +337,9 @@ def _enter(settings: Settings, lease: Lease, staged: Staged, read: Mapping[str, 
             pages=len(manifest.pages("rows")),
             rows=held.scalar_subquery(),
             cost_total=Decimal(staged.cost_total),
-            control_total=None if staged.control_total is None else Decimal(staged.control_total),
             digest=staged.digest,
             asked_digest=_digest_of_ids(staged),
             dropped_rows=staged.dropped_rows,
-            quarantined_rows=staged.findings.breaches,
             doubtful_rows=staged.doubtful_rows,
             rounded_amounts=staged.rounded_amounts,
             fencing_token=lease.token,
@@ -473,8 +483,8 @@ def record_failure(
                 failed_at=datetime.now(UTC),
             )
         )
-        if isinstance(error, DataRefusedError) and error.findings is not None:
-            keep_findings(settings, lease, error.findings, is_loaded=False, at=datetime.now(UTC))
+        if error.findings is not None:
+            keep_findings(settings, lease, error.findings, "refused", at=datetime.now(UTC))
 
 
 # --- What a run asks of the ledger ----------------------------------------------------------------

@@ -132,9 +132,7 @@ def extract(settings: Settings, asked: Asked = DUE, progress: Progress = silent)
     def take(batch: list[Staged]) -> None:
         report.outcomes.extend(outcome_of(staged, "landed") for staged in batch)
 
-    warehouse = open_warehouse(settings)
-    if _extract_all(settings, warehouse, report, take, asked, progress):
-        _record_failures(settings, warehouse, report)
+    _extract_all(settings, open_warehouse(settings), report, take, asked, progress)
     return report
 
 
@@ -416,17 +414,28 @@ def _loader(
 ) -> Iterator[Callable[[list[Staged]], None]]:
     """What loads staged windows that pass the gate; those that do not go to the report.
 
-    The gate takes seconds to make, so it is made when there is news to look at, and without the lease.
+    The gate takes seconds to make, so it is made when there is news to look at, and without the lease;
+    FALETL_GATE may say that there is none.
     """
-    gate: Gate | None = None
+    made: Gate | None = None
+    is_told = settings.gate
     with tempfile.TemporaryDirectory(prefix="faletl-") as scratch:
 
-        def load(batch: list[Staged]) -> None:
-            nonlocal gate
-            if gate is None and _has_news(warehouse, batch):
+        def gate() -> Gate:
+            nonlocal made
+            if made is None:
                 from faletl.gate import Gate
 
-                gate = Gate(settings, Path(scratch))
+                made = Gate(settings, Path(scratch))
+            return made
+
+        def load(batch: list[Staged]) -> None:
+            nonlocal is_told
+            if not is_told:
+                is_told = True
+                log.warning("FALETL_GATE is off: windows are loaded without what the gate would find")
+            if settings.gate and _has_news(warehouse, batch):
+                gate()
             _load_batch(settings, warehouse, gate, batch, report)
 
         yield load
@@ -440,7 +449,7 @@ def _has_news(warehouse: Warehouse, batch: list[Staged]) -> bool:
 def _load_batch(
     settings: Settings,
     warehouse: Warehouse,
-    gate: Gate | None,
+    gate: Callable[[], Gate],
     batch: list[Staged],
     report: Report,
 ) -> None:
@@ -450,8 +459,8 @@ def _load_batch(
             judged = staged
             try:
                 with lease.connection.begin():
-                    if gate is not None and not is_held(lease.connection, staged):
-                        judged = gate.passed(lease.connection, staged)
+                    if settings.gate and not is_held(lease.connection, staged):
+                        judged = gate().passed(lease.connection, staged)
             except DataRefusedError as error:
                 report.failures.append((Task(resource, window), error))
                 continue

@@ -6,8 +6,7 @@ it, a retry takes its pages through the line once more; fal is not asked.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from datetime import UTC
+from collections.abc import Sequence
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -15,11 +14,10 @@ import sqlalchemy as sa
 from faletl import landing, pipeline
 from faletl.config import Settings
 from faletl.errors import DataRefusedError, UsageError
-from faletl.pipeline import Progress, Report, silent
-from faletl.rebuild import rebuild
+from faletl.pipeline import Outcome, Progress, Report, silent
 from faletl.warehouse import open_warehouse
-from faletl.warehouse.tables import LOADS, QUARANTINE
-from faletl.windows import Window
+from faletl.warehouse.tables import QUARANTINE
+from faletl.windows import DAY
 
 
 def rows_set_aside(
@@ -46,8 +44,8 @@ def rows_set_aside(
 def retry(settings: Settings, load_ids: Sequence[str] = (), progress: Progress = silent) -> Report:
     """Take the pages of open rows through the line once more: all of them, or those of some reads.
 
-    A window that was refused is loaded; one that was loaded without its rows is made anew with them.
-    What still breaks its contract stays as it is, and is in the report.
+    A window that was refused is loaded; one that was loaded without its rows is replaced by all of them,
+    if these pass as any read must. What still breaks its contract stays as it is, and is in the report.
 
     Raises:
         UsageError: nothing is open of one of the reads.
@@ -57,35 +55,22 @@ def retry(settings: Settings, load_ids: Sequence[str] = (), progress: Progress =
     found = rows_set_aside(settings)
     if gone := sorted(set(load_ids) - {row["load_id"] for row in found}):
         raise UsageError(f"nothing is open of a read {gone[0]!a}; see faletl quarantine list --all")
-    reads = {row["load_id"]: row for row in found if not load_ids or row["load_id"] in load_ids}
-    held = _held(settings, reads)
-    folders = [Path(settings.landing) / row["landing_path"] for row in reads.values()]
-    refused = [landing.open_read(folder) for folder in folders if folder.name not in held]
-    pipeline.load_reads(settings, refused, report, progress)
-    for day in sorted({reads[load_id]["window_start"].astimezone(UTC).date() for load_id in held}):
-        report.outcomes += rebuild(settings, day, progress).outcomes
-    for row in {row["load_id"]: row for row in rows_set_aside(settings)}.values():
-        if row["load_id"] in held:
-            report.failures.append((None, _still_broken(row)))
+    rows = {row["load_id"]: row for row in found if not load_ids or row["load_id"] in load_ids}
+    folders = [Path(settings.landing) / row["landing_path"] for row in rows.values()]
+    pipeline.load_reads(settings, [landing.open_read(folder) for folder in folders], report, progress)
+    for one in report.outcomes:
+        if one.outcome != "loaded":
+            report.failures.append((None, _not_mended(one, rows[one.path.name])))
     if report.outcomes:
         pipeline.build_and_publish(settings, report)
     return report
 
 
-def _held(settings: Settings, load_ids: Iterable[str]) -> set[str]:
-    """Those of the reads that hold their window now, without the rows."""
-    with open_warehouse(settings).reading() as connection:
-        if connection is None:
-            return set()
-        current = sa.select(LOADS.c.load_id).where(LOADS.c.is_current)
-        return set(load_ids) & set(connection.execute(current).scalars())
-
-
-def _still_broken(row: sa.RowMapping) -> DataRefusedError:
+def _not_mended(outcome: Outcome, row: sa.RowMapping) -> DataRefusedError:
+    why = f"a row still cannot be right ({ascii(row['reason'])[1:-1]}); it stays set aside"
+    if outcome.outcome == "superseded":
+        day = outcome.window.day
+        why = f"a newer read holds the window; read it again: faletl run --start {day} --end {day + DAY}"
     return DataRefusedError(
-        f"a row still cannot be right: {ascii(row['reason'])[1:-1]}; it stays set aside",
-        resource=row["resource"],
-        window=str(Window.of_day(row["window_start"].astimezone(UTC).date())),
-        page=row["page"],
-        row=row["row"],
+        why, resource=outcome.resource, window=str(outcome.window), page=row["page"], row=row["row"]
     )

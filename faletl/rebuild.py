@@ -114,7 +114,7 @@ def _rebuild_day(settings: Settings, report: Report, day: date) -> None:
         again = [
             (staged, one.receipt)
             for one in past
-            if (staged := _staged_again(settings, one, needed, Path(scratch)))
+            if (staged := _staged_again(settings, one, needed, Path(scratch), is_strict=True))
         ]
         outcomes, _ = replay(settings, warehouse, lease, again, forget=day)
     for (staged, _), outcome in zip(again, outcomes, strict=True):
@@ -247,8 +247,13 @@ def _refuse_gaps(ledger: Ledger, past: Sequence[Loaded]) -> None:
         )
 
 
-def _staged_again(settings: Settings, one: Loaded, needed: set[str], scratch: Path) -> Staged | None:
-    """The rows of an earlier read; None for one that is refused now, or damaged and not needed."""
+def _staged_again(
+    settings: Settings, one: Loaded, needed: set[str], scratch: Path, *, is_strict: bool = False
+) -> Staged | None:
+    """The rows of an earlier read; None for one that is refused now, or damaged and not needed.
+
+    One that is needed and refused is an error where it `is_strict`.
+    """
     try:
         return stage_window(settings, one.landed, scratch)
     except TamperedError as error:
@@ -256,6 +261,8 @@ def _staged_again(settings: Settings, one: Loaded, needed: set[str], scratch: Pa
             raise
         log.warning("%s; nothing stands on it", error)
     except (ContractError, DataRefusedError, UnprovenError) as error:
+        if is_strict and one.load_id in needed:
+            raise
         log.warning("%s; it was loaded once, and is not now", error)
     return None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from datetime import date
 from enum import StrEnum
 from typing import Literal
 
@@ -53,6 +54,9 @@ class Column:
         """The JSON path inside the record."""
         return self.path or (self.name,)
 
+
+WHOLE_SINCE = date(2026, 9, 1)
+"""Since that day fal's records have all the fields that are catalogued (docs/fal-api.md, "Versions")."""
 
 Question = Mapping[str, str | tuple[str, ...]]
 """Query parameters; the bounds of the window, ids and cursors come on top."""

@@ -35,8 +35,8 @@ from faletl.findings import Drift, Findings, SetAside
 from faletl.landing import Landed
 from faletl.money import DECIMAL_TYPE, DOUBLE_DIGITS, HALF_NANO, SCALE, exact_text, plain
 from faletl.pages import as_json
-from faletl.resources import RESOURCES, Column, Kind, Proof, Resource
-from faletl.windows import instant
+from faletl.resources import RESOURCES, WHOLE_SINCE, Column, Kind, Proof, Resource
+from faletl.windows import Window, instant
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +111,9 @@ def _stage(
     manifest = landed.manifest
     path = scratch / f"{manifest.load_id}.parquet"
     typed = _typed(connection, landed, resource, "rows", path)
-    findings = Findings(landed, typed.breaches, typed.set_aside, tuple(_drifts(typed.contract)))
+    findings = Findings(
+        landed, typed.breaches, typed.set_aside, tuple(_drifts(typed.contract, manifest.window))
+    )
     held, inside = connection.execute(
         f"select count(*), count(*) filter (where _is_inside) from {_quoted(path)} where _breach = ''"
     ).fetchone() or (0, 0)
@@ -128,7 +130,7 @@ def _stage(
         digest = _digest(connection, resource, final)
         doubtful = _doubtful_rows(connection, resource, final)
         proof, control_total = _prove(connection, landed, resource, final, digest, typed, scratch)
-    except DataRefusedError as error:
+    except FaletlError as error:
         error.findings = findings
         raise
     if typed.breaches:
@@ -160,13 +162,16 @@ def _stage(
     )
 
 
-def _drifts(contract: Contract) -> Iterator[Drift]:
-    """What fal changed of its records, as far as the pages show."""
+def _drifts(contract: Contract, window: Window) -> Iterator[Drift]:
+    """What fal changed of its records, as far as the pages show.
+
+    Days of before some field was known may well be without it.
+    """
     for steps, sample in contract.new.items():
         yield Drift(".".join(steps), "new", sample)
     for steps, sample in contract.retyped.items():
         yield Drift(".".join(steps), "retyped", sample)
-    for steps in contract.missing:
+    for steps in contract.missing if window.day >= WHOLE_SINCE else ():
         yield Drift(".".join(steps), "missing", None)
 
 

@@ -60,7 +60,10 @@ def query(settings: Settings) -> Query:
 
 
 def settings_for(url: str, folder: Path, **given: object) -> Settings:
-    """Settings for a warehouse of its own below `folder`."""
+    """Settings for a warehouse of its own below `folder`; without the gate, unless `given` says so.
+
+    The gate is looked at by its own tests, and by those of the command line and the documents.
+    """
     return Settings.isolated(
         **{
             "key": FULL_KEY,
@@ -69,6 +72,7 @@ def settings_for(url: str, folder: Path, **given: object) -> Settings:
             "landing": str(folder / "landing"),
             "first_days": 2,
             "rate": 0,
+            "gate": False,
             **given,
         }
     )

@@ -71,7 +71,8 @@ compared as (
         coalesce(usage_costs.line_count, 0) * 0.000000001 as tolerance,
         charges.charge_count,
         coalesce(usage_costs.has_unknown_unit, false)
-        or coalesce(charges.charges_without_unit, 0) > 0 as has_unknown_unit
+        or coalesce(charges.charges_without_unit, 0) > 0 as has_unknown_unit,
+        coalesce(charges.repeated_charge_count, 0) > 0 as has_repeated_charge
     from usage_costs
     full join charges
         on
@@ -136,10 +137,12 @@ select
         when has_other_currency then 'other currency'
         when is_restated then 'restated'
         when coalesce(events_cost_total, 0) < coalesce(usage_cost_total, 0) then 'event late'
+        when has_repeated_charge then 'charges repeated'
         when has_unknown_unit then 'unit unknown'
         else 'not known'
     end as reason  /* the first that holds of: usage quarantined, billing events quarantined, usage not loaded,
     billing events not loaded, day still open, other currency (billing events are in USD), restated (fal changed
-    a line of the endpoint after the day had closed), event late (events cost less than usage), unit unknown,
+    a line of the endpoint after the day had closed), event late (events cost less than usage), charges
+    repeated (some are the same as others in all that identifies one: fal may have sent them twice), unit unknown,
     not known; null where matched */
 from judged

@@ -17,6 +17,7 @@ charges as (
                 then request_id
         end) as edge_request_count,
         count(*) - count(unit) as charges_without_unit,
+        count(case when event_ordinal > 1 then 1 end) as repeated_charge_count,
         sum(cost_total) as cost_total
     from staging.stg_fal__billing_events
     group by account, usage_date, endpoint_id
@@ -65,6 +66,7 @@ select
     charges.charged_request_count,  -- distinct requests that were charged
     charges.edge_request_count,  -- those of them within ten minutes of midnight; fal may count them to another day
     charges.charges_without_unit,  -- charges for which fal tells no unit
+    charges.repeated_charge_count,  -- charges that are the same as another one in all that identifies one
     charges.cost_total,
     medians.median_cost,  -- half of the charges cost at most so much; of two in the middle the lower one
     medians.median_cost_of_others  -- the same without the dearest charge; null where there is no other

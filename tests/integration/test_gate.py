@@ -21,11 +21,12 @@ from faletl.config import Settings
 from faletl.errors import DataRefusedError, SettingsError
 from faletl.plan import Asked
 from faletl.resources import RESOURCES
-from faletl.sandbox import Sandbox
+from faletl.sandbox import Fault, Request, Sandbox
 from faletl.validate import validate
 from faletl.validation_docs import write_docs
 from tests import truth
 from tests.conftest import ask, settings_for, total
+from tests.integration.test_run import is_summary, one_row, summary
 from tests.truth import Account, line
 
 DAYS = Asked(truth.day(21), truth.day(23))
@@ -34,6 +35,12 @@ FAILED = """
     select resource, window_start::date::varchar, severity, expectation, unexpected_count
     from ops.validations where not success order by all
 """
+
+
+@pytest.fixture
+def settings(sandbox: Sandbox, tmp_path: Path) -> Settings:
+    """Settings of a run against the served account, with the gate."""
+    return settings_for(sandbox.url, tmp_path, gate=True)
 
 
 def failed(settings: Settings, resource: str | None = None) -> list[tuple[Any, ...]]:
@@ -75,7 +82,7 @@ def test_an_unknown_unit_is_loaded_and_told(
     account = truth.two_days()
     account.lines.append(line(datetime(2026, 11, 22, 7, tzinfo=UTC), unit="parsec's {x}"))
     with Sandbox(account, page_size=4) as server:
-        settings = settings_for(server.url, tmp_path)
+        settings = settings_for(server.url, tmp_path, gate=True)
         assert pipeline.run(settings, DAYS).exit_code == 0
     assert total(settings) == sum(one.cost_total for one in account.lines)
     [(*_, unexpected)] = [row for row in failed(settings, "usage") if "table of units" in row[3]]
@@ -99,7 +106,7 @@ def test_a_price_far_from_its_own_history_is_told(clock: time_machine.Traveller,
     account.lines.append(line(datetime(2026, 11, 22, 7, tzinfo=UTC), unit_price="25"))
     account.lines.append(line(datetime(2026, 11, 22, 8, tzinfo=UTC), unit_price="0.07"))
     with Sandbox(account, page_size=4) as server:
-        settings = settings_for(server.url, tmp_path)
+        settings = settings_for(server.url, tmp_path, gate=True)
         for day in (21, 22):
             days = Asked(truth.day(day), truth.day(day + 1), ["usage"])
             assert pipeline.run(settings, days).exit_code == 0
@@ -120,7 +127,7 @@ def test_a_volume_far_from_that_of_the_same_weekday_is_told(
             for number in range(count)
         ]
     with Sandbox(account) as server:
-        settings = settings_for(server.url, tmp_path)
+        settings = settings_for(server.url, tmp_path, gate=True)
         for day in (1, 8, 15, 22):
             days = Asked(truth.day(day), truth.day(day + 1), ["usage"])
             assert pipeline.run(settings, days).exit_code == 0
@@ -137,7 +144,7 @@ def test_charges_that_do_not_add_up_to_usage_are_told_when_the_day_is_settled(
         or one.endpoint_id != truth.VOICE
     ]  # fmt: skip
     with Sandbox(account, page_size=4) as server:
-        settings = settings_for(server.url, tmp_path)
+        settings = settings_for(server.url, tmp_path, gate=True)
         assert pipeline.run(settings, DAYS).exit_code == 0
     told = [row[1:3] for row in failed(settings, "billing_events") if "fal's own total" in row[3]]
     assert told == [("2026-11-21", "warning")]
@@ -272,6 +279,26 @@ def test_what_is_loaded_can_be_looked_at_again(
     ]  # fmt: skip
 
 
+def test_a_day_that_adds_up_later_is_compared_with_the_later_total(
+    clock: time_machine.Traveller, tmp_path: Path
+) -> None:
+    today = "2026-11-23T00:00:00Z"
+    account = one_row()
+    account.lines = [line(datetime.fromisoformat(today))]
+    is_behind = [True]
+
+    def fault(request: Request) -> Fault | None:
+        return summary("7") if is_behind[0] and is_summary(request, today) else None
+
+    with Sandbox(account, fault=fault) as server:
+        settings = settings_for(server.url, tmp_path)
+        pipeline.run(settings, Asked(resources=["usage"]))
+        is_behind[0] = False
+        clock.shift(86_400)
+        pipeline.run(settings, Asked(truth.day(23), truth.day(24), ["usage"]))
+    assert validate(settings).exit_code == 0
+
+
 def test_rows_that_were_lost_from_the_warehouse_are_found(
     clock: time_machine.Traveller, settings: Settings
 ) -> None:
@@ -300,7 +327,7 @@ def test_the_pages_need_nothing_from_anywhere_and_show_what_fal_sent_as_text(
         line(datetime(2026, 11, 22, 7, tzinfo=UTC), "<script>alert(1)</script>", unit="parsec")
     )
     with Sandbox(account) as server:
-        settings = settings_for(server.url, tmp_path)
+        settings = settings_for(server.url, tmp_path, gate=True)
         assert pipeline.run(settings, DAYS).exit_code == 0
     index = write_docs(tmp_path / "docs", validate(settings))
     pages = {path.name: path.read_text("utf-8") for path in (tmp_path / "docs").iterdir()}
@@ -382,12 +409,21 @@ print([outcome.outcome for outcome in report.outcomes], "great_expectations" in 
     assert done.stdout.strip() == "['unchanged', 'unchanged'] False"
 
 
+def test_without_the_gate_nothing_is_validated(
+    clock: time_machine.Traveller, settings: Settings
+) -> None:
+    report = pipeline.run(settings.model_copy(update={"gate": False}))
+    assert report.exit_code == 0
+    assert ask(settings, "select count(*) from ops.validations") == [(0,)]
+    assert validate(settings).exit_code == 0
+
+
 def test_amounts_are_compared_exactly(clock: time_machine.Traveller, tmp_path: Path) -> None:
     account = Account()
     at = datetime(2026, 11, 22, 7, tzinfo=UTC)
     account.lines = [line(at, unit_price="0.000000001"), line(at, truth.VIDEO, "90071992547409", "1")]
     with Sandbox(account) as server:
-        settings = settings_for(server.url, tmp_path)
+        settings = settings_for(server.url, tmp_path, gate=True)
         assert pipeline.run(settings, Asked(truth.day(22), truth.day(23), ["usage"])).exit_code == 0
     assert total(settings) == Decimal("90071992547409.000000001")
     with duckdb.connect(settings.warehouse.removeprefix("duckdb:///")) as connection:

@@ -34,7 +34,9 @@ STEPS = [
     ("faletl.landing.Attempt.seal", "before", 2),
     ("faletl.landing.Attempt.seal", "after", 2),  # sealed, not staged
     ("faletl.staging._prove", "before", 1),  # half staged
-    ("faletl.pipeline.stage_window", "after", 2),  # staged, not loaded
+    ("faletl.pipeline.stage_window", "after", 2),  # staged, not validated
+    ("faletl.gate.Gate.judge", "after", 2),  # validated, not begun to be loaded
+    ("faletl.findings.keep_validations", "after", 2),  # what was found is written, not committed
     ("faletl.warehouse.duckdb._create_tables", "after", 1),  # a new file half made
     ("faletl.warehouse.duckdb._sync_file", "after", 1),  # made, not renamed
     ("faletl.load.fence", "after", 2),  # inside a window's transaction
@@ -61,6 +63,7 @@ def environment(settings: Settings, **more: str) -> dict[str, str]:
         "FALETL_LANDING": settings.landing,
         "FALETL_FIRST_DAYS": "2",
         "FALETL_RATE": "0",
+        "FALETL_GATE": str(int(settings.gate)),
         **more,
     }
 
@@ -112,7 +115,8 @@ def check_a_clean_run_mends_all(settings: Settings) -> None:
 def test_a_run_killed_between_two_steps_is_mended_by_the_next(
     function: str, when: str, nth: int, served: Sandbox, tmp_path: Path
 ) -> None:
-    settings = settings_for(served.url, tmp_path)
+    is_gated = function.startswith(("faletl.gate.", "faletl.findings.keep_validations"))
+    settings = settings_for(served.url, tmp_path, gate=is_gated)
     code, said = finish(start(settings, function, when, str(nth)))
     assert code == -signal.SIGKILL, f"the trap did not spring: {said}"
     if published_path(settings).exists():

@@ -672,7 +672,7 @@ def test_a_build_touches_only_the_days_that_changed(
 def test_days_of_a_select_are_its_select_of_those_days(
     clock: time_machine.Traveller, account: Account, settings: Settings, tmp_path: Path
 ) -> None:
-    account.lines += [line(at("22T05"), VOICE, unit="minutes"), line(at("23T05"), VIDEO, "400")]
+    account.lines += [line(at("22T05"), VOICE, unit="minutes"), line(at("23T05"), VIDEO, "4000")]
     pipeline.run(settings)
     with duckdb.connect(str(tmp_path / "warehouse.duckdb"), read_only=True) as connection:
         connection.execute("set TimeZone = 'UTC'")

@@ -17,7 +17,9 @@ import zstandard
 
 from faletl import pipeline, quarantine
 from faletl.config import Settings
+from faletl.errors import UnprovenError
 from faletl.plan import Asked
+from faletl.rebuild import rebuild
 from faletl.resources import RESOURCES, Column
 from faletl.sandbox import Fault, Request, Sandbox
 from tests import truth
@@ -45,6 +47,8 @@ def with_number(field: str, text: str) -> bytes:
     page = usage_page(PLAIN, {**PLAIN, "endpoint_id": truth.VIDEO, field: 4242424242})
     return page.replace(b"4242424242", text.encode())
 
+
+WHOLE = {**PLAIN, "auth_method": "backend", "auth_method_structured": {"detail": "backend"}}
 
 BROKEN = [
     ("quantity", "null", "quantity is null"),
@@ -190,6 +194,44 @@ def test_a_retry_after_a_fix_loads_the_rows_from_their_landed_pages(
     assert len(server.requests) == asked
 
 
+def test_a_row_stays_open_and_can_be_retried_as_long_as_reads_find_it(
+    clock: time_machine.Traveller, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = {"quantity": 0, "cost_subtotal": 0, "cost_total": 0, "cost": 0}
+    odd = {**WHOLE, "endpoint_id": truth.VIDEO, "percent_discount": 101, **free}
+    fault = served_as(usage_page(WHOLE, odd), summary("0.025"))
+    settings = None
+    with Sandbox(one_row(), fault=fault) as server:
+        settings = settings_for(server.url, tmp_path)
+        for _ in range(3):
+            report = pipeline.run(settings, Asked(truth.day(22), truth.day(23), ["usage"]))
+            assert report.exit_code == 0
+            clock.shift(3600)
+    assert held(settings, "select count(*), count(resolved_at) from ops.quarantine") == [(1, 0)]
+    assert held(settings, "select sum(quarantined_rows) from ops.loads") == [(1,)]
+    learn_to_take_any_discount(monkeypatch)
+    assert quarantine.retry(settings).exit_code == 0
+    assert held(settings, "select count(*), count(resolved_at) from ops.quarantine") == [(0, 0)]
+    assert ask(settings, "select count(*) from raw.usage") == [(2,)]
+
+
+def test_a_retry_that_fails_leaves_what_is_loaded(
+    clock: time_machine.Traveller, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = {**WHOLE, "endpoint_id": truth.VIDEO, "percent_discount": 101}
+    fault = served_as(usage_page(WHOLE, odd), summary("0.025"))  # the row is no part of the total
+    _, settings, _ = run_broken(one_row(), tmp_path, fault)
+    learn_to_take_any_discount(monkeypatch)
+    report = quarantine.retry(settings)
+    assert report.exit_code == 3
+    assert "do not add up" in str(report.failures[0][1])
+    assert held(settings, "select count(*), sum(cost_total) from raw.usage") == [(1, Decimal("0.025"))]
+    assert len(quarantine.rows_set_aside(settings)) == 1
+    with pytest.raises(UnprovenError):
+        rebuild(settings, truth.day(22))
+    assert held(settings, "select count(*), sum(cost_total) from raw.usage") == [(1, Decimal("0.025"))]
+
+
 def test_the_commands_show_what_is_set_aside(clock: time_machine.Traveller, tmp_path: Path) -> None:
     fault = served_as(with_number("quantity", '"\\u001b[31m<script>"'), summary("1.5"))
     _, settings, _ = run_broken(one_row(), tmp_path, fault)
@@ -225,7 +267,7 @@ DRIFTS = "select field, kind, sample from ops.contract_drift order by all"
 def test_a_new_field_is_kept_in_the_page_recorded_and_reported_once(
     clock: time_machine.Traveller, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    page = usage_page({**PLAIN, "auth_method": "backend", "region": "eu-west"})
+    page = usage_page({**WHOLE, "region": "eu-west"})
     fault = served_as(page, summary("0.025"))
     report, settings, _ = run_broken(one_row(), tmp_path, fault)
     assert report.exit_code == 0
@@ -243,7 +285,7 @@ def test_a_new_field_is_kept_in_the_page_recorded_and_reported_once(
 
 
 def test_fields_around_the_records_are_noticed(clock: time_machine.Traveller, tmp_path: Path) -> None:
-    page = json.loads(usage_page({**PLAIN, "auth_method": "backend", 'odd"\\name': 1, "a.b": 2}))
+    page = json.loads(usage_page({**WHOLE, 'odd"\\name': 1, "a.b": 2}))
     page["time_series"][0]["note"] = "of a bucket"
     page["notice"] = ["of a page"]
     fault = served_as(json.dumps(page).encode(), summary("0.025"))
@@ -260,7 +302,7 @@ def test_fields_around_the_records_are_noticed(clock: time_machine.Traveller, tm
 def test_an_optional_field_that_is_gone_is_survived_and_noticed(
     clock: time_machine.Traveller, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    row = {**PLAIN, "auth_method": "backend"}
+    row = {**WHOLE}
     del row["cost_discount"]
     report, settings, _ = run_broken(one_row(), tmp_path, served_as(usage_page(row), summary("0.025")))
     assert report.exit_code == 0
@@ -269,10 +311,29 @@ def test_an_optional_field_that_is_gone_is_survived_and_noticed(
     assert total(settings) == Decimal("0.025")
 
 
+def test_an_object_that_is_gone_with_all_its_fields_is_noticed(
+    clock: time_machine.Traveller, tmp_path: Path
+) -> None:
+    row = {**WHOLE}
+    del row["auth_method_structured"]
+    report, settings, _ = run_broken(one_row(), tmp_path, served_as(usage_page(row), summary("0.025")))
+    assert report.exit_code == 0
+    assert ask(settings, DRIFTS) == [("auth_method_structured", "missing", None)]
+
+
+def test_what_is_noticed_of_a_window_that_does_not_add_up_is_kept(
+    clock: time_machine.Traveller, tmp_path: Path
+) -> None:
+    page = usage_page({**WHOLE, "region": "eu-west"})
+    report, settings, _ = run_broken(one_row(), tmp_path, served_as(page, summary("9")))
+    assert report.exit_code == 3
+    assert held(settings, DRIFTS) == [("region", "new", '"eu-west"')]
+
+
 def test_a_required_field_that_is_gone_refuses_the_window_and_is_named(
     clock: time_machine.Traveller, tmp_path: Path
 ) -> None:
-    row = {**PLAIN, "auth_method": "backend"}
+    row = {**WHOLE}
     del row["quantity"]
     report, settings, _ = run_broken(one_row(), tmp_path, served_as(usage_page(row), summary("0.025")))
     assert report.exit_code == 3
@@ -282,7 +343,7 @@ def test_a_required_field_that_is_gone_refuses_the_window_and_is_named(
 
 
 def test_a_field_of_another_type_is_noticed(clock: time_machine.Traveller, tmp_path: Path) -> None:
-    row = {**PLAIN, "auth_method": "backend", "unit_price": "0.025"}
+    row = {**WHOLE, "unit_price": "0.025"}
     report, settings, _ = run_broken(one_row(), tmp_path, served_as(usage_page(row), summary("0.025")))
     assert report.exit_code == 3
     assert held(settings, DRIFTS) == [("unit_price", "retyped", '"0.025"')]

@@ -192,7 +192,8 @@ def test_other_differences_have_the_first_reason_that_is_known(
     strange = replace(known[0], endpoint_id="x/strange", cost_total=Decimal(3), request_id="s")
     alone = replace(known[0], endpoint_id="x/alone", request_id="a")
     untold = replace(alone, endpoint_id="x/untold", unit=None)
-    account.events = [*known, strange, alone, untold]
+    twice = replace(alone, endpoint_id="x/twice")
+    account.events = [*known, strange, alone, untold, twice, twice]
     pipeline.run(settings)
     account.lines[0] = line(account.lines[0].hour, FLUX, "4")
     pipeline.run(settings, Asked(SETTLED, CLOSED))
@@ -201,6 +202,7 @@ def test_other_differences_have_the_first_reason_that_is_known(
         (SETTLED, "x/strange"): "unit unknown",
         (SETTLED, "x/alone"): "not known",
         (SETTLED, "x/untold"): "unit unknown",
+        (SETTLED, "x/twice"): "charges repeated",
     }
     assert query(COMPARED) == compared(
         account,

@@ -338,11 +338,11 @@ def one_row() -> Account:
 
 
 def run_broken(
-    account: Account, folder: Path, fault: Broken
+    account: Account, folder: Path, fault: Broken, **given: object
 ) -> tuple[pipeline.Report, Settings, Sandbox]:
     """A run against a server that breaks some of its answers."""
     with Sandbox(account, fault=fault) as server:
-        settings = settings_for(server.url, folder)
+        settings = settings_for(server.url, folder, **given)
         return pipeline.run(settings, Asked(resources=["usage"])), settings, server
 
 
@@ -483,7 +483,7 @@ def test_odd_rows_are_kept_warned_about_and_counted(
     control = json.loads(summary("0.025").body or b"")
     control["summary"][0] |= {"currency": odd.get("currency", "USD")}
     fault = served_as(usage_page({**PLAIN, **odd}), Fault(body=json.dumps(control).encode()))
-    report, settings, _ = run_broken(one_row(), tmp_path, fault)
+    report, settings, _ = run_broken(one_row(), tmp_path, fault, gate=True)
     assert report.exit_code == 0
     assert said in caplog.text
     assert ask(settings, "select sum(doubtful_rows) from ops.loads") == [(1,)]

@@ -272,6 +272,7 @@ ENVIRONMENT = {
     "FALETL_MAX_BODY": ("max_body", "1MiB"),
     "FALETL_MEMORY": ("memory", "1GB"),
     "FALETL_UNITS": ("units", "units.csv"),
+    "FALETL_GATE": ("gate", "0"),
     "FALETL_EXPECTATIONS": ("expectations", "expectations"),
     "FALETL_OWNERS": ("owners", "owners.csv"),
     "FALETL_RUNAWAY_MIN_COST": ("runaway_min_cost", "0.5"),

@@ -14,6 +14,7 @@ from faletl.windows import (
     DAY,
     HOUR,
     SETTLE,
+    SETTLED_AFTER,
     WATCH,
     Read,
     Window,
@@ -291,3 +292,12 @@ def test_due_days_are_in_order_without_doubles_and_never_in_the_future(
     due = [window.day for window in due_days(NOW, reads, TODAY - first * DAY)]
     assert due == sorted(set(due))
     assert all(TODAY - first * DAY <= day <= TODAY for day in due)
+
+
+@pytest.mark.parametrize(("early", "is_settled"), [(timedelta(0), True), (SECOND, False)])
+def test_a_whole_day_has_settled_a_day_after_its_end(early: timedelta, is_settled: bool) -> None:
+    read_at = YESTERDAY.end + SETTLED_AFTER - early
+    assert YESTERDAY.has_settled(read_at) is is_settled
+    cut = Window(YESTERDAY.start, YESTERDAY.end - HOUR)
+    assert not cut.has_settled(read_at + DAY)
+    assert not Window.snapshot(YESTERDAY.start).has_settled(read_at + DAY)
