@@ -44,10 +44,9 @@ def _suite(resource: Resource) -> Iterator[tuple[str, str]]:
     """Descriptions and severities, for a settled window of which all is known that can be."""
     with tempfile.TemporaryDirectory() as scratch:
         Gate(Settings.isolated(), Path(scratch))  # imports Great Expectations, and quietly
-        from faletl.expectations import Facts, suite_of
+        from faletl.expectations import PRICED, Facts, suite_of
 
         day = Window.of_day(date(2026, 11, 22))
-        has_prices = resource.name in ("usage", "prices")
         facts = Facts(
             resource=resource,
             window=day if resource.window == "day" else Window.snapshot(datetime.now(UTC)),
@@ -55,7 +54,7 @@ def _suite(resource: Resource) -> Iterator[tuple[str, str]]:
             control_total=Decimal(1) if resource.proof else None,
             is_settled=True,
             units=Path("units.csv"),
-            prices=Path("prices.csv") if has_prices else None,
+            prices=Path("prices.csv") if resource.name in PRICED else None,
             usual_rows=100 if not resource.every_run else None,
         )
         for expectation in suite_of(facts).expectations:

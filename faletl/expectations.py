@@ -32,6 +32,9 @@ CRITICAL, WARNING, INFO = FailureSeverity.CRITICAL, FailureSeverity.WARNING, Fai
 PRICE_BAND = 3
 """A price of so many times, or one so-many-th, of all of its own before is a warning."""
 
+PRICED = ("usage", "prices")
+"""Whose prices are compared with their own before; charges are proven by usage, at its prices."""
+
 PRICE_HISTORY_DAYS = 90
 """How far back a price's own history goes."""
 

@@ -50,7 +50,6 @@ class Subject:
     account: str
     resource: Resource
     window: Window
-    load_id: str
     rows: Path
     expected_rows: int
     control_total: Decimal | None
@@ -64,7 +63,6 @@ class Subject:
             account=manifest.account,
             resource=staged.resource,
             window=manifest.window,
-            load_id=manifest.load_id,
             rows=staged.path,
             expected_rows=(
                 staged.landed_rows
@@ -293,10 +291,10 @@ def _shown(value: object) -> str | int | None:
 
 def _prices_before(connection: sa.Connection, subject: Subject) -> list[tuple[str, str, str, str]]:
     """The lowest and highest price of each endpoint and unit in the time before the window."""
-    from faletl.expectations import PRICE_HISTORY_DAYS
+    from faletl.expectations import PRICE_HISTORY_DAYS, PRICED
 
     resource, rows = subject.resource, RAW[subject.resource.name].c
-    if resource.name not in ("usage", "prices"):  # charges are proven by usage, at its prices
+    if resource.name not in PRICED:
         return []
     time = rows[resource.time or "_snapshot_at"]
     start = subject.window.start

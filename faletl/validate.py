@@ -104,7 +104,6 @@ def _judged(warehouse: Warehouse, gate: Gate, load: sa.RowMapping, scratch: Path
             account=load["account"],
             resource=resource,
             window=window,
-            load_id=load["load_id"],
             rows=path,
             expected_rows=load["rows"],
             control_total=load["control_total"],

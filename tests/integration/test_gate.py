@@ -295,7 +295,10 @@ def test_a_day_that_adds_up_later_is_compared_with_the_later_total(
         pipeline.run(settings, Asked(resources=["usage"]))
         is_behind[0] = False
         clock.shift(86_400)
-        pipeline.run(settings, Asked(truth.day(23), truth.day(24), ["usage"]))
+        report = pipeline.run(settings, Asked(truth.day(23), truth.day(24), ["usage"]))
+    assert [one.outcome for one in report.outcomes] == ["unchanged"]
+    totals = "select proof, control_total from ops.loads where window_start = '2026-11-23 00:00:00Z'"
+    assert ask(settings, totals) == [("summary", Decimal("0.025"))]
     assert validate(settings).exit_code == 0
 
 
