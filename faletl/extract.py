@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -65,26 +65,30 @@ def fetch_window(
     origin: Origin,
     ids: Sequence[str] = (),
     is_whole_catalogue: bool = False,
+    ahead: Sequence[str] = (),
     unproven: Landed | None = None,
 ) -> Landed:
     """Land every page of the window, and of its control total where the resource has one.
 
-    `ids` are the endpoint ids to ask for, where a resource is asked by ids. After an `unproven` read
-    of the window this one starts over even if an interrupted one could be taken up, and keeps the
-    rows of that one beside its own where two equal walks suffice.
+    `ids` are the endpoint ids to ask for, where a resource is asked by ids; batches of them may have
+    been asked `ahead`, in these reads (`ask_ahead`). After an `unproven` read of the window this one
+    starts over even if an interrupted one could be taken up, and keeps the rows of that one beside its
+    own where two equal walks suffice.
 
     Raises:
         KeyRefusedError, ContractError, ApiUnavailableError, StorageError: see `FalClient`; every
             error names resource and window. What landed so far stays for the next attempt.
     """
-    try:
+    with _placed(settings, resource, window):
         for is_second_try in (False, True):
             attempt, now = None, datetime.now(UTC)
-            if not (unproven or is_second_try or window.is_snapshot or window.is_provisional):
-                attempt = landing.resume(
-                    settings, origin.account, resource.name, window, since=now - RESUME_WITHIN
-                )
-            attempt = attempt or landing.begin(settings, origin.account, resource.name, window, at=now)
+            is_first = not (unproven or is_second_try)
+            mine, since = (settings, origin.account, resource.name, window), now - RESUME_WITHIN
+            if is_first and ahead:
+                attempt = landing.gather(*mine, ahead, since=since)
+            elif is_first and not (window.is_snapshot or window.is_provisional):
+                attempt = landing.resume(*mine, since=since)
+            attempt = attempt or landing.begin(*mine, at=now)
             try:
                 asking = _Asking(client, resource, attempt)
                 unknown = origin.unknown_ids.get(resource.name, set[str]())
@@ -115,6 +119,41 @@ def fetch_window(
             finally:
                 attempt.close()
         raise AssertionError("unreachable")
+
+
+def ask_ahead(
+    client: FalClient,
+    settings: Settings,
+    account: str,
+    resource: Resource,
+    window: Window,
+    ids: Sequence[str],
+    load_id: str,
+) -> bool:
+    """Land what fal answers for these ids, for `fetch_window` to find; it asks for what is missing.
+
+    False if it was done before, or somebody is at it.
+
+    Raises: as `fetch_window`.
+    """
+    with _placed(settings, resource, window):
+        attempt = landing.open_ahead(settings, account, resource.name, window, load_id)
+        if attempt is None:
+            return False
+        try:
+            asking = _Asking(client, resource, attempt)
+            for number in range(len(resource.params)):
+                _ask_by_ids(asking, number, window, ids, set())
+        finally:
+            attempt.close()
+        return True
+
+
+@contextmanager
+def _placed(settings: Settings, resource: Resource, window: Window) -> Iterator[None]:
+    """Errors name resource and window; a refused key, what it would need."""
+    try:
+        yield
     except KeyRefusedError as error:
         name = settings.key_name(metrics=resource.uses_metrics_key)
         raise KeyRefusedError(

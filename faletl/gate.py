@@ -84,6 +84,8 @@ class Gate:
 
     def __init__(self, settings: Settings, scratch: Path) -> None:
         os.environ["GX_ANALYTICS_ENABLED"] = "false"
+        # It tells of itself in hundreds of lines where a scheduler shows them all.
+        logging.getLogger("great_expectations").setLevel(logging.WARNING)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of modules that it imports
             import great_expectations as gx

@@ -17,7 +17,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -38,6 +38,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 RECEIPT = "loaded.json"
 _LOCK = ".reading"
+_PAGE = ".json.zst"
 _STAMP = "%Y%m%dT%H%M%S%fZ"
 _LOAD_ID = re.compile(r"\d{8}T\d{12}Z-[0-9a-f]{6}")
 
@@ -193,6 +194,14 @@ class Attempt:
             taken.append(msgspec.structs.replace(call, label="again", pages=pages))
         return taken
 
+    def take_in(self, other: Attempt) -> None:
+        """Make the pages of another unfinished read ones of this, and let that one go."""
+        for path in other.folder.iterdir():
+            if path.name.endswith(_PAGE):
+                path.replace(self.folder / path.name)
+        sync_folder(self.folder)
+        other.discard()
+
     def described(self, label: str, params: Params, page: Page) -> LandedPage:
         """The record of a page that was landed before."""
         name = page_name(label, params, page.number)
@@ -222,10 +231,15 @@ class Attempt:
         self._lock.release()
 
 
+def new_load_id(at: datetime) -> str:
+    """When the read began, and chance."""
+    return f"{at.astimezone(UTC).strftime(_STAMP)}-{secrets.token_hex(3)}"
+
+
 def begin(settings: Settings, account: str, resource: str, window: Window, at: datetime) -> Attempt:
     """Open a new folder for a read of the window; raises StorageError."""
     while True:
-        load_id = f"{at.astimezone(UTC).strftime(_STAMP)}-{secrets.token_hex(3)}"
+        load_id = new_load_id(at)
         folder = _window_folder(settings, account, resource, window) / load_id
         try:
             _make_private(folder)
@@ -252,6 +266,60 @@ def resume(
             return attempt
         attempt.close()  # it was finished just now
         return None
+    return None
+
+
+def open_ahead(
+    settings: Settings, account: str, resource: str, window: Window, load_id: str
+) -> Attempt | None:
+    """The unfinished read of that id, made if need be; None if it is done or somebody works on it."""
+    folder = _window_folder(settings, account, resource, window) / load_id
+    try:
+        _make_private(folder)
+        attempt = Attempt(folder, settings)
+    except filelock.Timeout:
+        return None
+    except OSError as error:
+        raise storage_error(error, folder) from None
+    if (folder / MANIFEST).exists():
+        attempt.close()
+        return None
+    return attempt
+
+
+def gather(
+    settings: Settings,
+    account: str,
+    resource: str,
+    window: Window,
+    ahead: Sequence[str],
+    since: datetime,
+) -> Attempt | None:
+    """One read with the pages of all those asked ahead; None if they began before, or are not to be had.
+
+    It counts as begun when the first of them was: none of its pages is older.
+    """
+    if not ahead or _started_at(ahead[0]) < since:
+        return None
+    whole = open_ahead(settings, account, resource, window, ahead[0])
+    for load_id in ahead[1:] if whole else ():
+        part = open_ahead(settings, account, resource, window, load_id)
+        if whole and part:
+            whole.take_in(part)
+    return whole
+
+
+def read_of_run(
+    settings: Settings, account: str, resource: str, window: Window, run_id: str
+) -> Landed | None:
+    """The newest complete read of the window by that run; raises TamperedError, as `open_read`."""
+    for folder in sorted(
+        _load_folders(_window_folder(settings, account, resource, window)), reverse=True
+    ):
+        if (folder / MANIFEST).exists():
+            landed = open_read(folder)
+            if landed.manifest.run_id == run_id and landed.manifest.window == window:
+                return landed
     return None
 
 
@@ -359,7 +427,7 @@ def relative_path(settings: Settings, folder: Path) -> str:
 def page_name(label: str, params: Params, number: int) -> str:
     """The file of a page: nothing that fal sent is part of it, the question only as a digest."""
     question = msgspec.json.encode(dict(sorted(params.items())))
-    return f"{label}-{hashlib.sha256(question).hexdigest()[:12]}-{number:05d}.json.zst"
+    return f"{label}-{hashlib.sha256(question).hexdigest()[:12]}-{number:05d}{_PAGE}"
 
 
 def write_durably(path: Path, content: bytes) -> None:

@@ -12,11 +12,11 @@ import logging
 import secrets
 import tempfile
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -49,10 +49,10 @@ from faletl.plan import (
     plan,
     with_ids,
 )
-from faletl.resources import RESOURCES
+from faletl.resources import MODELS, RESOURCES, USAGE
 from faletl.staging import Staged, stage_window
 from faletl.warehouse import Warehouse, open_warehouse
-from faletl.warehouse.tables import WAREHOUSE
+from faletl.warehouse.tables import LOADS, WAREHOUSE
 from faletl.windows import Window
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def run(settings: Settings, asked: Asked = DUE, progress: Progress = silent) -> 
     with _loader(settings, warehouse, report) as load:
         can_write = _extract_all(settings, warehouse, report, load, asked, progress)
     if can_write:
-        _record_failures(settings, warehouse, report)
+        record_failures(settings, report)
         try:
             build_and_publish(settings, report)
         except FaletlError as error:
@@ -183,7 +183,7 @@ def load_reads(
             load([staged])
             staged.path.unlink()
         progress("loading", len(reads), len(reads))
-    _record_failures(settings, warehouse, report)
+    record_failures(settings, report)
 
 
 def build(settings: Settings, *, full: bool = False) -> Report:
@@ -206,6 +206,28 @@ def publish(settings: Settings) -> Report:
     report = Report(new_run_id())
     build_and_publish(settings, report, builds="never")
     return report
+
+
+def is_behind(settings: Settings) -> bool:
+    """Whether something is loaded, or was set aside, that `build` would make news of."""
+    with open_warehouse(settings).reading() as connection:
+        return connection is not None and models.is_behind(settings, connection)
+
+
+def is_published(settings: Settings, day: date) -> bool:
+    """Whether readers see all usage of that UTC day, of each account read in the week before."""
+    lately = sa.and_(
+        LOADS.c.resource == USAGE.name,
+        LOADS.c.is_current,
+        LOADS.c.window_start > datetime.combine(day - timedelta(days=7), time(), UTC),
+    )
+    is_it = sa.and_(LOADS.c.window_start == datetime.combine(day, time(), UTC), ~LOADS.c.is_provisional)
+    with open_warehouse(settings).published() as connection:
+        if connection is None:
+            return False
+        accounts = sa.select(LOADS.c.account, sa.func.max(sa.case((is_it, 1), else_=0)))
+        found = connection.execute(accounts.where(lately).group_by(LOADS.c.account)).all()
+    return bool(found) and all(is_there for _, is_there in found)
 
 
 def build_and_publish(
@@ -246,6 +268,21 @@ def warn_of_runaways(build: models.Build) -> None:
 
 
 # --- Extraction -----------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Seen:
+    """Endpoint ids that a run has met: used, by UTC day, and listed in fal's catalogue."""
+
+    used: dict[date, frozenset[str]] = field(default_factory=dict)
+    catalogue: frozenset[str] = frozenset()
+
+    def note(self, staged: Staged) -> None:
+        """Remember the ids of a window."""
+        if staged.resource is USAGE:
+            self.used[staged.landed.manifest.window.day] = staged.endpoint_ids
+        elif staged.resource is MODELS:
+            self.catalogue |= staged.endpoint_ids
 
 
 def _extract_all(
@@ -290,10 +327,10 @@ def _extracted(
         label = report.account = account_label(client, settings)
         with warehouse.reading() as connection:
             tasks = plan(settings, connection, label, asked, now)
-            token = _fencing_token(connection)
+            token = fencing_token(connection)
         unknown_ids = {name: set[str]() for name in RESOURCES}
         origin = Origin(label, report.run_id, token, first_planned(tasks), unknown_ids)
-        seen: dict[str, set[str]] = {name: set() for name in RESOURCES}
+        seen = Seen()
         refused = set[str]()
 
         def work(task: Task) -> Staged | None:
@@ -301,7 +338,7 @@ def _extracted(
             if resource.name in refused:
                 return None
             try:
-                return _prove_or_reread(client, settings, task, Path(scratch), origin)
+                return prove_or_reread(client, settings, task, Path(scratch), origin)
             except KeyRefusedError as error:
                 if not resource.is_optional or resource.name in asked.resources:
                     client.stop()  # no other thread needs to hear it too
@@ -313,11 +350,11 @@ def _extracted(
 
         done = 0
         for wave in _waves(warehouse, label, tasks, now, seen):
-            for batch, count in _worked(client, settings, wave, work, report):
+            for batch, count in worked(client, settings, wave, work, report):
                 done += count
                 progress("extracting", done, len(tasks))
                 for staged in batch:
-                    seen[staged.resource.name] |= staged.endpoint_ids
+                    seen.note(staged)
                 if batch:
                     yield batch
 
@@ -327,22 +364,21 @@ def _waves(
     account: str,
     tasks: list[Task],
     now: datetime,
-    seen: Mapping[str, set[str]],
+    seen: Seen,
 ) -> Iterator[list[Task]]:
     """First what needs no endpoint ids; then what is asked by ids, which are known by then."""
     yield [task for task in tasks if task.resource.ids_per_call is None]
     by_ids = [task for task in tasks if task.resource.ids_per_call is not None]
     if by_ids:
-        used = seen["usage"] | seen["billing_events"]
         with warehouse.reading() as connection:
-            known = with_ids(connection, account, by_ids, now, used=used, catalogue=seen["models"])
+            known = with_ids(connection, account, by_ids, now, used=seen.used, catalogue=seen.catalogue)
         for name in sorted({t.resource.name for t in by_ids} - {t.resource.name for t in known}):
             log.warning("%s: no endpoint is known yet to ask for; load usage or models first", name)
         by_ids = known
     yield by_ids
 
 
-def _worked(
+def worked(
     client: FalClient,
     settings: Settings,
     tasks: list[Task],
@@ -380,15 +416,26 @@ def _worked(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _prove_or_reread(
-    client: FalClient, settings: Settings, task: Task, scratch: Path, origin: Origin
+def prove_or_reread(
+    client: FalClient,
+    settings: Settings,
+    task: Task,
+    scratch: Path,
+    origin: Origin,
+    landed: Landed | None = None,
 ) -> Staged:
-    """Fetch and stage; where the rows do not add up, once more: pages may have shifted."""
+    """Fetch and stage; where the rows do not add up, once more: pages may have shifted.
+
+    A read that `landed` before takes the place of the first one.
+
+    Raises: as `fetch_window` and `stage_window`.
+    """
     unproven: Landed | None = None
     while True:
-        landed = fetch_window(
+        landed = landed or fetch_window(
             client, settings, task.resource, task.window,
-            origin=origin, ids=task.ids, is_whole_catalogue=task.is_whole_catalogue, unproven=unproven,
+            origin=origin, ids=task.ids, is_whole_catalogue=task.is_whole_catalogue,
+            ahead=task.ahead, unproven=unproven,
         )  # fmt: skip
         try:
             return stage_window(settings, landed, scratch)
@@ -396,10 +443,11 @@ def _prove_or_reread(
             if unproven is not None:
                 raise
             log.info("%s; reading the window once more", error)
-            unproven = landed
+            unproven, landed = landed, None
 
 
-def _fencing_token(connection: sa.Connection | None) -> int:
+def fencing_token(connection: sa.Connection | None) -> int:
+    """The newest token that was given out, 0 without a warehouse."""
     if connection is None:
         return 0
     return int(connection.execute(sa.select(WAREHOUSE.c.fencing_token)).scalar_one())
@@ -476,7 +524,7 @@ def outcome_of(staged: Staged, outcome: str) -> Outcome:
     return Outcome(staged.resource.name, window, outcome, staged.rows, staged.landed.folder)
 
 
-def _record_failures(settings: Settings, warehouse: Warehouse, report: Report) -> None:
+def record_failures(settings: Settings, report: Report) -> None:
     """Keep what failed for `faletl status`; that it failed is in the report in any case."""
     failed = [
         (task, error, str(account))
@@ -485,6 +533,7 @@ def _record_failures(settings: Settings, warehouse: Warehouse, report: Report) -
     ]
     if not failed:
         return
+    warehouse = open_warehouse(settings)
     with suppress(FaletlError), warehouse.lease(f"faletl, run {report.run_id}") as lease:
         for task, error, account in failed:
             record_failure(

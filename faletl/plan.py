@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
+from types import MappingProxyType
 
 import msgspec
 import sqlalchemy as sa
@@ -13,7 +14,7 @@ import sqlalchemy as sa
 from faletl.client import FalClient, MalformedBodyError
 from faletl.config import Settings
 from faletl.errors import ContractError, KeyRefusedError, UsageError
-from faletl.load import KnownIds, horizons, known_ids, pages_per_window, reads_by_day
+from faletl.load import SEEN_WITHIN, KnownIds, horizons, known_ids, pages_per_window, reads_by_day
 from faletl.resources import RESOURCES, Resource
 from faletl.windows import Read, Window, asks_whole_catalogue, due_days, utc_days
 
@@ -54,12 +55,16 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One window of one resource to extract; `ids` where it is asked by ids."""
+    """One window of one resource to extract; `ids` where it is asked by ids.
+
+    `ahead` are reads of it in which batches of the ids were asked beforehand (faletl/pieces.py).
+    """
 
     resource: Resource
     window: Window
     ids: tuple[str, ...] = ()
     is_whole_catalogue: bool = False
+    ahead: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +92,10 @@ def _assumed_ids(task: Task) -> int:
     return ASSUMED_CATALOGUE if is_all else ASSUMED_USED
 
 
+NAMELESS = "default"
+"""The label of an account whose name fal does not tell to its key."""
+
+
 def account_label(client: FalClient, settings: Settings) -> str:
     """The account's label: FALETL_ACCOUNT, or fal's name of the account.
 
@@ -97,7 +106,7 @@ def account_label(client: FalClient, settings: Settings) -> str:
     try:
         _, label = client.get("/account/billing", {"expand": ("credits",)}, read_username)
     except KeyRefusedError:
-        return "default"
+        return NAMELESS
     return label
 
 
@@ -184,21 +193,23 @@ def with_ids(
     tasks: Iterable[Task],
     now: datetime,
     *,
-    used: Collection[str] = (),
+    used: Mapping[date, Collection[str]] = MappingProxyType({}),
     catalogue: Collection[str] = (),
 ) -> list[Task]:
     """The tasks with the endpoint ids to ask for; those without any are left out.
 
     Asked for is what the window or the 90 days before it used or hold, and fal's catalogue: for
-    snapshots always, for days when their turn has come. `used` and `catalogue` are what this run has
-    seen of them. Ids that fal said it does not know are left alone for some days.
+    snapshots always, for days when their turn has come. `used` (by day) and `catalogue` are what this
+    run has seen of them. Ids that fal said it does not know are left alone for some days.
     """
     found = []
     for task in tasks:
         known = KnownIds()
         if connection is not None:
             known = known_ids(connection, account, task.resource, task.window, now)
-        ids, all_ids = known.used_or_held.union(used), known.catalogue.union(catalogue)
+        since, day = task.window.day - SEEN_WITHIN, task.window.day
+        lately = (ids for on, ids in used.items() if since <= on <= day)
+        ids, all_ids = known.used_or_held.union(*lately), known.catalogue.union(catalogue)
         is_whole = task.is_whole_catalogue and bool(all_ids)  # not when fal's catalogue was out of reach
         if is_whole or task.window.is_snapshot:
             ids |= all_ids

@@ -1,0 +1,275 @@
+"""The line in pieces that any worker can take: one plans, many extract, one loads.
+
+What they hand each other is the path of a plan, which lies beside the landed pages, and which of its
+windows are meant. `faletl run` does the same in one process; a scheduler calls these.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Self, TypedDict
+
+import msgspec
+
+from faletl import landing
+from faletl.check import check
+from faletl.client import FalClient
+from faletl.config import Settings
+from faletl.errors import FaletlError, KeyRefusedError, TamperedError
+from faletl.extract import Origin, ask_ahead
+from faletl.landing import Landed
+from faletl.load import horizons
+from faletl.pipeline import (
+    Report,
+    fencing_token,
+    load_reads,
+    new_run_id,
+    outcome_of,
+    prove_or_reread,
+    record_failures,
+    worked,
+)
+from faletl.plan import NAMELESS, Asked, Task, account_label, first_planned, plan, with_ids
+from faletl.resources import RESOURCES
+from faletl.staging import Staged
+from faletl.warehouse import open_warehouse
+from faletl.windows import Window
+
+log = logging.getLogger(__name__)
+
+MOST_PIECES = 24
+"""A plan is cut into at most so many: a task costs a scheduler seconds, however little it does."""
+
+_KEPT = timedelta(days=30)
+
+
+class Piece(TypedDict):
+    """Consecutive windows of a plan, by their numbers in it; `windows` names them for people."""
+
+    plan: str
+    first: int
+    end: int
+    windows: str
+
+
+class Batch(TypedDict):
+    """Some of the endpoint ids that one window of a plan asks for; `ids` names them for people."""
+
+    plan: str
+    window: int
+    number: int
+    ids: str
+
+
+class Planned(msgspec.Struct, frozen=True):
+    """A `Task` as it stands in a plan."""
+
+    resource: str
+    start: datetime
+    end: datetime
+    ids: list[str] = []
+    is_whole_catalogue: bool = False
+    ahead: list[str] = []
+
+    @classmethod
+    def of(cls, task: Task, now: datetime) -> Self:
+        """The task, with a read to ask each batch of ids ahead in, where there are several."""
+        batches = math.ceil(len(task.ids) / (task.resource.ids_per_call or len(task.ids) or 1))
+        ahead = [landing.new_load_id(now) for _ in range(batches)] if batches > 1 else []
+        window = task.window
+        ids, is_whole = list(task.ids), task.is_whole_catalogue
+        return cls(task.resource.name, window.start, window.end, ids, is_whole, ahead)
+
+    @property
+    def task(self) -> Task:
+        """The task."""
+        window = Window(self.start, self.end)
+        ids, ahead = tuple(self.ids), tuple(self.ahead)
+        return Task(RESOURCES[self.resource], window, ids, self.is_whole_catalogue, ahead)
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """What a run reads, as it was planned; `fencing_token` is the newest one that was known then."""
+
+    run_id: str
+    account: str
+    fencing_token: int
+    planned_from: dict[str, date]
+    windows: list[Planned]
+
+    @property
+    def origin(self) -> Origin:
+        """What its reads have in common."""
+        unknown_ids = {name: set[str]() for name in RESOURCES}
+        return Origin(self.account, self.run_id, self.fencing_token, self.planned_from, unknown_ids)
+
+
+def make_plan(settings: Settings, asked: Asked, *, is_first_due: bool = False) -> str | None:
+    """Write down what `faletl run` would read now; returns the path, None if nothing is due.
+
+    With `is_first_due` the first read ever of a resource is of what is due, recent days asked for or
+    not: it would else be complete from these days on only (docs/architecture.md).
+
+    Raises:
+        UsageError: settings that cannot mean anything; no key.
+        KeyRefusedError: fal accepts the key for nothing.
+        ApiUnavailableError, ContractError: fal did not tell the account's name.
+        WarehouseError, StorageError: the warehouse cannot be read, the plan not be written.
+    """
+    settings.require_key()
+    now = datetime.now(UTC)
+    with FalClient(settings) as client:
+        account = account_label(client, settings)
+    if account == NAMELESS:  # fal did not tell: better one task tells why than each that follows
+        for problem in check(settings).problems:
+            if problem.exit_code == KeyRefusedError.exit_code:
+                raise KeyRefusedError(problem.sentence)
+    with open_warehouse(settings).reading() as connection:
+        if is_first_due and not _is_older(settings, asked, now):
+            known_since = horizons(connection, account) if connection is not None else {}
+            if not known_since.keys() & set(asked.resources):
+                asked = Asked(resources=asked.resources)
+        tasks = plan(settings, connection, account, asked, now)
+        by_ids = [task for task in tasks if task.resource.ids_per_call is not None]
+        known = {(t.resource.name, t.window): t for t in with_ids(connection, account, by_ids, now)}
+        token = fencing_token(connection)
+    if by_ids and not known:
+        log.warning("no endpoint is known yet to ask for; load usage or models first")
+    planned_from = first_planned(tasks)
+    tasks = [known.get((t.resource.name, t.window), t) for t in tasks]
+    windows = [Planned.of(t, now) for t in tasks if t.resource.ids_per_call is None or t.ids]
+    if not windows:
+        return None
+    made = Plan(new_run_id(), account, token, planned_from, windows)
+    folder = Path(settings.landing) / ".plans"
+    path = folder / f"{made.run_id}.json"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _forget_old(folder, now)
+    except OSError as error:
+        raise landing.storage_error(error, path) from None
+    landing.write_durably(path, msgspec.json.format(msgspec.json.encode(made), indent=1))
+    log.info("%d windows of account %s are to be read: %s", len(windows), account, path)
+    return str(path.absolute())
+
+
+def read_plan(path: str) -> Plan:
+    """The plan at that path.
+
+    Raises:
+        TamperedError: it is not there, or none of ours.
+    """
+    try:
+        return msgspec.json.decode(Path(path).read_bytes(), type=Plan)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise TamperedError(
+            f"the plan {path} cannot be read ({error}); every worker must see the same FALETL_LANDING"
+        ) from None
+
+
+def pieces(path: str, most: int = MOST_PIECES) -> list[Piece]:
+    """The plan's windows in at most so many pieces of about the same size, in order."""
+    windows = read_plan(path).windows
+    size = math.ceil(len(windows) / most)
+    return [
+        Piece(plan=path, first=first, end=first + len(part), windows=_span(part))
+        for first in range(0, len(windows), max(size, 1))
+        for part in [windows[first : first + size]]
+    ]
+
+
+def batches(path: str) -> list[Batch]:
+    """The batches of endpoint ids to ask ahead: of windows that ask for more than one call takes."""
+    return [
+        Batch(
+            plan=path, window=at, number=number, ids=f"{_span([one])}, {number + 1} of {len(one.ahead)}"
+        )
+        for at, one in enumerate(read_plan(path).windows)
+        for number in range(len(one.ahead))
+    ]
+
+
+def ask_batch(settings: Settings, batch: Batch) -> bool:
+    """Land what fal answers for one batch of ids, for `extract_piece` to find.
+
+    Raises: as `faletl.extract.ask_ahead`.
+    """
+    made = read_plan(batch["plan"])
+    task, number = made.windows[batch["window"]].task, batch["number"]
+    size = task.resource.ids_per_call or len(task.ids)
+    ids = task.ids[number * size : (number + 1) * size]
+    with FalClient(settings) as client:
+        return ask_ahead(
+            client, settings, made.account, task.resource, task.window, ids, task.ahead[number]
+        )
+
+
+def extract_piece(settings: Settings, piece: Piece) -> Report:
+    """Fetch, land and prove the windows of a piece; those that an earlier try landed are taken as read.
+
+    Raises:
+        KeyRefusedError: fal refused the key; nothing more is asked.
+        StorageError, WarehouseError: nothing more can be written.
+    """
+    made = read_plan(piece["plan"])
+    report = Report(made.run_id, made.account)
+    tasks = [planned.task for planned in made.windows[piece["first"] : piece["end"]]]
+    origin = made.origin
+    with FalClient(settings) as client, tempfile.TemporaryDirectory(prefix="faletl-") as scratch:
+
+        def work(task: Task) -> Staged:
+            landed = _landed(settings, made, task)
+            return prove_or_reread(client, settings, task, Path(scratch), origin, landed)
+
+        for batch, _ in worked(client, settings, tasks, work, report):
+            for staged in batch:
+                report.outcomes.append(outcome_of(staged, "landed"))
+                staged.path.unlink()
+    record_failures(settings, report)
+    return report
+
+
+def load_plan(settings: Settings, path: str) -> Report:
+    """Stage and load all that landed for the plan, in its order; what is refused goes to the report."""
+    made = read_plan(path)
+    report = Report(made.run_id, made.account)
+    load_reads(settings, list(_all_landed(settings, made, report)), report)
+    return report
+
+
+def _all_landed(settings: Settings, made: Plan, report: Report) -> Iterator[Landed]:
+    for planned in made.windows:
+        try:
+            landed = _landed(settings, made, planned.task)
+        except FaletlError as error:
+            report.failures.append((planned.task, error))
+            continue
+        if landed is not None:
+            yield landed
+
+
+def _landed(settings: Settings, made: Plan, task: Task) -> Landed | None:
+    return landing.read_of_run(settings, made.account, task.resource.name, task.window, made.run_id)
+
+
+def _is_older(settings: Settings, asked: Asked, now: datetime) -> bool:
+    """Whether days are asked for that are not due at first."""
+    first = now.date() - timedelta(days=settings.first_days)
+    return asked.start is not None and asked.start < first
+
+
+def _span(windows: Sequence[Planned]) -> str:
+    first, last = windows[0].task, windows[-1].task
+    name = first.resource.name
+    return f"{name} {first.window}" + (f" to {last.window}" if len(windows) > 1 else "")
+
+
+def _forget_old(folder: Path, now: datetime) -> None:
+    for path in folder.iterdir():
+        if now.timestamp() - path.stat().st_mtime > _KEPT.total_seconds():
+            path.unlink(missing_ok=True)
