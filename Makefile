@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test lint check docs bench lock clean
+.PHONY: help setup demo test lint check docs bench airflow-e2e lock clean
 
 help:
 	@echo "make demo    sandbox API, a run over this month and the last, the first answers"
@@ -12,6 +12,7 @@ help:
 	@echo "make setup   create the environment in $(VENV), nothing else"
 	@echo "make lint    ruff, mypy, sqlfluff"
 	@echo "make check   lint, tests (a second time under another time zone), wheel"
+	@echo "make airflow-e2e  all of Airflow's processes: schedule, backfill, a killed worker (10 minutes an executor)"
 	@echo "make docs    what docs/ and README repeat of the code anew: dictionary, star, outputs"
 	@echo "make bench   what 1 and 5 million billing events of a day cost (some minutes)"
 	@echo "make lock    resolve requirements.lock anew (needs uv)"
@@ -20,8 +21,9 @@ help:
 $(VENV)/.made: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.12"'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --require-hashes --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(BIN)/python -m pip check
 	@touch $@
 
 setup: $(VENV)/.made
@@ -48,10 +50,16 @@ docs: setup
 
 bench: setup
 	$(BIN)/python benchmarks/load_events.py 1000000 5000000
+	$(BIN)/python benchmarks/parse_dags.py
+
+# Needs PostgreSQL and Redis servers, which it starts for itself.
+airflow-e2e: setup
+	$(BIN)/python -m tests.airflow.e2e --executor local
+	$(BIN)/python -m tests.airflow.e2e --executor celery
 
 lock:
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
-		--no-header --upgrade --group dev pyproject.toml -o requirements.lock
+		--no-header --upgrade --group dev --extra airflow pyproject.toml -o requirements.lock
 
 clean:
 	rm -rf $(VENV) faletl-demo dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

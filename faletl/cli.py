@@ -381,28 +381,32 @@ def sql(
 
 @app.command(epilog="Example: faletl sandbox --port 8787 --seed 8")
 def sandbox(
-    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=0, max=65535)] = 8787,
+    host: Annotated[
+        str, typer.Option(help="IPv4 address of this machine to listen on; 0.0.0.0 for all.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8787,
     as_of: Annotated[
         date | None,
         typer.Option(parser=_day, metavar="DATE", help="Speak the API as it was on that day of 2026."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Another number invents other usage and charges.")] = 7,
 ) -> None:
-    """A fal Platform API on loopback with invented data since 2025, until Ctrl-C.
+    """A fal Platform API with invented data since 2025, until Ctrl-C; on loopback by default.
 
     The same seed and dates always give the same figures.
     """
     from faletl.sandbox import FULL_KEY, Sandbox, invented_world
 
     try:
-        server = Sandbox(invented_world(seed, late=True), port, as_of=as_of)
+        server = Sandbox(invented_world(seed, late=True), port, host=host, as_of=as_of)
     except OSError as error:
         raise UsageError(
-            f"port {port} cannot be had ({error.strerror}); name another with --port"
+            f"{host}:{port} cannot be had ({error.strerror}); name another with --host or --port"
         ) from None
     with server:
         typer.echo(f"Serving invented data on {server.url}; stop with Ctrl-C. To load it:")
-        typer.echo(f"  FALETL_API_URL={server.url} FAL_KEY={FULL_KEY} faletl run")
+        allowed = "" if server.url.startswith("http://127.") else "FALETL_ALLOW_HTTP=1 "
+        typer.echo(f"  {allowed}FALETL_API_URL={server.url} FAL_KEY={FULL_KEY} faletl run")
         with suppress(_Stopped):  # the way it is meant to end
             server.serve_forever()
     _signals.clear()

@@ -36,6 +36,11 @@ def main() -> None:
         demo = [str(python), "-c", "from faletl.cli import main; main()", "demo"]
         done = subprocess.run(demo, check=True, capture_output=True, text=True, cwd=folder)
         assert "How long do the credits last?" in done.stdout
+        dags = "import faletl.airflow as a; print(*sorted(p.stem for p in a.dags_folder().glob('*.py')))"
+        named = subprocess.run(
+            [str(python), "-c", dags], check=True, capture_output=True, text=True, cwd=folder
+        )
+        assert named.stdout.split() == sorted(path.stem for path in (ROOT / "dags").glob("*.py"))
         print(f"{wheel.name}: the demo runs from the installed wheel")
 
 

@@ -40,6 +40,7 @@ READONLY_KEY = "sandbox-readonly:not-a-secret"
 DEFAULT_KEYS = {FULL_KEY: "FULL", BILLING_KEY: "BILLING", READONLY_KEY: "READONLY"}
 
 BASE_PATH = "/v1"
+LOOPBACK, EVERYWHERE = "127.0.0.1", "0.0.0.0"  # noqa: S104 only where --host asks for it
 MAX_VALUES = 50  # of a list parameter
 PAGE_SIZE = 1000  # where nobody says otherwise; also the ceiling where the document names none
 
@@ -149,12 +150,13 @@ class Refusal(Exception):  # noqa: N818 a proper answer, not a failure of the sa
 
 
 class Sandbox:
-    """A server on 127.0.0.1, from construction on `port` (0: any free one), answering once entered.
+    """A server on loopback, from construction on `port` (0: any free one), answering once entered.
 
-    `keys` maps each key to its preset. A page holds at most `page_size` rows; `limit` may lower it.
-    Without `page_size`, `limit` may also raise it, as far as the document says. `fault` sees each
-    request before it is answered and may say how to break the answer. With `as_of`, the API is the one
-    of that day: what was added later is unknown to it, whatever the world holds.
+    `host` is another address of this machine to listen on, or 0.0.0.0 for all of them; `url` then
+    names loopback. `keys` maps each key to its preset. A page holds at most `page_size` rows; `limit`
+    may lower it. Without `page_size`, `limit` may also raise it, as far as the document says. `fault`
+    sees each request before it is answered and may say how to break the answer. With `as_of`, the API
+    is the one of that day: what was added later is unknown to it, whatever the world holds.
     """
 
     def __init__(
@@ -162,6 +164,7 @@ class Sandbox:
         world: World,
         port: int = 0,
         *,
+        host: str = LOOPBACK,
         keys: Mapping[str, str] = DEFAULT_KEYS,
         page_size: int | None = None,
         fault: Callable[[Request], Fault | None] | None = None,
@@ -173,8 +176,9 @@ class Sandbox:
         self.page_size = page_size
         self.fault = fault
         self.requests: list[Request] = []
-        self._server = _Server(self, port)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}{BASE_PATH}"
+        self._server = _Server(self, host, port)
+        address, port = self._server.socket.getsockname()
+        self.url = f"http://{LOOPBACK if address == EVERYWHERE else address}:{port}{BASE_PATH}"
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
@@ -819,14 +823,14 @@ def _structured(credential: Credential) -> Json:
 
 
 class _Server(ThreadingHTTPServer):
-    """Loopback only. Remembers its connections, so that stopping also ends kept-alive ones."""
+    """Remembers its connections, so that stopping also ends kept-alive ones."""
 
     request_queue_size = 128
 
-    def __init__(self, sandbox: Sandbox, port: int) -> None:
+    def __init__(self, sandbox: Sandbox, host: str, port: int) -> None:
         self.sandbox = sandbox
         self.connections: set[socket.socket] = set()
-        super().__init__(("127.0.0.1", port), _Handler)
+        super().__init__((host, port), _Handler)
 
     def server_bind(self) -> None:
         # HTTPServer would look up the name of the host here: seconds, where there is no network.

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta, timezone
 from decimal import Decimal
@@ -746,6 +747,31 @@ def test_the_command_serves_the_seed_it_is_given() -> None:
     start = datetime(2025, 11, 6, tzinfo=UTC)
     worlds = (frozen_world(seed=7, late=True), frozen_world(seed=8, late=True))
     assert spent == [sum(x.cost_total for x in w.usage(start, start + 24 * HOUR)) for w in worlds]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there all of 127.0.0.0/8 is this machine")
+@pytest.mark.parametrize(
+    ("host", "told", "answering"),
+    [
+        (None, "127.0.0.1", {"127.0.0.1"}),
+        ("127.0.0.2", "127.0.0.2", {"127.0.0.2"}),
+        ("0.0.0.0", "127.0.0.1", {"127.0.0.1", "127.0.0.2"}),  # noqa: S104 what is tested
+    ],
+)
+def test_it_listens_where_it_is_told_and_tells_an_address_that_answers(
+    host: str | None, told: str, answering: set[str]
+) -> None:
+    def answers(url: httpx.URL) -> bool:
+        with suppress(httpx.ConnectError):
+            return httpx.get(f"{url}/openapi.json", trust_env=False).status_code == 200
+        return False
+
+    world = SmallWorld()
+    with Sandbox(world, host=host) if host else Sandbox(world) as server:
+        url = httpx.URL(server.url)
+        addresses = ("127.0.0.1", "127.0.0.2")
+        reached = {address for address in addresses if answers(url.copy_with(host=address))}
+    assert (url.host, reached) == (told, answering)
 
 
 def test_only_hours_that_have_ended_are_there() -> None:

@@ -1,0 +1,16 @@
+"""### List prices and the catalogue, daily
+
+Reads fal's catalogue of models, then the list price of every endpoint in it or in your usage, as of now:
+one snapshot a day, and another only if something changed. A run that is started by hand, or belongs to a
+backfill, takes a snapshot in any case; the past cannot be asked for.
+
+Moves `faletl://warehouse/raw/models` and `.../raw/prices`.
+"""
+
+from airflow.sdk import DAG
+
+from faletl.airflow.tasks import DAG_ARGS, DAILY, connections, dag_id, load_resource
+
+for connection in connections():
+    with DAG(dag_id("fal_prices", connection), schedule=DAILY, doc_md=__doc__, **DAG_ARGS):
+        load_resource("models", connection) >> load_resource("prices", connection)

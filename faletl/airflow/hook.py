@@ -1,0 +1,115 @@
+"""Settings from Airflow's connections: the only place that reads them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from airflow.sdk import BaseHook
+from airflow.sdk.exceptions import AirflowNotFoundException
+from airflow.sdk.log import mask_secret
+
+from faletl.errors import FaletlError, SettingsError
+
+if TYPE_CHECKING:
+    from airflow.sdk import Connection
+
+    from faletl.client import FalClient
+    from faletl.config import Settings
+
+DEFAULT_CONNECTION = "fal_default"
+WAREHOUSE_CONNECTION = "fal_warehouse"
+
+
+class FalHook(BaseHook):
+    """What a connection of type `fal` stands for; without one, the environment (README, "Settings").
+
+    The warehouse comes from a connection `fal_warehouse` of type duckdb, if there is one.
+    """
+
+    conn_name_attr = "fal_conn_id"
+    default_conn_name = DEFAULT_CONNECTION
+    conn_type = "fal"
+    hook_name = "fal.ai"
+
+    def __init__(self, fal_conn_id: str = DEFAULT_CONNECTION) -> None:
+        super().__init__()
+        self.fal_conn_id = fal_conn_id
+
+    def settings(self) -> Settings:
+        """Settings from the connection, and for what it leaves open from the environment.
+
+        Raises:
+            SettingsError: a value cannot be right, or there is no such connection.
+        """
+        from faletl.config import Settings
+
+        given: dict[str, object] = {}
+        connection = _connection(self.fal_conn_id)
+        if connection is not None:
+            given = _given(connection)
+        elif self.fal_conn_id != DEFAULT_CONNECTION:
+            raise SettingsError(f"there is no connection {self.fal_conn_id!r}; make one of type fal")
+        warehouse = _connection(WAREHOUSE_CONNECTION)
+        if warehouse is not None:
+            given["warehouse"] = _warehouse_url(warehouse)
+        settings = Settings.load(**given)
+        for key in (settings.key_for(), settings.key_for(metrics=True)):
+            # Airflow masks a key as a whole; fal could tell a part of it.
+            if key is not None and len(key.partition(":")[2]) >= 8:
+                mask_secret(key.partition(":")[2])
+        return settings
+
+    def get_conn(self) -> FalClient:
+        """A client of fal's API; close it, or use it in a `with`."""
+        from faletl.client import FalClient
+
+        return FalClient(self.settings())
+
+    def test_connection(self) -> tuple[bool, str]:
+        """What `faletl check` says, for the button Test of the connection's form."""
+        from faletl.check import check
+
+        try:
+            checked = check(self.settings())
+        except FaletlError as error:
+            return False, str(error)
+        sentences = [problem.sentence for problem in checked.problems]
+        sentences += [f"{one.resource}: {one.sentence}" for one in checked.findings if one.sentence]
+        readable = [one.resource for one in checked.findings if one.is_readable]
+        if readable:
+            sentences.insert(0, f"account {checked.account}: {', '.join(readable)} can be read")
+        return checked.exit_code == 0, "; ".join(sentences)
+
+
+def _connection(conn_id: str) -> Connection | None:
+    try:
+        return BaseHook.get_connection(conn_id)
+    except AirflowNotFoundException:
+        return None
+
+
+def _given(connection: Connection) -> dict[str, object]:
+    """The settings that the connection names; an empty field names none."""
+    extra = connection.extra_dejson
+    if connection.conn_type != "fal":
+        raise SettingsError(
+            f"the connection {connection.conn_id!r} is of type {connection.conn_type!r}, not fal"
+        )
+    fields = {
+        "key": connection.password,
+        "api_url": connection.host,
+        "metrics_key": extra.get("metrics_api_key"),
+        "account": extra.get("account"),
+        "rate": extra.get("rate"),
+    }
+    return {name: value for name, value in fields.items() if value not in (None, "")}
+
+
+def _warehouse_url(connection: Connection) -> str:
+    """The SQLAlchemy URL of a warehouse's connection: its file is the host or, in a URI, the path."""
+    path = connection.host or connection.schema
+    if connection.conn_type != "duckdb" or not path:
+        raise SettingsError(
+            f"the connection {connection.conn_id!r} must be of type duckdb, with the file's path as host"
+        )
+    return f"duckdb:///{path}"

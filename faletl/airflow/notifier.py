@@ -1,0 +1,62 @@
+"""Tell people: a failed task, refused data, a charge that ran away, a day that is late."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from airflow.sdk import BaseHook, BaseNotifier, Connection
+from airflow.sdk.exceptions import AirflowNotFoundException
+
+if TYPE_CHECKING:
+    from airflow.sdk import Context
+
+log = logging.getLogger(__name__)
+
+NOTIFY_CONNECTION = "fal_notify"
+
+
+class FalNotifier(BaseNotifier):
+    """Posts `{"text": message}`, as Slack, Mattermost and others take it, to a webhook.
+
+    Its URL is the password of a connection `fal_notify`, of any type. Without one the message stands in
+    the log alone. The message is a template.
+    """
+
+    template_fields: Sequence[str] = ("message",)
+
+    def __init__(self, message: str) -> None:
+        super().__init__()
+        self.message = message
+
+    def notify(self, context: Context) -> None:
+        """Tell it from a task."""
+        del context
+        try:
+            url = BaseHook.get_connection(NOTIFY_CONNECTION).password
+        except AirflowNotFoundException:
+            url = None
+        self._post(url)
+
+    async def async_notify(self, context: Context) -> None:
+        """Tell it from the triggerer, as a missed deadline does."""
+        del context
+        try:
+            url = (await Connection.async_get(NOTIFY_CONNECTION)).password
+        except AirflowNotFoundException:
+            url = None
+        self._post(url)
+
+    def _post(self, url: str | None) -> None:
+        log.warning("%s", self.message)
+        if not url:
+            return
+        import httpx
+
+        try:
+            httpx.post(url, json={"text": self.message}, timeout=10).raise_for_status()
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            # Its text and its traceback would show the URL, which is a secret.
+            kind = type(error).__name__
+            log.error("the webhook of %s did not take it: %s", NOTIFY_CONNECTION, kind)  # noqa: TRY400

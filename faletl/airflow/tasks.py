@@ -1,0 +1,355 @@
+"""Tasks and task groups that the DAGs are put together from.
+
+A resource takes the same way in every DAG:
+
+    plan → (ask_ahead, mapped over batches of ids) → extract, mapped over windows → load → all_loaded
+
+What passes between tasks is the path of a plan and which of its windows are meant; pages lie in the
+landing folder, which all workers see. A window that fails does not stop the others: `load` takes what
+has landed, and `all_loaded` fails the run.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, date, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from airflow.sdk import (
+    Asset,
+    CronDataIntervalTimetable,
+    Param,
+    TaskGroup,
+    get_current_context,
+    task,
+)
+from airflow.sdk.exceptions import AirflowSkipException
+
+from faletl.airflow.notifier import FalNotifier
+from faletl.airflow.plugin import POOL
+from faletl.airflow.retry import FalRetryPolicy
+from faletl.errors import DataRefusedError, KeyRefusedError
+from faletl.resources import RESOURCES, Resource
+
+if TYPE_CHECKING:
+    from faletl.config import Settings
+    from faletl.pieces import Batch, Piece
+    from faletl.pipeline import Report
+    from faletl.plan import Asked
+
+log = logging.getLogger(__name__)
+
+RAW = {
+    name: Asset(f"faletl://warehouse/raw/{name}", group="faletl", extra={"table": resource.table})
+    for name, resource in RESOURCES.items()
+}
+"""The raw tables; an event tells what was loaded into one, of which account and windows."""
+
+MARTS = Asset("faletl://warehouse/marts", group="faletl")
+REPORTS = Asset("faletl://warehouse/reports", group="faletl")
+PUBLISHED = Asset("faletl://warehouse/published", group="faletl")
+"""The copy that people and tools open; schedule your own DAGs on it."""
+
+HOURLY = CronDataIntervalTimetable("0 * * * *", timezone="UTC")
+"""On the hour, so that no interval touches two days; the hour that just ended waits for the next run."""
+
+DAILY = CronDataIntervalTimetable("0 0 * * *", timezone="UTC")
+
+DAG_ARGS: dict[str, Any] = {
+    "start_date": datetime(2026, 1, 1, tzinfo=UTC),
+    "catchup": False,
+    "max_active_runs": 1,
+    "tags": ["fal", "spend"],
+    "default_args": {
+        "owner": os.environ.get("FALETL_OWNER", "faletl"),
+        "retries": 5,
+        "retry_delay": timedelta(minutes=1),
+        "retry_exponential_backoff": 2,
+        "max_retry_delay": timedelta(minutes=30),
+        "retry_policy": FalRetryPolicy(),
+        "execution_timeout": timedelta(hours=6),
+        "on_failure_callback": FalNotifier(
+            "{{ dag.dag_id }}, {{ ti.task_id }} failed: {{ exception or 'see its log' }}"
+        ),
+    },
+}
+
+AT_ONCE = 4
+"""So many extracting tasks of a DAG run at a time: fal limits an account, not a worker."""
+
+
+def connections() -> list[str]:
+    """The ids of the connections to fal, each of which has DAGs of its own (FALETL_CONNECTIONS)."""
+    given = os.environ.get("FALETL_CONNECTIONS", "")
+    return [name.strip() for name in given.split(",") if name.strip()] or ["fal_default"]
+
+
+def dag_id(name: str, connection: str) -> str:
+    """The DAG's name; with that of the connection where it is not `fal_default`."""
+    return name if connection == "fal_default" else f"{name}__{connection.removeprefix('fal_')}"
+
+
+# --- From fal to raw ------------------------------------------------------------------------------
+
+
+def load_resource(name: str, connection: str) -> TaskGroup:
+    """The tasks of one resource, as a task group of its name."""
+    resource = RESOURCES[name]
+
+    with TaskGroup(name, tooltip=resource.comment) as group:
+        planned: Any = plan(name, connection)
+        extracting = extract.partial(connection=connection, name=name).expand(piece=planned)
+        if resource.ids_per_call is not None:
+            asking = ask_ahead.partial(connection=connection, name=name)
+            asking.expand(batch=id_batches(planned)) >> extracting
+        loaded: Any = load.override(outlets=[RAW[name]])(name, connection, planned)
+        extracting >> loaded
+        extracting >> all_loaded(loaded)
+    return group
+
+
+@task
+def plan(name: str, connection: str) -> list[Piece]:
+    """Which windows are to be read: those that are due, or the days that the run stands for.
+
+    Returns the path of the plan, which lies with the landed pages, cut into pieces.
+    """
+    from faletl import pieces
+    from faletl.airflow.runs import asked
+
+    context = get_current_context()
+    with _settings(connection, RESOURCES[name]) as settings:
+        form = context["params"]
+        run = context["dag_run"]
+        meant = _meant_by(form, name) if form else asked(settings, run, name)
+        if meant is None:
+            return []
+        if form and form["dry_run"]:
+            _tell_forecast(settings, meant)
+            return []
+        # Whoever tries a new DAG by hand would else get the hour before, and from there on.
+        by_hand = not form and run.run_type == "manual"
+        path = pieces.make_plan(settings, meant, is_first_due=by_hand)
+        return pieces.pieces(path) if path else []
+
+
+@task
+def id_batches(planned: Sequence[Piece]) -> list[Batch]:
+    """The batches of endpoint ids to ask for, where a window asks for more than one call takes."""
+    from faletl import pieces
+
+    return pieces.batches(planned[0]["plan"]) if planned else []
+
+
+@task(
+    doc_md="Land what fal answers for a batch of endpoint ids, for `extract` to find.",
+    max_active_tis_per_dagrun=AT_ONCE,
+    map_index_template="{{ task.op_kwargs['batch']['ids'] }}",
+)
+def ask_ahead(batch: Batch, connection: str, name: str) -> int:
+    """Land what fal answers for one batch of endpoint ids; returns 1, or 0 if it was there already."""
+    from faletl import pieces
+
+    with _settings(connection, RESOURCES[name]) as settings:
+        return int(pieces.ask_batch(settings, batch))
+
+
+@task(
+    doc_md="Fetch windows, land their pages as fal sent them, prove them complete.",
+    max_active_tis_per_dagrun=AT_ONCE,
+    trigger_rule="none_failed",
+    map_index_template="{{ task.op_kwargs['piece']['windows'] }}",
+)
+def extract(piece: Piece, connection: str, name: str) -> list[str]:
+    """Fetch the windows of a piece, land their pages as fal sent them, prove them complete.
+
+    Returns the folders of what landed. A window of them that fails fails the task when the others are
+    done; a retry takes what has landed as read.
+    """
+    from faletl import pieces
+
+    with _settings(connection, RESOURCES[name]) as settings:
+        report = pieces.extract_piece(settings, piece)
+        _raise_worst(report)
+        return [str(outcome.path) for outcome in report.outcomes]
+
+
+@task(pool=POOL, trigger_rule="all_done")
+def load(name: str, connection: str, planned: Sequence[Piece]) -> dict[str, int]:
+    """Load what has landed, window by window, each exactly once; the only writer meanwhile.
+
+    Returns counts of windows. Updates the asset of the raw table if that is news to the models; what
+    the gate refuses is told and left for `all_loaded`.
+    """
+    from faletl import pieces, pipeline
+
+    if not planned:
+        raise AirflowSkipException("no window is to be read")
+    with _settings(connection, RESOURCES[name]) as settings:
+        report = pieces.load_plan(settings, planned[0]["plan"])
+        _tell_refused(report)
+        counts = dict.fromkeys(("loaded", "unchanged", "superseded"), 0)
+        for outcome in report.outcomes:
+            counts[outcome.outcome] += 1
+        if not report.outcomes and not report.failures:
+            raise AirflowSkipException("nothing has landed")
+        if not report.failures and not pipeline.is_behind(settings):
+            raise AirflowSkipException(f"nothing moved: {counts['unchanged']} windows are as they were")
+        moved = [outcome for outcome in report.outcomes if outcome.outcome == "loaded"]
+        get_current_context()["outlet_events"][RAW[name]].extra = {
+            "account": report.account,
+            "rows": sum(outcome.rows for outcome in moved),
+            "windows": [str(outcome.window) for outcome in moved],
+            **counts,
+        }
+        return {**counts, "refused": len(report.failures)}
+
+
+@task(trigger_rule="none_failed", retries=0)
+def all_loaded(counts: Mapping[str, int] | None) -> None:
+    """Fail the run if a window was refused, or could not be extracted."""
+    if counts and counts["refused"]:
+        raise DataRefusedError(
+            f"{counts['refused']} windows were not loaded; the log of load and faletl status say why"
+        )
+
+
+# --- From raw to readers --------------------------------------------------------------------------
+
+
+@task(pool=POOL, outlets=[MARTS, REPORTS])
+def build(connection: str) -> int:
+    """Build staging, marts and reports for the days that changed, and check them, in one transaction.
+
+    Returns how many days. What fails a check is undone, and readers keep what they had.
+    """
+    from faletl import pipeline
+
+    context = get_current_context()
+    for asset, events in context.get("triggering_asset_events", {}).items():
+        for event in events:
+            windows = ", ".join(event.extra.get("windows", []))
+            log.info("%s moved: %s", asset.uri, windows or "as the event does not tell")
+    with _settings(connection) as settings:
+        built = pipeline.build(settings).build
+    if built is None:
+        raise AirflowSkipException("nothing to build: nothing new is loaded")
+    for sentence in built.dearest_runaways:
+        FalNotifier(f"runaway charge: {sentence}")(context)
+    for asset in (MARTS, REPORTS):
+        context["outlet_events"][asset].extra = {"days": built.days, "checks": built.checks}
+    return built.days
+
+
+@task(pool=POOL, outlets=[PUBLISHED], trigger_rule="none_failed")
+def publish(connection: str) -> str:
+    """Show the newest build to readers in one step: returns the file that they open."""
+    from faletl import pipeline
+
+    with _settings(connection) as settings:
+        if pipeline.is_behind(settings):
+            raise AirflowSkipException("something was loaded meanwhile: the run it sets off shows both")
+        published = pipeline.publish(settings).published
+    if published is None:
+        raise AirflowSkipException("nothing to publish: readers have the newest build")
+    return str(published)
+
+
+@task.sensor(mode="reschedule", poke_interval=600, timeout=timedelta(days=1).total_seconds())
+def is_modelled(connection: str) -> bool:
+    """Wait until readers can see the whole of the day that this run stands for."""
+    from faletl import pipeline
+
+    start = get_current_context().get("data_interval_start")
+    day = start.astimezone(UTC).date() if start else datetime.now(UTC).date() - timedelta(days=1)
+    with _settings(connection) as settings:
+        return pipeline.is_published(settings, day)
+
+
+# --- A backfill by hand ---------------------------------------------------------------------------
+
+
+def backfill_params() -> dict[str, Param]:
+    """The form of `fal_backfill`."""
+    names = list(RESOURCES)
+    return {
+        "start": Param(
+            None, type=["string", "null"], format="date", title="First day",
+            description="UTC. Named days are fetched anew. Empty: what is due.",
+        ),
+        "end": Param(
+            None, type=["string", "null"], format="date", title="Day after the last",
+            description="UTC, exclusive. Empty: up to now.",
+        ),
+        "resources": Param(
+            names, type="array", items={"type": "string", "enum": names}, examples=names,
+            title="Resources", description="Which collections of fal's API.",
+        ),
+        "dry_run": Param(
+            False, type="boolean", title="Dry run",
+            description="Only tell, in the log of plan, which windows in how many calls.",
+        ),
+    }  # fmt: skip
+
+
+def _meant_by(form: Mapping[str, Any], name: str) -> Asked:
+    """What the form asks for, of one resource."""
+    from faletl.plan import Asked
+
+    if name not in form["resources"]:
+        raise AirflowSkipException(f"{name} is not among the resources that the form names")
+    start, end = (date.fromisoformat(day) if (day := form[key]) else None for key in ("start", "end"))
+    return Asked(start, end, [name])
+
+
+# --- What tasks have in common --------------------------------------------------------------------
+
+
+@contextmanager
+def _settings(connection: str, resource: Resource | None = None) -> Iterator[Settings]:
+    """Settings from the connection; a refused key is told with the sentence of `faletl check`.
+
+    What an account may go without (analytics) is left out where its key is fine but may not read it.
+    """
+    from faletl.airflow.hook import FalHook
+    from faletl.check import check
+
+    settings = FalHook(connection).settings()
+    try:
+        yield settings
+    except KeyRefusedError as error:
+        checked = check(settings)
+        mine = [one.sentence for one in checked.findings if resource and one.resource == resource.name]
+        sentence = next((one.sentence for one in checked.problems), None) or next(iter(mine), "")
+        if resource is not None and resource.is_optional and not checked.problems:
+            raise AirflowSkipException(sentence or str(error)) from None
+        raise KeyRefusedError(sentence or error.message, **error.facts) from None
+
+
+def _raise_worst(report: Report) -> None:
+    """Tell all that failed, and raise one of it: of what may be tried again, as long as there is any."""
+    for _, error in report.failures:
+        log.error("%s", error)
+    for _, error in sorted(report.failures, key=lambda failure: failure[1].exit_code):
+        raise error
+
+
+def _tell_refused(report: Report) -> None:
+    for _, error in report.failures:
+        log.error("%s", error)
+        FalNotifier(f"not loaded: {error}")(get_current_context())
+
+
+def _tell_forecast(settings: Settings, asked: Asked) -> None:
+    from faletl import pipeline
+
+    for one in pipeline.dry_run(settings, asked):
+        first, last = one.windows[0], one.windows[-1]
+        about = "perhaps" if one.is_guess else "about"
+        log.info(
+            "%s: %d windows, %s to %s, in %s %d calls",
+            one.resource, len(one.windows), first, last, about, one.calls,
+        )  # fmt: skip

@@ -1,0 +1,92 @@
+"""The folder of DAGs as Airflow parses it: cheap, documented, and set up to be run for years."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.airflow.conftest import DAGS, Airflow
+
+HEAVY = {"great_expectations", "pandas", "duckdb", "httpx", "pyarrow", "msgspec", "pydantic_settings"}
+
+DESCRIBE = """
+import json, sys
+from pathlib import Path
+from airflow.configuration import conf
+from airflow.dag_processing.dagbag import BundleDagBag
+from airflow.serialization.serialized_objects import DagSerialization
+folder = Path(conf.get("core", "dags_folder"))
+bag = BundleDagBag(dag_folder=folder, bundle_path=folder, bundle_name="dags-folder")
+assert not bag.import_errors, bag.import_errors
+print(json.dumps({name: {
+    "file": Path(dag.fileloc).stem, "doc": dag.doc_md, "tags": sorted(dag.tags), "catchup": dag.catchup,
+    "max_active_runs": dag.max_active_runs, "timetable": type(dag.timetable).__name__,
+    "deadline": dag.deadline is not None, "params": dag.params.dump(),
+    "serialized": len(json.dumps(DagSerialization.to_dict(dag))),
+    "tasks": {task.task_id: {
+        "doc": task.doc_md, "owner": task.owner, "retries": task.retries, "pool": task.pool,
+        "policy": type(task.retry_policy).__name__, "mapped": task.is_mapped,
+        "outlets": [outlet.uri for outlet in task.outlets or []],
+        "notifies": bool(task.on_failure_callback),
+    } for task in dag.tasks},
+} for name, dag in bag.dags.items()}))
+"""
+
+
+@pytest.fixture
+def dags(airflow: Airflow) -> dict[str, Any]:
+    """What stands in the folder."""
+    done = airflow.python("-c", DESCRIBE)
+    assert done.returncode == 0, done.stderr
+    described: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return described
+
+
+def test_the_dags_are_as_a_data_engineer_would_have_them(dags: dict[str, Any]) -> None:
+    assert set(dags) == {path.stem for path in DAGS.glob("*.py")}
+    assert set(dags) >= {"fal_prices", "fal_usage", "fal_analytics", "fal_spend", "fal_backfill"}
+    for name, dag in dags.items():
+        assert dag["file"] == name
+        assert dag["doc"].startswith("### ")
+        assert {"fal", "spend"} <= set(dag["tags"])
+        assert (dag["catchup"], dag["max_active_runs"]) == (False, 1)
+        for task_id, task in dag["tasks"].items():
+            assert task["doc"], task_id
+            assert task["owner"] == "faletl"
+            assert task["policy"] == "FalRetryPolicy"
+            assert task["retries"] >= 3 or task_id.endswith("all_loaded")
+            assert task["notifies"]
+            is_writer = task_id.rpartition(".")[2] in ("load", "build", "publish")
+            assert task["pool"] == ("faletl_warehouse" if is_writer else "default_pool")
+    for name in ("fal_prices", "fal_usage", "fal_analytics", "fal_deadline"):
+        assert dags[name]["timetable"] == "CronDataIntervalTimetable"
+    assert dags["fal_deadline"]["deadline"]
+    assert set(dags["fal_backfill"]["params"]) == {"start", "end", "resources", "dry_run"}
+
+
+def test_extraction_is_mapped_and_each_raw_table_is_an_asset(dags: dict[str, Any]) -> None:
+    tasks = {task_id: task for dag in dags.values() for task_id, task in dag["tasks"].items()}
+    for resource in ("usage", "billing_events", "credits", "models", "prices", "analytics"):
+        assert tasks[f"{resource}.extract"]["mapped"]
+        assert tasks[f"{resource}.load"]["outlets"] == [f"faletl://warehouse/raw/{resource}"]
+    assert tasks["prices.ask_ahead"]["mapped"]
+    assert tasks["publish"]["outlets"] == ["faletl://warehouse/published"]
+
+
+def test_parsing_the_folder_imports_nothing_heavy(airflow: Airflow) -> None:
+    code = f"""
+import runpy, sys
+from pathlib import Path
+import airflow.sdk
+from airflow.sdk import task, DAG
+by_airflow = set(sys.modules)
+for path in sorted(Path({str(DAGS)!r}).glob("*.py")):
+    runpy.run_path(str(path))
+print(json_ := sorted({HEAVY!r} & (set(sys.modules) - by_airflow)))
+print(sorted({{"great_expectations", "pandas", "duckdb"}} & set(sys.modules)))
+"""
+    done = airflow.python("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-2:] == ["[]", "[]"]

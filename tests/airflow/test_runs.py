@@ -1,0 +1,242 @@
+"""The DAGs, run for real: they load what a terminal loads, and nothing of a key is left anywhere."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections import Counter
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pytest
+
+from faletl import pipeline
+from faletl.landing import complete_reads
+from faletl.plan import Asked
+from faletl.sandbox import FULL_KEY, Fault, Request, Sandbox, invented_world
+from tests.airflow.conftest import Airflow
+from tests.conftest import settings_for
+
+TODAY = datetime.now(UTC).date()
+LINE = ("fal_prices", "fal_usage", "fal_analytics", "fal_spend", "fal_deadline")
+SECRET = "canary-secret-0123456789"  # noqa: S105
+
+CLOSED = {
+    "raw.usage": "bucket",
+    "raw.billing_events": "timestamp",
+    "raw.analytics": "bucket",
+    "marts.fct_usage": "usage_date",
+    "marts.fct_billing_event": "usage_date",
+    "marts.fct_requests": "usage_date",
+    "reports.rpt_spend_daily": "usage_date",
+    "reports.rpt_spend_by_credential": "usage_date",
+}
+
+
+def closed_days(published: Path) -> dict[str, list[tuple[Any, ...]]]:
+    """All rows of the days before today, without where they landed."""
+    found = {}
+    with duckdb.connect(str(published), read_only=True) as connection:
+        connection.execute("set TimeZone = 'UTC'")
+        for table, day in CLOSED.items():
+            rows = connection.execute(
+                f"select columns(c -> c not in ('_load_id', '_page', '_row', 'load_id')) from {table} "
+                f"where \"{day}\" < '{TODAY}'"
+            )
+            found[table] = sorted(rows.fetchall(), key=repr)
+    return found
+
+
+def published(airflow: Airflow) -> Path:
+    """The file that readers open."""
+    return airflow.home / "warehouse" / "spend.duckdb"
+
+
+def test_the_scheduled_line_leaves_what_a_terminal_leaves_and_a_second_round_nothing(
+    airflow: Airflow, invented: Sandbox, tmp_path: Path
+) -> None:
+    airflow.connect(invented.url)
+
+    first = airflow.test(*LINE)
+
+    assert [run["state"] for run in first] == ["success"] * len(LINE)
+    (tmp_path / "terminal").mkdir()
+    terminal = settings_for(invented.url, tmp_path / "terminal")
+    assert pipeline.run(terminal).exit_code == 0
+    held = closed_days(published(airflow))
+    assert held == closed_days(tmp_path / "terminal" / "spend.duckdb")
+    assert all(held.values())
+    passed = [str(value) for (value,) in airflow.rows("select value from xcom")]
+    assert passed
+    assert max(map(len, passed)) < 10_000
+    assert not any("fal-ai/" in value for value in passed)
+
+    again = airflow.test("fal_prices", "fal_analytics")
+
+    assert [run["state"] for run in again] == ["success"] * 2
+    assert again[0]["tasks"]["models.load"] == again[0]["tasks"]["models.extract"] == "skipped"
+    assert closed_days(published(airflow)) == held
+    events = airflow.rows(
+        "select uri, asset_event.extra from asset_event join asset on asset.id = asset_id order by 1"
+    )
+    moved = Counter(uri.removeprefix("faletl://") for uri, _ in events)
+    assert moved.keys() >= {"warehouse/raw/usage", "warehouse/marts", "warehouse/published"}
+    assert moved["warehouse/raw/models"] == 1
+    assert any('"rows": ' in extra and f"{TODAY - timedelta(days=1)}" in extra for _, extra in events)
+
+
+def test_a_backfill_by_form_loads_the_days_and_resources_that_it_names(
+    airflow: Airflow, invented: Sandbox
+) -> None:
+    airflow.connect(invented.url)
+    start, end = TODAY - timedelta(days=12), TODAY - timedelta(days=10)
+    form = {"start": f"{start}", "end": f"{end}", "resources": ["usage", "analytics"]}
+
+    (dry,) = airflow.test({"dag_id": "fal_backfill", "conf": {**form, "dry_run": True}})
+
+    assert dry["state"] == "success"
+    assert f"usage: 2 windows, {start} to {end - timedelta(days=1)}, in about 4 calls" in dry["log"]
+    assert not (airflow.home / "landing").exists()
+
+    (run,) = airflow.test({"dag_id": "fal_backfill", "conf": form})
+
+    assert run["state"] == "success"
+    assert run["tasks"]["prices.load"] == "skipped"
+    settings = settings_for(invented.url, airflow.home, landing=str(airflow.home / "landing"))
+    days = Counter(path.parent.name for path in complete_reads(settings))
+    assert days == {f"{start}": 2, f"{start + timedelta(days=1)}": 2}
+
+
+def test_a_run_by_hand_fetches_the_days_of_its_interval_anew(
+    airflow: Airflow, invented: Sandbox
+) -> None:
+    airflow.connect(invented.url)
+    noon = f"{TODAY - timedelta(days=20)}T12:30:00+00:00"
+
+    by_hand = {"dag_id": "fal_usage", "logical_date": noon}
+    first, _, second = airflow.test(by_hand, "fal_spend", by_hand)
+
+    assert first["state"] == second["state"] == "success"
+    assert second["tasks"]["usage.extract[0]"] == "success"
+    assert second["tasks"]["usage.load"] == "skipped"  # the same rows again
+    settings = settings_for(invented.url, airflow.home, landing=str(airflow.home / "landing"))
+    reads = [path for path in complete_reads(settings) if path.parents[1].name == "usage"]
+    assert {path.parent.name for path in reads} == {f"{TODAY - timedelta(days=20)}"}
+    assert len(reads) == 2
+
+
+def test_a_window_that_fails_stops_no_other_and_fails_the_run(airflow: Airflow) -> None:
+    yesterday = f"{TODAY - timedelta(days=1)}T00:00:00Z"
+
+    def fault(request: Request) -> Fault | None:
+        is_it = request.path == "/models/usage" and yesterday in request.query.get("start", [])
+        return Fault(status=400) if is_it else None
+
+    with Sandbox(invented_world(7), fault=fault) as server:
+        airflow.connect(server.url)
+        (run,) = airflow.test("fal_usage")
+
+    tasks = run["tasks"]
+    assert run["state"] == "failed"
+    assert [tasks[f"usage.extract[{n}]"] for n in range(3)] == ["success", "failed", "success"]
+    assert tasks["usage.load"] == "success"
+    assert tasks["usage.all_loaded"] == "upstream_failed"
+    assert tasks["credits.all_loaded"] == "success"
+    assert airflow.rows("select max(try_number) from task_instance") == [(1,)]
+    windows = duckdb.connect(airflow.warehouse.removeprefix("duckdb:///"), read_only=True).execute(
+        "select count(*) from ops.loads where resource = 'usage'"
+    )
+    assert windows.fetchone() == (2,)
+
+
+def test_what_the_gate_refuses_is_told_and_fails_the_run_after_all_else_is_loaded(
+    airflow: Airflow, invented: Sandbox, tmp_path: Path
+) -> None:
+    rules = tmp_path / "rules"
+    rules.mkdir()
+    no_rows = {
+        "type": "unexpected_rows_expectation",
+        "severity": "critical",
+        "kwargs": {"unexpected_rows_query": "select * from {batch}", "description": "no spend at all"},
+    }
+    (rules / "usage.json").write_text(json.dumps({"name": "usage", "expectations": [no_rows]}))
+    airflow.connect(invented.url)
+
+    (run,) = airflow.test("fal_usage", FALETL_GATE="1", FALETL_EXPECTATIONS=str(rules))
+
+    assert run["state"] == "failed"
+    assert run["tasks"]["usage.all_loaded"] == "failed"
+    assert run["tasks"]["billing_events.all_loaded"] == "success"
+    assert "not loaded: usage, window" in run["log"]
+    assert "3 windows were not loaded" in run["log"]
+
+
+def test_a_key_without_analytics_leaves_them_out_with_a_sentence(airflow: Airflow) -> None:
+    with Sandbox(invented_world(7), keys={FULL_KEY: "BILLING"}) as server:
+        airflow.connect(server.url)
+        usage, analytics = airflow.test("fal_usage", "fal_analytics")
+
+    assert usage["state"] == analytics["state"] == "success"
+    assert analytics["tasks"]["analytics.load"] == "skipped"
+    assert "FAL_KEY needs models:metrics:read" in analytics["log"]
+
+
+@pytest.mark.parametrize("is_taken", [True, False], ids=["taken", "refused"])
+def test_no_part_of_a_key_is_left_anywhere_whether_fal_takes_it_or_not(
+    airflow: Airflow, is_taken: bool
+) -> None:
+    keys = {f"id:{SECRET}" if is_taken else FULL_KEY: "FULL"}
+
+    def echo(request: Request) -> Fault | None:
+        # A fal that tells the key in its errors.
+        is_it = request.path == "/models/billing-events"
+        return Fault(status=400, body=f"bad key {SECRET}".encode()) if is_it else None
+
+    with Sandbox(invented_world(7), keys=keys, fault=echo) as server:
+        airflow.connect(server.url, f"id:{SECRET}", metrics_api_key=f"other:{SECRET}")
+        (run,) = airflow.test("fal_usage")
+
+    assert run["state"] == "failed"
+    if not is_taken:
+        sentence = "fal does not accept FAL_KEY for anything: it is mistyped or revoked"
+        assert sentence in run["log"]
+        assert run["tasks"]["usage.plan"] == "failed"
+    assert airflow.rows("select max(try_number) from task_instance") == [(1,)]
+    forms = [SECRET.encode(), base64.b64encode(SECRET.encode())]
+    written = [path.read_bytes() for path in airflow.home.rglob("*") if path.is_file()]
+    assert written
+    for form in forms:
+        assert not any(form in content for content in [*written, run["log"].encode()])
+
+
+def test_each_connection_is_an_account_with_dags_of_its_own(airflow: Airflow, invented: Sandbox) -> None:
+    airflow.connect(invented.url, account="one")
+    airflow.connect(invented.url, connection="fal_acme", account="two")
+    form = {"start": f"{TODAY - timedelta(days=2)}", "end": f"{TODAY}", "resources": ["usage"]}
+
+    runs = airflow.test(
+        {"dag_id": "fal_backfill", "conf": form},
+        {"dag_id": "fal_backfill__acme", "conf": form},
+        "fal_spend",
+        FALETL_CONNECTIONS="fal_default, fal_acme",
+    )
+
+    assert [run["state"] for run in runs] == ["success"] * 3
+    with duckdb.connect(str(published(airflow)), read_only=True) as connection:
+        spent = connection.execute(
+            "select account, sum(cost_total) from reports.rpt_spend_daily group by 1 order by 1"
+        ).fetchall()
+    assert [account for account, _ in spent] == ["one", "two"]
+    assert spent[0][1] == spent[1][1] > 0
+
+
+def test_the_sensor_of_the_deadline_waits_for_the_whole_day(invented: Sandbox, tmp_path: Path) -> None:
+    settings = settings_for(invented.url, tmp_path)
+    day = date(2026, 3, 2)
+    assert not pipeline.is_published(settings, day)
+    pipeline.run(settings, Asked(day - timedelta(days=1), day, ["usage"]))
+    assert not pipeline.is_published(settings, day)
+    pipeline.run(settings, Asked(day, day + timedelta(days=1), ["usage"]))
+    assert pipeline.is_published(settings, day)
