@@ -81,6 +81,10 @@ AT_ONCE = 4
 """So many extracting tasks of a DAG run at a time: fal limits an account, not a worker."""
 
 
+FIRST = 100
+"""Build and publish go before loads that wait for the pool: in between would be something not built."""
+
+
 def connections() -> list[str]:
     """The ids of the connections to fal, each of which has DAGs of its own (FALETL_CONNECTIONS)."""
     given = os.environ.get("FALETL_CONNECTIONS", "")
@@ -177,7 +181,7 @@ def extract(piece: Piece, connection: str, name: str) -> list[str]:
         return [str(outcome.path) for outcome in report.outcomes]
 
 
-@task(pool=POOL, trigger_rule="all_done")
+@task(pool=POOL, weight_rule="absolute", trigger_rule="all_done")
 def load(name: str, connection: str, planned: Sequence[Piece]) -> dict[str, int]:
     """Load what has landed, window by window, each exactly once; the only writer meanwhile.
 
@@ -220,7 +224,7 @@ def all_loaded(counts: Mapping[str, int] | None) -> None:
 # --- From raw to readers --------------------------------------------------------------------------
 
 
-@task(pool=POOL, outlets=[MARTS, REPORTS])
+@task(pool=POOL, priority_weight=FIRST, weight_rule="absolute", outlets=[MARTS, REPORTS])
 def build(connection: str) -> int:
     """Build staging, marts and reports for the days that changed, and check them, in one transaction.
 
@@ -244,7 +248,13 @@ def build(connection: str) -> int:
     return built.days
 
 
-@task(pool=POOL, outlets=[PUBLISHED], trigger_rule="none_failed")
+@task(
+    pool=POOL,
+    priority_weight=FIRST,
+    weight_rule="absolute",
+    outlets=[PUBLISHED],
+    trigger_rule="none_failed",
+)
 def publish(connection: str) -> str:
     """Show the newest build to readers in one step: returns the file that they open."""
     from faletl import pipeline

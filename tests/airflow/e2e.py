@@ -13,6 +13,7 @@ import argparse
 import base64
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -50,7 +51,7 @@ from tests.airflow.services import (
     tree_of,
     wait_for,
 )
-from tests.conftest import all_tables
+from tests.conftest import all_tables, ask
 
 # Secrets as nothing else looks; what they hold changes when it is percent-encoded.
 KEY = "e2e-key:never+seen/anywhere=5f2c9a7e"
@@ -61,6 +62,10 @@ CONNECTION = "fal_default"
 POOL = "faletl_warehouse"
 FIRST_DAYS = 3
 RAW = "faletl://warehouse/raw/"
+SNAPSHOT = "the instant of a snapshot"
+DEADLINE_HOUR = 6  # UTC
+
+Tables = dict[str, list[tuple[Any, ...]]]
 
 # A machine that others use, too, may take its time.
 A_RUN, A_BACKFILL = 600, 1200
@@ -334,15 +339,21 @@ def run_on_schedule(trial: Trial) -> None:
 
 def backfill(trial: Trial) -> None:
     """a backfill of five days, two runs at a time, with two of its tasks killed"""
-    first, last = trial.days[0], trial.days[-1]
     borders = [datetime(day.year, day.month, day.day, tzinfo=UTC) for day in trial.days[1:]]
-    start, end = borders[0] - timedelta(hours=2), borders[-1] + timedelta(hours=1)
-    minutes = timedelta(minutes=10)  # past the hour, as the schedule says
-    hours = [
-        start + minutes + timedelta(hours=n) for n in range(int((end - start) / timedelta(hours=1)))
-    ]
-    wanted = {border + minutes + timedelta(hours=n) for border in borders for n in (-2, -1, 0)}
-    mark_done(trial, [hour for hour in hours if hour not in wanted])
+    span = {
+        "from_date": (borders[0] - timedelta(hours=2)).isoformat(),
+        "to_date": (borders[-1] + timedelta(minutes=59)).isoformat(),
+    }
+    body = {"dag_id": "fal_usage", **span}
+    dry = trial.api.ask("POST", "/api/v2/backfills/dry_run", body)["backfills"]
+    begins = [datetime.fromisoformat(run["logical_date"]) for run in dry]
+    wanted = {
+        begin
+        for begin in begins
+        for border in borders
+        if timedelta(hours=-2) <= begin - border < timedelta(hours=1)
+    }
+    mark_done(trial, [begin for begin in begins if begin not in wanted])
 
     before = {(name, day): trial.reads(name, day) for name in ("usage", "billing_events")
               for day in trial.days}  # fmt: skip
@@ -350,7 +361,7 @@ def backfill(trial: Trial) -> None:
     trial.hold.path, trial.hold.days = "/models/billing-events", frozenset(map(str, trial.days))
     trial.airflow.run(
         ["airflow", "backfill", "create", "--dag-id", "fal_usage", "--max-active-runs", "2",
-         "--from-date", start.isoformat(), "--to-date", end.isoformat()]
+         "--from-date", span["from_date"], "--to-date", span["to_date"]]
     )  # fmt: skip
     most_at_once = Watch(lambda: len(trial.api.runs("fal_usage", run_type="backfill", state="running")))
     with most_at_once:
@@ -366,18 +377,17 @@ def backfill(trial: Trial) -> None:
     assert set(after.values()) == {1}, f"days were not read once each: {after}"
     retried = [task for task in trial.api.tasks("fal_usage") if task["try_number"] > 1]
     assert len(retried) >= 2, "the kills left no trace"
-    trial.tell(f"{first} to {last}, {len(runs)} runs; tried again: {tries_of(retried)}")
+    trial.tell(f"{trial.days[0]} to {trial.days[-1]}, {len(runs)} runs; again: {tries_of(retried)}")
 
 
-def mark_done(trial: Trial, hours: Sequence[datetime]) -> None:
-    """Tell Airflow that runs of these hours were there, for a backfill to leave out.
+def mark_done(trial: Trial, begins: Sequence[datetime]) -> None:
+    """Tell Airflow that there were runs of these logical dates, for the backfill to leave them out.
 
-    All 120 take this machine a quarter of an hour. What is left are three on each border of two days.
+    All 120 hours of five days take this machine a quarter of an hour. Left are three at each midnight.
     """
     trial.api.pause("fal_usage", is_paused=True)
-    for hour in hours:
-        # The interval of a run by hand ends at its logical date, that of a scheduled one begins there.
-        body = {"logical_date": hour.isoformat(), "dag_run_id": f"done__{hour.isoformat()}"}
+    for begin in begins:
+        body = {"logical_date": begin.isoformat(), "dag_run_id": f"done__{begin.isoformat()}"}
         run = trial.api.ask("POST", "/api/v2/dags/fal_usage/dagRuns", body)
         path = f"/api/v2/dags/fal_usage/dagRuns/{run['dag_run_id']}"
         trial.api.ask("PATCH", path, {"state": "success", "note": "left out of the trial"})
@@ -544,24 +554,52 @@ def compare_with_terminal(trial: Trial) -> None:
     (folder / "run.log").write_text(done.stdout + done.stderr, "utf-8")
     assert done.returncode == 0, done.stderr
     here, there = comparable(trial.settings()), comparable(trial.settings(warehouse))
-    different = {name for name in here.keys() | there.keys() if here.get(name) != there.get(name)}
-    assert not different, "\n".join(difference(name, here, there) for name in sorted(different))
+    told = [difference(name, here, there) for name in sorted(here.keys() | there.keys())]
+    assert not any(told), "\n".join(filter(None, told))
     trial.tell(f"{len(here)} tables, {sum(map(len, here.values())):,} rows")
 
 
-def comparable(settings: Settings) -> dict[str, list[tuple[Any, ...]]]:
-    """All tables, without what tells when a snapshot was taken."""
-    return all_tables(settings)
+def comparable(settings: Settings) -> Tables:
+    """All tables, whenever and however often snapshots were taken: those that are equal count as one."""
+    snapshots = " union ".join(
+        f"select _snapshot_at from {resource.table}"
+        for resource in RESOURCES.values()
+        if resource.window == "snapshot"
+    )
+    instants = {at.replace(tzinfo=None) for (at,) in ask(settings, snapshots)}
+
+    def shown(value: Any) -> Any:
+        is_one = isinstance(value, datetime) and value.replace(tzinfo=None) in instants
+        return SNAPSHOT if is_one else value
+
+    tables = {}
+    for name, rows in all_tables(settings).items():
+        shown_rows = [tuple(map(shown, row)) for row in rows]
+        others = [row for row in shown_rows if SNAPSHOT not in row]
+        tables[name] = others + list(dict.fromkeys(row for row in shown_rows if SNAPSHOT in row))
+    return tables
 
 
-def difference(table: str, *sides: dict[str, list[tuple[Any, ...]]]) -> str:
-    """What one side has of a table and the other has not."""
-    here, there = (Counter(map(repr, side.get(table, []))) for side in sides)
-    only_here, only_there = list((here - there).elements()), list((there - here).elements())
+def difference(table: str, here: Tables, there: Tables) -> str:
+    """What one side has of a table and the other has not; empty if nothing."""
+    rows, others = (Counter(map(repr, side.get(table, ["no table"]))) for side in (here, there))
+    if rows == others:
+        return ""
+    only_here, only_there = list((rows - others).elements()), list((others - rows).elements())
     return (
         f"{table}: {len(only_here)} rows in Airflow's alone, {len(only_there)} in the terminal's alone, "
         f"such as {only_here[:2]} and {only_there[:2]}"
     )
+
+
+def miss_deadline(trial: Trial) -> None:
+    """fal_deadline sees yesterday; a deadline that has passed reaches the webhook by the triggerer"""
+    trial.api.unpause("fal_deadline")
+    (run,) = wait_for("fal_deadline is scheduled", partial(trial.api.runs, "fal_deadline"), seconds=120)
+    assert trial.wait_for_run(run)["state"] == "success", run
+    if datetime.now(UTC).hour >= DEADLINE_HOUR:  # the run began after its deadline
+        message = "fal_deadline: yesterday's spend is not modelled by 06:00 UTC"
+        wait_for("the webhook hears of it", lambda: message in trial.webhook.messages, seconds=120)
 
 
 def search_for_keys(trial: Trial) -> None:
@@ -623,6 +661,7 @@ STEPS: Sequence[Callable[[Trial], None]] = (
     backfill_by_form,
     follow_assets,
     compare_with_terminal,
+    miss_deadline,
     refuse_key,
     search_for_keys,
 )
@@ -638,6 +677,8 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="leave the folder where it is")
     parser.add_argument("--serve", action="store_true", help="go on after the steps, until Ctrl-C")
     given = parser.parse_args()
+    for signum in (signal.SIGINT, signal.SIGTERM):  # whoever asks us to end: all is stopped first
+        signal.signal(signum, signal.default_int_handler)
     folder = Path(tempfile.mkdtemp(prefix="faletl-e2e-"))
     folder.chmod(0o711)  # PostgreSQL runs as somebody else
     try:
