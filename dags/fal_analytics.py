@@ -10,11 +10,12 @@ Moves `faletl://warehouse/raw/analytics`.
 
 from airflow.sdk import DAG, AssetOrTimeSchedule
 
-from faletl.airflow.tasks import DAG_ARGS, DAILY, RAW, connections, dag_id, load_resource
+from faletl.airflow.tasks import AFTER_USAGE, DAG_ARGS, DAILY, RAW, connections, dag_id, load_resource
 
 # Endpoints to ask for are those that were used; the days of its own are what a backfill goes by.
 SCHEDULE = AssetOrTimeSchedule(timetable=DAILY, assets=[RAW["usage"]])
 
 for connection in connections():
     with DAG(dag_id("fal_analytics", connection), schedule=SCHEDULE, doc_md=__doc__, **DAG_ARGS):
-        load_resource("analytics", connection)
+        for resource in AFTER_USAGE:
+            load_resource(resource, connection)

@@ -9,6 +9,7 @@ Moves the raw tables' assets, so that `fal_spend` builds what changed.
 from airflow.sdk import DAG
 
 from faletl.airflow.tasks import DAG_ARGS, backfill_params, connections, dag_id, load_resource
+from faletl.resources import RESOURCES
 
 for connection in connections():
     with DAG(
@@ -18,9 +19,7 @@ for connection in connections():
         doc_md=__doc__,
         **DAG_ARGS,
     ):
-        usage, events, credits_, models, prices, analytics = (
-            load_resource(name, connection)
-            for name in ("usage", "billing_events", "credits", "models", "prices", "analytics")
-        )
-        [usage, models] >> prices
-        [usage, models] >> analytics
+        alone = [name for name in RESOURCES if RESOURCES[name].ids_per_call is None]
+        loaded = [load_resource(name, connection) for name in alone]
+        for name in sorted(RESOURCES.keys() - set(alone)):  # their ids come from the others
+            load_resource(name, connection, after=loaded)

@@ -9,8 +9,10 @@ Moves `faletl://warehouse/raw/models` and `.../raw/prices`.
 
 from airflow.sdk import DAG
 
-from faletl.airflow.tasks import DAG_ARGS, DAILY, connections, dag_id, load_resource
+from faletl.airflow.tasks import DAG_ARGS, DAILY, EVERY_DAY, connections, dag_id, load_resource
 
 for connection in connections():
     with DAG(dag_id("fal_prices", connection), schedule=DAILY, doc_md=__doc__, **DAG_ARGS):
-        load_resource("models", connection) >> load_resource("prices", connection)
+        loaded = []
+        for resource in EVERY_DAY:
+            loaded = [load_resource(resource, connection, after=loaded)]

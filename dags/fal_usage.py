@@ -9,9 +9,9 @@ Moves `faletl://warehouse/raw/usage`, `.../raw/billing_events` and `.../raw/cred
 
 from airflow.sdk import DAG
 
-from faletl.airflow.tasks import DAG_ARGS, HOURLY, connections, dag_id, load_resource
+from faletl.airflow.tasks import DAG_ARGS, EVERY_HOUR, HOURLY, connections, dag_id, load_resource
 
 for connection in connections():
     with DAG(dag_id("fal_usage", connection), schedule=HOURLY, doc_md=__doc__, **DAG_ARGS):
-        for resource in ("usage", "billing_events", "credits"):
+        for resource in EVERY_HOUR:
             load_resource(resource, connection)

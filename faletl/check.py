@@ -72,6 +72,12 @@ class Checked:
         codes = [one.exit_code for one in self.findings] + [one.exit_code for one in self.problems]
         return max(codes, default=0)
 
+    @property
+    def why_refused(self) -> str | None:
+        """What is wrong with a whole key or with the settings, if anything is."""
+        wrong = (one.sentence for one in self.problems if one.exit_code == KEY_OR_SETTINGS)
+        return next(wrong, None)
+
 
 def check(settings: Settings) -> Checked:
     """Ask, in its smallest form, each question that a run asks, and tell what the answers mean.

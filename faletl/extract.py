@@ -224,12 +224,14 @@ def _ask_by_ids(
 ) -> None:
     """Ask one question in batches of ids that fal may know; add those it does not to `unknown`."""
     size = asking.resource.ids_per_call or len(ids)
-    known = [endpoint_id for endpoint_id in ids if endpoint_id not in unknown]
-    for first in range(0, len(known), size):
-        batch = known[first : first + size]
+    for first in range(0, len(ids), size):
+        # Cut first, so that an id that turns out to be unknown leaves the other batches as they are.
+        batch = [endpoint_id for endpoint_id in ids[first : first + size] if endpoint_id not in unknown]
+        if not batch:
+            continue
         asking.walk_ids(number, bounds(window), batch, unknown)
         if not first and len(batch) >= SUSPICIOUS_IDS and unknown.issuperset(batch):
-            rest = known[size:]
+            rest = [endpoint_id for endpoint_id in ids[size:] if endpoint_id not in unknown]
             sample = rest[-1 :: -max(1, len(rest) // SAMPLED_IDS)][:SAMPLED_IDS]
             asking.refuse_gone_path(number, bounds(window), sample, unknown)
 

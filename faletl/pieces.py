@@ -45,6 +45,9 @@ log = logging.getLogger(__name__)
 MOST_PIECES = 24
 """A plan is cut into at most so many: a task costs a scheduler seconds, however little it does."""
 
+MOST_BATCHES = 40
+"""As many as fal's catalogue makes, and some."""
+
 _KEPT = timedelta(days=30)
 
 
@@ -125,14 +128,14 @@ def make_plan(settings: Settings, asked: Asked, *, is_first_due: bool = False) -
     now = datetime.now(UTC)
     with FalClient(settings) as client:
         account = account_label(client, settings)
-    if account == NAMELESS:  # fal did not tell: better one task tells why than each that follows
-        for problem in check(settings).problems:
-            if problem.exit_code == KeyRefusedError.exit_code:
-                raise KeyRefusedError(problem.sentence)
+    # Where fal did not tell the name, better one task tells why than each that follows.
+    if account == NAMELESS and (sentence := check(settings).why_refused):
+        raise KeyRefusedError(sentence)
     with open_warehouse(settings).reading() as connection:
         if is_first_due and not _is_older(settings, asked, now):
             known_since = horizons(connection, account) if connection is not None else {}
-            if not known_since.keys() & set(asked.resources):
+            days = {name for name in asked.resources if RESOURCES[name].window == "day"}
+            if days and not known_since.keys() & days:
                 asked = Asked(resources=asked.resources)
         tasks = plan(settings, connection, account, asked, now)
         by_ids = [task for task in tasks if task.resource.ids_per_call is not None]
@@ -184,14 +187,18 @@ def pieces(path: str, most: int = MOST_PIECES) -> list[Piece]:
 
 
 def batches(path: str) -> list[Batch]:
-    """The batches of endpoint ids to ask ahead: of windows that ask for more than one call takes."""
-    return [
+    """The batches of endpoint ids to ask ahead: of windows that ask for more than one call takes.
+
+    None where there are more than `MOST_BATCHES`: with so many windows, work is spread without them.
+    """
+    found = [
         Batch(
             plan=path, window=at, number=number, ids=f"{_span([one])}, {number + 1} of {len(one.ahead)}"
         )
         for at, one in enumerate(read_plan(path).windows)
         for number in range(len(one.ahead))
     ]
+    return found if len(found) <= MOST_BATCHES else []
 
 
 def ask_batch(settings: Settings, batch: Batch) -> bool:

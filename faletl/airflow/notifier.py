@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ class FalNotifier(BaseNotifier):
     """Posts `{"text": message}`, as Slack, Mattermost and others take it, to a webhook.
 
     Its URL is the password of a connection `fal_notify`, of any type. Without one the message stands in
-    the log alone. The message is a template.
+    the log alone. The message is a template: what fal sent goes through `tell`, which renders nothing.
     """
 
     template_fields: Sequence[str] = ("message",)
@@ -33,11 +34,7 @@ class FalNotifier(BaseNotifier):
     def notify(self, context: Context) -> None:
         """Tell it from a task."""
         del context
-        try:
-            url = BaseHook.get_connection(NOTIFY_CONNECTION).password
-        except AirflowNotFoundException:
-            url = None
-        self._post(url)
+        tell(self.message)
 
     async def async_notify(self, context: Context) -> None:
         """Tell it from the triggerer, as a missed deadline does."""
@@ -46,17 +43,27 @@ class FalNotifier(BaseNotifier):
             url = (await Connection.async_get(NOTIFY_CONNECTION)).password
         except AirflowNotFoundException:
             url = None
-        self._post(url)
+        await asyncio.to_thread(_post, url, self.message)
 
-    def _post(self, url: str | None) -> None:
-        log.warning("%s", self.message)
-        if not url:
-            return
-        import httpx
 
-        try:
-            httpx.post(url, json={"text": self.message}, timeout=10).raise_for_status()
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            # Its text and its traceback would show the URL, which is a secret.
-            kind = type(error).__name__
-            log.error("the webhook of %s did not take it: %s", NOTIFY_CONNECTION, kind)  # noqa: TRY400
+def tell(message: str) -> None:
+    """Tell people, from a task, just as it is written."""
+    try:
+        url = BaseHook.get_connection(NOTIFY_CONNECTION).password
+    except AirflowNotFoundException:
+        url = None
+    _post(url, message)
+
+
+def _post(url: str | None, message: str) -> None:
+    log.warning("%s", message)
+    if not url:
+        return
+    import httpx
+
+    try:
+        httpx.post(url, json={"text": message}, timeout=10).raise_for_status()
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        # Its text and its traceback would show the URL, which is a secret.
+        kind = type(error).__name__
+        log.error("the webhook of %s did not take it: %s", NOTIFY_CONNECTION, kind)  # noqa: TRY400

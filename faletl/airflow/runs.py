@@ -45,10 +45,16 @@ def asked(settings: Settings, dag_run: Any, resource: str) -> Asked | None:
 
 
 def days_of(dag_run: Any) -> tuple[date, date] | None:
-    """The first UTC day that the run's data interval touches, and the day after the last."""
+    """The first UTC day that the run's data interval touches, and the day after the last.
+
+    The command line gives a run by hand the interval before now, whatever its logical date: an earlier
+    one is meant.
+    """
     start, end = dag_run.data_interval_start, dag_run.data_interval_end
     if start is None or end is None:
         return None
+    if dag_run.run_type == "manual" and dag_run.logical_date and dag_run.logical_date < start:
+        start = end = dag_run.logical_date
     last = max(start, end - timedelta(microseconds=1))
     return start.astimezone(UTC).date(), last.astimezone(UTC).date() + timedelta(days=1)
 

@@ -28,16 +28,15 @@ from airflow.sdk import (
 )
 from airflow.sdk.exceptions import AirflowSkipException
 
-from faletl.airflow.notifier import FalNotifier
+from faletl.airflow.notifier import FalNotifier, tell
 from faletl.airflow.plugin import POOL
-from faletl.airflow.retry import FalRetryPolicy
-from faletl.errors import DataRefusedError, KeyRefusedError
+from faletl.airflow.retry import FAILED, FalRetryPolicy
+from faletl.errors import DataRefusedError, FaletlError, KeyRefusedError
 from faletl.resources import RESOURCES, Resource
 
 if TYPE_CHECKING:
     from faletl.config import Settings
     from faletl.pieces import Batch, Piece
-    from faletl.pipeline import Report
     from faletl.plan import Asked
 
 log = logging.getLogger(__name__)
@@ -52,6 +51,27 @@ MARTS = Asset("faletl://warehouse/marts", group="faletl")
 REPORTS = Asset("faletl://warehouse/reports", group="faletl")
 PUBLISHED = Asset("faletl://warehouse/published", group="faletl")
 """The copy that people and tools open; schedule your own DAGs on it."""
+
+EVERY_HOUR = [
+    name
+    for name, resource in RESOURCES.items()
+    if resource.ids_per_call is None and (resource.window == "day" or resource.every_run)
+]
+"""What a DAG reads by itself: usage, charges, the balance."""
+
+EVERY_DAY = [
+    name
+    for name, resource in RESOURCES.items()
+    if resource.window == "snapshot" and not resource.every_run
+]
+"""Snapshots, each in need of the one before: the catalogue, its prices."""
+
+AFTER_USAGE = [
+    name
+    for name, resource in RESOURCES.items()
+    if resource.window == "day" and resource.ids_per_call is not None
+]
+"""What is asked by the ids of endpoints that were used: analytics."""
 
 HOURLY = CronDataIntervalTimetable("0 * * * *", timezone="UTC")
 """On the hour, so that no interval touches two days; the hour that just ended waits for the next run."""
@@ -78,7 +98,7 @@ DAG_ARGS: dict[str, Any] = {
 }
 
 AT_ONCE = 4
-"""So many extracting tasks of a DAG run at a time: fal limits an account, not a worker."""
+"""So many extracting tasks of a resource at a time: fal limits an account, not a worker."""
 
 
 FIRST = 100
@@ -99,12 +119,18 @@ def dag_id(name: str, connection: str) -> str:
 # --- From fal to raw ------------------------------------------------------------------------------
 
 
-def load_resource(name: str, connection: str) -> TaskGroup:
-    """The tasks of one resource, as a task group of its name."""
+def load_resource(name: str, connection: str, after: Sequence[Any] = ()) -> Any:
+    """The tasks of one resource, as a task group of its name, `after` other loads; returns its load.
+
+    It goes on whatever became of those: that they failed is for their `all_loaded` to say, which has to
+    stay a last task of the DAG for that.
+    """
     resource = RESOURCES[name]
 
-    with TaskGroup(name, tooltip=resource.comment) as group:
+    with TaskGroup(name, tooltip=resource.comment):
         planned: Any = plan(name, connection)
+        for earlier in after:
+            earlier >> planned
         extracting = extract.partial(connection=connection, name=name).expand(piece=planned)
         if resource.ids_per_call is not None:
             asking = ask_ahead.partial(connection=connection, name=name)
@@ -112,10 +138,10 @@ def load_resource(name: str, connection: str) -> TaskGroup:
         loaded: Any = load.override(outlets=[RAW[name]])(name, connection, planned)
         extracting >> loaded
         extracting >> all_loaded(loaded)
-    return group
+    return loaded
 
 
-@task
+@task(trigger_rule="all_done")
 def plan(name: str, connection: str) -> list[Piece]:
     """Which windows are to be read: those that are due, or the days that the run stands for.
 
@@ -128,14 +154,15 @@ def plan(name: str, connection: str) -> list[Piece]:
     with _settings(connection, RESOURCES[name]) as settings:
         form = context["params"]
         run = context["dag_run"]
-        meant = _meant_by(form, name) if form else asked(settings, run, name)
+        has_form = "resources" in form  # other DAGs may be triggered with parameters of somebody's own
+        meant = _meant_by(form, name) if has_form else asked(settings, run, name)
         if meant is None:
             return []
-        if form and form["dry_run"]:
+        if has_form and form["dry_run"]:
             _tell_forecast(settings, meant)
             return []
         # Whoever tries a new DAG by hand would else get the hour before, and from there on.
-        by_hand = not form and run.run_type == "manual"
+        by_hand = not has_form and run.run_type == "manual"
         path = pieces.make_plan(settings, meant, is_first_due=by_hand)
         return pieces.pieces(path) if path else []
 
@@ -154,11 +181,20 @@ def id_batches(planned: Sequence[Piece]) -> list[Batch]:
     map_index_template="{{ task.op_kwargs['batch']['ids'] }}",
 )
 def ask_ahead(batch: Batch, connection: str, name: str) -> int:
-    """Land what fal answers for one batch of endpoint ids; returns 1, or 0 if it was there already."""
+    """Land what fal answers for one batch of endpoint ids; returns 1 if it did.
+
+    What fails is for `extract` to ask again, and to judge; but a refused key ends it here.
+    """
     from faletl import pieces
 
     with _settings(connection, RESOURCES[name]) as settings:
-        return int(pieces.ask_batch(settings, batch))
+        try:
+            return int(pieces.ask_batch(settings, batch))
+        except KeyRefusedError:
+            raise
+        except FaletlError as error:
+            log.warning("%s; extract asks again", error)
+            return 0
 
 
 @task(
@@ -177,7 +213,10 @@ def extract(piece: Piece, connection: str, name: str) -> list[str]:
 
     with _settings(connection, RESOURCES[name]) as settings:
         report = pieces.extract_piece(settings, piece)
-        _raise_worst(report)
+        for _, error in report.failures:
+            log.error("%s", error)
+        for _, error in sorted(report.failures, key=lambda failure: failure[1].exit_code):
+            raise error  # one that may be tried again, as long as there is any
         return [str(outcome.path) for outcome in report.outcomes]
 
 
@@ -194,7 +233,10 @@ def load(name: str, connection: str, planned: Sequence[Piece]) -> dict[str, int]
         raise AirflowSkipException("no window is to be read")
     with _settings(connection, RESOURCES[name]) as settings:
         report = pieces.load_plan(settings, planned[0]["plan"])
-        _tell_refused(report)
+        for _, error in report.failures:
+            if error.exit_code == FAILED:
+                raise error
+            tell(f"not loaded: {error}")
         counts = dict.fromkeys(("loaded", "unchanged", "superseded"), 0)
         for outcome in report.outcomes:
             counts[outcome.outcome] += 1
@@ -242,7 +284,7 @@ def build(connection: str) -> int:
     if built is None:
         raise AirflowSkipException("nothing to build: nothing new is loaded")
     for sentence in built.dearest_runaways:
-        FalNotifier(f"runaway charge: {sentence}")(context)
+        tell(f"runaway charge: {sentence}")
     for asset in (MARTS, REPORTS):
         context["outlet_events"][asset].extra = {"days": built.days, "checks": built.checks}
     return built.days
@@ -333,24 +375,10 @@ def _settings(connection: str, resource: Resource | None = None) -> Iterator[Set
     except KeyRefusedError as error:
         checked = check(settings)
         mine = [one.sentence for one in checked.findings if resource and one.resource == resource.name]
-        sentence = next((one.sentence for one in checked.problems), None) or next(iter(mine), "")
-        if resource is not None and resource.is_optional and not checked.problems:
-            raise AirflowSkipException(sentence or str(error)) from None
-        raise KeyRefusedError(sentence or error.message, **error.facts) from None
-
-
-def _raise_worst(report: Report) -> None:
-    """Tell all that failed, and raise one of it: of what may be tried again, as long as there is any."""
-    for _, error in report.failures:
-        log.error("%s", error)
-    for _, error in sorted(report.failures, key=lambda failure: failure[1].exit_code):
-        raise error
-
-
-def _tell_refused(report: Report) -> None:
-    for _, error in report.failures:
-        log.error("%s", error)
-        FalNotifier(f"not loaded: {error}")(get_current_context())
+        sentence = checked.why_refused or next(iter(mine), "") or error.message
+        if resource is not None and resource.is_optional and not checked.why_refused:
+            raise AirflowSkipException(sentence) from None
+        raise KeyRefusedError(sentence, **error.facts) from None
 
 
 def _tell_forecast(settings: Settings, asked: Asked) -> None:

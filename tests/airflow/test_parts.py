@@ -204,8 +204,9 @@ def test_a_notice_goes_to_the_webhook_and_its_url_to_no_log(
     url, posted = webhook
     code = """
 import asyncio
-from faletl.airflow.notifier import FalNotifier
+from faletl.airflow.notifier import FalNotifier, tell
 FalNotifier("runaway: {{ what }}")({"what": "a charge"})
+tell("x/{{ conn.fal_default.password }} {% {#")  # what fal sent is no template
 asyncio.run(FalNotifier("late").async_notify({}))
 """
 
@@ -216,7 +217,15 @@ asyncio.run(FalNotifier("late").async_notify({}))
         assert path not in done.stdout + done.stderr
     alone = airflow.python("-c", code)
 
-    assert posted == [{"text": "runaway: a charge"}, {"text": "late"}] * 2
+    assert (
+        posted
+        == [
+            {"text": "runaway: a charge"},
+            {"text": "x/{{ conn.fal_default.password }} {% {#"},
+            {"text": "late"},
+        ]
+        * 2
+    )
     assert alone.returncode == 0
     assert "runaway: a charge" in alone.stdout + alone.stderr
 
@@ -230,6 +239,7 @@ def run_of(kind: str, start: datetime | None, hours: int = 1) -> Any:
         dag_id="fal_usage",
         run_id=f"{kind}__{start}",
         run_type=kind,
+        logical_date=start,
         data_interval_start=start,
         data_interval_end=start and start + timedelta(hours=hours),
     )
@@ -266,6 +276,12 @@ def test_a_run_by_hand_means_every_utc_day_that_its_interval_touches(
 ) -> None:
     runs = [run_of("manual", start, hours=hours)] * 2
     assert fetched(tmp_path, runs) == [days, days]
+
+
+def test_a_logical_date_given_on_the_command_line_is_the_day_meant(tmp_path: Path) -> None:
+    run = run_of("manual", NOON)
+    run.logical_date = datetime(2026, 10, 1, 7, tzinfo=UTC)
+    assert fetched(tmp_path, [run]) == [(date(2026, 10, 1), date(2026, 10, 2))]
 
 
 def test_a_backfill_fetches_each_day_once_however_many_hours_it_has(tmp_path: Path) -> None:

@@ -151,6 +151,19 @@ def test_a_window_that_fails_stops_no_other_and_fails_the_run(airflow: Airflow) 
     assert windows.fetchone() == (2,)
 
 
+def test_prices_are_read_though_the_catalogue_fails_and_the_run_says_so(airflow: Airflow) -> None:
+    def fault(request: Request) -> Fault | None:
+        return Fault(status=400) if request.path == "/models" else None
+
+    with Sandbox(invented_world(7), fault=fault) as server:
+        airflow.connect(server.url)
+        _, run = airflow.test("fal_usage", {"dag_id": "fal_prices", "conf": {"why": "a test"}})
+
+    assert run["state"] == "failed"
+    assert run["tasks"]["models.all_loaded"] == "upstream_failed"
+    assert run["tasks"]["prices.all_loaded"] == run["tasks"]["prices.load"] == "success"
+
+
 def test_what_the_gate_refuses_is_told_and_fails_the_run_after_all_else_is_loaded(
     airflow: Airflow, invented: Sandbox, tmp_path: Path
 ) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from faletl import pieces, pipeline
@@ -195,6 +196,23 @@ def test_a_first_read_by_hand_is_of_what_is_due(settings: Settings) -> None:
     path = pieces.make_plan(settings, today, is_first_due=True)
     assert path is not None
     assert [one.start.day for one in pieces.read_plan(path).windows] == [23]
+
+
+def test_a_snapshot_by_hand_is_taken_though_the_day_has_one(settings: Settings) -> None:
+    pipeline.run(settings, Asked(resources=["models"]))
+    assert pieces.make_plan(settings, Asked(date(2026, 11, 23), resources=["models"]), is_first_due=True)
+
+
+def test_many_windows_are_spread_without_batches(settings: Settings) -> None:
+    pipeline.run(settings, Asked(date(2026, 11, 21), date(2026, 11, 22), ["usage"]))
+    days = Asked(date(2026, 11, 8), date(2026, 11, 23), ["analytics"])
+    path = pieces.make_plan(settings, days)
+    assert path is not None
+    made = pieces.read_plan(path)
+    some = made.windows[-1]
+    assert pieces.batches(path)
+    Path(path).write_bytes(msgspec.json.encode(msgspec.structs.replace(made, windows=[some] * 30)))
+    assert pieces.batches(path) == []
 
 
 def test_a_key_that_fal_accepts_for_nothing_is_told_when_it_plans(
