@@ -84,7 +84,7 @@ DAG_ARGS: dict[str, Any] = {
     "max_active_runs": 1,
     "tags": ["fal", "spend"],
     "default_args": {
-        "owner": os.environ.get("FALETL_OWNER", "faletl"),
+        "owner": os.environ.get("FALETL_OWNER") or "faletl",
         "retries": 5,
         "retry_delay": timedelta(minutes=1),
         "retry_exponential_backoff": 2,
@@ -99,7 +99,6 @@ DAG_ARGS: dict[str, Any] = {
 
 AT_ONCE = 4
 """So many extracting tasks of a resource at a time: fal limits an account, not a worker."""
-
 
 FIRST = 100
 """Build and publish go before loads that wait for the pool: in between would be something not built."""
