@@ -383,7 +383,7 @@ def backfill(trial: Trial) -> None:
 def mark_done(trial: Trial, begins: Sequence[datetime]) -> None:
     """Tell Airflow that there were runs of these logical dates, for the backfill to leave them out.
 
-    All 120 hours of five days take this machine a quarter of an hour. Left are those around each midnight.
+    All 120 hours of five days take two cores a quarter of an hour. Left are those around each midnight.
     """
     trial.api.pause("fal_usage", is_paused=True)
     for begin in begins:
