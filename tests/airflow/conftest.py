@@ -48,7 +48,7 @@ class Airflow:
             cwd=self.home,
             capture_output=True,
             text=True,
-            timeout=180,
+            timeout=600,
             check=False,
         )
 

@@ -96,6 +96,11 @@ class Service:
                 **as_user(self.user),
             )
 
+    @property
+    def pids(self) -> set[int]:
+        """Of the process and all that descend from it."""
+        return {one.pid for one in tree_of(self.process.pid)} if self.process else set()
+
     def check(self) -> None:
         """Raises RuntimeError if it ended by itself."""
         if self.process is not None and self.process.poll() is not None:
@@ -231,7 +236,7 @@ class Postgres:
 
 def postgres_program(name: str) -> str:
     """The path of one of PostgreSQL's programs; Debian keeps most out of PATH."""
-    versions = sorted(DEBIAN_POSTGRES.glob(f"*/bin/{name}"), key=lambda path: path.parts[-3])
+    versions = sorted(DEBIAN_POSTGRES.glob(f"*/bin/{name}"), key=lambda path: float(path.parts[-3]))
     found = str(versions[-1]) if versions else shutil.which(name)
     if found is None:
         raise FileNotFoundError(f"there is no {name}: install PostgreSQL")
@@ -262,13 +267,12 @@ class Airflow:
     services: dict[str, Service] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        ports = free_ports(7)
-        self.api_port, postgres_port, self._redis_port, health_port, *log_ports = ports
-        self.postgres = Postgres(self.folder / "postgres", postgres_port)
+        names = ("api", "postgres", "redis", "health", "logs", "trigger logs", *WORKERS)
+        self._ports = dict(zip(names, free_ports(len(names)), strict=True))
+        self.postgres = Postgres(self.folder / "postgres", self._ports["postgres"])
         self.home = self.folder / "airflow"
         self.logs = self.folder / "logs"
-        self.url = f"http://{LOOPBACK}:{self.api_port}"
-        self._log_ports = dict(zip(("others", *WORKERS), log_ports, strict=True))
+        self.url = f"http://{LOOPBACK}:{self._ports['api']}"
         self.environment = {
             **_plain(),
             **_secrets(),
@@ -278,24 +282,22 @@ class Airflow:
             "AIRFLOW_HOME": str(self.home),
             "AIRFLOW__CORE__DAGS_FOLDER": str(REPOSITORY / "dags"),
             "AIRFLOW__CORE__LOAD_EXAMPLES": "false",
-            "AIRFLOW__CORE__EXECUTOR": {"local": "LocalExecutor", "celery": "CeleryExecutor"}[
-                self.executor
-            ],
+            "AIRFLOW__CORE__EXECUTOR": f"{self.executor.capitalize()}Executor",
             "AIRFLOW__CORE__PARALLELISM": "4",
             "AIRFLOW__CORE__TEST_CONNECTION": "Enabled",
             "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "true",
             "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"{self.url}/execution/",
             "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": self.postgres.url,
             "AIRFLOW__API__HOST": LOOPBACK,
-            "AIRFLOW__API__PORT": str(self.api_port),
+            "AIRFLOW__API__PORT": str(self._ports["api"]),
             "AIRFLOW__API__BASE_URL": self.url,
-            "AIRFLOW__LOGGING__WORKER_LOG_SERVER_PORT": str(self._log_ports["others"]),
-            "AIRFLOW__LOGGING__TRIGGER_LOG_SERVER_PORT": str(free_ports(1)[0]),
-            "AIRFLOW__CELERY__BROKER_URL": f"redis://{LOOPBACK}:{self._redis_port}/0",
+            "AIRFLOW__LOGGING__WORKER_LOG_SERVER_PORT": str(self._ports["logs"]),
+            "AIRFLOW__LOGGING__TRIGGER_LOG_SERVER_PORT": str(self._ports["trigger logs"]),
+            "AIRFLOW__CELERY__BROKER_URL": f"redis://{LOOPBACK}:{self._ports['redis']}/0",
             "AIRFLOW__CELERY__WORKER_CONCURRENCY": "2",
             "AIRFLOW__SCHEDULER__ENABLE_HEALTH_CHECK": "true",
             "AIRFLOW__SCHEDULER__SCHEDULER_HEALTH_CHECK_SERVER_HOST": LOOPBACK,
-            "AIRFLOW__SCHEDULER__SCHEDULER_HEALTH_CHECK_SERVER_PORT": str(health_port),
+            "AIRFLOW__SCHEDULER__SCHEDULER_HEALTH_CHECK_SERVER_PORT": str(self._ports["health"]),
             # Short, so that a killed task is missed soon.
             "AIRFLOW__SCHEDULER__SCHEDULER_HEARTBEAT_SEC": "1",
             "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_SEC": "5",
@@ -315,7 +317,7 @@ class Airflow:
         self._start(self.postgres.made())
         self.postgres.make_database()
         if self.executor == "celery":
-            self._start(redis(self.folder / "redis", self._redis_port))
+            self._start(redis(self.folder / "redis", self._ports["redis"]))
         self.run(compose_command("airflow-init"))
         for name in ("api-server", "scheduler", "dag-processor", "triggerer"):
             self._start(self._part(name, compose_command(name)))
@@ -327,7 +329,7 @@ class Airflow:
     def start_worker(self, name: str) -> None:
         """Start a Celery worker (again). Two on one machine need names, in containers they have them."""
         command = [*compose_command("worker"), "--celery-hostname", name]
-        ports = {"AIRFLOW__LOGGING__WORKER_LOG_SERVER_PORT": str(self._log_ports[name])}
+        ports = {"AIRFLOW__LOGGING__WORKER_LOG_SERVER_PORT": str(self._ports[name])}
         self._start(self._part(name, command, ports))
 
     def is_healthy(self) -> bool:
