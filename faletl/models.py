@@ -330,12 +330,14 @@ def needs_build(settings: Settings, connection: sa.Connection) -> bool:
 
 def is_behind(settings: Settings, connection: sa.Connection) -> bool:
     """Whether it needs a build, or rows were set aside since: no reason to build, but a difference."""
+    return needs_build(settings, connection) or bool(news(connection))
+
+
+def news(connection: sa.Connection) -> Collection[str]:
+    """The resources of which something was loaded, or set aside, since the last build."""
     last = _last_build(connection)
-    return (
-        last is None
-        or needs_build(settings, connection)
-        or bool(changed_days(connection, last[0], last[2]))
-    )
+    since, token = (last[0], last[2]) if last else (0, 0)
+    return changed_days(connection, since, token).keys()
 
 
 def _last_build(connection: sa.Connection) -> tuple[int, str, int] | None:

@@ -214,6 +214,12 @@ def is_behind(settings: Settings) -> bool:
         return connection is not None and models.is_behind(settings, connection)
 
 
+def is_news(settings: Settings, resource: str) -> bool:
+    """Whether something of the resource is loaded, or was set aside, that is not built yet."""
+    with open_warehouse(settings).reading() as connection:
+        return connection is not None and resource in models.news(connection)
+
+
 def is_published(settings: Settings, day: date) -> bool:
     """Whether readers see all usage of that UTC day, of each account read in the week before."""
     lately = sa.and_(

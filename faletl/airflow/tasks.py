@@ -241,7 +241,7 @@ def load(name: str, connection: str, planned: Sequence[Piece]) -> dict[str, int]
             counts[outcome.outcome] += 1
         if not report.outcomes and not report.failures:
             raise AirflowSkipException("nothing has landed")
-        if not report.failures and not pipeline.is_behind(settings):
+        if not report.failures and not pipeline.is_news(settings, name):
             raise AirflowSkipException(f"nothing moved: {counts['unchanged']} windows are as they were")
         moved = [outcome for outcome in report.outcomes if outcome.outcome == "loaded"]
         get_current_context()["outlet_events"][RAW[name]].extra = {

@@ -54,7 +54,7 @@ def published(airflow: Airflow) -> Path:
     return airflow.home / "warehouse" / "spend.duckdb"
 
 
-def test_the_scheduled_line_leaves_what_a_terminal_leaves(
+def test_the_scheduled_line_leaves_what_a_terminal_leaves_and_a_second_round_nothing(
     airflow: Airflow, invented: Sandbox, tmp_path: Path
 ) -> None:
     airflow.connect(invented.url)
@@ -72,6 +72,19 @@ def test_the_scheduled_line_leaves_what_a_terminal_leaves(
     assert passed
     assert max(map(len, passed)) < 10_000
     assert not any("fal-ai/" in value for value in passed)
+
+    again = airflow.test("fal_prices", "fal_analytics")
+
+    assert [run["state"] for run in again] == ["success"] * 2
+    assert again[0]["tasks"]["models.load"] == again[0]["tasks"]["models.extract"] == "skipped"
+    assert closed_days(published(airflow)) == held
+    events = airflow.rows(
+        "select uri, asset_event.extra from asset_event join asset on asset.id = asset_id order by 1"
+    )
+    moved = Counter(uri.removeprefix("faletl://") for uri, _ in events)
+    assert moved.keys() >= {f"warehouse/{name}" for name in ("raw/usage", "marts", "reports", "published")}
+    assert moved["warehouse/raw/models"] == 1
+    assert any('"rows": ' in extra and f"{TODAY - timedelta(days=1)}" in extra for _, extra in events)
 
 
 def test_a_backfill_by_form_loads_the_days_and_resources_that_it_names(
