@@ -251,6 +251,38 @@ def validate(
     raise typer.Exit(verdict.exit_code)
 
 
+@app.command(epilog="Example: faletl stage --out handover --start 2026-11-01 --resource usage")
+def stage(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the files go.")],
+    start: Start = None,
+    end: End = None,
+    resource: Resources = None,
+) -> None:
+    """Loaded windows as typed Parquet, a folder a day, for another engine; only what is new since."""
+    from faletl.config import Settings
+    from faletl.handover import hand_over
+    from faletl.plan import Asked
+
+    with _progress() as progress:
+        handed = hand_over(Settings.load(), out, Asked(start, end, resource or ()), progress)
+    typer.echo(
+        f"{out}: {len(handed.written):,} windows written, {handed.unchanged:,} there already, "
+        f"{len(handed.deleted):,} files out of date deleted"
+    )
+
+
+@app.command(epilog="Example: faletl grant --reader analysts")
+def grant(
+    reader: Annotated[str, typer.Option(metavar="ROLE", help="A role of the database.")],
+) -> None:
+    """Let a role of a server warehouse read marts and reports, and nothing else."""
+    from faletl.config import Settings
+    from faletl.warehouse import open_warehouse
+
+    open_warehouse(Settings.load()).grant(reader)
+    typer.echo(f"{reader} reads marts and reports now, and after every build")
+
+
 @quarantine_app.command("list", epilog="Example: faletl quarantine list --all")
 def list_quarantine(
     with_resolved: Annotated[

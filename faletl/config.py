@@ -44,7 +44,7 @@ class Settings(BaseSettings):
     key: SecretStr | None = Field(None, validation_alias="FAL_KEY")
     metrics_key: SecretStr | None = Field(None, validation_alias="FAL_METRICS_KEY")
     api_url: str = Field("https://api.fal.ai/v1", validation_alias="FALETL_API_URL")
-    warehouse: str = Field("duckdb:///faletl.duckdb", validation_alias="FALETL_WAREHOUSE")
+    warehouse: str = Field("duckdb:///faletl.duckdb", validation_alias="FALETL_WAREHOUSE", repr=False)
     landing: str = Field("landing", validation_alias="FALETL_LANDING")
     account: str | None = Field(None, validation_alias="FALETL_ACCOUNT")
     publish: str | None = Field(None, validation_alias="FALETL_PUBLISH")

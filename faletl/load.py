@@ -10,22 +10,23 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import sqlalchemy as sa
 
 from faletl import landing
 from faletl.config import Settings
-from faletl.errors import FaletlError, LeaseLostError, WarehouseError
+from faletl.errors import FaletlError, LeaseLostError, UsageError, WarehouseError
 from faletl.findings import keep_findings
 from faletl.landing import Manifest, Receipt, relative_path
 from faletl.resources import RESOURCES, Resource
 from faletl.staging import Staged
 from faletl.warehouse import Lease, Warehouse
+from faletl.warehouse.schema import columns_of
 from faletl.warehouse.tables import (
     FAILURES,
     HORIZONS,
@@ -37,6 +38,9 @@ from faletl.warehouse.tables import (
     WAREHOUSE,
 )
 from faletl.windows import DAY, HOUR, Read, Window
+
+if TYPE_CHECKING:
+    from faletl.plan import Asked
 
 Outcome = Literal["loaded", "unchanged", "superseded"]
 """What became of a window: replaced; found to hold the same rows; or left as a later run had it."""
@@ -74,7 +78,7 @@ def replace_window(settings: Settings, warehouse: Warehouse, lease: Lease, stage
     """
     folder = staged.landed.folder
     with _written(staged):
-        with lease.connection.begin():
+        with lease.transaction():
             done = _replace(settings, warehouse, lease, staged)
         if done.receipt is not None and landing.receipt_of(folder) is None:
             landing.leave_receipt(folder, done.receipt)
@@ -108,7 +112,7 @@ def replay(
     Raises: as `replace_window`.
     """
     outcomes = []
-    with lease.connection.begin():
+    with lease.transaction():
         if forget is not None:
             _forget_day(lease, Window.of_day(forget))
         for staged, receipt in reads:
@@ -126,7 +130,7 @@ def _next_lease(lease: Lease) -> Lease:
         .values(fencing_token=WAREHOUSE.c.fencing_token + 1)
         .returning(WAREHOUSE.c.fencing_token)
     ).scalar_one()
-    return Lease(lease.connection, token)
+    return replace(lease, token=token)
 
 
 @contextmanager
@@ -314,7 +318,7 @@ def _insert(warehouse: Warehouse, lease: Lease, staged: Staged) -> None:
     cost = sa.func.sum(table.c.cost_total) if "cost_total" in table.c else sa.literal(0)
     rows, total = lease.connection.execute(
         sa.select(sa.func.count(), sa.func.coalesce(cost, 0)).where(
-            table.c["_load_id"] == staged.landed.manifest.load_id
+            _rows_of(staged), table.c["_load_id"] == staged.landed.manifest.load_id
         )
     ).one()
     if rows != staged.rows or Decimal(total) != Decimal(staged.cost_total):
@@ -463,7 +467,7 @@ def record_failure(
     run_id: str,
 ) -> None:
     """Keep a window's failure for `faletl status`, in place of an older one, and what was noticed."""
-    with lease.connection.begin():
+    with lease.transaction():
         fence(lease, changes_data=False)
         lease.connection.execute(
             sa.delete(FAILURES).where(
@@ -534,6 +538,27 @@ def pages_per_window(connection: sa.Connection, account: str) -> Mapping[str, fl
         .group_by(LOADS.c.resource)
     )
     return {resource: max(1.0, int(pages) / count) for resource, pages, count in found}
+
+
+def current_loads(warehouse: Warehouse, asked: Asked) -> list[sa.RowMapping]:
+    """The rows of ops.loads that hold what is asked for (default: all): by resource, oldest first.
+
+    Raises:
+        UsageError: there is no warehouse yet.
+    """
+    with warehouse.reading() as connection:
+        if connection is None:
+            raise UsageError("nothing is loaded yet; run faletl run first")
+        found = connection.execute(
+            sa.select(LOADS).where(LOADS.c.is_current).order_by(LOADS.c.window_start, LOADS.c.account)
+        )
+        loads = [
+            load
+            for load in found.mappings()
+            if asked.includes(load["resource"], Window(load["window_start"], load["window_start"]))
+        ]
+    order = list(RESOURCES)
+    return sorted(loads, key=lambda load: order.index(load["resource"]))
 
 
 def loaded_reads(connection: sa.Connection) -> Mapping[tuple[str, str, date], datetime]:
@@ -613,7 +638,7 @@ class Ledger:
 def read_ledger(connection: sa.Connection, day: date | None = None) -> Ledger:
     """The ledger, or that of one UTC day. Raw stands on what is needed, and so do restatements."""
     loads = LOADS.c
-    is_older = loads.last_load_id.name not in _columns(connection, LOADS)
+    is_older = loads.last_load_id.name not in columns_of(connection, LOADS)
     query = sa.select(
         loads.load_id,
         loads.load_id.label("last_load_id") if is_older else loads.last_load_id,
@@ -644,18 +669,6 @@ def _standing_loads(connection: sa.Connection) -> set[str]:
     standing = set[str]()
     for name, resource in RESOURCES.items():
         is_in_parts = resource.ids_per_call is not None and resource.window == "day"
-        if is_in_parts and _columns(connection, RAW[name]):
+        if is_in_parts and columns_of(connection, RAW[name]):
             standing |= set(connection.execute(sa.select(RAW[name].c["_load_id"]).distinct()).scalars())
     return standing
-
-
-def _columns(connection: sa.Connection, table: sa.Table) -> set[str]:
-    """The columns that the table really has; none where it is not there, as in an older warehouse."""
-    names = ("table_schema", "table_name", "column_name")
-    columns = sa.table(
-        "columns", *(sa.column(name, sa.Text) for name in names), schema="information_schema"
-    ).c
-    found = sa.select(columns.column_name).where(
-        columns.table_schema == table.schema, columns.table_name == table.name
-    )
-    return set(connection.execute(found).scalars())

@@ -37,6 +37,7 @@ from faletl.warehouse import Lease, Warehouse
 from faletl.warehouse.tables import (
     BUILDS,
     RAW,
+    SCHEMA_VERSION,
     SEED_CREDENTIAL_OWNER,
     SEED_THRESHOLD,
     SEED_UNIT,
@@ -207,6 +208,7 @@ def _ledger_check(resource: str, table: sa.Table) -> str:
     """
 
 
+@cache
 def translate(sql: str, dialect: str) -> str:
     """The same select in another database's SQL."""
     if dialect == SOURCE_DIALECT:
@@ -267,23 +269,32 @@ def sources(sql: str) -> frozenset[str]:
     return frozenset(own).union(*(sources(known[table]) for table in read & known.keys()))
 
 
-@cache
-def restricted(sql: str, span: Span) -> str:
+def restricted(sql: str, span: Span, dialect: str = SOURCE_DIALECT) -> str:
     """The select over those rows alone that fall on the days of the span, where rows have a day."""
+    some = _restricted(sql, dialect)
+    return some.replace(f"{_SOME.first}", f"{span.first}").replace(f"{_SOME.end}", f"{span.end}")
+
+
+_SOME = Span(date(1, 1, 1), date(1, 1, 2))
+"""Days that no SQL of ours names: a select is parsed once, and then holds for any days."""
+
+
+@cache
+def _restricted(sql: str, dialect: str) -> str:
     tree = sqlglot.parse_one(sql, read=SOURCE_DIALECT)
     for table in list(tree.find_all(exp.Table)):
-        rows = _rows_on(f"{table.db}.{table.name}", span)
+        rows = _rows_of_some_days(f"{table.db}.{table.name}")
         if rows is not None:
             part = sqlglot.parse_one(rows, read=SOURCE_DIALECT, into=exp.Select)
             table.replace(part.subquery(table.alias or table.name))
-    return tree.sql(SOURCE_DIALECT)
+    return tree.sql(dialect)
 
 
-def _rows_on(table: str, span: Span) -> str | None:
-    """The select of a table's rows on the days of the span; None where its rows have no day."""
+def _rows_of_some_days(table: str) -> str | None:
+    """The select of a table's rows on `_SOME` days; None where its rows have no day."""
     model = next((model for model in models() if model.table == table), None)
     if model is not None and model.is_view:
-        return restricted(model.sql, span)
+        return _restricted(model.sql, SOURCE_DIALECT)
     if model is not None:
         column, kind, zone = model.day, "date", ""
     elif table.startswith("raw."):
@@ -300,8 +311,8 @@ def _rows_on(table: str, span: Span) -> str | None:
         return None
     time = " 00:00:00" if zone else ""
     return (
-        f"select * from {table} where \"{column}\" >= {kind} '{span.first}{time}{zone}' "
-        f"and \"{column}\" < {kind} '{span.end}{time}{zone}'"
+        f"select * from {table} where \"{column}\" >= {kind} '{_SOME.first}{time}{zone}' "
+        f"and \"{column}\" < {kind} '{_SOME.end}{time}{zone}'"
     )
 
 
@@ -365,7 +376,7 @@ def build(
     connection = lease.connection
     seeds = _read_seeds(settings)
     try:
-        with connection.begin():
+        with lease.transaction():
             data_version = fence(lease, changes_data=False)
             last = _last_build(connection)
             is_full = full or last is None or last[1] != _models_digest(settings)
@@ -374,14 +385,13 @@ def build(
             if last is not None:
                 connection.exec_driver_sql(_REMEMBER_RUNAWAYS)
             if is_full:
-                warehouse.define_functions(connection)
-                _plant(connection, seeds)
+                _make_room(connection, warehouse, seeds)
             for model in models():
                 days = _days_of(model.sql, changed)
-                if is_full:
-                    _create(connection, model, warehouse.dialect)
                 if (is_full or days) and not model.is_view:
                     _fill(connection, model, warehouse.dialect, days)
+                    if is_full:  # nothing is known yet of what it holds
+                        warehouse.analyze(connection, model.table)
             checked = 0
             for check in checks():
                 days = _days_of(check.sql, changed)
@@ -423,11 +433,26 @@ def _days_of(sql: str, changed: Mapping[str, Collection[date]]) -> set[date]:
     return {day for resource in sources(sql) for day in changed.get(resource, ())}
 
 
-def _create(connection: sa.Connection, model: Model, dialect: str) -> None:
+def _make_room(
+    connection: sa.Connection, warehouse: Warehouse, seeds: Mapping[str, list[_SeedRow]]
+) -> None:
+    """Make all that models stand on, and their views and empty tables."""
+    warehouse.define_functions(connection)
+    _plant(connection, seeds)
+    for table in RAW.values():
+        warehouse.analyze(connection, table.fullname)
+    for model in models():
+        _create(connection, warehouse, model)
+
+
+def _create(connection: sa.Connection, warehouse: Warehouse, model: Model) -> None:
     """Make the model's view, or its empty table, with all comments."""
-    kind, none = ("view", "") if model.is_view else ("table", " limit 0")
-    select = translate(f"select * from (\n{model.sql}\n) as model{none}", dialect)
-    connection.exec_driver_sql(f"create or replace {kind} {model.table} as {select}")
+    select = translate(f"select * from (\n{model.sql}\n) as model", warehouse.dialect)
+    if model.is_view:
+        warehouse.make_view(connection, model.table, select)
+    else:
+        warehouse.make_table(connection, model.table, select, model.day)
+    kind = "view" if model.is_view else "table"
     _comment(connection, f"{kind} {model.table}", model.comment)
     for name, text in column_comments()[model.table].items():
         _comment(connection, f'column {model.table}."{name}"', text)
@@ -444,7 +469,7 @@ def _fill(connection: sa.Connection, model: Model, dialect: str, days: Collectio
             f"delete from {model.table} where {model.day} >= date '{span.first}' "
             f"and {model.day} < date '{span.end}'"
         )
-        select = translate(restricted(model.sql, span), dialect)
+        select = restricted(model.sql, span, dialect)
         connection.exec_driver_sql(f"insert into {model.table}\n{select}")
 
 
@@ -456,8 +481,9 @@ def _comment(connection: sa.Connection, on: str, text: str) -> None:
 def _check(connection: sa.Connection, check: Check, dialect: str, days: Collection[date] | None) -> None:
     """Run a check: over those days alone, where days stand for themselves and not all are meant."""
     is_whole = days is None or not check.is_by_day
-    for sql in [check.sql] if is_whole else [restricted(check.sql, span) for span in spans(days or ())]:
-        found = connection.exec_driver_sql(translate(sql, dialect)).mappings().fetchmany(3)
+    parts = [restricted(check.sql, span, dialect) for span in spans(days or ())]
+    for sql in [translate(check.sql, dialect)] if is_whole else parts:
+        found = connection.exec_driver_sql(sql).mappings().fetchmany(3)
         if found:
             told = "; ".join(", ".join(f"{k} {v!a}" for k, v in row.items()) for row in found)
             raise CheckFailedError(
@@ -587,7 +613,7 @@ def _seed_rows(
 
 
 def _models_digest(settings: Settings) -> str:
-    digest = hashlib.sha256(__version__.encode())
+    digest = hashlib.sha256(f"{__version__} {SCHEMA_VERSION}".encode())
     for path in sorted(sql_folder().rglob("*.*")):
         digest.update(path.read_bytes())
     for seed in (settings.units, settings.owners):

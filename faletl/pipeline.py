@@ -52,7 +52,7 @@ from faletl.plan import (
 from faletl.resources import MODELS, RESOURCES, USAGE
 from faletl.staging import Staged, stage_window
 from faletl.warehouse import Warehouse, open_warehouse
-from faletl.warehouse.tables import LOADS, WAREHOUSE
+from faletl.warehouse.tables import BUILDS, LOADS, WAREHOUSE
 from faletl.windows import Window
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class Report:
     outcomes: list[Outcome] = field(default_factory=list)
     failures: list[tuple[Task | None, FaletlError]] = field(default_factory=list)
     build: models.Build | None = None
-    published: Path | None = None
+    published: str | None = None
 
     @property
     def exit_code(self) -> int:
@@ -227,7 +227,11 @@ def is_published(settings: Settings, day: date) -> bool:
         LOADS.c.is_current,
         LOADS.c.window_start > datetime.combine(day - timedelta(days=7), time(), UTC),
     )
-    is_it = sa.and_(LOADS.c.window_start == datetime.combine(day, time(), UTC), ~LOADS.c.is_provisional)
+    is_it = sa.and_(
+        LOADS.c.window_start == datetime.combine(day, time(), UTC),
+        ~LOADS.c.is_provisional,
+        LOADS.c.data_version <= sa.select(sa.func.max(BUILDS.c.data_version)).scalar_subquery(),
+    )
     with open_warehouse(settings).published() as connection:
         if connection is None:
             return False
@@ -252,7 +256,7 @@ def build_and_publish(
         if connection is None:
             return
     with warehouse.lease(f"faletl build and publish, run {report.run_id}") as lease:
-        with lease.connection.begin():
+        with lease.transaction():
             is_due = (builds == "changed" and models.needs_build(settings, lease.connection)) or (
                 builds == "behind" and models.is_behind(settings, lease.connection)
             )
@@ -512,7 +516,7 @@ def _load_batch(
             resource, window = staged.resource, staged.landed.manifest.window
             judged = staged
             try:
-                with lease.connection.begin():
+                with lease.transaction():
                     if settings.gate and not is_held(lease.connection, staged):
                         judged = gate().passed(lease.connection, staged)
             except DataRefusedError as error:

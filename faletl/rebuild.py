@@ -104,7 +104,7 @@ def _rebuild_day(settings: Settings, report: Report, day: date) -> None:
         tempfile.TemporaryDirectory(prefix="faletl-") as scratch,
         warehouse.lease(f"faletl rebuild, run {report.run_id}") as lease,
     ):
-        with lease.connection.begin():
+        with lease.transaction():
             ledger = read_ledger(lease.connection, day)
         past = _history(settings, ledger, day)
         _refuse_gaps(ledger, past)

@@ -11,10 +11,10 @@ import sqlalchemy as sa
 
 from faletl import pipeline
 from faletl.config import Settings
-from faletl.errors import DataRefusedError, UsageError
+from faletl.errors import DataRefusedError
 from faletl.findings import Validation, keep_validations
 from faletl.gate import Gate, Subject, tell
-from faletl.load import fence, rows_of_window
+from faletl.load import current_loads, fence, rows_of_window
 from faletl.pipeline import DUE, Progress, silent
 from faletl.plan import Asked
 from faletl.resources import RESOURCES
@@ -59,7 +59,7 @@ def validate(settings: Settings, asked: Asked = DUE, progress: Progress = silent
         SettingsError: the user's expectations, or table of units, cannot be read.
     """
     warehouse, verdict = open_warehouse(settings), Verdict(pipeline.new_run_id())
-    loads = _loads(warehouse, asked)
+    loads = current_loads(warehouse, asked)
     with tempfile.TemporaryDirectory(prefix="faletl-") as scratch:
         gate = Gate(settings, Path(scratch))
         for done, load in enumerate(loads):
@@ -71,23 +71,6 @@ def validate(settings: Settings, asked: Asked = DUE, progress: Progress = silent
     if verdict.judged:
         _keep(warehouse, verdict)
     return verdict
-
-
-def _loads(warehouse: Warehouse, asked: Asked) -> list[sa.RowMapping]:
-    """The loads that hold what was asked for: by resource, oldest first."""
-    with warehouse.reading() as connection:
-        if connection is None:
-            raise UsageError("nothing is loaded yet; run faletl run first")
-        found = connection.execute(
-            sa.select(LOADS).where(LOADS.c.is_current).order_by(LOADS.c.window_start, LOADS.c.account)
-        )
-        loads = [
-            load
-            for load in found.mappings()
-            if asked.includes(load["resource"], Window(load["window_start"], load["window_start"]))
-        ]
-    order = list(RESOURCES)
-    return sorted(loads, key=lambda load: order.index(load["resource"]))
 
 
 def _judged(warehouse: Warehouse, gate: Gate, load: sa.RowMapping, scratch: Path) -> Judged | None:
@@ -115,7 +98,7 @@ def _judged(warehouse: Warehouse, gate: Gate, load: sa.RowMapping, scratch: Path
 
 
 def _keep(warehouse: Warehouse, verdict: Verdict) -> None:
-    with warehouse.lease(f"faletl validate, run {verdict.run_id}") as lease, lease.connection.begin():
+    with warehouse.lease(f"faletl validate, run {verdict.run_id}") as lease, lease.transaction():
         fence(lease, changes_data=False)
         for one in verdict.judged:
             read = {

@@ -8,7 +8,7 @@ that fal sent), and models (every table is what its SQL makes of what it reads).
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from functools import partial
@@ -25,7 +25,7 @@ from faletl.landing import Landed
 from faletl.load import read_ledger
 from faletl.resources import RESOURCES, Resource
 from faletl.staging import digest_of, digest_sums, stage_window
-from faletl.warehouse import open_warehouse
+from faletl.warehouse import Warehouse, open_warehouse
 from faletl.warehouse.tables import LOADS, RAW
 from faletl.windows import Window
 
@@ -49,7 +49,7 @@ def verify(settings: Settings) -> Verdict:
         WarehouseError, TamperedError: the warehouse cannot be read at all.
     """
     warehouse, verdict = open_warehouse(settings), Verdict()
-    parts = [*_parts_of_raw(settings, warehouse.dialect), *_parts_of_models(warehouse.dialect)]
+    parts = [*_parts_of_raw(settings, warehouse), *_parts_of_models(warehouse.dialect)]
     for needs_build, part in parts:
         with warehouse.reading() as connection:
             if connection is None:
@@ -65,12 +65,12 @@ _Part: TypeAlias = tuple[bool, Callable[[sa.Connection], Iterable[str]]]
 """What to look at, and whether that must be built to be looked at."""
 
 
-def _parts_of_raw(settings: Settings, dialect: str) -> Iterator[_Part]:
+def _parts_of_raw(settings: Settings, warehouse: Warehouse) -> Iterator[_Part]:
     for name in RESOURCES:
-        yield False, partial(_changed_rows, settings=settings, resource=name)
+        yield False, partial(_changed_rows, settings=settings, warehouse=warehouse, resource=name)
         yield False, partial(_lost_pages, settings=settings, resource=name)
         check = next(check for check in models.checks() if check.name == f"loads of raw.{name}")
-        yield False, partial(_failed_check, dialect=dialect, check=check)
+        yield False, partial(_failed_check, dialect=warehouse.dialect, check=check)
 
 
 def _parts_of_models(dialect: str) -> Iterator[_Part]:
@@ -86,13 +86,12 @@ def _repair(day: date) -> str:
     return f"faletl rebuild --window {day} makes it anew from the landed pages"
 
 
-def _changed_rows(connection: sa.Connection, settings: Settings, resource: str) -> Iterator[str]:
+def _changed_rows(
+    connection: sa.Connection, settings: Settings, warehouse: Warehouse, resource: str
+) -> Iterator[str]:
     """Loads whose rows in raw are not those that were loaded."""
     table = RAW[resource].fullname
-    found = connection.exec_driver_sql(
-        f"select _load_id, {digest_sums(RESOURCES[resource])} from {table} group by _load_id"
-    )
-    held = {load_id: digest_of(sums) for load_id, *sums in found}
+    held = _held_digests(warehouse, connection, resource)
     loads = {
         load.load_id: load
         for load in connection.execute(sa.select(LOADS).where(LOADS.c.resource == resource))
@@ -109,6 +108,18 @@ def _changed_rows(connection: sa.Connection, settings: Settings, resource: str) 
                 f"{table}, window {day}: its rows are not those of load {load_id}, in number or "
                 f"content; {_repair(day)}"
             )
+
+
+def _held_digests(warehouse: Warehouse, connection: sa.Connection, resource: str) -> Mapping[str, str]:
+    """The digest of the rows that raw holds of each load: as staging made it, by DuckDB."""
+    with tempfile.TemporaryDirectory(prefix="faletl-") as scratch:
+        path = Path(scratch) / "rows.parquet"
+        warehouse.hand_out(connection, sa.select(RAW[resource]), path)
+        with duckdb.connect() as engine:
+            engine.execute("set TimeZone = 'UTC'")
+            sums = digest_sums(RESOURCES[resource])
+            found = engine.execute(f"select _load_id, {sums} from '{path}' group by _load_id")
+            return {load_id: digest_of(sums) for load_id, *sums in found.fetchall()}
 
 
 def _are_landed(
@@ -181,9 +192,10 @@ def _failed_check(connection: sa.Connection, dialect: str, check: models.Check) 
 def _changed_model(connection: sa.Connection, dialect: str, model: models.Model) -> Iterator[str]:
     """Where the table is not what its SQL makes of what it reads."""
     for span in _spans(connection, model) if model.is_by_day else [None]:
-        made = models.restricted(model.sql, span) if span else model.sql
-        held = f"select * from {model.table}"
-        held = models.restricted(held, span) if span else held
+        made, held = (
+            models.restricted(sql, span, dialect) if span else models.translate(sql, dialect)
+            for sql in (model.sql, f"select * from {model.table}")
+        )  # fmt: skip
         differing = f"""
             select count(*) from (
                 (select * from ({made}) as a except all select * from ({held}) as b)
@@ -191,7 +203,7 @@ def _changed_model(connection: sa.Connection, dialect: str, model: models.Model)
                 (select * from ({held}) as c except all select * from ({made}) as d)
             ) as differing
         """
-        count = connection.exec_driver_sql(models.translate(differing, dialect)).scalar_one()
+        count = connection.exec_driver_sql(differing).scalar_one()
         if count:
             when = f", {span.first} to before {span.end}" if span else ""
             yield (

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import duckdb
+import psycopg
 import pytest
+import sqlglot
 import time_machine
 
 from faletl.config import Settings
 from faletl.sandbox import FULL_KEY, Sandbox
 from tests import truth
+from tests.servers import shared_postgres
 
 Query = Callable[..., list[tuple[Any, ...]]]
 
@@ -54,13 +60,41 @@ def settings(sandbox: Sandbox, tmp_path: Path) -> Settings:
 
 
 @pytest.fixture
+def database() -> str:
+    """The URL of an empty database on a private PostgreSQL server."""
+    return shared_postgres().new_database(f"test_{secrets.token_hex(6)}")
+
+
+@pytest.fixture(autouse=True)
+def _drop_databases() -> Iterator[None]:
+    """What a test made on the server is gone after it."""
+    yield
+    _DATABASES.clear()
+    if shared_postgres.cache_info().currsize:
+        shared_postgres().drop_databases()
+
+
+@pytest.fixture
 def query(settings: Settings) -> Query:
     """Ask the published copy, as a reader would."""
     return lambda sql: ask(settings, sql)
 
 
+IS_ON_POSTGRES = os.environ.get("TEST_WAREHOUSE") == "postgres"
+"""Whether the tests look at a PostgreSQL warehouse where nothing else is said: make test-postgres."""
+
+_DATABASES: dict[Path, str] = {}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On a server, leave out what is about DuckDB's file."""
+    for item in items if IS_ON_POSTGRES else ():
+        if mark := item.get_closest_marker("duckdb_only"):
+            item.add_marker(pytest.mark.skip(reason=mark.args[0]))
+
+
 def settings_for(url: str, folder: Path, **given: object) -> Settings:
-    """Settings for a warehouse of its own below `folder`; without the gate, unless `given` says so.
+    """Settings for a warehouse of its own for `folder`; without the gate, unless `given` says so.
 
     The gate is looked at by its own tests, and by those of the command line and the documents.
     """
@@ -68,7 +102,7 @@ def settings_for(url: str, folder: Path, **given: object) -> Settings:
         **{
             "key": FULL_KEY,
             "api_url": url,
-            "warehouse": f"duckdb:///{folder / 'warehouse.duckdb'}",
+            "warehouse": warehouse_for(folder),
             "landing": str(folder / "landing"),
             "first_days": 2,
             "rate": 0,
@@ -78,23 +112,46 @@ def settings_for(url: str, folder: Path, **given: object) -> Settings:
     )
 
 
+def warehouse_for(folder: Path) -> str:
+    """FALETL_WAREHOUSE: always the same for the same folder."""
+    if not IS_ON_POSTGRES:
+        return f"duckdb:///{folder / 'warehouse.duckdb'}"
+    if folder not in _DATABASES:
+        _DATABASES[folder] = shared_postgres().new_database(f"test_{secrets.token_hex(6)}")
+    return _DATABASES[folder]
+
+
 def published_path(settings: Settings) -> Path:
     """The file that readers open."""
     return Path(settings.warehouse.removeprefix("duckdb:///")).with_name("spend.duckdb")
 
 
 @contextmanager
-def published(settings: Settings) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A reader of the published copy."""
-    with duckdb.connect(str(published_path(settings)), read_only=True) as connection:
+def published(settings: Settings) -> Iterator[Any]:
+    """A reader of the published copy, or of the server: a connection that executes SQL."""
+    if settings.warehouse.startswith("postgresql:"):
+        opened: Any = psycopg.connect(settings.warehouse, autocommit=True)
+    else:
+        opened = duckdb.connect(str(published_path(settings)), read_only=True)
+    with opened as connection:
         connection.execute("set TimeZone = 'UTC'")
         yield connection
 
 
 def ask(settings: Settings, sql: str) -> list[tuple[Any, ...]]:
-    """Rows of the published copy."""
+    """Rows of the published copy, or of the server; instants in the one UTC that Python has."""
+    is_sorted, sql = sql.endswith("order by all"), sql.removesuffix("order by all")
+    if not settings.warehouse.startswith("duckdb:"):
+        sql = sqlglot.transpile(sql, "duckdb", "postgres")[0]
     with published(settings) as connection:
-        return connection.execute(sql).fetchall()
+        found = connection.execute(sql).fetchall()
+    rows = [tuple(_plain(value) for value in row) for row in found]
+    return sorted(rows, key=repr) if is_sorted else rows
+
+
+def _plain(value: Any) -> Any:
+    has_zone = isinstance(value, datetime) and value.tzinfo is not None
+    return value.astimezone(UTC) if has_zone else value
 
 
 def all_tables(settings: Settings) -> dict[str, list[tuple[Any, ...]]]:
@@ -102,20 +159,18 @@ def all_tables(settings: Settings) -> dict[str, list[tuple[Any, ...]]]:
 
     Where a row was landed differs with the cut into pages and with each load; so do the ledgers.
     """
-    with published(settings) as connection:
-        columns: dict[str, list[str]] = {}
-        for table, column in connection.execute(
-            "select table_schema || '.' || table_name, column_name from information_schema.columns "
-            "where table_schema in ('raw', 'staging', 'marts', 'reports') order by all"
-        ).fetchall():
-            if column not in ("_load_id", "_page", "_row", "load_id"):
-                columns.setdefault(table, []).append(f'"{column}"')
-        return {
-            table: sorted(
-                connection.execute(f"select {', '.join(names)} from {table}").fetchall(), key=repr
-            )
-            for table, names in columns.items()
-        }
+    columns: dict[str, list[str]] = {}
+    for table, column in ask(
+        settings,
+        "select table_schema || '.' || table_name, column_name from information_schema.columns "
+        "where table_schema in ('raw', 'staging', 'marts', 'reports') order by 1, ordinal_position",
+    ):
+        if column not in ("_load_id", "_page", "_row", "load_id"):
+            columns.setdefault(table, []).append(f'"{column}"')
+    return {
+        table: sorted(ask(settings, f"select {', '.join(names)} from {table}"), key=repr)
+        for table, names in columns.items()
+    }
 
 
 def total(settings: Settings) -> Decimal:

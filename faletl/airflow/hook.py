@@ -23,7 +23,7 @@ WAREHOUSE_CONNECTION = "fal_warehouse"
 class FalHook(BaseHook):
     """What a connection of type `fal` stands for; without one, the environment (README, "Settings").
 
-    The warehouse comes from a connection `fal_warehouse` of type duckdb, if there is one.
+    The warehouse comes from a connection `fal_warehouse` of type duckdb or postgres, if there is one.
     """
 
     conn_name_attr = "fal_conn_id"
@@ -106,10 +106,28 @@ def _given(connection: Connection) -> dict[str, object]:
 
 
 def _warehouse_url(connection: Connection) -> str:
-    """The SQLAlchemy URL of a warehouse's connection: its file is the host or, in a URI, the path."""
+    """The SQLAlchemy URL of a warehouse's connection.
+
+    A file is the host or, in a URI, the path. Of the extra fields of a server those for TLS are taken.
+    """
+    if connection.conn_type == "postgres":
+        import sqlalchemy as sa
+
+        options = {k: str(v) for k, v in connection.extra_dejson.items() if k.startswith("ssl")}
+        url = sa.URL.create(
+            "postgresql",
+            username=connection.login,
+            password=connection.password,
+            host=connection.host,
+            port=connection.port,
+            database=connection.schema,
+            query=options,
+        )
+        return url.render_as_string(hide_password=False)
     path = connection.host or connection.schema
     if connection.conn_type != "duckdb" or not path:
         raise SettingsError(
-            f"the connection {connection.conn_id!r} must be of type duckdb, with the file's path as host"
+            f"the connection {connection.conn_id!r} must be of type postgres, or of type duckdb with "
+            "the file's path as host"
         )
     return f"duckdb:///{path}"

@@ -297,7 +297,7 @@ def build(connection: str) -> int:
     trigger_rule="none_failed",
 )
 def publish(connection: str) -> str:
-    """Show the newest build to readers in one step: returns the file that they open."""
+    """Show the newest build to readers in one step: returns what they open."""
     from faletl import pipeline
 
     with _settings(connection) as settings:
@@ -306,7 +306,7 @@ def publish(connection: str) -> str:
         published = pipeline.publish(settings).published
     if published is None:
         raise AirflowSkipException("nothing to publish: readers have the newest build")
-    return str(published)
+    return published
 
 
 @task.sensor(mode="reschedule", poke_interval=600, timeout=timedelta(days=1).total_seconds())

@@ -19,44 +19,61 @@ from faletl.errors import SettingsError
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """The right to write. `token` grows with every lease; each commit checks that it is the newest."""
+    """The right to write. `token` grows with every lease; each commit checks that it is the newest.
+
+    `is_one_transaction`: all that is done under it is committed, or undone, by whoever gave it.
+    """
 
     connection: sa.Connection
     token: int
+    is_one_transaction: bool = False
+
+    def transaction(self) -> sa.Transaction:
+        """What is done inside is done as a whole or not at all."""
+        return self.connection.begin_nested() if self.is_one_transaction else self.connection.begin()
 
 
 class Warehouse(Protocol):
-    """What a database must provide to hold faletl's tables."""
+    """What a database must provide to hold faletl's tables (docs/warehouses.md)."""
 
     dialect: str
     """The sqlglot name of its SQL."""
 
+    # Who may use it.
+
     def lease(self, holder: str) -> AbstractContextManager[Lease]:
-        """Become the only writer, creating the warehouse when there is none.
+        """Become the only writer, creating or upgrading the warehouse if need be.
 
         Raises:
             WarehouseBusyError: somebody else held the lease for as long as we wait; says who.
-            TamperedError, SettingsError: the file is no warehouse of ours, or of a newer faletl.
+            TamperedError, SettingsError: it is no warehouse of ours, or one of a newer faletl.
         """
 
     def reading(
         self, *, wait: bool = True, is_older_fine: bool = False
     ) -> AbstractContextManager[sa.Connection | None]:
-        """A connection for reading what is loaded now; None when there is no warehouse yet.
+        """A connection that sees what is loaded now, and goes on seeing that; None without a warehouse.
 
-        Nobody writes while it is open: read and let go.
+        It may keep writers waiting: read and let go.
 
         Raises:
             WarehouseBusyError: somebody writes; at once, or after as long as we `wait`.
-            TamperedError, SettingsError: it is no warehouse of ours, or not of this version;
-                one of an older faletl may be read where that is fine.
+            TamperedError, SettingsError: it is no warehouse of ours, or one of a newer faletl; one of
+                an older faletl is upgraded, except where it may be read as it is.
         """
 
     def published(self) -> AbstractContextManager[sa.Connection | None]:
-        """A connection for readers: never blocks a run, never sees half of one."""
+        """A connection for one select of a reader: never blocks a run, never sees half of one."""
 
     def export(self, query: str, path: Path) -> bool:
         """Write the rows of a reader's query to a Parquet file; False when nothing is published."""
+
+    def grant(self, role: str) -> None:
+        """Let a role of the database read marts and reports, now and after every build.
+
+        Raises:
+            UsageError: the database has no roles, or not this one.
+        """
 
     def renewed(self, holder: str, token: int) -> AbstractContextManager[Warehouse]:
         """An empty warehouse that takes the place of this one if all goes well, in one step.
@@ -67,8 +84,7 @@ class Warehouse(Protocol):
         Raises: as `lease`.
         """
 
-    def define_functions(self, connection: sa.Connection) -> None:
-        """Create or replace the functions that the models call and the database does not have."""
+    # What the core does under a lease.
 
     def take_in(self, connection: sa.Connection, table: sa.Table, rows: Path) -> None:
         """Insert a staged Parquet file in bulk; its columns are columns of the table."""
@@ -76,11 +92,22 @@ class Warehouse(Protocol):
     def hand_out(self, connection: sa.Connection, query: sa.Select[Any], path: Path) -> None:
         """Write the rows of a select to a Parquet file, typed as in the warehouse."""
 
-    def publish(self, lease: Lease) -> Path | None:
+    def define_functions(self, connection: sa.Connection) -> None:
+        """Create or replace the functions that the models call and the database does not have."""
+
+    def make_view(self, connection: sa.Connection, name: str, select: str) -> None:
+        """A view in place of what is there; `select` is in its own dialect."""
+
+    def make_table(self, connection: sa.Connection, name: str, select: str, by: str | None) -> None:
+        """An empty table with the columns of a select in place of what is there; days are in `by`."""
+
+    def analyze(self, connection: sa.Connection, name: str) -> None:
+        """A table was filled: look at it again, if that is what plans of queries stand on."""
+
+    def publish(self, lease: Lease) -> str | None:
         """Show the newest build to readers, in one step; None when they have it already.
 
-        Returns the file that readers open, where there is one. It is the last thing that a lease can
-        be used for.
+        Returns what readers open. It is the last thing that a lease can be used for.
 
         Raises:
             WarehouseError: something was loaded that is not built yet.
@@ -91,15 +118,19 @@ def open_warehouse(settings: Settings) -> Warehouse:
     """The warehouse that FALETL_WAREHOUSE names; raises SettingsError when there is no such kind."""
     try:
         url = sa.make_url(settings.warehouse)
+        kind = url.get_backend_name()
     except sa.exc.ArgumentError:
-        raise SettingsError(
-            "FALETL_WAREHOUSE is no SQLAlchemy URL; use duckdb:///path/to/file.duckdb"
-        ) from None
-    if url.get_backend_name() != "duckdb":
-        raise SettingsError(
-            f"FALETL_WAREHOUSE: faletl keeps no warehouse in {url.get_backend_name()!r}; "
-            "use duckdb:///path/to/file.duckdb"
-        )
-    from faletl.warehouse.duckdb import DuckDBWarehouse
+        kind = ""
+    if kind == "duckdb":
+        from faletl.warehouse.duckdb import DuckDBWarehouse
 
-    return DuckDBWarehouse(settings, url)
+        return DuckDBWarehouse(settings, url)
+    if kind == "postgresql":
+        from faletl.warehouse.postgres import PostgresWarehouse
+
+        return PostgresWarehouse(settings, url)
+    what = f"faletl keeps no warehouse in {kind!a}" if kind else "it is no SQLAlchemy URL"
+    raise SettingsError(
+        f"FALETL_WAREHOUSE: {what}; use duckdb:///path/to/file.duckdb or "
+        "postgresql://user:password@host/database"
+    )

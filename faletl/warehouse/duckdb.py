@@ -28,11 +28,13 @@ from faletl.errors import (
     SettingsError,
     StorageError,
     TamperedError,
+    UsageError,
     WarehouseBusyError,
     WarehouseError,
 )
 from faletl.landing import sync_folder
-from faletl.warehouse import Lease, Warehouse, tables
+from faletl.warehouse import Lease, Warehouse, schema
+from faletl.warehouse.tables import BUILDS, WAREHOUSE
 from faletl.windows import instant
 
 log = logging.getLogger(__name__)
@@ -111,8 +113,10 @@ class DuckDBWarehouse:
         with self._lock(holder, self._settings.lock_seconds):
             if not self._path.exists():
                 self._create()
-            with self._opened() as connection:
-                yield Lease(connection, self._take_token(connection, holder))
+            with self._up_to_date() as connection:
+                with connection.begin():
+                    token = schema.take_token(connection, holder)
+                yield Lease(connection, token)
 
     @contextmanager
     def reading(
@@ -124,9 +128,8 @@ class DuckDBWarehouse:
             return
         with (
             self._lock("a reader", self._settings.lock_seconds if wait else 0),
-            self._opened(read_only=True) as connection,
+            self._up_to_date(read_only=True, is_older_fine=is_older_fine) as connection,
         ):
-            _check_version(connection, self._path, is_older_fine=is_older_fine)
             yield connection
 
     @contextmanager
@@ -185,8 +188,8 @@ class DuckDBWarehouse:
             return 0
         try:
             with self._opened(read_only=True) as connection:
-                _check_version(connection, self._path, is_older_fine=True)
-                return int(connection.execute(sa.select(tables.WAREHOUSE.c.fencing_token)).scalar_one())
+                schema.is_older(connection, str(self._path), is_older_fine=True)
+                return int(connection.execute(sa.select(WAREHOUSE.c.fencing_token)).scalar_one())
         except (TamperedError, WarehouseError) as error:
             if isinstance(error, WarehouseBusyError):
                 raise
@@ -212,15 +215,33 @@ class DuckDBWarehouse:
         select = query.compile(dialect=connection.dialect, compile_kwargs={"literal_binds": True})
         connection.exec_driver_sql(f"copy ({select}) to {_quoted(path)} (format parquet)")
 
-    def publish(self, lease: Lease) -> Path | None:
+    def make_view(self, connection: sa.Connection, name: str, select: str) -> None:
+        """Create or replace a view; see the protocol."""
+        connection.exec_driver_sql(f"create or replace view {name} as {select}")
+
+    def make_table(self, connection: sa.Connection, name: str, select: str, by: str | None) -> None:
+        """Create or replace an empty table; see the protocol. An index would slow every load down."""
+        connection.exec_driver_sql(f"create or replace table {name} as {select} limit 0")
+
+    def analyze(self, connection: sa.Connection, name: str) -> None:
+        """Nothing: DuckDB knows its tables."""
+
+    def grant(self, role: str) -> None:
+        """Refuse: a file has no roles."""
+        raise UsageError(
+            f"a DuckDB warehouse has no roles; give readers the published copy {self._published}, "
+            "which holds no way to change anything"
+        )
+
+    def publish(self, lease: Lease) -> str | None:
         """Copy the file to its readers' place: temporary name, flush, rename."""
         connection = lease.connection
-        build = _newest_build(connection)
-        loaded = connection.execute(sa.select(tables.WAREHOUSE.c.data_version)).scalar_one()
-        if build is None or build[1] != loaded:
-            raise WarehouseError("not all that is loaded is built; run faletl build first")
+        build = schema.build_to_publish(connection)
         if self._shown_build() == build:
             return None
+        connection.execute(
+            sa.update(BUILDS).where(BUILDS.c.build_id == build[0]).values(published_at=datetime.now(UTC))
+        )
         connection.commit()
         connection.exec_driver_sql("checkpoint")
         # The database must be closed here: closing any other handle on its file would drop DuckDB's
@@ -238,13 +259,13 @@ class DuckDBWarehouse:
         except OSError as error:
             part.unlink(missing_ok=True)
             raise StorageError(f"cannot publish {self._published}: {error.strerror}") from None
-        return self._published
+        return str(self._published)
 
     def _shown_build(self) -> tuple[str, int] | None:
         """The build that readers have; a copy of ours that is damaged counts as none."""
         try:
             with self.published() as shown:
-                return _newest_build(shown) if shown is not None else None
+                return schema.newest_build(shown) if shown is not None else None
         except (TamperedError, sa.exc.DBAPIError) as error:
             # What opens but has no builds is a database of somebody else, as is what never was one.
             if isinstance(error, sa.exc.DBAPIError) or not _is_duckdb(self._published):
@@ -269,7 +290,7 @@ class DuckDBWarehouse:
             part.unlink(missing_ok=True)
             part_wal.unlink(missing_ok=True)
             with _closing(_connect(part, self._settings)) as connection, connection.begin():
-                _create_tables(connection, token)
+                schema.create(connection, token)
                 self.define_functions(connection)
             part.chmod(0o600)
             _sync_file(part)
@@ -278,19 +299,41 @@ class DuckDBWarehouse:
         except OSError as error:
             raise StorageError(f"cannot create {self._path}: {error.strerror}") from None
 
-    def _take_token(self, connection: sa.Connection, holder: str) -> int:
-        with connection.begin():
-            _check_version(connection, self._path)
-            token = connection.execute(
-                sa.update(tables.WAREHOUSE)
-                .values(
-                    fencing_token=tables.WAREHOUSE.c.fencing_token + 1,
-                    holder=holder,
-                    held_since=datetime.now(UTC),
-                )
-                .returning(tables.WAREHOUSE.c.fencing_token)
-            ).scalar_one()
-        return int(token)
+    @contextmanager
+    def _up_to_date(
+        self, *, read_only: bool = False, is_older_fine: bool = False
+    ) -> Iterator[sa.Connection]:
+        """A connection to the warehouse, upgraded before if it is of an older faletl."""
+        with self._opened(read_only=read_only) as connection:
+            is_older = schema.is_older(connection, str(self._path), is_older_fine=is_older_fine)
+            connection.commit()
+            if is_older_fine or not is_older:
+                yield connection
+                return
+        self._upgrade()
+        with self._opened(read_only=read_only) as connection:
+            yield connection
+
+    def _upgrade(self) -> None:
+        """Bring a copy of the file up to date and put it in its place: all of it or nothing."""
+        with self._opened() as connection:
+            connection.exec_driver_sql("checkpoint")  # nothing of it is in a .wal then
+        part = self._path.with_name(f".{self._path.name}.upgrade")
+        _discard(part)
+        try:
+            shutil.copyfile(self._path, part)
+            part.chmod(0o600)
+            with _closing(_connect(part, self._settings)) as connection:
+                with connection.begin():
+                    schema.upgrade(connection, str(self._path))
+                connection.exec_driver_sql("checkpoint")
+            _sync_file(part)
+            part.replace(self._path)
+            sync_folder(self._path.parent)
+        except OSError as error:
+            raise StorageError(f"cannot upgrade {self._path}: {error.strerror}") from None
+        finally:
+            _discard(part)
 
     @contextmanager
     def _lock(self, holder: str, seconds: float) -> Iterator[None]:
@@ -400,34 +443,6 @@ def _opening_error(path: Path, error: Exception) -> WarehouseError | TamperedErr
     )
 
 
-def _check_version(connection: sa.Connection, path: Path, *, is_older_fine: bool = False) -> None:
-    try:
-        version = connection.execute(sa.select(tables.WAREHOUSE.c.schema_version)).scalar_one()
-    except sa.exc.SQLAlchemyError:
-        raise SettingsError(f"{path} is a DuckDB file, but no faletl warehouse") from None
-    if version > tables.SCHEMA_VERSION:
-        raise SettingsError(
-            f"{path} was written by a newer faletl (schema {version}, this one knows "
-            f"{tables.SCHEMA_VERSION}); upgrade faletl"
-        )
-    if version < tables.SCHEMA_VERSION and not is_older_fine:
-        raise SettingsError(
-            f"{path} was written by an older faletl (schema {version}, this one needs "
-            f"{tables.SCHEMA_VERSION}); faletl rebuild makes it anew from the landed pages"
-        )
-
-
-def _create_tables(connection: sa.Connection, token: int) -> None:
-    for schema in tables.SCHEMAS:  # DuckDB keeps no comments on schemas
-        connection.execute(sa.schema.CreateSchema(schema))
-    tables.METADATA.create_all(connection)
-    connection.execute(
-        sa.insert(tables.WAREHOUSE).values(
-            schema_version=tables.SCHEMA_VERSION, fencing_token=token, data_version=0
-        )
-    )
-
-
 def _discard(path: Path) -> None:
     """Delete a database that nobody uses, with all that stands beside it."""
     for leftover in path.parent.glob(f"{path.name}*"):
@@ -435,13 +450,6 @@ def _discard(path: Path) -> None:
             shutil.rmtree(leftover)
         else:
             leftover.unlink()
-
-
-def _newest_build(connection: sa.Connection) -> tuple[str, int] | None:
-    builds = tables.BUILDS.c
-    newest = sa.select(builds.build_id, builds.data_version).order_by(builds.fencing_token.desc())
-    found = connection.execute(newest.limit(1)).first()
-    return (found.build_id, found.data_version) if found else None
 
 
 def _sync_file(path: Path) -> None:

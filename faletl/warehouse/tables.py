@@ -14,8 +14,8 @@ import sqlalchemy as sa
 from faletl.money import PRECISION, SCALE
 from faletl.resources import RESOURCES, Kind, Resource
 
-SCHEMA_VERSION = 3
-"""Grows when a table here changes; a warehouse of a newer version is refused."""
+SCHEMA_VERSION = 4
+"""Grows when a table here changes: an older warehouse is upgraded, a newer one refused."""
 
 SCHEMAS: Mapping[str, str] = {
     "raw": "What fal says, row by row, with where each row was landed.",
@@ -29,24 +29,28 @@ SCHEMAS: Mapping[str, str] = {
 METADATA = sa.MetaData()
 
 
+TEXT = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
+"""Compared by code point in every database: ids that differ are different, and sort alike."""
+
+
 def _instant() -> sa.DateTime:
     return sa.DateTime(timezone=True)
 
 
 _TYPES: Mapping[Kind, sa.types.TypeEngine[Any]] = {
-    Kind.TEXT: sa.Text(),
+    Kind.TEXT: TEXT,
     Kind.AMOUNT: sa.Numeric(PRECISION, SCALE),
     Kind.WHOLE: sa.BigInteger(),
     Kind.SECONDS: sa.Numeric(PRECISION, SCALE),
     Kind.INSTANT: _instant(),
-    Kind.LIST: sa.Text(),
+    Kind.LIST: TEXT,
 }
 
 
 def _raw_table(resource: Resource) -> sa.Table:
     lead: list[sa.Column[Any]] = [
-        sa.Column("_account", sa.Text, comment="account label; see marts.dim_account"),
-        sa.Column("_load_id", sa.Text, comment="the load that brought the row; see ops.loads"),
+        sa.Column("_account", TEXT, comment="account label; see marts.dim_account"),
+        sa.Column("_load_id", TEXT, comment="the load that brought the row; see ops.loads"),
         sa.Column("_page", sa.Integer, comment="page of the load, counted from 1"),
         sa.Column("_row", sa.Integer, comment="row of the page, counted from 1"),
     ]
@@ -55,14 +59,14 @@ def _raw_table(resource: Resource) -> sa.Table:
     if resource.identity:
         names = ", ".join(resource.identity)
         lead += [
-            sa.Column("_hash", sa.Text, comment=f"fingerprint of account, {names}"),
+            sa.Column("_hash", TEXT, comment=f"fingerprint of account, {names}"),
             sa.Column("_ordinal", sa.Integer, comment="number among rows of the same hash, from 1"),
         ]
     body = [
         sa.Column(column.name, _TYPES[column.kind], comment=column.comment)
         for column in resource.columns
     ]
-    return sa.Table(
+    table = sa.Table(
         resource.name,
         METADATA,
         *lead,
@@ -71,6 +75,14 @@ def _raw_table(resource: Resource) -> sa.Table:
         comment=resource.comment,
         info={"grain": _raw_grain(resource)},
     )
+    index_on_server(table, resource.time or "_snapshot_at")
+    return table
+
+
+def index_on_server(table: sa.Table, column: str) -> None:
+    """An index over the column that puts a row on a day; DuckDB finds days without one."""
+    name = f"{table.name}_{column.strip('_')}"
+    sa.Index(name, table.c[column]).ddl_if(dialect="postgresql")
 
 
 def _raw_grain(resource: Resource) -> tuple[str, ...]:
@@ -102,17 +114,17 @@ def _ops_table(
     )
 
 
-_TEXT, _COUNT, _AT, _FLAG = sa.Text(), sa.BigInteger(), _instant(), sa.Boolean()
+_TEXT, _COUNT, _AT, _FLAG = TEXT, sa.BigInteger(), _instant(), sa.Boolean()
 
 UNIT_FAMILIES = ("image", "pixel", "time", "text", "token", "compute", "request", "other")
 
 SEED_UNIT = sa.Table(
     "seed_unit",
     METADATA,
-    sa.Column("unit", sa.Text, comment="unit as billed, trimmed and in lower case"),
-    sa.Column("canonical_unit", sa.Text, comment="one spelling for all of its spellings"),
-    sa.Column("family", sa.Text, comment=", ".join(UNIT_FAMILIES)),
-    sa.Column("base_unit", sa.Text, comment="what a quantity can be counted in"),
+    sa.Column("unit", TEXT, comment="unit as billed, trimmed and in lower case"),
+    sa.Column("canonical_unit", TEXT, comment="one spelling for all of its spellings"),
+    sa.Column("family", TEXT, comment=", ".join(UNIT_FAMILIES)),
+    sa.Column("base_unit", TEXT, comment="what a quantity can be counted in"),
     sa.Column("factor", sa.Numeric(PRECISION, SCALE), comment="base units in one unit"),
     schema="staging",
     comment="What units mean: sql/seeds/unit.csv, and the user's own table (FALETL_UNITS).",
@@ -122,11 +134,11 @@ SEED_UNIT = sa.Table(
 SEED_CREDENTIAL_OWNER = sa.Table(
     "seed_credential_owner",
     METADATA,
-    sa.Column("account", sa.Text, comment="account label; empty for all accounts"),
-    sa.Column("credential_id", sa.Text, comment="key:…, user:…, label:… or none"),
-    sa.Column("owner", sa.Text, comment="whose it is"),
-    sa.Column("team", sa.Text, comment="team that pays"),
-    sa.Column("cost_centre", sa.Text, comment="cost centre that pays"),
+    sa.Column("account", TEXT, comment="account label; empty for all accounts"),
+    sa.Column("credential_id", TEXT, comment="key:…, user:…, label:… or none"),
+    sa.Column("owner", TEXT, comment="whose it is"),
+    sa.Column("team", TEXT, comment="team that pays"),
+    sa.Column("cost_centre", TEXT, comment="cost centre that pays"),
     schema="staging",
     comment="Whose credentials are: sql/seeds/credential_owner.csv, and the user's own (FALETL_OWNERS).",
     info={"grain": ("account", "credential_id")},
@@ -135,7 +147,7 @@ SEED_CREDENTIAL_OWNER = sa.Table(
 SEED_THRESHOLD = sa.Table(
     "seed_threshold",
     METADATA,
-    sa.Column("name", sa.Text, comment="the setting without FALETL_, in lower case"),
+    sa.Column("name", TEXT, comment="the setting without FALETL_, in lower case"),
     sa.Column("value", sa.Numeric(PRECISION, SCALE), comment="its value"),
     schema="staging",
     comment="From when on a charge counts as run away: the settings FALETL_RUNAWAY_….",
@@ -149,6 +161,7 @@ WAREHOUSE = _ops_table(
     "The warehouse itself: one row.",
     (),
     schema_version=(sa.Integer(), "version of the raw and ops tables"),
+    faletl_version=(_TEXT, "faletl that made or upgraded them; null where an older one did"),
     fencing_token=(_COUNT, "token of the newest lease; an older one may not commit"),
     holder=(_TEXT, "who took the newest lease"),
     held_since=(_AT, "when"),
@@ -316,4 +329,5 @@ BUILDS = _ops_table(
     models_digest=(_TEXT, "fingerprint of the SQL and seeds it was made with"),
     started_at=(_AT, "start"),
     finished_at=(_AT, "end"),
+    published_at=(_AT, "when it was shown to readers"),
 )

@@ -43,7 +43,7 @@ select
     max(login_username) as login_username,
     min(first_requested_at) as first_requested_at,  -- first charge, UTC
     max(last_requested_at) as last_requested_at,  -- last charge, UTC
-    sum(charge_count) as charge_count,  -- charges
+    cast(sum(charge_count) as bigint) as charge_count,  -- charges
     sum(cost_total) as cost_total
 from ranked
 group by account, usage_date, endpoint_id, unit, credential_id

@@ -40,18 +40,9 @@ from faletl.config import Settings
 from faletl.pipeline import is_behind
 from faletl.resources import RESOURCES
 from faletl.sandbox import Fault, Request, Sandbox, invented_world
-from tests.airflow.services import (
-    LOOPBACK,
-    WORKERS,
-    Airflow,
-    Executor,
-    Json,
-    kill,
-    running,
-    tree_of,
-    wait_for,
-)
+from tests.airflow.services import WORKERS, Airflow, Executor, Json, running
 from tests.conftest import all_tables, ask
+from tests.servers import LOOPBACK, kill, tree_of, wait_for
 
 # Secrets as nothing else looks; what they hold changes when it is percent-encoded.
 KEY = "e2e-key:never+seen/anywhere=5f2c9a7e"

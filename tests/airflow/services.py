@@ -7,157 +7,33 @@ addresses and paths, which come as environment variables, and intervals, which a
 from __future__ import annotations
 
 import base64
-import getpass
 import os
 import secrets
-import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypedDict, TypeVar
+from typing import Any, Literal
 
 import httpx
-import psutil  # type: ignore[import-untyped]
 import yaml  # type: ignore[import-untyped]
 
+from tests.servers import (
+    LOOPBACK,
+    Postgres,
+    Service,
+    free_ports,
+    plain_environment,
+    wait_for,
+)
+
 REPOSITORY = Path(__file__).parents[2]
-DEBIAN_POSTGRES = Path("/usr/lib/postgresql")
-LOOPBACK = "127.0.0.1"
 WORKERS = ("worker-1", "worker-2")
 
 Executor = Literal["local", "celery"]
 Json = dict[str, Any]
-Result = TypeVar("Result")
-
-
-# --- Waiting and ports ----------------------------------------------------------------------------
-
-
-def wait_for(
-    what: str, found: Callable[[], Result | None], *, seconds: float, every: float = 0.5
-) -> Result:
-    """What `found` returns, as soon as that is neither None nor false; TimeoutError if it never is."""
-    deadline = time.monotonic() + seconds
-    while True:
-        if result := found():
-            return result
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"not within {seconds:.0f} s: {what}")
-        time.sleep(every)
-
-
-def free_ports(many: int) -> list[int]:
-    """Ports of loopback that nobody listens on just now."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(many)]
-        for one in sockets:
-            one.bind((LOOPBACK, 0))
-        return [one.getsockname()[1] for one in sockets]
-
-
-def is_listening(port: int) -> bool:
-    """Whether somebody answers on that port of loopback."""
-    with socket.socket() as probe:
-        return probe.connect_ex((LOOPBACK, port)) == 0
-
-
-# --- Processes ------------------------------------------------------------------------------------
-
-
-@dataclass
-class Service:
-    """A process that runs until it is stopped, with what it says in a file of its own."""
-
-    name: str
-    command: Sequence[str]
-    environment: Mapping[str, str]
-    log: Path
-    user: str | None = None
-    stop_signal: signal.Signals = signal.SIGTERM
-    process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        """Start it in a session of its own; what it says is added to its log."""
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                list(self.command),
-                env=dict(self.environment),
-                cwd=self.log.parent,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                **as_user(self.user),
-            )
-
-    @property
-    def pids(self) -> set[int]:
-        """Of the process and all that descend from it."""
-        return {one.pid for one in tree_of(self.process.pid)} if self.process else set()
-
-    def check(self) -> None:
-        """Raises RuntimeError if it ended by itself."""
-        if self.process is not None and self.process.poll() is not None:
-            raise RuntimeError(f"{self.name} ended with code {self.process.returncode}: see {self.log}")
-
-    def stop(self, patience: float = 20) -> None:
-        """Ask it to stop; kill what is left of it after so many seconds."""
-        if self.process is None:
-            return
-        tree = tree_of(self.process.pid)
-        self.process.send_signal(self.stop_signal)
-        _, alive = psutil.wait_procs(tree, timeout=patience)
-        kill(alive)
-        self.process.wait()
-        self.process = None
-
-    def kill(self) -> None:
-        """SIGKILL for it and all that it started, itself first, so that it cannot tell anybody."""
-        if self.process is not None:
-            kill(tree_of(self.process.pid))
-            self.process.wait()
-            self.process = None
-
-
-def tree_of(pid: int) -> list[psutil.Process]:
-    """The process and all that descend from it, elders first; empty if there is none."""
-    try:
-        process = psutil.Process(pid)
-        return [process, *process.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-
-
-def kill(processes: Sequence[psutil.Process]) -> None:
-    """SIGKILL, in that order; who is gone already is no matter."""
-    for process in processes:
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(processes, timeout=10)
-
-
-class AsUser(TypedDict, total=False):
-    """What makes `subprocess` run something as somebody else."""
-
-    user: str
-    group: str
-    extra_groups: list[str]
-
-
-def as_user(user: str | None) -> AsUser:
-    """The same, for that user; nothing if that is who we are."""
-    if user is None or user == getpass.getuser():
-        return {}
-    return {"user": user, "group": user, "extra_groups": []}
-
 
 # --- docker-compose.yml ---------------------------------------------------------------------------
 
@@ -171,87 +47,13 @@ def compose_command(service: str) -> list[str]:
     return command
 
 
-# --- PostgreSQL and Redis -------------------------------------------------------------------------
-
-
-@dataclass
-class Postgres:
-    """A private PostgreSQL on loopback, for whoever is on this machine."""
-
-    folder: Path
-    port: int
-    user: str = field(default_factory=lambda: "postgres" if os.geteuid() == 0 else getpass.getuser())
-
-    @property
-    def url(self) -> str:
-        """For SQLAlchemy."""
-        return f"postgresql+psycopg2://airflow@{LOOPBACK}:{self.port}/airflow"
-
-    def made(self) -> Service:
-        """Make the cluster; returns the server to be started."""
-        self.folder.mkdir()
-        shutil.chown(self.folder, self.user)  # it refuses to run as root
-        self._run("initdb", "--auth=trust", "--username=airflow", "--encoding=UTF8", "--locale=C.UTF-8",
-                  "--no-sync", f"--pgdata={self.folder / 'data'}")  # fmt: skip
-        settings = {
-            "listen_addresses": LOOPBACK,
-            "port": self.port,
-            "unix_socket_directories": "",
-            "max_connections": 200,
-            "fsync": "off",
-        }
-        words = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
-        command = [postgres_program("postgres"), "-D", str(self.folder / "data"), *words]
-        log = self.folder / "postgres.log"
-        # SIGINT is its fast shutdown: it does not wait until all have gone.
-        return Service("postgres", command, _plain(), log, self.user, signal.SIGINT)
-
-    def make_database(self) -> None:
-        """Wait until it answers, and make the database `airflow`."""
-        wait_for("PostgreSQL answers", lambda: is_listening(self.port), seconds=60)
-        wait_for("PostgreSQL takes a database", self._createdb, seconds=60)
-
-    def dump(self) -> bytes:
-        """All of the database, as SQL."""
-        return self._run("pg_dump", *self._address, "airflow")
-
-    def _createdb(self) -> bool:
-        try:
-            self._run("createdb", *self._address, "airflow")
-        except subprocess.CalledProcessError:
-            return False
-        return True
-
-    @property
-    def _address(self) -> list[str]:
-        return [f"--host={LOOPBACK}", f"--port={self.port}", "--username=airflow"]
-
-    def _run(self, program: str, *words: str) -> bytes:
-        command = [postgres_program(program), *words]
-        done: subprocess.CompletedProcess[bytes] = subprocess.run(
-            command, check=True, capture_output=True, cwd="/", env=_plain(), **as_user(self.user)
-        )
-        return done.stdout
-
-
-def postgres_program(name: str) -> str:
-    """The path of one of PostgreSQL's programs; Debian keeps most out of PATH."""
-    versions = sorted(DEBIAN_POSTGRES.glob(f"*/bin/{name}"), key=lambda path: float(path.parts[-3]))
-    found = str(versions[-1]) if versions else shutil.which(name)
-    if found is None:
-        raise FileNotFoundError(f"there is no {name}: install PostgreSQL")
-    return found
-
-
 def redis(folder: Path, port: int) -> Service:
     """A private Redis with the command of docker-compose.yml; all it keeps lies in the folder."""
     folder.mkdir()
     words = ["--bind", LOOPBACK, "--port", str(port), "--dir", str(folder)]
-    return Service("redis", [*compose_command("redis"), *words], _plain(), folder / "redis.log")
-
-
-def _plain() -> dict[str, str]:
-    return {"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8"}
+    return Service(
+        "redis", [*compose_command("redis"), *words], plain_environment(), folder / "redis.log"
+    )
 
 
 # --- Airflow --------------------------------------------------------------------------------------
@@ -274,7 +76,7 @@ class Airflow:
         self.logs = self.folder / "logs"
         self.url = f"http://{LOOPBACK}:{self._ports['api']}"
         self.environment = {
-            **_plain(),
+            **plain_environment(),
             **_secrets(),
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "HOME": str(self.folder),

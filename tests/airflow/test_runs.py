@@ -82,7 +82,9 @@ def test_the_scheduled_line_leaves_what_a_terminal_leaves_and_a_second_round_not
         "select uri, asset_event.extra from asset_event join asset on asset.id = asset_id order by 1"
     )
     moved = Counter(uri.removeprefix("faletl://") for uri, _ in events)
-    assert moved.keys() >= {f"warehouse/{name}" for name in ("raw/usage", "marts", "reports", "published")}
+    assert moved.keys() >= {
+        f"warehouse/{name}" for name in ("raw/usage", "marts", "reports", "published")
+    }
     assert moved["warehouse/raw/models"] == 1
     assert any('"rows": ' in extra and f"{TODAY - timedelta(days=1)}" in extra for _, extra in events)
 

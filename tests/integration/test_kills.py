@@ -37,7 +37,7 @@ STEPS = [
     ("faletl.pipeline.stage_window", "after", 2),  # staged, not validated
     ("faletl.gate.Gate.judge", "after", 2),  # validated, not begun to be loaded
     ("faletl.findings.keep_validations", "after", 2),  # what was found is written, not committed
-    ("faletl.warehouse.duckdb._create_tables", "after", 1),  # a new file half made
+    ("faletl.warehouse.schema.create", "after", 1),  # a new file half made
     ("faletl.warehouse.duckdb._sync_file", "after", 1),  # made, not renamed
     ("faletl.load.fence", "after", 2),  # inside a window's transaction
     ("faletl.load._delete_window", "after", 1),

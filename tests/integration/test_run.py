@@ -550,7 +550,7 @@ def test_a_damaged_published_copy_is_made_anew(
     pipeline.run(settings)
     before = total(settings)
     flip(tmp_path / "spend.duckdb", 100)
-    assert pipeline.publish(settings).published == tmp_path / "spend.duckdb"
+    assert pipeline.publish(settings).published == str(tmp_path / "spend.duckdb")
     assert total(settings) == before
 
 

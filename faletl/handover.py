@@ -1,0 +1,88 @@
+"""Handover: loaded windows as typed Parquet files, for engines that take these from a folder.
+
+    <out>/<resource>/account=<account>/day=<UTC day>/<load id>-<digest>.parquet
+
+A file holds the rows of one window as its raw table has them. A window that was loaded anew gets a new
+file in place of the old one, so a day's folder always holds that day, once: what is copied by day
+(docs/warehouses.md) can be copied again at any time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC
+from pathlib import Path
+from urllib.parse import quote
+
+import sqlalchemy as sa
+
+from faletl.config import Settings
+from faletl.errors import StorageError
+from faletl.load import current_loads, rows_of_window
+from faletl.pipeline import DUE, Progress, silent
+from faletl.plan import Asked
+from faletl.resources import RESOURCES
+from faletl.warehouse import Warehouse, open_warehouse
+from faletl.windows import Window
+
+
+@dataclass(slots=True)
+class Handed:
+    """The files that were written, how many were there already, and those that were out of date."""
+
+    written: list[Path] = field(default_factory=list)
+    unchanged: int = 0
+    deleted: list[Path] = field(default_factory=list)
+
+
+def hand_over(settings: Settings, out: Path, asked: Asked = DUE, progress: Progress = silent) -> Handed:
+    """Make the folder hold the loaded windows of the days and resources asked for (default: all).
+
+    Raises:
+        UsageError: there is no warehouse yet.
+        StorageError: the folder cannot be written.
+    """
+    warehouse, handed = open_warehouse(settings), Handed()
+    loads = current_loads(warehouse, asked)
+    by_folder: dict[Path, list[sa.RowMapping]] = {}
+    for load in loads:
+        by_folder.setdefault(_folder(out, load), []).append(load)
+    done = 0
+    for folder, mine in by_folder.items():
+        progress("handing over", done, len(loads))
+        try:
+            _fill(warehouse, folder, mine, handed)
+        except OSError as error:
+            raise StorageError(f"cannot write {folder}: {error.strerror}") from None
+        done += len(mine)
+    progress("handing over", done, len(loads))
+    return handed
+
+
+def _folder(out: Path, load: sa.RowMapping) -> Path:
+    day = load["window_start"].astimezone(UTC).date()
+    return out / str(load["resource"]) / f"account={quote(load['account'], safe='')}" / f"day={day}"
+
+
+def _fill(warehouse: Warehouse, folder: Path, loads: Sequence[sa.RowMapping], handed: Handed) -> None:
+    """Write what is not there under a temporary name, rename it, then delete what is out of date."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {folder / f"{load['load_id']}-{load['digest'][:8]}.parquet": load for load in loads}
+    for path, load in paths.items():
+        if path.exists():
+            handed.unchanged += 1
+            continue
+        window = Window(load["window_start"], load["window_end"])
+        part = folder / f".{path.stem}.part"
+        with warehouse.reading() as connection:
+            if connection is None:
+                continue
+            rows = rows_of_window(RESOURCES[load["resource"]], load["account"], window)
+            warehouse.hand_out(connection, rows, part)
+        part.replace(path)
+        handed.written.append(path)
+    for old in folder.glob("*.parquet"):
+        if old not in paths:
+            old.unlink()
+            handed.deleted.append(old)

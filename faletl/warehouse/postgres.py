@@ -1,0 +1,494 @@
+"""PostgreSQL: the warehouse as schemas of a database, for several readers and several machines.
+
+One process writes at a time. It holds an advisory lock for as long as its session lasts, which the
+server frees when its holder dies. Readers see what was committed last: a window is replaced, and a
+build is made, in one transaction, and rows of tables that readers know are deleted and inserted, never
+truncated, so that not even a transaction that began before sees a table half filled.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from decimal import Decimal
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import duckdb
+import duckdb_sqlalchemy
+import sqlalchemy as sa
+
+from faletl.config import Settings
+from faletl.errors import SettingsError, UsageError, WarehouseBusyError, WarehouseError
+from faletl.money import PRECISION, SCALE
+from faletl.warehouse import Lease, Warehouse, schema
+from faletl.warehouse.tables import BUILDS, METADATA, SCHEMAS, WAREHOUSE
+from faletl.windows import instant
+
+try:
+    import psycopg
+except ImportError:
+    raise SettingsError(
+        "FALETL_WAREHOUSE: a PostgreSQL warehouse needs psycopg; pip install 'faletl[postgres]'"
+    ) from None
+
+_LOCK = 6_407_108_213_350_918_509
+"""The number of the advisory lock; any would do that nobody else takes in the same database."""
+
+_BLOCK = 2**20  # bytes that are sent at once
+
+_NULL = r"\N"  # in CSV for DuckDB, which would skip the line of a single column that is empty
+
+_READERS_SCHEMAS = ("marts", "reports")
+
+_FUNCTIONS_IN = "staging"
+"""The schema of the functions; sessions of ours look there for what has no schema."""
+
+# Exact to 12 decimals, half away from zero: a quotient of numerics has as many decimals as PostgreSQL
+# likes, so whole numbers of 10^-12 are divided instead. The same results as the macros of DuckDB.
+FUNCTIONS = (
+    """
+    create or replace function quotient(a numeric, b numeric) returns numeric
+    language sql immutable parallel safe
+    return case when b <> 0 then
+        sign(a) * sign(b) * div(2000000000000 * abs(a) + abs(b), 2 * abs(b)) * 0.000000000001
+    end
+    """,
+    """
+    create or replace function proportion(amount numeric, part numeric, whole numeric) returns numeric
+    language sql immutable parallel safe
+    return sign(amount) * sign(part)
+        * div(2000000000000 * abs(amount) * abs(part) + whole, 2 * whole) * 0.000000000001
+    """,
+    """
+    create or replace function currency_code(currency text) returns text
+    language sql immutable parallel safe
+    return coalesce(nullif(currency, ''), 'XXX')
+    """,
+    """
+    create or replace function credential_id(api_key_id text, login_username text, label text)
+    returns text
+    language sql immutable parallel safe
+    return case
+        when api_key_id is not null then 'key:' || api_key_id
+        when login_username is not null then 'user:' || login_username
+        when label is null or label in ('', 'None') then 'none'
+        else 'label:' || label
+    end
+    """,
+)
+
+_KEEPALIVES = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
+
+_TYPES: Mapping[str, tuple[str, str]] = {
+    "bool": ("boolean", "BOOLEAN"),
+    "int2": ("integer", "INTEGER"),
+    "int4": ("integer", "INTEGER"),
+    "int8": ("bigint", "BIGINT"),
+    "numeric": (f"numeric({PRECISION},{SCALE})", f"DECIMAL({PRECISION},{SCALE})"),
+    "date": ("date", "DATE"),
+    "timestamp": ("timestamp without time zone", "TIMESTAMP"),
+    "timestamptz": ("timestamp with time zone", "TIMESTAMPTZ"),
+    "float8": ("double precision", "DOUBLE"),
+}
+"""What PostgreSQL calls the type of a result: how a model's column is made, and DuckDB's name of it."""
+
+_TEXT = ('text collate "C"', "VARCHAR")
+
+_SHUT_OUT = ("authentication failed", "does not exist", "no pg_hba.conf entry", "permission denied")
+
+
+class PostgresWarehouse:
+    """See `faletl.warehouse.Warehouse`."""
+
+    dialect = "postgres"
+
+    def __init__(self, settings: Settings, url: sa.URL) -> None:
+        if not url.database:
+            raise SettingsError("FALETL_WAREHOUSE: name the database, postgresql://host/database")
+        self._settings = settings
+        self._url = url.set(drivername="postgresql+psycopg")
+        self._where = f"the database {url.database} on {url.host or 'this machine'}"
+
+    @contextmanager
+    def lease(self, holder: str) -> Iterator[Lease]:
+        """Become the only writer; see the protocol."""
+        with self._alone(holder) as (connection, told):
+            with connection.begin():
+                if not _is_there(connection):
+                    self._create(connection)
+                elif schema.is_older(connection, self._where):
+                    schema.upgrade(connection, self._where)
+                token = schema.take_token(connection, told)
+            yield Lease(connection, token)
+
+    @contextmanager
+    def reading(
+        self, *, wait: bool = True, is_older_fine: bool = False
+    ) -> Iterator[sa.Connection | None]:
+        """What is loaded now; nobody waits for anybody. See the protocol."""
+        with self._connected(is_reading=True) as connection:
+            is_there = _is_there(connection)
+            is_older = is_there and schema.is_older(connection, self._where, is_older_fine=is_older_fine)
+            if not is_older or is_older_fine:
+                yield connection if is_there else None
+                return
+        with self.lease("faletl, an upgrade"):
+            pass
+        with self._connected(is_reading=True) as connection:
+            yield connection
+
+    @contextmanager
+    def published(self) -> Iterator[sa.Connection | None]:
+        """What was committed last; it cannot be changed."""
+        with self._connected(is_reading=True, is_readers=True) as connection:
+            has_build = _is_there(connection) and schema.newest_build(connection) is not None
+            # A cursor of the server holds one statement, and no more of its rows than are looked at.
+            connection.execution_options(stream_results=True)
+            yield connection if has_build else None
+
+    def export(self, query: str, path: Path) -> bool:
+        """Write the rows of a reader's query to a Parquet file; see the protocol."""
+        with self.published() as connection:
+            if connection is None:
+                return False
+            found = connection.exec_driver_sql(query)
+            columns = [(name, theirs) for name, _, theirs in _described(found)]
+            lines = path.with_suffix(".csv")
+            with lines.open("w", encoding="utf-8", newline="") as file:
+                for row in found:
+                    file.write(",".join(map(_cell, row)) + "\n")
+            self._as_parquet(lines, columns, path)
+        return True
+
+    def grant(self, role: str) -> None:
+        """Let a role read marts and reports; see the protocol."""
+        with self._connected() as connection, connection.begin():
+            if not _is_there(connection):
+                raise UsageError("nothing is loaded yet; run faletl run first")
+            known = sa.text("select 1 from pg_roles where rolname = :role")
+            if not connection.execute(known, {"role": role}).scalar():
+                raise UsageError(f"there is no role {role!a} in {self._where}; create it first")
+            schemas = ", ".join(_READERS_SCHEMAS)
+            reader = psycopg.sql.Identifier(role).as_string()
+            for statement in (
+                f"grant usage on schema {schemas} to {reader}",
+                f"grant select on all tables in schema {schemas} to {reader}",
+                f"alter default privileges in schema {schemas} grant select on tables to {reader}",
+            ):
+                connection.exec_driver_sql(statement)
+
+    @contextmanager
+    def renewed(self, holder: str, token: int) -> Iterator[Warehouse]:
+        """Replace all rows in one transaction; until then readers see the old ones. See the protocol."""
+        with self._alone(holder) as (connection, told), connection.begin():
+            if _is_there(connection):
+                schema.is_older(connection, self._where, is_older_fine=True)
+                known = connection.execute(sa.select(WAREHOUSE.c.fencing_token)).scalar() or 0
+                token = max(token, known)
+                for table in METADATA.sorted_tables:
+                    _make_empty(connection, table)
+                schema.initialise(connection, token)
+            else:
+                self._create(connection, token)
+            yield _Renewed(self, connection, told)
+
+    def take_in(self, connection: sa.Connection, table: sa.Table, rows: Path) -> None:
+        """Send a staged Parquet file as CSV, block by block; see the protocol."""
+        lines = rows.with_suffix(".csv")
+        names = ", ".join(f'"{column.name}"' for column in table.columns)
+        with self._engine(rows.parent) as engine:
+            engine.execute(
+                f"copy (select {names} from read_parquet({_quoted(rows)})) to {_quoted(lines)} "
+                "(format csv, header false)"
+            )
+        try:
+            with (
+                _cursor(connection) as cursor,
+                lines.open("rb") as file,
+                cursor.copy(f"copy {table.fullname} ({names}) from stdin (format csv)") as copy,
+            ):
+                while block := file.read(_BLOCK):
+                    copy.write(block)
+        except psycopg.Error as error:
+            raise WarehouseError(f"the warehouse refused the rows: {_said(error)}") from None
+        finally:
+            lines.unlink()
+
+    def hand_out(self, connection: sa.Connection, query: sa.Select[Any], path: Path) -> None:
+        """Receive rows as CSV, and write them to a Parquet file; see the protocol."""
+        lines = path.with_suffix(".csv")
+        select = query.compile(dialect=connection.dialect, compile_kwargs={"literal_binds": True})
+        try:
+            with (
+                _cursor(connection) as cursor,
+                lines.open("wb") as file,
+                cursor.copy(f"copy ({select}) to stdout (format csv, null '{_NULL}')", ()) as copy,
+            ):
+                for block in copy:
+                    file.write(block)
+        except psycopg.Error as error:
+            raise WarehouseError(f"the warehouse hands nothing out: {_said(error)}") from None
+        typed = [
+            (one.name, one.type.compile(duckdb_sqlalchemy.Dialect())) for one in query.selected_columns
+        ]
+        self._as_parquet(lines, typed, path)
+
+    def define_functions(self, connection: sa.Connection) -> None:
+        """Create or replace the functions; see the protocol."""
+        for function in FUNCTIONS:
+            connection.exec_driver_sql(function)
+
+    def make_view(self, connection: sa.Connection, name: str, select: str) -> None:
+        """Make the view anew; see the protocol."""
+        connection.exec_driver_sql(f"drop view if exists {name}")
+        connection.exec_driver_sql(f"create view {name} as {select}")
+
+    def make_table(self, connection: sa.Connection, name: str, select: str, by: str | None) -> None:
+        """Empty the table if it has those columns, so that its readers keep it; else make it anew."""
+        found = connection.exec_driver_sql(f"{select} limit 0")
+        columns = [(column, ours) for column, ours, _ in _described(found)]
+        found.close()
+        if _columns(connection, name) == columns:
+            connection.exec_driver_sql(f"delete from {name}")
+            return
+        connection.exec_driver_sql(f"drop table if exists {name}")
+        told = ", ".join(f'"{column}" {kind}' for column, kind in columns)
+        connection.exec_driver_sql(f"create table {name} ({told})")
+        if by is not None:
+            connection.exec_driver_sql(f"create index on {name} ({by})")
+
+    def analyze(self, connection: sa.Connection, name: str) -> None:
+        """Gather statistics: without any, joins of a table just filled are planned for a few rows."""
+        connection.exec_driver_sql(f"analyze {name}")
+
+    def publish(self, lease: Lease) -> str | None:
+        """Note that the newest build is shown: readers see it since it was committed."""
+        connection = lease.connection
+        build, _ = schema.build_to_publish(connection)
+        shown = connection.execute(
+            sa.update(BUILDS)
+            .where(BUILDS.c.build_id == build, BUILDS.c.published_at.is_(None))
+            .values(published_at=datetime.now(UTC))
+        )
+        connection.commit()
+        return f"in {self._where}" if shown.rowcount else None
+
+    # --- Sessions ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def _alone(self, holder: str) -> Iterator[tuple[sa.Connection, str]]:
+        """A connection that holds the lock, and what others are told of its holder."""
+        with self._connected() as connection:
+            try:
+                connection.exec_driver_sql(f"select pg_advisory_lock({_LOCK})")
+            except sa.exc.DBAPIError as error:
+                if not isinstance(error.orig, psycopg.errors.LockNotAvailable):
+                    raise
+                connection.rollback()
+                raise WarehouseBusyError(
+                    f"the warehouse is held by {_newest_holder(connection)}; waited "
+                    f"{self._settings.lock_seconds:.0f} s, try again later"
+                ) from None
+            connection.commit()
+            yield connection, f"{holder} (process {os.getpid()} on {socket.gethostname()})"
+
+    @contextmanager
+    def _connected(
+        self, *, is_reading: bool = False, is_readers: bool = False
+    ) -> Iterator[sa.Connection]:
+        """A session of its own; one that is reading sees one state, and can change nothing."""
+        engine = self._database
+        if is_reading:
+            engine = engine.execution_options(
+                isolation_level="REPEATABLE READ", postgresql_readonly=True
+            )
+        try:
+            connection = engine.connect()
+        except sa.exc.DBAPIError as error:
+            raise self._unreachable(error) from None
+        try:
+            yield connection
+        except sa.exc.DBAPIError as error:
+            if is_readers and not error.connection_invalidated:
+                raise  # it is their query that is wrong
+            said = _said(error.orig)
+            raise WarehouseError(f"the warehouse failed: {said}; nothing half-done was kept") from None
+        finally:
+            connection.close()
+
+    @cached_property
+    def _database(self) -> sa.Engine:
+        """Makes sessions; none is kept."""
+        engine = sa.create_engine(
+            self._url,
+            poolclass=sa.pool.NullPool,
+            connect_args={"application_name": "faletl", "connect_timeout": 10, **_KEEPALIVES},
+        )
+        sa.event.listen(engine, "connect", self._prepare)
+        sa.event.listen(engine, "before_cursor_execute", _with_percent_signs, retval=True)
+        return engine
+
+    def _prepare(self, session: Any, _record: object) -> None:
+        given = {
+            "TimeZone": "'UTC'",
+            "search_path": _FUNCTIONS_IN,
+            "lock_timeout": round(self._settings.lock_seconds * 1000) or 1,
+            # A statement ends soon after its client has died, and lets go of the lock.
+            "client_connection_check_interval": 1000,
+            # Its holder's machine may be gone without a word: then the lock is to be free soon.
+            "tcp_keepalives_idle": 30,
+            "tcp_keepalives_interval": 10,
+            "tcp_keepalives_count": 3,
+        }
+        session.execute("; ".join(f"set {name} = {value}" for name, value in given.items()))
+        session.commit()
+
+    def _unreachable(self, error: sa.exc.DBAPIError) -> Exception:
+        said = _said(error.orig)
+        if any(words in said for words in _SHUT_OUT):
+            return SettingsError(f"FALETL_WAREHOUSE: {self._where} cannot be used: {said}")
+        return WarehouseError(f"the warehouse cannot be reached: {said}")
+
+    def _create(self, connection: sa.Connection, token: int = 0) -> None:
+        try:
+            with connection.begin_nested():
+                schemas = sa.text("select nspname from pg_namespace")
+                schema.create(connection, token, connection.execute(schemas).scalars().all())
+                for name, comment in SCHEMAS.items():
+                    quoted = comment.replace("'", "''")
+                    connection.exec_driver_sql(f"comment on schema {name} is '{quoted}'")
+                self.define_functions(connection)
+        except sa.exc.ProgrammingError as error:
+            raise SettingsError(
+                f"FALETL_WAREHOUSE: no warehouse can be made in {self._where}: {_said(error.orig)}; "
+                "give faletl a database of its own, in which its role may create schemas"
+            ) from None
+
+    # --- Parquet ----------------------------------------------------------------------------------
+
+    def _as_parquet(self, lines: Path, columns: Sequence[tuple[str, str]], path: Path) -> None:
+        """Make a Parquet file of CSV in which `_NULL` is null, if it is not quoted."""
+        types = ", ".join(f"{_quoted(name)}: {_quoted(kind)}" for name, kind in columns)
+        with self._engine(path.parent) as engine:
+            engine.execute(
+                f"copy (select * from read_csv({_quoted(lines)}, columns = {{{types}}}, header = false, "
+                f"auto_detect = false, nullstr = '{_NULL}', allow_quoted_nulls = false, delim = ',', "
+                f"quote = '\"', escape = '\"')) to {_quoted(path)} (format parquet)"
+            )
+        lines.unlink()
+
+    def _engine(self, scratch: Path) -> duckdb.DuckDBPyConnection:
+        engine = duckdb.connect(
+            config={
+                "memory_limit": self._settings.memory,
+                "temp_directory": str(scratch / "spill"),
+                "autoinstall_known_extensions": "false",
+                "autoload_known_extensions": "false",
+            }
+        )
+        engine.execute("set TimeZone = 'UTC'")
+        return engine
+
+
+class _Renewed(PostgresWarehouse):
+    """A warehouse inside a transaction that is not committed yet."""
+
+    def __init__(self, of: PostgresWarehouse, connection: sa.Connection, told: str) -> None:
+        self._settings, self._url, self._where = of._settings, of._url, of._where
+        self._connection, self._told = connection, told
+
+    @contextmanager
+    def lease(self, holder: str) -> Iterator[Lease]:
+        token = schema.take_token(self._connection, self._told)
+        yield Lease(self._connection, token, is_one_transaction=True)
+
+
+def _is_there(connection: sa.Connection) -> bool:
+    found = connection.exec_driver_sql("select to_regclass('ops.warehouse') is not null")
+    return bool(found.scalar())
+
+
+def _newest_holder(connection: sa.Connection) -> str:
+    if not _is_there(connection):
+        return "another process"
+    holder, since = connection.execute(sa.select(WAREHOUSE.c.holder, WAREHOUSE.c.held_since)).one()
+    return f"{holder}, since {instant(since.replace(microsecond=0))}" if since else "another process"
+
+
+def _described(found: sa.CursorResult[Any]) -> list[tuple[str, str, str]]:
+    """Of each column of a result: its name, how a table holds it, and the type that DuckDB reads."""
+    columns = []
+    for name, oid, *_ in found.cursor.description or () if found.cursor is not None else ():
+        known = psycopg.adapters.types.get(cast(int, oid))
+        columns.append((name, *_TYPES.get(known.name if known else "", _TEXT)))
+    return columns
+
+
+def _columns(connection: sa.Connection, table: str) -> list[tuple[str, str]]:
+    """The columns that a table really has, in their order, and the types of these."""
+    found = connection.execute(
+        sa.text(
+            """
+            select
+                attname,
+                format_type(atttypid, atttypmod)
+                || case when collname = 'C' then ' collate "C"' else '' end
+            from pg_attribute left join pg_collation on pg_collation.oid = attcollation
+            where attrelid = to_regclass(:table) and attnum > 0 and not attisdropped
+            order by attnum
+            """
+        ),
+        {"table": table},
+    )
+    return [(name, kind) for name, kind in found]
+
+
+def _make_empty(connection: sa.Connection, table: sa.Table) -> None:
+    """An empty table of ours; one that has its columns is kept, for those who read it."""
+    made = [(c.name, c.type.compile(connection.dialect).replace(", ", ",")) for c in table.columns]
+    held = _columns(connection, table.fullname)
+    if [(name, kind.lower()) for name, kind in made] == [(name, kind.lower()) for name, kind in held]:
+        connection.execute(sa.delete(table))
+        return
+    connection.exec_driver_sql(f"drop table if exists {table.fullname} cascade")  # views of ours
+    table.create(connection)
+
+
+def _cursor(connection: sa.Connection) -> psycopg.Cursor[Any]:
+    session = connection.connection.driver_connection
+    assert isinstance(session, psycopg.Connection)  # noqa: S101  # the URL says so
+    return session.cursor()
+
+
+def _with_percent_signs(
+    _connection: object,
+    _cursor: object,
+    statement: str,
+    parameters: Any,
+    context: Any,
+    _is_many: bool,
+) -> tuple[str, Any]:
+    """SQL as we write it has no parameters; psycopg would take a percent sign for one."""
+    is_ours = context.compiled is None and not parameters
+    return (statement.replace("%", "%%") if is_ours else statement), parameters
+
+
+def _cell(value: object) -> str:
+    """A value as CSV, for DuckDB."""
+    if value is None:
+        return _NULL
+    text = f"{value:f}" if isinstance(value, Decimal) else str(value)
+    return '"' + text.replace('"', '""') + '"'
+
+
+def _said(error: object) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def _quoted(text: object) -> str:
+    return "'" + str(text).replace("'", "''") + "'"

@@ -1,0 +1,512 @@
+"""A PostgreSQL warehouse: the rows of DuckDB's, one writer, readers that never see half of a run."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import psycopg
+import pytest
+import sqlalchemy as sa
+import time_machine
+
+from faletl import models, pipeline
+from faletl.answers import print_query
+from faletl.config import Settings
+from faletl.errors import LeaseLostError, SettingsError, UsageError, WarehouseBusyError, WarehouseError
+from faletl.load import fence
+from faletl.plan import Asked
+from faletl.rebuild import rebuild
+from faletl.sandbox import Sandbox
+from faletl.verify import verify
+from faletl.warehouse import open_warehouse
+from faletl.warehouse.tables import METADATA, WAREHOUSE
+from tests import truth
+from tests.conftest import all_tables, ask, settings_for, total
+from tests.integration.test_kills import check_a_clean_run_mends_all, finish, start
+from tests.servers import shared_postgres
+from tests.truth import FLUX, VIDEO, Account, line
+
+ODD_IDS = (
+    "%s 100%% \\N",
+    "a\"b'c,d;--",
+    "new\nline\ttab\r",
+    "é ÿ \u202e 🙂 ﬀ",
+    "Robert'); drop table raw.usage;--",
+    ":name {x} $1 $$",
+    " ",
+    "B",
+    "a",
+    "Z",
+    "ä",
+)
+"""Endpoint ids, though fal has none like these."""
+
+
+@pytest.fixture
+def on_server(sandbox: Sandbox, tmp_path: Path, database: str) -> Settings:
+    """Settings for the served account and a PostgreSQL warehouse."""
+    return settings_for(sandbox.url, tmp_path, warehouse=database)
+
+
+@pytest.fixture
+def on_file(sandbox: Sandbox, tmp_path: Path) -> Settings:
+    """Settings for the same account and a DuckDB warehouse."""
+    warehouse = f"duckdb:///{tmp_path / 'warehouse.duckdb'}"
+    landing = str(tmp_path / "landing-of-file")
+    return settings_for(sandbox.url, tmp_path, warehouse=warehouse, landing=landing)
+
+
+def types(settings: Settings) -> list[tuple[Any, ...]]:
+    """The columns of all tables and views, in order, with one name for what is one type."""
+    names = {
+        "text": "VARCHAR", "numeric": "DECIMAL(38,12)", "bigint": "BIGINT", "integer": "INTEGER",
+        "boolean": "BOOLEAN", "date": "DATE", "timestamp without time zone": "TIMESTAMP",
+        "timestamp with time zone": "TIMESTAMP WITH TIME ZONE",
+    }  # fmt: skip
+    columns = ask(
+        settings,
+        "select table_schema, table_name, ordinal_position, column_name, data_type "
+        "from information_schema.columns "
+        "where table_schema in ('raw', 'staging', 'marts', 'reports', 'ops') order by 1, 2, 3",
+    )
+    return [(*column, names.get(kind, kind)) for *column, kind in columns]
+
+
+def comments(database: str) -> dict[str, str]:
+    """What stands beside each column of a server."""
+    with psycopg.connect(database) as connection:
+        found = connection.execute(
+            "select attrelid::regclass || '.' || attname, col_description(attrelid, attnum) "
+            "from pg_attribute where attnum > 0 and not attisdropped and attrelid in "
+            "(select oid from pg_class where relkind in ('r', 'v') and relnamespace::regnamespace::text "
+            "in ('raw', 'staging', 'marts', 'reports', 'ops'))"
+        )
+        return dict(found.fetchall())
+
+
+def test_both_warehouses_hold_the_same_rows_through_a_history(
+    clock: time_machine.Traveller,
+    account: Account,
+    sandbox: Sandbox,
+    on_server: Settings,
+    on_file: Settings,
+) -> None:
+    noon = datetime.fromisoformat("2026-11-22T12:00:00+00:00")
+    account.lines += [
+        line(noon, endpoint, f"{number + 1}.0000007", "0.00003")
+        for number, endpoint in enumerate(ODD_IDS)
+    ]
+    account.listed |= {id_: {**account.listed[FLUX], "endpoint_id": id_} for id_ in ODD_IDS[:4]}
+
+    def check_both(step: Any) -> None:
+        for settings in (on_file, on_server):
+            step(settings)
+        assert all_tables(on_server) == all_tables(on_file)
+        assert types(on_server) == types(on_file)
+
+    def run(settings: Settings) -> None:
+        report = pipeline.run(settings)
+        assert report.exit_code == 0, report.failures
+
+    check_both(run)
+    check_both(run)  # the same once more
+    account.lines.append(line(noon, VIDEO, "8", "0.4", unit="second"))  # late
+    account.lines[15] = line(account.lines[15].hour, FLUX, "30", "0.025")  # restated
+    del account.lines[16]  # taken back
+    account.listed[FLUX] = {**account.listed[FLUX], "unit_price": 0.03}
+    clock.shift(timedelta(days=1))
+    check_both(run)
+    clock.shift(timedelta(days=12))  # over the end of the month
+    check_both(run)
+    check_both(lambda settings: pipeline.build(settings, full=True))
+    check_both(rebuild)
+    check_both(lambda settings: rebuild(settings, truth.day(22)))
+    restatements = "select * exclude (load_id, seen_at) from ops.restatements order by all"
+    changed = ask(on_file, restatements)
+    assert len(changed) > 2
+    with psycopg.connect(on_server.warehouse) as connection:
+        count = connection.execute("select count(*) from ops.restatements").fetchone()
+    assert count == (len(changed),)
+    assert total(on_server) == sum(one.cost_total for one in account.lines)
+    moved = on_file.model_copy(update={"warehouse": shared_postgres().new_database("moved")})
+    rebuild(moved)  # a warehouse moves to a server with its landed pages alone
+    assert all_tables(moved) == all_tables(on_file)
+    for settings in (on_file, on_server, moved):
+        assert verify(settings).findings == []
+    assert all(comments(on_server.warehouse).values())
+
+
+def test_quotients_are_exact_in_both_and_rounded_alike(database: str) -> None:
+    values = [
+        "0", "1", "-1", "3", "7", "0.000000000001", "0.000000000003", "12345678901234.567890123456",
+        "99999999999999.999999999999", "-2.5", "0.3",
+    ]  # fmt: skip
+    with duckdb.connect() as file, psycopg.connect(database) as server:
+        from faletl.warehouse.duckdb import MACROS
+        from faletl.warehouse.postgres import FUNCTIONS
+
+        for macro in MACROS:
+            file.execute(macro)
+        for function in FUNCTIONS:
+            server.execute(function)
+
+        def both(call: str) -> Decimal | None:
+            ours = server.execute(f"select cast({call} as decimal(38,12))").fetchone()
+            theirs = file.execute(f"select cast({call} as decimal(38,12))").fetchone()
+            assert ours == theirs, call
+            found: Decimal | None = ours[0] if ours else None
+            return found
+
+        for a in values:
+            for b in values[1:]:
+                cast_a, cast_b = f"{a}::decimal(38,12)", f"{b}::decimal(38,12)"
+                if abs(Decimal(a) / Decimal(b)) < 10**20:
+                    both(f"quotient({cast_a}, {cast_b})")
+                    if Decimal(b) > 0 and abs(Decimal(a)) < 10**8:
+                        both(f"proportion({cast_a}, {cast_a}, {cast_b})")
+        assert both("quotient(2::decimal(38,12), 3::decimal(38,12))") == Decimal("0.666666666667")
+        assert both("quotient(1::decimal(38,12), 0::decimal(38,12))") is None
+
+
+# --- One writer -----------------------------------------------------------------------------------
+
+
+def test_a_writer_waits_then_says_who_holds_it_and_a_killed_one_lets_go(
+    clock: time_machine.Traveller, on_server: Settings
+) -> None:
+    pipeline.run(on_server)
+    impatient = on_server.model_copy(update={"lock_seconds": 0.3})
+    with open_warehouse(on_server).lease("a long load"):
+        with pytest.raises(WarehouseBusyError, match=r"a long load \(process .* since 2026-11-23"):
+            open_warehouse(impatient).lease("me").__enter__()
+        assert total(on_server) > 0  # readers do not wait
+    code = f"""
+import sys, time
+sys.path[:] = {sys.path!r}
+from faletl.config import Settings
+from faletl.warehouse import open_warehouse
+with open_warehouse(Settings.isolated(warehouse={on_server.warehouse!r})).lease("another"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as held:
+        assert held.stdout is not None
+        assert held.stdout.readline() == b"held\n"
+        with pytest.raises(WarehouseBusyError):
+            open_warehouse(impatient).lease("me").__enter__()
+        held.kill()
+    patient = on_server.model_copy(update={"lock_seconds": 30})
+    with open_warehouse(patient).lease("me"):
+        pass
+
+
+def test_a_holder_that_was_taken_over_writes_nothing(
+    clock: time_machine.Traveller, on_server: Settings
+) -> None:
+    pipeline.run(on_server)
+    with open_warehouse(on_server).lease("the old one") as lease:
+        with psycopg.connect(on_server.warehouse) as newer:
+            newer.execute("update ops.warehouse set fencing_token = fencing_token + 1, holder = 'newer'")
+        with pytest.raises(LeaseLostError, match="newer"), lease.transaction():
+            fence(lease, changes_data=True)
+
+
+@pytest.mark.parametrize(
+    ("function", "when", "nth"),
+    [
+        ("faletl.warehouse.schema.create", "after", 1),
+        ("faletl.warehouse.postgres.PostgresWarehouse.take_in", "after", 2),
+        ("faletl.load._enter", "after", 3),  # all written, not committed
+        ("faletl.pipeline.replace_window", "after", 2),  # committed, not told
+        ("faletl.models._fill", "after", 9),  # half built
+        ("faletl.models.build", "after", 1),  # built, not noted as published
+    ],
+)
+def test_a_run_killed_between_two_steps_is_mended_by_the_next(
+    function: str, when: str, nth: int, on_server: Settings
+) -> None:
+    code, said = finish(start(on_server, function, when, str(nth)))
+    assert code == -signal.SIGKILL, f"the trap did not spring: {said}"
+    check_a_clean_run_mends_all(on_server)
+
+
+def test_a_killed_rebuild_leaves_the_old_rows(on_server: Settings) -> None:
+    check_a_clean_run_mends_all(on_server)
+    before = all_tables(on_server)
+    for trap in (("faletl.rebuild.replay", "after", "4"), ("faletl.models.build", "after", "1")):
+        assert finish(start(on_server, *trap, command="rebuild"))[0] == -signal.SIGKILL
+        assert all_tables(on_server) == before
+    assert finish(start(on_server, command="rebuild"))[0] == 0
+    assert all_tables(on_server) == before
+
+
+# --- Readers --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reader(on_server: Settings) -> Iterator[list[str]]:
+    """Somebody who asks all the time, and notes whatever is not as it must be."""
+    wrong, is_over, rounds = list[str](), threading.Event(), [0]
+    sums = (
+        "select "
+        "(select coalesce(sum(cost_total), 0) from marts.fct_usage), "
+        "(select coalesce(sum(cost_total), 0) from reports.rpt_spend_daily), "
+        "(select coalesce(sum(cost_total), 0) from reports.rpt_spend_monthly), "
+        "(select count(*) from marts.dim_unit)"
+    )
+
+    def look() -> None:
+        with psycopg.connect(on_server.warehouse) as connection:
+            connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+            while not is_over.is_set():
+                try:
+                    first = connection.execute(sums).fetchone()
+                    second = connection.execute(sums).fetchone()  # in the same transaction
+                    connection.rollback()
+                except psycopg.Error as error:
+                    wrong.append(repr(error))
+                    return
+                rounds[0] += 1
+                if first is None or first != second or len(set(first[:3])) != 1 or not first[3]:
+                    wrong.append(f"{first} {second}")
+
+    pipeline.run(on_server)
+    thread = threading.Thread(target=look)
+    thread.start()
+    yield wrong
+    is_over.set()
+    thread.join(60)
+    assert rounds[0] > 5
+    assert wrong == []
+
+
+def test_a_reader_never_fails_and_never_sees_half_of_a_run(
+    clock: time_machine.Traveller, account: Account, on_server: Settings, reader: list[str]
+) -> None:
+    for hour in range(4):
+        account.lines.append(line(truth.NOW - timedelta(days=1, hours=hour), VIDEO, "2"))
+        clock.shift(timedelta(hours=5))
+        assert pipeline.run(on_server, Asked(start=truth.day(22))).exit_code == 0
+    pipeline.build(on_server, full=True)
+    rebuild(on_server)
+    assert total(on_server) == sum(one.cost_total for one in account.lines)
+
+
+def test_a_query_of_a_reader_can_change_nothing(
+    clock: time_machine.Traveller, on_server: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UsageError, match="nothing is published yet"):
+        print_query(on_server, "select 1", "csv")
+    pipeline.run(on_server)
+    before = all_tables(on_server)
+    for query in (
+        "drop table raw.usage",
+        "delete from raw.usage returning 1",
+        "with gone as (delete from raw.usage returning *) select * from gone",
+        "select 1; delete from raw.usage",
+        "select 1; commit; delete from raw.usage",
+        "commit",
+        "set session characteristics as transaction read write",
+    ):
+        with pytest.raises(UsageError, match="the query was refused"):
+            print_query(on_server, query, "csv")
+    assert all_tables(on_server) == before
+    capsys.readouterr()
+    print_query(on_server, "select 'a%b' as a, null as b, quotient(2, 3) as c, true as d", "csv")
+    assert capsys.readouterr().out == "a,b,c,d\na%b,,0.666666666667,True\n"
+
+
+def test_an_export_has_the_types_of_the_query(
+    clock: time_machine.Traveller, on_server: Settings, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.parquet"
+    warehouse = open_warehouse(on_server)
+    assert not warehouse.export("select 1", path)
+    pipeline.run(on_server)
+    query = "select usage_date, unit, sum(cost_total) as cost, count(*) as lines, null as none, "
+    query += "'\\N' as text from reports.rpt_spend_daily group by 1, 2 order by 1, 2"
+    assert warehouse.export(query, path)
+    found = duckdb.sql(f"from '{path}'")
+    assert list(map(str, found.types)) == [
+        "DATE", "VARCHAR", "DECIMAL(38,12)", "BIGINT", "VARCHAR", "VARCHAR",
+    ]  # fmt: skip
+    assert found.fetchall() == ask(on_server, query)
+    assert warehouse.export("select null as only where 1 = 1", path)
+    assert duckdb.sql(f"from '{path}'").fetchall() == [(None,)]
+
+
+# --- Roles and databases --------------------------------------------------------------------------
+
+
+def as_role(database: str, role: str) -> psycopg.Connection[Any]:
+    """A connection of somebody else."""
+    return psycopg.connect(database, user=role, autocommit=True)
+
+
+def test_a_reader_gets_marts_and_reports_and_nothing_else(
+    clock: time_machine.Traveller, account: Account, on_server: Settings
+) -> None:
+    with psycopg.connect(on_server.warehouse, autocommit=True) as owner:
+        for role in ("analysts", 'odd "role" 100%'):
+            quoted = psycopg.sql.Identifier(role).as_string()
+            owner.execute(f"drop role if exists {quoted}")
+            owner.execute(f"create role {quoted} login")
+    warehouse = open_warehouse(on_server)
+    with pytest.raises(UsageError, match="nothing is loaded yet"):
+        warehouse.grant("analysts")
+    pipeline.run(on_server)
+    with pytest.raises(UsageError, match="there is no role 'nobody'"):
+        warehouse.grant("nobody")
+    with as_role(on_server.warehouse, "analysts") as reader:
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            reader.execute("select * from reports.rpt_spend_daily")
+        warehouse.grant("analysts")
+        warehouse.grant('odd "role" 100%')
+        with psycopg.connect(on_server.warehouse) as owner:  # as if its shape had changed
+            owner.execute("drop table marts.dim_unit")
+        pipeline.build(on_server, full=True)
+        for model in models.models():
+            if model.layer in ("marts", "reports"):
+                reader.execute(f"select * from {model.table}")
+        for refused in (
+            "select * from raw.usage", "select * from staging.stg_fal__usage",
+            "select * from staging.int_usage_daily", "select * from ops.loads",
+            "select * from ops.warehouse", "insert into marts.dim_unit values ('x')",
+            "update reports.rpt_spend_daily set cost_total = 0", "delete from marts.fct_usage",
+            "truncate marts.fct_usage", "drop table marts.fct_usage", "create table marts.mine (a int)",
+            "create table raw.mine (a int)", "copy marts.dim_unit to '/tmp/stolen'",
+            "alter table marts.dim_unit add column a int",
+        ):  # fmt: skip
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                reader.execute(refused)
+
+
+def test_the_loader_needs_no_superuser(
+    clock: time_machine.Traveller, sandbox: Sandbox, tmp_path: Path, database: str
+) -> None:
+    with psycopg.connect(database, autocommit=True) as owner:
+        owner.execute("drop role if exists loader")
+        owner.execute("create role loader login nosuperuser nocreatedb nocreaterole")
+    loader = database.replace("//faletl@", "//loader@")
+    settings = settings_for(sandbox.url, tmp_path, warehouse=loader)
+    report = pipeline.run(settings)
+    assert report.exit_code == 2
+    assert "in which its role may create schemas" in str(report.failures[-1][1])
+    with psycopg.connect(database, autocommit=True) as owner:
+        for name in ("raw", "staging", "marts", "reports", "ops"):  # or: grant create on database
+            owner.execute(f"create schema {name} authorization loader")
+    assert pipeline.run(settings).exit_code == 0
+    rebuild(settings)
+    assert verify(settings).findings == []
+
+
+def test_a_database_of_somebody_else_is_left_alone(
+    clock: time_machine.Traveller, on_server: Settings
+) -> None:
+    with psycopg.connect(on_server.warehouse) as owner:
+        owner.execute("create schema raw; create table raw.models (mine int)")
+    report = pipeline.run(on_server)
+    assert report.exit_code == 2
+    assert "give faletl a database of its own" in str(report.failures[-1][1])
+    with psycopg.connect(on_server.warehouse) as owner:
+        assert owner.execute("select to_regnamespace('ops')").fetchone() == (None,)
+        owner.execute("select mine from raw.models")
+
+
+def test_views_of_users_keep_a_table_that_would_get_another_shape(
+    clock: time_machine.Traveller, on_server: Settings
+) -> None:
+    pipeline.run(on_server)
+    with psycopg.connect(on_server.warehouse) as owner:
+        owner.execute("create view public.mine as select unit from marts.dim_unit")
+    pipeline.build(on_server, full=True)  # the same shape is no hindrance
+    with psycopg.connect(on_server.warehouse) as owner:
+        owner.execute("alter table marts.dim_unit add column more int")
+    with pytest.raises(WarehouseError, match="other objects depend on it"):
+        pipeline.build(on_server, full=True)
+    with psycopg.connect(on_server.warehouse) as owner:
+        owner.execute("drop view public.mine")
+    pipeline.build(on_server, full=True)
+    assert ask(on_server, "select count(*) from marts.dim_unit")[0][0] > 0
+
+
+def test_a_newer_warehouse_is_refused_and_one_that_lacks_columns_is_upgraded(
+    clock: time_machine.Traveller, on_server: Settings
+) -> None:
+    pipeline.run(on_server)
+    before = all_tables(on_server)
+    with psycopg.connect(on_server.warehouse) as owner:
+        owner.execute("update ops.warehouse set schema_version = 99")
+    with pytest.raises(SettingsError, match="written by a newer faletl"):
+        pipeline.build(on_server)
+    with psycopg.connect(on_server.warehouse) as owner:
+        owner.execute("update ops.warehouse set schema_version = 3")
+        owner.execute("alter table ops.warehouse drop column faletl_version")
+        owner.execute("alter table raw.models drop column license_type cascade")
+        owner.execute("drop table ops.validations")
+        owner.execute("comment on table raw.usage is 'old'")
+    pipeline.build(on_server, full=True)
+    after = all_tables(on_server)
+    lacking = ("raw.models", "staging.stg_fal__models")
+    for name, rows in before.items():
+        assert after[name] == rows or (name in lacking and len(after[name]) == len(rows))
+    assert all(comments(on_server.warehouse).values())
+    with psycopg.connect(on_server.warehouse) as owner:
+        told = owner.execute("select obj_description('raw.usage'::regclass)").fetchone()
+    assert told == (METADATA.tables["raw.usage"].comment,)
+
+
+@pytest.mark.parametrize(
+    ("url", "exit_code", "says"),
+    [
+        ("postgresql://faletl:hunter2-hunter2@127.0.0.1:1/w", 1, "cannot be reached"),
+        ("postgresql://faletl:hunter2-hunter2@{server}/nowhere", 2, "does not exist"),
+        ("postgresql://nobody:hunter2-hunter2@{server}/postgres", 2, "does not exist"),
+        ("postgresql://faletl:hunter2-hunter2@{server}", 2, "name the database"),
+        ("postgresql://faletl:hunter2-hunter2@{server}/postgres?no_such_option=1", 1, "option"),
+        ("mysql://faletl:hunter2-hunter2@{server}/w", 2, "keeps no warehouse in 'mysql'"),
+        ("postgresql:/faletl:hunter2-hunter2", 2, "no SQLAlchemy URL"),
+    ],
+)
+def test_no_password_is_told_when_a_server_cannot_be_used(
+    url: str, exit_code: int, says: str, database: str, sandbox: Sandbox, tmp_path: Path
+) -> None:
+    server = sa.make_url(database)
+    url = url.format(server=f"{server.host}:{server.port}")
+    settings = settings_for(sandbox.url, tmp_path, warehouse=url)
+    with pytest.raises((SettingsError, WarehouseError), match=says) as caught:
+        pipeline.build(settings)
+    assert caught.value.exit_code == exit_code
+    assert "hunter2" not in repr(settings) + str(caught.value) + str(caught.value.as_dict())
+
+
+def test_a_server_that_dies_is_an_error_that_may_be_tried_again(
+    clock: time_machine.Traveller, on_server: Settings
+) -> None:
+    pipeline.run(on_server)
+    before = all_tables(on_server)
+
+    def write() -> None:
+        with open_warehouse(on_server).lease("me") as lease, lease.transaction():
+            lease.connection.execute(sa.update(WAREHOUSE).values(holder="half-done"))
+            with psycopg.connect(on_server.warehouse) as other:
+                other.execute(
+                    "select pg_terminate_backend(pid) from pg_stat_activity "
+                    "where pid <> pg_backend_pid() and datname = current_database()"
+                )
+
+    with pytest.raises(WarehouseError) as caught:
+        write()
+    assert caught.value.is_retryable
+    assert ask(on_server, "select count(*) from ops.warehouse where holder = 'half-done'") == [(0,)]
+    assert all_tables(on_server) == before
+    check_a_clean_run_mends_all(on_server)
