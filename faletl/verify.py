@@ -119,7 +119,7 @@ def _are_landed(
     table = RAW[resource.name]
     with tempfile.TemporaryDirectory(prefix="faletl-") as scratch:
         try:
-            landed = landing.open_read(Path(settings.landing) / landing_path)
+            landed = landing.open_read(landing.root(settings) / landing_path)
             staged = stage_window(settings, landed, Path(scratch))
         except FaletlError:
             return False
@@ -148,7 +148,7 @@ def _lost_pages(connection: sa.Connection, settings: Settings, resource: str) ->
     for load in connection.execute(loads.where(LOADS.c.resource == resource)).all():
         if load.load_id not in needed:
             continue
-        folder = Path(settings.landing) / load.landing_path
+        folder = landing.root(settings) / load.landing_path
         try:
             landed = landing.open_read(folder)
             pages = _checked_pages(landed)
