@@ -243,8 +243,9 @@ class Attempt:
     def close(self) -> None:
         """Let go of the folder; without a manifest the next read may take it up."""
         self._locked.close()
-        if at(self.folder).has_locks and is_complete(self.folder):
-            at(self.folder).delete(self.folder / _LOCK)
+        where = at(self.folder)
+        if where.has_locks and is_complete(self.folder):
+            where.delete(self.folder / _LOCK)
 
     def discard(self) -> None:
         """Forget the read."""

@@ -16,7 +16,7 @@ from datetime import timedelta
 from functools import cache
 from pathlib import Path, PurePosixPath
 from threading import Lock
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import filelock
 
@@ -68,8 +68,8 @@ def _opened(url: str, _process: int) -> Path:
 class Disk:
     """A folder on a disk: files are renamed into their place, and a lock tells who works in a folder."""
 
-    has_locks = True
-    grace = timedelta(0)
+    has_locks: ClassVar[bool] = True
+    grace: ClassVar[timedelta] = timedelta(0)
     """How long a folder that nobody finished is left alone, in case that somebody still works in it."""
 
     @staticmethod
@@ -157,8 +157,8 @@ class Store:
     StorageError where the store refuses or does not answer.
     """
 
-    has_locks = False
-    grace = timedelta(days=1)
+    has_locks: ClassVar[bool] = False
+    grace: ClassVar[timedelta] = timedelta(days=1)
 
     @staticmethod
     def read(path: Path) -> bytes:
@@ -199,13 +199,13 @@ class Store:
     @staticmethod
     def delete(path: Path) -> None:
         """Delete the object, if it is there."""
-        with _told(path), suppress(FileNotFoundError):
+        with suppress(FileNotFoundError), _told(path):
             _fs(path).rm_file(_key(path))
 
     @staticmethod
     def drop(folder: Path) -> None:
         """Delete all below the prefix."""
-        with _told(folder), suppress(FileNotFoundError):
+        with suppress(FileNotFoundError), _told(folder):
             _fs(folder).rm(_key(folder), recursive=True)
 
     @staticmethod
@@ -265,7 +265,7 @@ def _key(path: Path) -> str:
 
 
 def _listed(folder: Path) -> list[dict[str, Any]]:
-    with _told(folder), suppress(FileNotFoundError):
+    with suppress(FileNotFoundError), _told(folder):
         return cast(list[dict[str, Any]], _fs(folder).ls(_key(folder), detail=True))
     return []
 

@@ -1,0 +1,316 @@
+"""Landing in an object store: the whole line against an S3 server on loopback, and what it refuses."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from datetime import timedelta
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+import time_machine
+from moto.server import ThreadedMotoServer
+
+from faletl import landing, pieces, pipeline
+from faletl.config import Settings
+from faletl.errors import SettingsError, StorageError, TamperedError
+from faletl.landing import MANIFEST, Call
+from faletl.pages import Page
+from faletl.places import at, place
+from faletl.plan import Asked
+from faletl.rebuild import prune, rebuild
+from faletl.resources import USAGE
+from faletl.sandbox import Fault, Request, Sandbox
+from faletl.verify import verify
+from faletl.windows import Window
+from tests import truth
+from tests.conftest import all_tables, settings_for
+from tests.integration.test_kills import finish, start
+
+DAYS = Asked(truth.day(21), truth.day(23))
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[str]:
+    """An S3 server that keeps what it is given in memory."""
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def aws(served: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The environment in which AWS's libraries find the server."""
+    given = {
+        "AWS_ENDPOINT_URL": served,
+        "AWS_ACCESS_KEY_ID": "INVENTEDFORTESTS",
+        "AWS_SECRET_ACCESS_KEY": "invented/for/tests",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    return given
+
+
+@pytest.fixture
+def bucket(aws: dict[str, str], request: pytest.FixtureRequest) -> str:
+    """The URL of a prefix in a new bucket."""
+    name = request.node.name[:60].strip("_").replace("_", "-")
+    httpx.put(f"{aws['AWS_ENDPOINT_URL']}/{name}").raise_for_status()
+    return f"s3://{name}/landing"
+
+
+@pytest.fixture
+def stored(sandbox: Sandbox, tmp_path: Path, bucket: str) -> Settings:
+    """Settings of a run that lands in the bucket."""
+    return settings_for(sandbox.url, tmp_path, landing=bucket)
+
+
+def objects(settings: Settings) -> dict[str, bytes]:
+    """All that landed."""
+    root = landing.root(settings)
+    return {
+        path.relative_to(root).as_posix(): at(path).read(path)
+        for path in at(root).matching(root, "*/*/*/*/*")
+    }
+
+
+def test_the_line_leaves_the_tables_of_a_landing_folder(
+    clock: time_machine.Traveller,
+    stored: Settings,
+    sandbox: Sandbox,
+    account: truth.Account,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "other").mkdir()
+    local = settings_for(sandbox.url, tmp_path / "other")
+    for settings in (stored, local):
+        assert pipeline.run(settings).exit_code == 0
+    assert all_tables(stored) == all_tables(local)
+    landed = objects(stored)
+
+    assert pipeline.run(stored, Asked(resources=["models", "prices", "usage"])).exit_code == 0
+
+    assert landed.items() <= objects(stored).items()
+    assert all_tables(stored) == all_tables(local)
+    assert verify(stored).findings == []
+    assert {path.name for path in tmp_path.iterdir()} == {"other", "spend.duckdb", *()} | {
+        path.name for path in tmp_path.glob("*warehouse*")
+    }
+
+    # Pages that nothing stands on are dropped, and what is left makes the same warehouse.
+    account.lines[0] = truth.line(account.lines[0].hour, quantity="9")
+    clock.shift(timedelta(days=1))
+    for settings in (stored, local):
+        assert pipeline.run(settings, DAYS).exit_code == 0
+    clock.shift(60)
+    pipeline.run(stored, DAYS)
+    before, landed = all_tables(stored), objects(stored)
+    dropped, size = prune(stored)
+    left = objects(stored)
+    assert dropped
+    assert left.items() < landed.items()
+    assert size == sum(len(landed[name]) for name in landed.keys() - left.keys())
+    assert prune(stored) == ([], 0)
+    rebuild(stored)
+    assert all_tables(stored) == before
+    rebuild(stored, truth.day(21))
+    assert all_tables(stored) == before
+    assert verify(stored).findings == []
+
+
+def test_a_killed_run_goes_on_at_the_page_where_it_ended(
+    stored: Settings, sandbox: Sandbox, aws: dict[str, str], tmp_path: Path
+) -> None:
+    one = {"FALETL_PARALLEL": "1", **aws}
+    code, said = finish(start(stored, "faletl.client.FalClient.get", "after", "5", **one))
+    assert code == -signal.SIGKILL, said
+    code, said = finish(start(stored, **one))
+    assert code == 0, said
+    assert "Traceback" not in said
+    asked = Counter(
+        str(sorted(r.query.items()))
+        for r in sandbox.requests
+        if r.path == USAGE.path and "2026-11-21T00:00:00Z" in r.query.get("start", ())
+        if r.query.get("expand") != ["summary"]
+    )
+    assert len(asked) > 3
+    assert asked.total() == len(asked) + 1  # the page that was received and not yet landed
+    with time_machine.travel(truth.NOW, tick=True):
+        (tmp_path / "other").mkdir()
+        pipeline.run(local := settings_for(sandbox.url, tmp_path / "other"))
+        assert all_tables(stored).keys() == all_tables(local).keys()
+        spent = "reports.rpt_spend_daily"
+        assert all_tables(stored)[spent] == all_tables(local)[spent]
+
+
+def test_pages_that_were_changed_or_deleted_are_found(
+    clock: time_machine.Traveller, stored: Settings
+) -> None:
+    pipeline.run(stored)
+    root = landing.root(stored)
+    page, other = at(root).matching(root, "*/usage/*/*/rows-*")[:2]
+    content = at(page).read(page)
+    at(page).write(page, content[:-1] + b"?")
+    assert [page.name in finding for finding in verify(stored).findings] == [True]
+    with pytest.raises(TamperedError, match="is not the one that fal sent"):
+        rebuild(stored)
+    at(page).write(page, content)
+    at(other).delete(other.parent / MANIFEST)
+    assert any(MANIFEST in finding for finding in verify(stored).findings)
+    with pytest.raises(TamperedError, match="landed pages of 1 loads are gone"):
+        rebuild(stored)
+
+
+def test_the_line_in_pieces_with_a_task_that_was_lost(
+    clock: time_machine.Traveller, sandbox: Sandbox, stored: Settings, account: truth.Account
+) -> None:
+    for number in range(60):
+        account.list_price(f"acme/model-{number:02}", "0.01")
+        account.catalogue.append({"endpoint_id": f"acme/model-{number:02}"})
+    sandbox.page_size = 100
+    for name in ("usage", "models", "prices"):
+        path = pieces.make_plan(stored, Asked(resources=[name]))
+        assert path is not None
+        assert path.startswith(f"{stored.landing}/.plans/")
+        batches = pieces.batches(path)
+        assert len(batches) == (2 if name == "prices" else 0)
+        for batch in [*batches, *batches[:1]]:  # a retry, while the first try may still be at it
+            assert pieces.ask_batch(stored, batch)
+        asked = [request.path for request in sandbox.requests].count("/models/pricing")
+        for piece in pieces.pieces(path):
+            assert pieces.extract_piece(stored, piece).exit_code == 0
+            before = len(sandbox.requests)
+            assert pieces.extract_piece(stored, piece).exit_code == 0
+            assert len(sandbox.requests) == before
+        assert pieces.load_plan(stored, path).exit_code == 0
+    halved = [r.status for r in sandbox.requests if r.path == "/models/pricing"][asked:]
+    assert set(halved) <= {404}  # the batch with the id that fal does not know
+    assert verify(stored).findings == []
+
+
+def test_two_that_read_the_same_window_spoil_nothing_of_each_other(
+    clock: time_machine.Traveller, stored: Settings, sandbox: Sandbox
+) -> None:
+    usage, seen = Asked(truth.day(21), truth.day(22), ["usage"]), list[Request]()
+
+    def meanwhile(request: Request) -> Fault | None:
+        if "cursor" in request.query:
+            seen.append(request)
+            if len(seen) == 1:  # the first page of somebody's read has landed
+                assert pipeline.extract(stored, usage).exit_code == 0
+        return None
+
+    sandbox.fault = meanwhile
+    assert pipeline.extract(stored, usage).exit_code == 0
+    reads = list(landing.complete_reads(stored))
+    assert len({landing.open_read(read).manifest.started_at for read in reads}) == 1
+    assert len(reads) == 2
+    assert all(map(landing.is_intact, reads))
+    starts = [r for r in sandbox.requests if "cursor" not in r.query and r.path == USAGE.path]
+    assert len(starts) == 1 + 2  # the second took the first page over; each has a control total
+
+
+def test_an_interrupted_read_is_dropped_a_day_later_and_cannot_be_sealed_then(
+    clock: time_machine.Traveller, stored: Settings, sandbox: Sandbox
+) -> None:
+    pipeline.run(stored)
+    window = Window.of_day(truth.day(21))
+    attempt = landing.begin(stored, "acme", "usage", window, now=truth.NOW)
+    call = Call("rows", USAGE.path, {}, [attempt.land("rows", {}, Page(1, b"{}", None, 0, None))])
+    clock.shift(timedelta(hours=2))
+    assert prune(stored)[0] == []
+    assert landing.resume(stored, "acme", "usage", window, since=truth.NOW + timedelta(hours=1)) is None
+    clock.shift(timedelta(days=1))
+    assert attempt.folder in prune(stored)[0]
+    complete = list(landing.complete_reads(stored))
+    manifest = msgspec.structs.replace(landing.open_read(complete[0]).manifest, calls=[call])
+    with pytest.raises(StorageError, match="was deleted while the window was read"):
+        attempt.seal(manifest)
+    assert list(landing.complete_reads(stored)) == complete
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """An S3 that knows nobody."""
+
+    def do_GET(self) -> None:
+        body = b"<Error><Code>InvalidAccessKeyId</Code><Message>No such key.</Message></Error>"
+        self.send_response(403)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Keep the terminal for what matters."""
+
+
+def test_a_store_that_refuses_or_has_no_such_bucket_is_told_in_a_sentence_before_fal_is_asked(
+    aws: dict[str, str], stored: Settings, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (gone,) = pipeline.run(stored.model_copy(update={"landing": "s3://nowhere/landing"})).failures
+    assert str(gone[1]) == (
+        "cannot use s3://nowhere/landing: there is no such bucket; make it, or correct FALETL_LANDING"
+    )
+    with HTTPServer(("127.0.0.1", 0), Refusing) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        report = pipeline.run(stored.model_copy(update={"landing": "s3://locked/landing"}))
+        server.shutdown()
+    ((_, refused),) = report.failures
+    assert isinstance(refused, StorageError)
+    assert report.exit_code == 1
+    assert "No such key.; check the store's credentials" in str(refused)
+    assert aws["AWS_SECRET_ACCESS_KEY"] not in str(refused)
+    assert sandbox.requests == []
+
+
+def test_an_object_that_cannot_be_had_is_not_taken_for_one_that_is_gone(
+    clock: time_machine.Traveller, stored: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline.run(stored, Asked(resources=["credits"]))
+
+    def out(*_: object, **__: object) -> None:
+        raise TimeoutError("nobody answers")
+
+    fs: Any = landing.root(stored).fs  # type: ignore[attr-defined]
+    for question in ("ls", "find", "cat_file"):
+        monkeypatch.setattr(fs, question, out)
+    for ask in (lambda: list(landing.complete_reads(stored)), lambda: verify(stored)):
+        with pytest.raises(StorageError, match="nobody answers"):
+            ask()
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/landing", "gs://bucket/landing", "nonsense://bucket"])
+def test_what_is_not_installed_is_named(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if url.startswith("s3"):
+        monkeypatch.setitem(sys.modules, "upath", None)
+    with pytest.raises(
+        SettingsError, match=r"FALETL_LANDING: .* (pip install 'faletl\[s3\]'|no object store)"
+    ):
+        place(url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://key:invented@bucket/landing",
+        "s3://bucket?secret=invented",
+        "s3:/bucket",
+        "file:///invented",
+    ],
+)
+def test_a_url_that_is_no_place_or_holds_a_secret_is_refused_without_being_shown(url: str) -> None:
+    with pytest.raises(SettingsError, match="FALETL_LANDING: must be a folder, or a URL") as refused:
+        Settings.isolated(landing=url)
+    assert "invented" not in str(refused.value)
