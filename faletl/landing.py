@@ -30,7 +30,7 @@ from faletl.client import Params
 from faletl.config import REDACTED, Settings
 from faletl.errors import StorageError, TamperedError, UsageError
 from faletl.pages import Page
-from faletl.places import Disk, at, place, storage_error, write_durably
+from faletl.places import Disk, at, place, reach, storage_error, write_durably
 from faletl.places import sync_folder as sync_folder
 from faletl.resources import RESOURCES
 from faletl.windows import Window
@@ -39,6 +39,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 RECEIPT = "loaded.json"
 _LOCK = ".reading"
+_DISCARDED = "discarded"
 _PAGE = ".json.zst"
 _STAMP = "%Y%m%dT%H%M%S%fZ"
 _LOAD_ID = re.compile(r"(?P<read>\d{8}T\d{12}Z-[0-9a-f]{6})(-[0-9a-f]{6})?")
@@ -251,6 +252,8 @@ class Attempt:
         """Forget the read."""
         with suppress(OSError, StorageError):
             at(self.folder).drop(self.folder)
+            if self.earlier.keys() - {self.folder}:  # others' pages are not ours to delete
+                at(self.folder).write(self.folder / _DISCARDED, b"")
         self._locked.close()
 
 
@@ -261,6 +264,8 @@ def root(settings: Settings) -> Path:
         SettingsError: what reads such a URL is not installed.
         StorageError: the object store does not answer, refuses us, or has no such bucket.
     """
+    if "://" in settings.landing:
+        reach(settings.landing)
     return place(settings.landing)
 
 
@@ -308,7 +313,7 @@ def _taken_up(settings: Settings, folder: Path) -> Attempt | None:
         read = _read_of(folder.name)
         tries = [one for one in _load_folders(folder.parent) if _read_of(one.name) == read]
         earlier = {one: at(one).names(one) for one in tries}
-        if any(MANIFEST in names for names in earlier.values()):
+        if any({MANIFEST, _DISCARDED} & set(names) for names in earlier.values()):
             return None
         attempt = Attempt(folder.parent / f"{read}-{secrets.token_hex(3)}", settings)
         attempt.earlier = earlier

@@ -29,32 +29,25 @@ _opening = Lock()
 
 
 def place(setting: str) -> Path:
-    """The folder of that path or URL.
-
-    Raises:
-        SettingsError: what reads such a URL is not installed.
-        StorageError: the store does not answer, refuses us, or has no such bucket.
-    """
-    if "://" not in setting:
+    """The folder or file of that path or URL; raises SettingsError where what reads it is missing."""
+    scheme, is_url, rest = setting.partition("://")
+    if not is_url:
         return Path(setting)
+    bucket, _, below = rest.partition("/")
     with _opening:
-        return _opened(setting, os.getpid())
+        opened = _bucket(scheme, bucket, os.getpid())
+    return opened / below if below else opened
 
 
-@cache  # a client for all threads; they are not to be shared with a forked process
-def _opened(url: str, _process: int) -> Path:
-    scheme = url.partition(":")[0]
+@cache  # a client for all threads; a forked process makes one of its own
+def _bucket(scheme: str, bucket: str, _process: int) -> Path:
     # Listings that are kept would not show what other threads and processes wrote.
-    options: dict[str, Any] = {
-        "use_listings_cache": False,
-        "skip_instance_cache": True,
-        **_OPTIONS.get(scheme, {}),
-    }
+    options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
     try:
         from upath import UPath
 
-        folder = cast(Path, UPath(url, **options))
-        Store.names(folder)  # whether there is such a bucket, and whether we may
+        opened = UPath(f"{scheme}://{bucket}", **options, **_OPTIONS.get(scheme, {}))
+        _ = opened.fs  # all paths below share it
     except ImportError as error:
         raise SettingsError(
             f"FALETL_LANDING: what reads {scheme}:// is not installed ({error.msg}); "
@@ -62,7 +55,17 @@ def _opened(url: str, _process: int) -> Path:
         ) from None
     except ValueError as error:
         raise SettingsError(f"FALETL_LANDING: {scheme}:// is no object store: {error}") from None
-    return folder
+    return cast(Path, opened)
+
+
+@cache
+def reach(url: str) -> None:
+    """Raises StorageError where the store does not answer, refuses us, or has no such bucket.
+
+    It is asked once.
+    """
+    folder = place(url)
+    at(folder).names(folder)
 
 
 class Disk:
@@ -275,8 +278,6 @@ def _told(path: Path, *, is_written: bool = False) -> Iterator[None]:
     """Errors of the store as one sentence; that there is no such object is for the caller to judge."""
     try:
         yield
-    except ImportError:
-        raise
     except FileNotFoundError as error:
         if not (is_written or _is_bucket_missing(error)):
             raise

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -32,7 +33,7 @@ from faletl.sandbox import Fault, Request, Sandbox
 from faletl.verify import verify
 from faletl.windows import Window
 from tests import truth
-from tests.conftest import all_tables, settings_for
+from tests.conftest import all_tables, settings_for, total
 from tests.integration.test_kills import finish, start
 
 USAGE_DAYS = Asked(truth.day(21), truth.day(23), ["usage"])
@@ -118,8 +119,8 @@ def test_the_line_leaves_the_tables_of_a_landing_folder_and_prune_and_rebuild_ke
     clock.shift(timedelta(days=1))
     pipeline.extract(stored, USAGE_DAYS)  # never to be loaded any more
     clock.shift(60)
-    assert pipeline.run(stored, USAGE_DAYS).exit_code == 0
-    before, landed = all_tables(stored), objects(stored)
+    load_days(stored)
+    landed = objects(stored)
 
     dropped, size = prune(stored)
 
@@ -128,7 +129,8 @@ def test_the_line_leaves_the_tables_of_a_landing_folder_and_prune_and_rebuild_ke
     assert left.items() < landed.items()
     assert size == sum(len(landed[name]) for name in landed.keys() - left.keys())
     rebuild(stored)
-    assert all_tables(stored) == before
+    before = all_tables(stored)
+    assert total(stored) == sum(one.cost_total for one in account.lines)
     rebuild(stored, truth.day(21))
     assert all_tables(stored) == before
 
@@ -224,6 +226,26 @@ def test_two_that_read_the_same_window_spoil_nothing_of_each_other(
     assert all(map(landing.is_intact, reads))
     starts = [r for r in sandbox.requests if "cursor" not in r.query and r.path == USAGE.path]
     assert len(starts) == 1 + 2  # the second took the first page over; each has a control total
+
+
+def test_pages_that_lead_astray_are_not_taken_up_again(
+    clock: time_machine.Traveller, stored: Settings, sandbox: Sandbox
+) -> None:
+    def fails(status: int, first: int) -> Callable[[Request], Fault | None]:
+        numbers = itertools.count(1)
+        return lambda r: (
+            Fault(status=status) if r.path == USAGE.path and next(numbers) >= first else None
+        )
+
+    usage = Asked(truth.day(21), truth.day(22), ["usage"])
+    for status, first in ((401, 3), (404, 2)):  # interrupted; then refused, one page later
+        sandbox.fault = fails(status, first)
+        assert pipeline.extract(stored, usage).exit_code > 0
+    sandbox.fault = None
+    sandbox.requests.clear()
+    assert pipeline.extract(stored, usage).exit_code == 0
+    rows = [r for r in sandbox.requests if r.path == USAGE.path and r.query["expand"] != ["summary"]]
+    assert len(rows) == 4
 
 
 def test_an_interrupted_read_is_dropped_a_day_later_and_cannot_be_sealed_then(
