@@ -12,6 +12,7 @@ from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -21,6 +22,7 @@ import time_machine
 from moto.server import ThreadedMotoServer
 
 from faletl import landing, pieces, pipeline
+from faletl.airflow.runs import asked
 from faletl.config import Settings
 from faletl.errors import SettingsError, StorageError, TamperedError
 from faletl.landing import MANIFEST, Call
@@ -147,14 +149,14 @@ def test_a_read_that_is_killed_twice_goes_on_at_the_page_where_it_ended(
         assert pipeline.extract(stored, USAGE_DAYS).exit_code == 0
     first, _ = map(landing.open_read, landing.complete_reads(stored))
     assert landing.is_intact(first.folder)
-    asked = Counter(
+    pages = Counter(
         str(request.query.get("cursor"))
         for request in sandbox.requests
         if request.path == USAGE.path and request.query.get("start") == ["2026-11-21T00:00:00Z"]
         if request.query.get("expand") != ["summary"]
     )
-    assert len(asked) == len(first.manifest.pages("rows")) == 4
-    assert asked.total() == len(asked) + 2  # at each kill a page was received and not yet landed
+    assert len(pages) == len(first.manifest.pages("rows")) == 4
+    assert pages.total() == len(pages) + 2  # at each kill a page was received and not yet landed
     attempts = [f.name for f in landing.all_reads(stored) if f.parent == first.folder.parent]
     assert len(attempts) == 3
     assert all(name.startswith(min(attempts)) for name in attempts)  # it began when the first one did
@@ -194,16 +196,32 @@ def test_the_line_in_pieces_with_a_task_that_comes_twice(
         assert len(batches) == (2 if name == "prices" else 0)
         for batch in [*batches, *batches[:1]]:  # a retry, while the first try may still be at it
             assert pieces.ask_batch(stored, batch)
-        asked = [request.path for request in sandbox.requests].count("/models/pricing")
+        before_extract = [request.path for request in sandbox.requests].count("/models/pricing")
         for piece in pieces.pieces(path):
             assert pieces.extract_piece(stored, piece).exit_code == 0
             before = len(sandbox.requests)
             assert pieces.extract_piece(stored, piece).exit_code == 0
             assert len(sandbox.requests) == before
         assert pieces.load_plan(stored, path).exit_code == 0
-    halved = [r.status for r in sandbox.requests if r.path == "/models/pricing"][asked:]
+    halved = [r.status for r in sandbox.requests if r.path == "/models/pricing"][before_extract:]
     assert set(halved) == {404}  # the batch with the id that fal does not know
     assert all(map(landing.is_intact, landing.complete_reads(stored)))
+
+
+def test_runs_of_a_backfill_find_out_among_themselves_who_fetches_a_day(
+    clock: time_machine.Traveller, stored: Settings
+) -> None:
+    start, end = Window.of_day(truth.day(21)).start, Window.of_day(truth.day(21)).end
+    first, second = (
+        SimpleNamespace(
+            run_type="backfill", dag_id="fal_usage", run_id=name, logical_date=start,
+            data_interval_start=start, data_interval_end=end,
+        )
+        for name in ("first", "second")
+    )  # fmt: skip
+    assert asked(stored, first, "usage") is not None
+    assert asked(stored, second, "usage") is None
+    assert asked(stored, first, "usage") is not None
 
 
 def test_two_that_read_the_same_window_spoil_nothing_of_each_other(
