@@ -60,7 +60,7 @@ airflow-e2e: setup
 
 lock:
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
-		--no-header --upgrade --group dev --extra airflow pyproject.toml -o requirements.lock
+		--no-header --upgrade --group dev --extra airflow --extra postgres --extra s3 pyproject.toml -o requirements.lock
 
 clean:
 	rm -rf $(VENV) faletl-demo dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -26,6 +26,10 @@ _URL = re.compile(
     r"(:(?P<port>\d{1,5}))?(/[A-Za-z0-9._~/-]*)?"
 )
 
+_OBJECTS = re.compile(
+    r"(?!file:|local:|https?:)[a-z][a-z0-9+.-]*://[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9._~=+/-]*)?"
+)
+
 
 class Settings(BaseSettings):
     """Everything a run can be told, by environment variable (README, "Settings").
@@ -107,6 +111,16 @@ class Settings(BaseSettings):
                 "query or fragment"
             )
         return url.strip().rstrip("/")
+
+    @field_validator("landing")
+    @classmethod
+    def _landing_is_a_place(cls, landing: str) -> str:
+        if ":/" in landing and not _OBJECTS.fullmatch(landing):
+            raise ValueError(
+                "must be a folder, or a URL such as s3://bucket/prefix: no user, password, query or "
+                "fragment; what opens the bucket is set in the environment, as for AWS's own tools"
+            )
+        return landing
 
     @field_validator("memory")
     @classmethod

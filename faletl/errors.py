@@ -140,6 +140,6 @@ class TamperedError(FaletlError):
 
 
 class StorageError(FaletlError):
-    """The disk refused: full, read-only, no permission. Exit 1."""
+    """The disk or the object store refused: full, no permission, no such bucket, no answer. Exit 1."""
 
     is_retryable = True

@@ -23,6 +23,7 @@ from faletl.errors import (
 )
 from faletl.landing import Attempt, Call, Landed, Manifest
 from faletl.pages import as_json, read_envelope, walk
+from faletl.places import storage_error
 from faletl.resources import MODELS, Question, Resource
 from faletl.windows import Window, instant
 
@@ -88,7 +89,7 @@ def fetch_window(
                 attempt = landing.gather(*mine, ahead, since=since)
             elif is_first and not (window.is_snapshot or window.is_provisional):
                 attempt = landing.resume(*mine, since=since)
-            attempt = attempt or landing.begin(*mine, at=now)
+            attempt = attempt or landing.begin(*mine, now=now)
             try:
                 asking = _Asking(client, resource, attempt)
                 unknown = origin.unknown_ids.get(resource.name, set[str]())
@@ -163,7 +164,7 @@ def _placed(settings: Settings, resource: Resource, window: Window) -> Iterator[
     except FaletlError as error:
         raise error.at(resource=resource.name, window=str(window)) from None
     except OSError as error:
-        failed = landing.storage_error(error, Path(error.filename or settings.landing))
+        failed = storage_error(error, Path(error.filename or settings.landing))
         raise failed.at(resource=resource.name, window=str(window)) from None
 
 

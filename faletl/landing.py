@@ -1,24 +1,23 @@
-"""Landing: pages as fal sent them, on disk, with a sealed manifest. Alone knows landing paths.
+"""Landing: pages as fal sent them, with a sealed manifest. Alone knows landing paths.
 
     <landing>/<account>/<resource>/<window start>/<load id>/<call>-<page>.json.zst
                                                            /manifest.json
                                                            /loaded.json
 
-A read of a window lands in a folder of its own, which nobody changes once its manifest is there. Each
-page goes to a temporary name, is flushed to the disk, and is then renamed: a page that has its name
-is whole. Without a manifest the read is not complete, but its pages may be taken up again. What was
-loaded has a receipt beside it, so that the history of the warehouse lies with its pages.
+A read of a window lands in a folder of its own, which nobody changes once its manifest is there. A
+page that has its name is whole (faletl/places.py). Without a manifest the read is not complete, but its
+pages may be taken up again: where folders can be locked, by going on in its folder; where they cannot,
+in another folder of its id and more chance, so that no two ever write to the same. What was loaded has
+a receipt beside it, so that the history of the warehouse lies with its pages.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import secrets
-import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Literal
@@ -31,6 +30,8 @@ from faletl.client import Params
 from faletl.config import REDACTED, Settings
 from faletl.errors import StorageError, TamperedError, UsageError
 from faletl.pages import Page
+from faletl.places import Disk, at, place, reach, storage_error, write_durably
+from faletl.places import sync_folder as sync_folder
 from faletl.resources import RESOURCES
 from faletl.windows import Window
 
@@ -38,9 +39,10 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 RECEIPT = "loaded.json"
 _LOCK = ".reading"
+_DISCARDED = "discarded"
 _PAGE = ".json.zst"
 _STAMP = "%Y%m%dT%H%M%S%fZ"
-_LOAD_ID = re.compile(r"\d{8}T\d{12}Z-[0-9a-f]{6}")
+_LOAD_ID = re.compile(r"(?P<read>\d{8}T\d{12}Z-[0-9a-f]{6})(-[0-9a-f]{6})?")
 
 
 class LandedPage(msgspec.Struct, frozen=True):
@@ -134,10 +136,11 @@ class Landed(msgspec.Struct, frozen=True):
 
         Raises:
             TamperedError: the file is gone, or is not the one that was landed.
+            StorageError: the object store does not answer.
         """
         path = self.folder / Path(page.file).name
         try:
-            content = path.read_bytes()
+            content = at(path).read(path)
         except (FileNotFoundError, ValueError):
             content = b""
         if hashlib.sha256(content).hexdigest() != page.sha256:
@@ -156,19 +159,27 @@ class Attempt:
         self.folder = folder
         self.load_id = folder.name
         self.started_at = _started_at(folder.name)
+        self.earlier: dict[Path, list[str]] = {}
+        """The folders in which pages may have landed before, and what lies in them."""
         self._settings = settings
         self._redacted = 0
-        self._lock = filelock.FileLock(folder / _LOCK, timeout=0, thread_local=False)
-        self._lock.acquire()
+        self._locked = ExitStack()
+        self._locked.enter_context(at(folder).lock(folder / _LOCK, timeout=0))
 
     def landed(self, label: str, params: Params) -> Iterator[bytes]:
         """The pages of this very question that an interrupted read left, in order."""
-        for number in range(1, 1 + sum(1 for _ in self.folder.iterdir())):
-            path = self.folder / page_name(label, params, number)
+        question = _question(label, params)
+        held = {f: sum(n.startswith(question) for n in names) for f, names in self.earlier.items()}
+        source = max(held, key=held.__getitem__, default=self.folder)  # of one walk, never of two
+        for number in range(1, 1 + held.get(source, 0)):
+            name = page_name(label, params, number)
             try:
-                body = zstandard.ZstdDecompressor().decompress(path.read_bytes())
+                content = at(source).read(source / name)
+                body = zstandard.ZstdDecompressor().decompress(content)
             except (FileNotFoundError, zstandard.ZstdError):
                 return  # ask fal from here on
+            if source != self.folder:
+                write_durably(self.folder / name, content)
             self._redacted += REDACTED.encode() in body
             yield body
 
@@ -189,31 +200,42 @@ class Attempt:
             pages = []
             for page in call.pages:
                 name = f"again-{number}-{page.file}"
-                write_durably(self.folder / name, (landed.folder / page.file).read_bytes())
+                write_durably(self.folder / name, at(self.folder).read(landed.folder / page.file))
                 pages.append(msgspec.structs.replace(page, file=name))
             taken.append(msgspec.structs.replace(call, label="again", pages=pages))
         return taken
 
     def take_in(self, other: Attempt) -> None:
         """Make the pages of another unfinished read ones of this, and let that one go."""
-        for path in other.folder.iterdir():
-            if path.name.endswith(_PAGE):
-                path.replace(self.folder / path.name)
-        sync_folder(self.folder)
-        other.discard()
+        mine = other.earlier.pop(other.folder, [])
+        if pages := [name for name in mine if name.endswith(_PAGE)]:
+            Disk.move(other.folder, pages, self.folder)
+            self.earlier[self.folder] = at(self.folder).names(self.folder)
+        self.earlier |= other.earlier
+        if mine:
+            other.discard()
+        other.close()
 
     def described(self, label: str, params: Params, page: Page) -> LandedPage:
         """The record of a page that was landed before."""
         name = page_name(label, params, page.number)
-        return _described(name, (self.folder / name).read_bytes(), page)
+        return _described(name, at(self.folder).read(self.folder / name), page)
 
     def seal(self, manifest: Manifest) -> Landed:
-        """Make the read complete: from here on nothing in the folder changes."""
+        """Make the read complete: from here on nothing in the folder changes.
+
+        Raises:
+            StorageError: the manifest cannot be written, or pages are gone: taken for abandoned, pruned.
+        """
         sealed = msgspec.structs.replace(manifest, redacted_pages=self._redacted)
-        kept = {page.file for call in sealed.calls for page in call.pages} | {_LOCK}
-        for path in self.folder.iterdir():  # a batch that was halved, a page of an older question
-            if path.name not in kept:
-                path.unlink()
+        kept = {page.file for call in sealed.calls for page in call.pages}
+        held = set(at(self.folder).names(self.folder))
+        if gone := sorted(kept - held):
+            raise StorageError(
+                f"{self.folder / gone[0]} was deleted while the window was read; try again"
+            )
+        for name in held - kept - {_LOCK}:  # a batch that was halved, a page of an older question
+            at(self.folder).delete(self.folder / name)
         content = msgspec.json.format(msgspec.json.encode(sealed), indent=1)
         write_durably(self.folder / MANIFEST, content)
         self.close()
@@ -221,28 +243,44 @@ class Attempt:
 
     def close(self) -> None:
         """Let go of the folder; without a manifest the next read may take it up."""
-        self._lock.release()
-        if (self.folder / MANIFEST).exists():
-            (self.folder / _LOCK).unlink(missing_ok=True)
+        self._locked.close()
+        where = at(self.folder)
+        if where.has_locks and is_complete(self.folder):
+            where.delete(self.folder / _LOCK)
 
     def discard(self) -> None:
         """Forget the read."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self._lock.release()
+        with suppress(OSError, StorageError):
+            at(self.folder).drop(self.folder)
+            if self.earlier.keys() - {self.folder}:  # others' pages are not ours to delete
+                at(self.folder).write(self.folder / _DISCARDED, b"")
+        self._locked.close()
 
 
-def new_load_id(at: datetime) -> str:
+def root(settings: Settings) -> Path:
+    """The landing folder.
+
+    Raises:
+        SettingsError: what reads such a URL is not installed.
+        StorageError: the object store does not answer, refuses us, or has no such bucket.
+    """
+    if "://" in settings.landing:
+        reach(settings.landing)
+    return place(settings.landing)
+
+
+def new_load_id(now: datetime) -> str:
     """When the read began, and chance."""
-    return f"{at.astimezone(UTC).strftime(_STAMP)}-{secrets.token_hex(3)}"
+    return f"{now.astimezone(UTC).strftime(_STAMP)}-{secrets.token_hex(3)}"
 
 
-def begin(settings: Settings, account: str, resource: str, window: Window, at: datetime) -> Attempt:
+def begin(settings: Settings, account: str, resource: str, window: Window, now: datetime) -> Attempt:
     """Open a new folder for a read of the window; raises StorageError."""
     while True:
-        load_id = new_load_id(at)
+        load_id = new_load_id(now)
         folder = _window_folder(settings, account, resource, window) / load_id
         try:
-            _make_private(folder)
+            at(folder).make(folder)
             return Attempt(folder, settings)
         except filelock.Timeout:
             continue  # another run took the folder up before we locked it; it may have it
@@ -255,18 +293,40 @@ def resume(
 ) -> Attempt | None:
     """The newest unfinished read of the window that began after `since` and that nobody works on."""
     parent = _window_folder(settings, account, resource, window)
-    for folder in sorted(_load_folders(parent), reverse=True):
-        if (folder / MANIFEST).exists() or _started_at(folder.name) < since:
+    for folder in reversed(_load_folders(parent)):
+        if _started_at(folder.name) < since or is_complete(folder):
             return None
-        try:
-            attempt = Attempt(folder, settings)
-        except filelock.Timeout:
-            continue
-        if not (folder / MANIFEST).exists():
+        if attempt := _taken_up(settings, folder):
             return attempt
-        attempt.close()  # it was finished just now
-        return None
+        if is_complete(folder):
+            return None  # it was finished just now
     return None
+
+
+def _taken_up(settings: Settings, folder: Path) -> Attempt | None:
+    """The read of that folder, with the pages that landed; None if it is done or somebody works on it.
+
+    Where nothing can be locked nobody knows whether somebody does. Then whoever is there is left alone:
+    the pages of each earlier attempt at this read are taken over into a new folder, as they are needed.
+    """
+    if not at(folder).has_locks:
+        read = _read_of(folder.name)
+        tries = [one for one in _load_folders(folder.parent) if _read_of(one.name) == read]
+        earlier = {one: at(one).names(one) for one in tries}
+        if any({MANIFEST, _DISCARDED} & set(names) for names in earlier.values()):
+            return None
+        attempt = Attempt(folder.parent / f"{read}-{secrets.token_hex(3)}", settings)
+        attempt.earlier = earlier
+        return attempt
+    try:
+        attempt = Attempt(folder, settings)
+    except filelock.Timeout:
+        return None
+    if is_complete(folder):
+        attempt.close()
+        return None
+    attempt.earlier = {folder: at(folder).names(folder)}
+    return attempt
 
 
 def open_ahead(
@@ -275,16 +335,10 @@ def open_ahead(
     """The unfinished read of that id, made if need be; None if it is done or somebody works on it."""
     folder = _window_folder(settings, account, resource, window) / load_id
     try:
-        _make_private(folder)
-        attempt = Attempt(folder, settings)
-    except filelock.Timeout:
-        return None
+        at(folder).make(folder)
+        return _taken_up(settings, folder)
     except OSError as error:
         raise storage_error(error, folder) from None
-    if (folder / MANIFEST).exists():
-        attempt.close()
-        return None
-    return attempt
 
 
 def gather(
@@ -313,10 +367,8 @@ def read_of_run(
     settings: Settings, account: str, resource: str, window: Window, run_id: str
 ) -> Landed | None:
     """The newest complete read of the window by that run; raises TamperedError, as `open_read`."""
-    for folder in sorted(
-        _load_folders(_window_folder(settings, account, resource, window)), reverse=True
-    ):
-        if (folder / MANIFEST).exists():
+    for folder in reversed(_load_folders(_window_folder(settings, account, resource, window))):
+        if is_complete(folder):
             landed = open_read(folder)
             if landed.manifest.run_id == run_id and landed.manifest.window == window:
                 return landed
@@ -325,8 +377,14 @@ def read_of_run(
 
 def complete_reads(settings: Settings, day: date | None = None) -> Iterator[Path]:
     """The folder of every complete read (of one UTC day), oldest first within each window."""
-    for path in sorted(Path(settings.landing).glob(f"*/*/{day or '*'}/*/{MANIFEST}")):
+    landed = root(settings)
+    for path in at(landed).matching(landed, f"*/*/{day or '*'}/*/{MANIFEST}"):
         yield path.parent
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether the read has its manifest."""
+    return at(folder).exists(folder / MANIFEST)
 
 
 def is_intact(folder: Path) -> bool:
@@ -344,7 +402,7 @@ def is_intact(folder: Path) -> bool:
 def receipt_of(folder: Path) -> Receipt | None:
     """The receipt for a read that was loaded; None without a (readable) one."""
     try:
-        return msgspec.json.decode((folder / RECEIPT).read_bytes(), type=Receipt)
+        return msgspec.json.decode(at(folder).read(folder / RECEIPT), type=Receipt)
     except (OSError, msgspec.MsgspecError):
         return None
 
@@ -356,7 +414,7 @@ def leave_receipt(folder: Path, receipt: Receipt) -> None:
 
 def take_receipt(folder: Path) -> None:
     """Forget that the read was loaded: another one stands in for it."""
-    (folder / RECEIPT).unlink(missing_ok=True)
+    at(folder).delete(folder / RECEIPT)
 
 
 def open_read(folder: Path) -> Landed:
@@ -365,10 +423,11 @@ def open_read(folder: Path) -> Landed:
     Raises:
         TamperedError: its manifest is not one of ours.
         UsageError: it was landed by a newer faletl.
+        StorageError: the object store does not answer.
     """
     path = folder / MANIFEST
     try:
-        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+        manifest = msgspec.json.decode(at(path).read(path), type=Manifest)
         _ = manifest.window  # raises ValueError for one that cannot be
     except (OSError, ValueError, msgspec.MsgspecError) as error:
         raise TamperedError(f"{path} cannot be read: {error}") from None
@@ -379,18 +438,26 @@ def open_read(folder: Path) -> Landed:
 
 def all_reads(settings: Settings) -> Iterator[Path]:
     """The folder of every read, complete or not."""
-    for window in sorted(Path(settings.landing).glob("*/*/*")):
-        yield from sorted(_load_folders(window))
+    landed = root(settings)
+    for folder in at(landed).matching(landed, "*/*/*/*"):
+        if _LOAD_ID.fullmatch(folder.name):
+            yield folder
 
 
 def interrupted_reads(settings: Settings, before: datetime) -> Iterator[Path]:
-    """The folder of every read that began before then, is not complete, and is nobody's at work."""
+    """The folder of every read that began before then, is not complete, and is nobody's at work.
+
+    Where nothing can be locked, it is taken for nobody's a day later; its writer could not seal it then.
+    """
+    complete = set(complete_reads(settings))  # of an object store a listing, not a question for each
     for folder in all_reads(settings):
-        if not (folder / MANIFEST).exists() and _started_at(folder.name) < before:
-            try:
-                Attempt(folder, settings).close()
-            except filelock.Timeout:
-                continue
+        if folder in complete or _started_at(folder.name) >= before - at(folder).grace:
+            continue
+        try:
+            Attempt(folder, settings).close()
+        except filelock.Timeout:
+            continue
+        if not is_complete(folder):
             yield folder
 
 
@@ -401,57 +468,31 @@ def drop(folder: Path) -> None:
         StorageError: it cannot be deleted.
     """
     try:
-        (folder / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(folder)
-        with suppress(OSError):  # other reads of the window are there
-            folder.parent.rmdir()
+        at(folder).delete(folder / MANIFEST)
+        at(folder).drop(folder)
+        at(folder).drop_empty(folder.parent)
     except OSError as error:
         raise storage_error(error, folder) from None
 
 
 def size(folder: Path) -> int:
     """The bytes of the files of a read; of one under way, about."""
-    total = 0
-    with suppress(FileNotFoundError):  # a page gets its name, a read is dropped
-        for path in folder.iterdir():
-            with suppress(FileNotFoundError):
-                total += path.stat().st_size
-    return total
+    return at(folder).size(folder)
 
 
 def relative_path(settings: Settings, folder: Path) -> str:
     """Where the read lies below the landing folder."""
-    return folder.relative_to(Path(settings.landing)).as_posix()
+    return folder.relative_to(root(settings)).as_posix()
 
 
 def page_name(label: str, params: Params, number: int) -> str:
     """The file of a page: nothing that fal sent is part of it, the question only as a digest."""
+    return f"{_question(label, params)}{number:05d}{_PAGE}"
+
+
+def _question(label: str, params: Params) -> str:
     question = msgspec.json.encode(dict(sorted(params.items())))
-    return f"{label}-{hashlib.sha256(question).hexdigest()[:12]}-{number:05d}{_PAGE}"
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Write a file so that it has its name only when it is whole and on the disk."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.rename(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise storage_error(error, path) from None
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in the folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return f"{label}-{hashlib.sha256(question).hexdigest()[:12]}-"
 
 
 def _described(name: str, content: bytes, page: Page) -> LandedPage:
@@ -461,19 +502,18 @@ def _described(name: str, content: bytes, page: Page) -> LandedPage:
 
 def _window_folder(settings: Settings, account: str, resource: str, window: Window) -> Path:
     # A day has a folder for all its reads; snapshots of a day lie side by side.
-    return Path(settings.landing) / _slug(account) / resource / window.day.isoformat()
-
-
-def _make_private(folder: Path) -> None:
-    """Make the folder and those above it, for this user only."""
-    if not folder.parent.exists():
-        _make_private(folder.parent)
-    folder.mkdir(mode=0o700, exist_ok=True)
+    return root(settings) / _slug(account) / resource / window.day.isoformat()
 
 
 def _load_folders(parent: Path) -> list[Path]:
-    found = parent.iterdir() if parent.is_dir() else ()
-    return [path for path in found if _LOAD_ID.fullmatch(path.name)]
+    """The folders of reads in there, oldest first."""
+    return [parent / name for name in sorted(at(parent).names(parent)) if _LOAD_ID.fullmatch(name)]
+
+
+def _read_of(load_id: str) -> str:
+    """The id without what tells attempts at the same read apart."""
+    found = _LOAD_ID.fullmatch(load_id)
+    return found["read"] if found else load_id
 
 
 def _started_at(load_id: str) -> datetime:
@@ -486,13 +526,3 @@ def _slug(label: str) -> str:
         return label
     readable = re.sub(r"[^a-z0-9_-]+", "-", label.lower()).strip("-")[:40]
     return f"{readable or 'account'}.{hashlib.sha256(label.encode()).hexdigest()[:12]}"
-
-
-def storage_error(error: OSError, path: Path) -> StorageError:
-    """The error for a disk that refuses, with the room that is left there."""
-    try:
-        free = shutil.disk_usage(path.parent if path.parent.exists() else Path()).free
-    except OSError:
-        free = -1
-    reason = error.strerror or str(error)
-    return StorageError(f"cannot write {path}: {reason} ({free:,} bytes free there)", file=str(path))

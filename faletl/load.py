@@ -189,7 +189,7 @@ def _replace(
         return _Done("superseded")
     lost = None
     if held is not None and is_same and then is None:
-        folder = Path(settings.landing) / held["landing_path"]
+        folder = landing.root(settings) / held["landing_path"]
         if not landing.is_intact(folder):  # these pages are what a rebuild can stand on from now on
             connection.execute(sa.delete(LOADS).where(LOADS.c.load_id == held["load_id"]))
             is_same, lost = False, folder

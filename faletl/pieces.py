@@ -34,6 +34,7 @@ from faletl.pipeline import (
     record_failures,
     worked,
 )
+from faletl.places import at, place, storage_error, write_durably
 from faletl.plan import NAMELESS, Asked, Task, account_label, first_planned, plan, with_ids
 from faletl.resources import RESOURCES
 from faletl.staging import Staged
@@ -149,14 +150,14 @@ def make_plan(settings: Settings, asked: Asked, *, is_first_due: bool = False) -
     if not windows:
         return None
     made = Plan(new_run_id(), account, token, planned_from, windows)
-    folder = Path(settings.landing) / ".plans"
+    folder = landing.root(settings) / ".plans"
     path = folder / f"{made.run_id}.json"
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        at(folder).make(folder)
         _forget_old(folder, now)
     except OSError as error:
-        raise landing.storage_error(error, path) from None
-    landing.write_durably(path, msgspec.json.format(msgspec.json.encode(made), indent=1))
+        raise storage_error(error, path) from None
+    write_durably(path, msgspec.json.format(msgspec.json.encode(made), indent=1))
     log.info("%d windows of account %s are to be read: %s", len(windows), account, path)
     return str(path.absolute())
 
@@ -166,9 +167,11 @@ def read_plan(path: str) -> Plan:
 
     Raises:
         TamperedError: it is not there, or none of ours.
+        SettingsError, StorageError: see `faletl.landing.root`.
     """
     try:
-        return msgspec.json.decode(Path(path).read_bytes(), type=Plan)
+        file = place(path)
+        return msgspec.json.decode(at(file).read(file), type=Plan)
     except (OSError, msgspec.MsgspecError) as error:
         raise TamperedError(
             f"the plan {path} cannot be read ({error}); every worker must see the same FALETL_LANDING"
@@ -277,6 +280,7 @@ def _span(windows: Sequence[Planned]) -> str:
 
 
 def _forget_old(folder: Path, now: datetime) -> None:
-    for path in folder.iterdir():
-        if now.timestamp() - path.stat().st_mtime > _KEPT.total_seconds():
-            path.unlink(missing_ok=True)
+    oldest = f"{now - _KEPT:%Y%m%dT%H%M%SZ}"
+    for name in at(folder).names(folder):
+        if name[:1].isdigit() and name < oldest:  # named for when it was made
+            at(folder).delete(folder / name)

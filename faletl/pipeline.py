@@ -333,6 +333,7 @@ def _extracted(
         StorageError, WarehouseError: nothing more can be written.
     """
     now = datetime.now(UTC)
+    landing.root(settings)  # before fal is asked for what could not be kept
     with FalClient(settings) as client, tempfile.TemporaryDirectory(prefix="faletl-") as scratch:
         label = report.account = account_label(client, settings)
         with warehouse.reading() as connection:

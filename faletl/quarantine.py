@@ -7,7 +7,6 @@ it, a retry takes its pages through the line once more; fal is not asked.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import sqlalchemy as sa
 
@@ -56,7 +55,7 @@ def retry(settings: Settings, load_ids: Sequence[str] = (), progress: Progress =
     if gone := sorted(set(load_ids) - {row["load_id"] for row in found}):
         raise UsageError(f"nothing is open of a read {gone[0]!a}; see faletl quarantine list --all")
     rows = {row["load_id"]: row for row in found if not load_ids or row["load_id"] in load_ids}
-    folders = [Path(settings.landing) / row["landing_path"] for row in rows.values()]
+    folders = [landing.root(settings) / row["landing_path"] for row in rows.values()]
     pipeline.load_reads(settings, [landing.open_read(folder) for folder in folders], report, progress)
     for one in report.outcomes:
         if one.outcome != "loaded":

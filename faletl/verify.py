@@ -20,7 +20,7 @@ import sqlalchemy as sa
 
 from faletl import landing, models
 from faletl.config import Settings
-from faletl.errors import FaletlError, UsageError
+from faletl.errors import FaletlError, StorageError, UsageError
 from faletl.landing import Landed
 from faletl.load import read_ledger
 from faletl.resources import RESOURCES, Resource
@@ -47,6 +47,7 @@ def verify(settings: Settings) -> Verdict:
     Raises:
         UsageError: there is no warehouse yet.
         WarehouseError, TamperedError: the warehouse cannot be read at all.
+        SettingsError, StorageError: the landed pages cannot be read at all.
     """
     warehouse, verdict = open_warehouse(settings), Verdict()
     parts = [*_parts_of_raw(settings, warehouse), *_parts_of_models(warehouse.dialect)]
@@ -130,8 +131,10 @@ def _are_landed(
     table = RAW[resource.name]
     with tempfile.TemporaryDirectory(prefix="faletl-") as scratch:
         try:
-            landed = landing.open_read(Path(settings.landing) / landing_path)
+            landed = landing.open_read(landing.root(settings) / landing_path)
             staged = stage_window(settings, landed, Path(scratch))
+        except StorageError:
+            raise  # nobody knows what lies there
         except FaletlError:
             return False
         with duckdb.connect() as engine:
@@ -159,10 +162,12 @@ def _lost_pages(connection: sa.Connection, settings: Settings, resource: str) ->
     for load in connection.execute(loads.where(LOADS.c.resource == resource)).all():
         if load.load_id not in needed:
             continue
-        folder = Path(settings.landing) / load.landing_path
+        folder = landing.root(settings) / load.landing_path
         try:
             landed = landing.open_read(folder)
             pages = _checked_pages(landed)
+        except StorageError:
+            raise  # nobody knows what lies there
         except FaletlError as error:
             yield f"{table.fullname}, load {load.load_id}: {error}"
             continue

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from datetime import UTC, date, datetime, timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -64,17 +63,18 @@ def _is_first(settings: Settings, what: str, day: date, run: str) -> bool:
 
     Airflow does not tell a run which backfill it belongs to. So each day has a note of the run that
     fetched it last and of those that were spared thereby: each is spared once, and not for long. A run
-    that comes again (another backfill, a retry) fetches.
+    that comes again (another backfill, a retry) fetches. Where nothing can be locked, two that ask in
+    the same instant both do, which costs calls and changes nothing.
     """
-    import filelock
+    from faletl.landing import root
+    from faletl.places import at, write_durably
 
-    from faletl.landing import write_durably
-
-    folder = Path(settings.landing) / ".backfills"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder = root(settings) / ".backfills"
+    at(folder).make(folder)
     path, now = folder / f"{what}-{day}.json", datetime.now(UTC)
-    with filelock.FileLock(path.with_suffix(".lock")):
-        note = json.loads(path.read_bytes()) if path.exists() else {"runs": [], "at": None}
+    with at(folder).lock(path.with_suffix(".lock")):
+        is_there = at(path).exists(path)
+        note = json.loads(at(path).read(path)) if is_there else {"runs": [], "at": None}
         is_old = note["at"] is None or now - datetime.fromisoformat(note["at"]) > SAME_BACKFILL
         is_first = is_old or run in note["runs"]
         runs = [run] if is_first else [*note["runs"], run]

@@ -29,7 +29,7 @@ from tests.truth import Account, line
 
 STEPS = [
     ("faletl.landing.write_durably", "before", 1),  # a page received, not landed
-    ("faletl.landing.sync_folder", "before", 3),  # renamed, the folder not flushed
+    ("faletl.places.sync_folder", "before", 3),  # renamed, the folder not flushed
     ("faletl.landing.write_durably", "after", 4),  # landed, not sealed
     ("faletl.landing.Attempt.seal", "before", 2),
     ("faletl.landing.Attempt.seal", "after", 2),  # sealed, not staged

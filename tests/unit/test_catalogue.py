@@ -44,7 +44,7 @@ def stage(resource: Resource, body: bytes, folder: Path) -> Staged:
     """Land the body as the only page of a read and stage it; its control total is left out."""
     settings = Settings.isolated(landing=str(folder / "landing"))
     window = Window.of_day(truth.day(22)) if resource.window == "day" else Window.snapshot(truth.NOW)
-    attempt = landing.begin(settings, "acme", resource.name, window, at=truth.NOW)
+    attempt = landing.begin(settings, "acme", resource.name, window, now=truth.NOW)
     rows, cursor = read_envelope(body, resource.rows_path)
     page = attempt.land("rows", {}, Page(1, body, "req-1", rows, cursor))
     again = attempt.land("again", {}, Page(1, body, "req-2", rows, cursor))  # two equal walks
