@@ -31,7 +31,6 @@ from faletl.config import REDACTED, Settings
 from faletl.errors import StorageError, TamperedError, UsageError
 from faletl.pages import Page
 from faletl.places import Disk, at, place, reach, storage_error, write_durably
-from faletl.places import sync_folder as sync_folder
 from faletl.resources import RESOURCES
 from faletl.windows import Window
 

@@ -127,13 +127,25 @@ def published_path(settings: Settings) -> Path:
 
 
 @contextmanager
+def opened(settings: Settings) -> Iterator[Any]:
+    """The warehouse itself, for somebody who edits it by hand."""
+    if settings.warehouse.startswith("postgresql:"):
+        connected: Any = psycopg.connect(settings.warehouse)
+    else:
+        connected = duckdb.connect(settings.warehouse.removeprefix("duckdb:///"))
+    with connected as connection:
+        connection.execute("set TimeZone = 'UTC'")
+        yield connection
+
+
+@contextmanager
 def published(settings: Settings) -> Iterator[Any]:
     """A reader of the published copy, or of the server: a connection that executes SQL."""
     if settings.warehouse.startswith("postgresql:"):
-        opened: Any = psycopg.connect(settings.warehouse, autocommit=True)
+        connected: Any = psycopg.connect(settings.warehouse, autocommit=True)
     else:
-        opened = duckdb.connect(str(published_path(settings)), read_only=True)
-    with opened as connection:
+        connected = duckdb.connect(str(published_path(settings)), read_only=True)
+    with connected as connection:
         connection.execute("set TimeZone = 'UTC'")
         yield connection
 

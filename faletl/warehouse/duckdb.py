@@ -32,7 +32,7 @@ from faletl.errors import (
     WarehouseBusyError,
     WarehouseError,
 )
-from faletl.landing import sync_folder
+from faletl.places import sync_folder
 from faletl.warehouse import Lease, Warehouse, schema
 from faletl.warehouse.tables import BUILDS, WAREHOUSE
 from faletl.windows import instant

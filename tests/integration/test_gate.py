@@ -12,7 +12,6 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import pytest
 import time_machine
 
@@ -25,7 +24,7 @@ from faletl.sandbox import Fault, Request, Sandbox
 from faletl.validate import validate
 from faletl.validation_docs import write_docs
 from tests import truth
-from tests.conftest import ask, settings_for, total
+from tests.conftest import ask, opened, settings_for, total
 from tests.integration.test_run import is_summary, one_row, summary
 from tests.truth import Account, line
 
@@ -306,14 +305,14 @@ def test_rows_that_were_lost_from_the_warehouse_are_found(
     clock: time_machine.Traveller, settings: Settings
 ) -> None:
     pipeline.run(settings)
-    with duckdb.connect(settings.warehouse.removeprefix("duckdb:///")) as connection:
+    with opened(settings) as connection:
         connection.execute(
             "delete from raw.usage where bucket = '2026-11-22 07:00:00Z' and unit = 'second'"
         )
         connection.execute("update raw.usage set quantity = -1 where bucket = '2026-11-21 07:00:00Z'")
     found = validate(settings, Asked(resources=["usage"]))
     assert found.exit_code == 3
-    with duckdb.connect(settings.warehouse.removeprefix("duckdb:///")) as connection:
+    with opened(settings) as connection:
         kept = connection.execute(FAILED).fetchall()
     assert {row[1:4] for row in kept if row[2] == "critical"} == {
         ("2026-11-21", "critical", "numbers are not negative, nor more than they can be"),
@@ -429,7 +428,7 @@ def test_amounts_are_compared_exactly(clock: time_machine.Traveller, tmp_path: P
         settings = settings_for(server.url, tmp_path, gate=True)
         assert pipeline.run(settings, Asked(truth.day(22), truth.day(23), ["usage"])).exit_code == 0
     assert total(settings) == Decimal("90071992547409.000000001")
-    with duckdb.connect(settings.warehouse.removeprefix("duckdb:///")) as connection:
+    with opened(settings) as connection:
         connection.execute("update ops.loads set control_total = control_total + 0.0000000011")
     found = validate(settings)
     assert found.exit_code == 3

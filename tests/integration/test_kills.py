@@ -159,7 +159,7 @@ def test_a_killed_rebuild_leaves_the_old_warehouse_or_the_new(
     check_a_clean_run_mends_all(settings)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_runs_killed_at_random_moments_are_mended_by_the_next(
     seed: int, served: Sandbox, tmp_path: Path
 ) -> None:
@@ -182,7 +182,7 @@ def test_runs_at_once_neither_double_nor_spoil(served: Sandbox, tmp_path: Path) 
 
 def test_a_paused_holder_spoils_nothing_when_it_goes_on(served: Sandbox, tmp_path: Path) -> None:
     settings = settings_for(served.url, tmp_path)
-    for pause_after in (0.8, 1.2, 1.6, 2.0):
+    for pause_after in (0.8, 1.6):
         paused = start(settings)
         time.sleep(pause_after)
         paused.send_signal(signal.SIGSTOP)

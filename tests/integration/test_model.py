@@ -12,7 +12,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import pytest
 import sqlalchemy as sa
 import time_machine
@@ -26,7 +25,7 @@ from faletl.sandbox import BILLING_KEY, READONLY_KEY, Calls, Fault, Request, San
 from faletl.verify import verify
 from faletl.warehouse import open_warehouse
 from tests import truth
-from tests.conftest import Query, all_tables, ask, settings_for, total
+from tests.conftest import Query, all_tables, ask, opened, settings_for, total
 from tests.truth import FLUX, LOGIN, NOW, VIDEO, VOICE, Account, charges, credential_id, line
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -343,7 +342,7 @@ def test_edits_of_requests_that_stayed_from_an_earlier_read_are_found(
     pipeline.run(settings)
     assert verify(settings).findings == []
     before = all_tables(settings)
-    with duckdb.connect(str(tmp_path / "warehouse.duckdb")) as connection:
+    with opened(settings) as connection:
         connection.execute(f"update raw.analytics set request_count = 9 where endpoint_id = '{BROKEN}'")
     pipeline.build(settings, full=True)
     assert [
@@ -656,7 +655,7 @@ def test_a_build_touches_only_the_days_that_changed(
     report = pipeline.run(settings, Asked(start=truth.day(21), resources=["usage"]))
     assert report.build is not None
     assert last_build(settings) == (1, False)
-    with duckdb.connect(str(tmp_path / "warehouse.duckdb")) as connection:  # a day is left as it was
+    with opened(settings) as connection:  # a day is left as it was
         connection.execute("update marts.fct_usage set quantity = 77 where usage_date = '2026-11-22'")
     account.lines.append(line(at("21T06"), VIDEO, "4"))
     clock.shift(60)
@@ -674,7 +673,7 @@ def test_days_of_a_select_are_its_select_of_those_days(
 ) -> None:
     account.lines += [line(at("22T05"), VOICE, unit="minutes"), line(at("23T05"), VIDEO, "4000")]
     pipeline.run(settings)
-    with duckdb.connect(str(tmp_path / "warehouse.duckdb"), read_only=True) as connection:
+    with opened(settings) as connection:
         connection.execute("set TimeZone = 'UTC'")
         for model in models.models():
             if not model.is_by_day:
@@ -751,7 +750,7 @@ def test_raw_rows_that_were_edited_are_found_and_a_day_is_made_anew(
     pipeline.run(settings)
     before = all_tables(settings)
     assert verify(settings).findings == []
-    with duckdb.connect(str(tmp_path / "warehouse.duckdb")) as connection:
+    with opened(settings) as connection:
         connection.execute(damage)
     assert any(told in finding for finding in verify(settings).findings), verify(settings).findings
     for day in (21, 22, 23):

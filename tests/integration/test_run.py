@@ -19,7 +19,7 @@ from faletl.errors import CheckFailedError, DataRefusedError, UnprovenError
 from faletl.plan import Asked
 from faletl.sandbox import BILLING_KEY, READONLY_KEY, Fault, Request, Sandbox
 from tests import truth
-from tests.conftest import Query, all_tables, ask, settings_for, total
+from tests.conftest import Query, all_tables, ask, opened, settings_for, total
 from tests.truth import FLUX, VIDEO, VOICE, Account, line, rounded
 
 
@@ -580,7 +580,7 @@ def test_a_warehouse_that_was_edited_by_hand_does_not_pass_its_checks(
 ) -> None:
     pipeline.run(settings)
     before = all_tables(settings)
-    with duckdb.connect(str(tmp_path / "warehouse.duckdb")) as connection:
+    with opened(settings) as connection:
         connection.execute(damage)
     with pytest.raises(CheckFailedError, match="loads of raw"):
         pipeline.build(settings, full=True)
