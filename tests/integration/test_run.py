@@ -250,11 +250,6 @@ def test_two_accounts_in_one_warehouse_never_mix(
         "acme": sum(one.cost_total for one in account.lines),
         other.account: sum(one.cost_total for one in other.lines),
     }
-    assert {path.name for path in tmp_path.iterdir()} >= {
-        "landing",
-        "warehouse.duckdb",
-        "spend.duckdb",
-    }
     assert len(list((tmp_path / "landing").iterdir())) == 2
 
 
@@ -532,6 +527,7 @@ def flip(path: Path, offset: int) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.duckdb_only("a server has no such file")
 def test_a_damaged_warehouse_is_told_at_once_and_left_alone(
     clock: time_machine.Traveller, settings: Settings, tmp_path: Path
 ) -> None:
@@ -544,6 +540,7 @@ def test_a_damaged_warehouse_is_told_at_once_and_left_alone(
     assert (tmp_path / "warehouse.duckdb").read_bytes() == damaged
 
 
+@pytest.mark.duckdb_only("a server has no such file")
 def test_a_damaged_published_copy_is_made_anew(
     clock: time_machine.Traveller, settings: Settings, tmp_path: Path
 ) -> None:
@@ -554,6 +551,7 @@ def test_a_damaged_published_copy_is_made_anew(
     assert total(settings) == before
 
 
+@pytest.mark.duckdb_only("a server has no such file")
 def test_a_database_of_somebody_else_is_never_published_over(
     clock: time_machine.Traveller, settings: Settings, tmp_path: Path
 ) -> None:
