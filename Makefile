@@ -4,14 +4,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test lint check docs bench airflow-e2e lock clean
+.PHONY: help setup demo test test-postgres lint check docs bench airflow-e2e lock clean
 
 help:
 	@echo "make demo    sandbox API, a run over this month and the last, the first answers"
 	@echo "make test    run the tests"
 	@echo "make setup   create the environment in $(VENV), nothing else"
 	@echo "make lint    ruff, mypy, sqlfluff"
-	@echo "make check   lint, tests (a second time under another time zone), wheel"
+	@echo "make check   lint, tests (many a second time, on PostgreSQL and under another time zone), wheel"
+	@echo "make test-postgres  all tests of what a warehouse holds, on PostgreSQL"
 	@echo "make airflow-e2e  all of Airflow's processes: schedule, backfill, a killed worker (10 minutes an executor)"
 	@echo "make docs    what docs/ and README repeat of the code anew: dictionary, star, outputs"
 	@echo "make bench   what 1 and 5 million billing events of a day cost (some minutes)"
@@ -42,9 +43,17 @@ lint: setup
 
 # Warnings are errors; dates must not depend on where the machine stands; the wheel must hold all.
 check: lint test
-	TZ=America/Los_Angeles $(BIN)/python -m pytest -n 2 tests/unit/test_windows.py tests/unit/test_staging.py \
-		tests/integration/test_run.py
+	TZ=America/Los_Angeles TEST_WAREHOUSE=postgres $(BIN)/python -m pytest -n 2 \
+		tests/unit/test_windows.py tests/unit/test_staging.py tests/integration/test_run.py \
+		tests/integration/test_rebuild.py tests/integration/test_quarantine.py
 	$(BIN)/python tests/wheel_smoke.py
+
+# Every test of what a warehouse holds, on PostgreSQL.
+test-postgres: setup
+	TEST_WAREHOUSE=postgres $(BIN)/python -m pytest -n 2 tests/integration/test_run.py \
+		tests/integration/test_model.py tests/integration/test_rebuild.py tests/integration/test_reports.py \
+		tests/integration/test_quarantine.py tests/integration/test_reconciliation.py \
+		tests/integration/test_runaways.py tests/integration/test_kills.py tests/property
 
 docs: setup
 	$(BIN)/python -m docs
@@ -52,6 +61,7 @@ docs: setup
 bench: setup
 	$(BIN)/python benchmarks/load_events.py 1000000 5000000
 	$(BIN)/python benchmarks/parse_dags.py
+	$(BIN)/python benchmarks/server_days.py 100000 50
 
 # Needs PostgreSQL and Redis servers, which it starts for itself.
 airflow-e2e: setup

@@ -493,7 +493,7 @@ def _loader(
             if not is_told:
                 is_told = True
                 log.warning("FALETL_GATE is off: windows are loaded without what the gate would find")
-            if settings.gate and _has_news(warehouse, batch):
+            if settings.gate and made is None and _has_news(warehouse, batch):
                 gate()
             _load_batch(settings, warehouse, gate, batch, report)
 

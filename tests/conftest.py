@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -150,12 +150,16 @@ def published(settings: Settings) -> Iterator[Any]:
         yield connection
 
 
-def ask(settings: Settings, sql: str) -> list[tuple[Any, ...]]:
+def ask(
+    settings: Settings,
+    sql: str,
+    through: Callable[[Settings], AbstractContextManager[Any]] = published,
+) -> list[tuple[Any, ...]]:
     """Rows of the published copy, or of the server; instants in the one UTC that Python has."""
     is_sorted, sql = sql.endswith("order by all"), sql.removesuffix("order by all")
     if not settings.warehouse.startswith("duckdb:"):
         sql = sqlglot.transpile(sql, "duckdb", "postgres")[0]
-    with published(settings) as connection:
+    with through(settings) as connection:
         found = connection.execute(sql).fetchall()
     rows = [tuple(_plain(value) for value in row) for row in found]
     return sorted(rows, key=repr) if is_sorted else rows

@@ -26,6 +26,7 @@ from faletl.verify import verify
 from faletl.warehouse import open_warehouse
 from tests import truth
 from tests.conftest import Query, all_tables, ask, opened, settings_for, total
+from tests.integration.test_rebuild import forget, history
 from tests.truth import FLUX, LOGIN, NOW, VIDEO, VOICE, Account, charges, credential_id, line
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -66,7 +67,7 @@ def test_every_charge_is_held_once_with_every_figure(
     assert Counter(query(HELD_CHARGES)) == charge_rows(account)
     assert query(
         "select count(*) from (select distinct account, event_hash, event_ordinal "
-        "from marts.fct_billing_event)"
+        "from marts.fct_billing_event) as charges"
     ) == query("select count(*) from raw.billing_events")
     spent = sum(one.cost_total for one in account.lines)
     assert query("select sum(cost_total), min(currency) from marts.fct_billing_event") == [
@@ -503,7 +504,7 @@ def test_spend_by_credential_names_owners_and_shows_who_has_none(
     assert ask(
         settings,
         "select credential_id, credential_label, owner, team, cost_centre, sum(cost_total) "
-        "from reports.rpt_spend_by_credential group by all order by all",
+        "from reports.rpt_spend_by_credential group by 1, 2, 3, 4, 5 order by all",
     ) == [
         ("key:key-1", "backend", "Ann", "platform", "CC-2", spent["key:key-1"]),
         ("none", "None", "UNMAPPED", "UNMAPPED", "UNMAPPED", spent["none"]),
@@ -609,7 +610,7 @@ def test_the_documented_query_tells_what_a_month_looked_like_at_an_instant(
 def test_plain_runs_end_at_the_truth_however_late_it_came(
     clock: time_machine.Traveller, account: Account, sandbox: Sandbox, settings: Settings
 ) -> None:
-    for passed in (1, 1, 2, 3, 5, 8, 13, 21, 34, 30):  # days from one run to the next
+    for passed in (1, 1, 2, 5, 13, 34, 40):  # days from one run to the next
         pipeline.run(settings)
         now = datetime.now(UTC)
         if passed < 20:
@@ -620,7 +621,7 @@ def test_plain_runs_end_at_the_truth_however_late_it_came(
     pipeline.run(settings)
     now = datetime.now(UTC)
     held = ask(
-        settings, "select used_at, endpoint_id, sum(cost_total) from marts.fct_usage group by all"
+        settings, "select used_at, endpoint_id, sum(cost_total) from marts.fct_usage group by 1, 2"
     )
     served: dict[tuple[datetime, str], Decimal] = {}
     for one in account.lines:
@@ -669,24 +670,21 @@ def test_a_build_touches_only_the_days_that_changed(
 
 
 def test_days_of_a_select_are_its_select_of_those_days(
-    clock: time_machine.Traveller, account: Account, settings: Settings, tmp_path: Path
+    clock: time_machine.Traveller, account: Account, settings: Settings
 ) -> None:
     account.lines += [line(at("22T05"), VOICE, unit="minutes"), line(at("23T05"), VIDEO, "4000")]
     pipeline.run(settings)
-    with opened(settings) as connection:
-        connection.execute("set TimeZone = 'UTC'")
+    warehouse = open_warehouse(settings)
+    with warehouse.reading() as connection:
+        assert connection is not None
         for model in models.models():
             if not model.is_by_day:
                 continue
-            whole = connection.execute(f"select * from ({model.sql}\n) order by all").fetchall()
-            cut = [
-                row
-                for day in (21, 22, 23)
-                for row in connection.execute(
-                    models.restricted(model.sql, models.Span(truth.day(day), truth.day(day + 1)))
-                ).fetchall()
-            ]
-            assert sorted(cut, key=repr) == sorted(whole, key=repr) != []
+            all_days = models.translate(model.sql, warehouse.dialect)
+            spans = [models.Span(truth.day(day), truth.day(day + 1)) for day in (21, 22, 23)]
+            cut = [models.restricted(model.sql, span, warehouse.dialect) for span in spans]
+            whole, *parts = (connection.exec_driver_sql(sql).fetchall() for sql in (all_days, *cut))
+            assert Counter(chain(*parts)) == Counter(whole) != Counter()
 
 
 def test_full_builds_and_rebuilds_give_the_tables_that_a_story_of_runs_gave(
@@ -699,7 +697,7 @@ def test_full_builds_and_rebuilds_give_the_tables_that_a_story_of_runs_gave(
         account.list_price(FLUX, f"0.0{day + 1}")
         assert pipeline.run(settings).exit_code == 0
         clock.shift(timedelta(hours=17))
-    before, (loads, restatements) = all_tables(settings), ledgers(settings)
+    before, (loads, restatements) = all_tables(settings), history(settings)
     assert restatements
 
     pipeline.build(settings, full=True)
@@ -708,30 +706,18 @@ def test_full_builds_and_rebuilds_give_the_tables_that_a_story_of_runs_gave(
     sandbox.fault = lambda _: Fault(drop=True)  # the network is not needed
     rebuild(settings)
     assert all_tables(settings) == before
-    assert ledgers(settings) == [loads, restatements]
+    assert history(settings) == [loads, restatements]
     kept = list((tmp_path / "landing").rglob("manifest.json"))
     dropped, size = prune(settings, is_dry=True)
     assert list((tmp_path / "landing").rglob("manifest.json")) == kept
     assert prune(settings) == (dropped, size)
     assert dropped
     assert size
-    (tmp_path / "spend.duckdb").unlink()
-    (tmp_path / "warehouse.duckdb").unlink()
+    forget(settings)
     rebuild(settings)
     assert all_tables(settings) == before
-    assert ledgers(settings)[1] == restatements
+    assert history(settings)[1] == restatements
     assert verify(settings).findings == []
-
-
-def ledgers(settings: Settings) -> list[list[tuple[Any, ...]]]:
-    """What a rebuild must bring back of the ledger and the restatements."""
-    return [
-        ask(settings, f"select * exclude ({less}) from ops.{table} order by all")
-        for table, less in (
-            ("loads", "fencing_token, last_fencing_token, data_version"),
-            ("restatements", "load_id"),
-        )
-    ]
 
 
 @pytest.mark.parametrize(

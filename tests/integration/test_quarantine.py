@@ -10,7 +10,6 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import pytest
 import time_machine
 import zstandard
@@ -23,7 +22,7 @@ from faletl.rebuild import rebuild
 from faletl.resources import RESOURCES, Column
 from faletl.sandbox import Fault, Request, Sandbox
 from tests import truth
-from tests.conftest import ask, settings_for, total
+from tests.conftest import ask, opened, settings_for, total
 from tests.integration.test_run import (
     PLAIN,
     one_row,
@@ -36,10 +35,7 @@ from tests.integration.test_run import (
 
 def held(settings: Settings, sql: str) -> list[tuple[Any, ...]]:
     """Rows of the warehouse itself, whether published or not."""
-    path = settings.warehouse.removeprefix("duckdb:///")
-    with duckdb.connect(path, read_only=True) as connection:
-        connection.execute("set TimeZone = 'UTC'")
-        return connection.execute(sql).fetchall()
+    return ask(settings, sql, opened)
 
 
 def with_number(field: str, text: str) -> bytes:

@@ -574,15 +574,19 @@ def test_a_database_of_somebody_else_is_never_published_over(
     ],
 )
 def test_a_warehouse_that_was_edited_by_hand_does_not_pass_its_checks(
-    damage: str, clock: time_machine.Traveller, settings: Settings, tmp_path: Path
+    damage: str, clock: time_machine.Traveller, settings: Settings
 ) -> None:
+    def shown() -> list[list[tuple[Any, ...]]]:
+        tables = all_tables(settings).items()
+        return [rows for name, rows in tables if name.startswith(("marts.", "reports."))]
+
     pipeline.run(settings)
-    before = all_tables(settings)
+    before = shown()
     with opened(settings) as connection:
         connection.execute(damage)
     with pytest.raises(CheckFailedError, match="loads of raw"):
         pipeline.build(settings, full=True)
-    assert all_tables(settings) == before
+    assert shown() == before
 
 
 @pytest.mark.parametrize("label", [None, "acme"])
