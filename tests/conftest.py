@@ -162,7 +162,11 @@ def ask(
     with through(settings) as connection:
         found = connection.execute(sql).fetchall()
     rows = [tuple(_plain(value) for value in row) for row in found]
-    return sorted(rows, key=repr) if is_sorted else rows
+    return sorted(rows, key=_nulls_last) if is_sorted else rows
+
+
+def _nulls_last(row: tuple[Any, ...]) -> list[tuple[bool, Any]]:
+    return [(value is None, 0 if value is None else value) for value in row]
 
 
 def _plain(value: Any) -> Any:
