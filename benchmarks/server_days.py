@@ -1,8 +1,8 @@
 """What one more day costs on PostgreSQL, by the index over days: `server_days.py ROWS_A_DAY DAYS…`.
 
 For each number of days a table of charges is filled on a private server; then the last day is replaced
-as a load does it (delete, COPY), five times, with each kind of index. Prints medians of wall seconds,
-and what the index takes.
+as a load does it (delete, COPY, count), five times, with each kind of index. Prints medians of wall
+seconds, and what the index takes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
 import duckdb
+import psycopg
 import sqlalchemy as sa
 
 from faletl.config import Settings
@@ -55,6 +56,8 @@ def main() -> None:
                     if index:
                         connection.exec_driver_sql(index)
                         connection.commit()
+                    with psycopg.connect(settings.warehouse, autocommit=True) as settled:
+                        settled.execute("vacuum (analyze) raw.billing_events")
                     taken = statistics.median(replaced(warehouse, connection, day) for _ in range(5))
                     found = connection.exec_driver_sql(
                         "select pg_relation_size(to_regclass('raw.days'))"

@@ -81,7 +81,7 @@ def test_settings_come_from_the_connection_and_else_from_the_environment(
         ),
         (
             {"AIRFLOW_CONN_FAL_WAREHOUSE": '{"conn_type": "sqlite", "host": "x"}'}, "fal_default",
-            "the connection 'fal_warehouse' must be of type duckdb, with the file's path as host",
+            "the connection 'fal_warehouse' must be of type postgres, or of type duckdb",
         ),
         (
             {"AIRFLOW_CONN_FAL_DEFAULT": '{"conn_type": "fal", "password": "nonsense"}'}, "fal_default",
@@ -97,11 +97,20 @@ def test_what_is_missing_or_wrong_of_a_connection_is_said(
 
 
 @pytest.mark.parametrize(
-    "made", ["duckdb:////data/f.duckdb", '{"conn_type": "duckdb", "host": "/data/f.duckdb"}']
+    ("made", "url"),
+    [
+        ("duckdb:////data/f.duckdb", "duckdb:////data/f.duckdb"),
+        ('{"conn_type": "duckdb", "host": "/data/f.duckdb"}', "duckdb:////data/f.duckdb"),
+        (
+            "postgres://loader:p%40ss%2Fword@db.example.com:6432/spend?sslmode=require&cursor=x",
+            "postgresql://loader:p%40ss%2Fword@db.example.com:6432/spend?sslmode=require",
+        ),
+    ],
+    ids=["file as URI", "file as JSON", "server"],
 )
-def test_the_warehouse_comes_from_a_connection_too(airflow: Airflow, made: str) -> None:
+def test_the_warehouse_comes_from_a_connection_too(airflow: Airflow, made: str, url: str) -> None:
     found = answer(airflow, SETTINGS.format(connection="fal_default"), AIRFLOW_CONN_FAL_WAREHOUSE=made)
-    assert found[-1] == "duckdb:////data/f.duckdb"
+    assert found[-1] == url
 
 
 def test_the_button_test_says_what_faletl_check_says(airflow: Airflow, invented: Sandbox) -> None:
