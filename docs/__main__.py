@@ -11,6 +11,7 @@ MADE: Mapping[str, Callable[[], str]] = {
     "data-dictionary.md": dictionary.document,
     "star-schema.svg": star_schema.picture,
     "queries.md": examples.queries,
+    "bi.md": examples.bi,
     "validation.md": lambda: examples.outputs(suites.document()),
     "../README.md": examples.readme,
 }

@@ -22,6 +22,7 @@ SHOWN_AT = datetime(2026, 11, 24, 12, tzinfo=UTC)
 FOLDER = Path(__file__).parent
 
 _QUERY = re.compile(r"```sql\n(?P<sql>.*?)```\n(\n```text\n.*?```\n)?", re.DOTALL)
+_SCRIPT = re.compile(r"(?P<script>```python\n(?P<code>.*?)```\n)\n```text\n.*?```\n", re.DOTALL)
 _COMMAND = re.compile(r'(?P<line>\$ faletl sql "(?P<sql>[^"]+)"\n)(?:[^$`\n].*\n)+')  # and its output
 _FIRST_ANSWERS = re.compile(r"(?<=```text\n)[^`]*? USD from .*?(?=```)", re.DOTALL)
 
@@ -34,6 +35,14 @@ def queries() -> str:
     page = (FOLDER / "queries.md").read_text("utf-8")
     return _QUERY.sub(
         lambda found: f"```sql\n{found['sql']}```\n\n```text\n{_rows(found['sql'])}```\n", page
+    )
+
+
+def bi() -> str:
+    """docs/bi.md with the output of each script that shows one."""
+    page = (FOLDER / "bi.md").read_text("utf-8")
+    return _SCRIPT.sub(
+        lambda found: f"{found['script']}\n```text\n{_script_output(found['code'])}```\n", page
     )
 
 
@@ -51,6 +60,12 @@ def outputs(page: str) -> str:
 def _rows(sql: str) -> str:
     """What `faletl sql` prints."""
     return _printed(lambda: answers.print_query(warehouse(), sql, "table"))
+
+
+def _script_output(code: str) -> str:
+    """What Python prints in the folder of the warehouse and its published copy."""
+    with contextlib.chdir(Path(warehouse().warehouse.removeprefix("duckdb:///")).parent):
+        return _printed(lambda: exec(code, {}))  # noqa: S102  # it is ours, and what is to be tried
 
 
 def _first_answers() -> str:
