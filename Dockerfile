@@ -9,7 +9,7 @@ USER 50000
 # Airflow's constraints are meant for its own installation alone, and pin things that it does not even need.
 # So pip is told to keep Airflow's version, leaves alone whatever fits, and checks that all still fits together.
 RUN --mount=type=bind,target=/src \
-    pip install --no-cache-dir "apache-airflow==${AIRFLOW_VERSION}" /src \
+    pip install --no-cache-dir "apache-airflow==${AIRFLOW_VERSION}" "/src[postgres,s3]" \
     && pip check
 
 COPY dags ${AIRFLOW_HOME}/dags

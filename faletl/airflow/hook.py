@@ -77,7 +77,8 @@ class FalHook(BaseHook):
         sentences += [f"{one.resource}: {one.sentence}" for one in checked.findings if one.sentence]
         readable = [one.resource for one in checked.findings if one.is_readable]
         if readable:
-            sentences.insert(0, f"account {checked.account}: {', '.join(readable)} can be read")
+            whose = f"account {checked.account}: " if checked.account else ""
+            sentences.insert(0, f"{whose}{', '.join(readable)} can be read")
         return checked.exit_code == 0, "; ".join(sentences)
 
 
