@@ -336,6 +336,17 @@ def test_what_landed_is_pruned_verified_and_rebuilt_from_a_terminal(tmp_path: Pa
     assert "faletl build --full" in found.stderr
 
 
+def test_what_is_loaded_is_handed_to_other_engines_and_roles(readable: Settings, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = faletl("stage", "--out", str(out), "--resource", "usage", settings=readable)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{out}: 2 windows written, 0 there already, 0 files out of date deleted\n"
+    assert len(list(out.glob("usage/account=acme/day=2026-11-2?/*.parquet"))) == 2
+    refused = faletl("grant", "--reader", "analysts", settings=readable)
+    assert refused.returncode == 2
+    assert "a DuckDB warehouse has no roles; give readers the published copy" in refused.stderr
+
+
 def test_commands_on_nothing_say_so(tmp_path: Path) -> None:
     settings = settings_for("http://127.0.0.1:9", tmp_path)
     for command, told in (

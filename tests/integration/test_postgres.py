@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 from datetime import datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -30,7 +30,7 @@ from faletl.verify import verify
 from faletl.warehouse import open_warehouse
 from faletl.warehouse.tables import METADATA, WAREHOUSE
 from tests import truth
-from tests.conftest import all_tables, ask, settings_for, total
+from tests.conftest import all_tables, ask, published_path, settings_for, total
 from tests.integration.test_kills import check_a_clean_run_mends_all, finish, start
 from tests.servers import shared_postgres
 from tests.truth import FLUX, VIDEO, Account, line
@@ -252,53 +252,32 @@ def test_a_killed_rebuild_leaves_the_old_rows(on_server: Settings) -> None:
 # --- Readers --------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def reader(on_server: Settings) -> Iterator[list[str]]:
-    """Somebody who asks all the time, and notes whatever is not as it must be."""
-    wrong, is_over, rounds = list[str](), threading.Event(), [0]
-    sums = (
-        "select "
-        "(select coalesce(sum(cost_total), 0) from marts.fct_usage), "
-        "(select coalesce(sum(cost_total), 0) from reports.rpt_spend_daily), "
-        "(select coalesce(sum(cost_total), 0) from reports.rpt_spend_monthly), "
-        "(select count(*) from marts.dim_unit)"
-    )
-
-    def look() -> None:
-        with psycopg.connect(on_server.warehouse) as connection:
-            connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
-            while not is_over.is_set():
-                try:
-                    first = connection.execute(sums).fetchone()
-                    second = connection.execute(sums).fetchone()  # in the same transaction
-                    connection.rollback()
-                except psycopg.Error as error:
-                    wrong.append(repr(error))
-                    return
-                rounds[0] += 1
-                if first is None or first != second or len(set(first[:3])) != 1 or not first[3]:
-                    wrong.append(f"{first} {second}")
-
-    pipeline.run(on_server)
-    thread = threading.Thread(target=look)
-    thread.start()
-    yield wrong
-    is_over.set()
-    thread.join(60)
-    assert rounds[0] > 5
-    assert wrong == []
-
-
+@pytest.mark.parametrize("kind", ["on_file", "on_server"])
 def test_a_reader_never_fails_and_never_sees_half_of_a_run(
-    clock: time_machine.Traveller, account: Account, on_server: Settings, reader: list[str]
+    kind: str, clock: time_machine.Traveller, account: Account, request: pytest.FixtureRequest
 ) -> None:
-    for hour in range(4):
+    settings: Settings = request.getfixturevalue(kind)
+    pipeline.run(settings)
+    where = settings.warehouse if kind == "on_server" else str(published_path(settings))
+    reader = subprocess.Popen(
+        [sys.executable, "-m", "tests.reading_on", where],
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    for hour in range(3):
         account.lines.append(line(truth.NOW - timedelta(days=1, hours=hour), VIDEO, "2"))
         clock.shift(timedelta(hours=5))
-        assert pipeline.run(on_server, Asked(start=truth.day(22))).exit_code == 0
-    pipeline.build(on_server, full=True)
-    rebuild(on_server)
-    assert total(on_server) == sum(one.cost_total for one in account.lines)
+        assert pipeline.run(settings, Asked(start=truth.day(22))).exit_code == 0
+    pipeline.build(settings, full=True)
+    pipeline.publish(settings)
+    rebuild(settings)
+    told, _ = reader.communicate("enough", timeout=60)
+    rounds, wrong = json.loads(told)
+    assert rounds > 3
+    assert wrong == []
+    assert total(settings) == sum(one.cost_total for one in account.lines)
 
 
 def test_a_query_of_a_reader_can_change_nothing(
