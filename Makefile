@@ -33,7 +33,7 @@ demo: setup
 	@$(BIN)/faletl demo
 
 test: setup
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: setup
 	$(BIN)/ruff check .

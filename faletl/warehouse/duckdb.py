@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.2
 
+_LITTLE = 32 * 2**20  # bytes of a file
+
 # Exact to 12 decimals, half away from zero; DECIMAL / DECIMAL would be a DOUBLE in DuckDB. Amounts
 # become whole numbers of 10^-12, which are divided by hand, six decimals at a time, so that nothing
 # overflows: the divisor may be up to 8 * 10^19.
@@ -383,6 +385,8 @@ def _connect(path: Path, settings: Settings, *, read_only: bool = False) -> sa.C
         connect_args={
             "read_only": read_only,
             "config": {
+                # More threads only get in each other's way over little.
+                **({"threads": "1"} if _size(path) < _LITTLE else {}),
                 "memory_limit": settings.memory,
                 "autoinstall_known_extensions": "false",
                 "autoload_known_extensions": "false",
@@ -450,6 +454,10 @@ def _discard(path: Path) -> None:
             shutil.rmtree(leftover)
         else:
             leftover.unlink()
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _sync_file(path: Path) -> None:

@@ -18,6 +18,8 @@ from faletl.models import column_comments, models
 from faletl.warehouse.tables import METADATA, SCHEMAS
 from tests.conftest import Query
 
+pytestmark = pytest.mark.xdist_group("demo")  # which takes long to make, and is made once a process
+
 DOCS = Path(__file__).parents[2] / "docs"
 
 
