@@ -9,6 +9,7 @@ file in place of the old one, so a day's folder always holds that day, once: wha
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC
@@ -49,13 +50,16 @@ def hand_over(settings: Settings, out: Path, asked: Asked = DUE, progress: Progr
     for load in loads:
         by_folder.setdefault(_folder(out, load), []).append(load)
     done = 0
-    for folder, mine in by_folder.items():
-        progress("handing over", done, len(loads))
-        try:
-            _fill(warehouse, folder, mine, handed)
-        except OSError as error:
-            raise StorageError(f"cannot write {folder}: {error.strerror}") from None
-        done += len(mine)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        # On the same disk, so that a finished file is renamed into its place.
+        with tempfile.TemporaryDirectory(prefix=".faletl-", dir=out) as scratch:
+            for folder, mine in by_folder.items():
+                progress("handing over", done, len(loads))
+                _fill(warehouse, folder, mine, handed, Path(scratch))
+                done += len(mine)
+    except OSError as error:
+        raise StorageError(f"cannot write {error.filename or out}: {error.strerror}") from None
     progress("handing over", done, len(loads))
     return handed
 
@@ -65,8 +69,14 @@ def _folder(out: Path, load: sa.RowMapping) -> Path:
     return out / str(load["resource"]) / f"account={quote(load['account'], safe='')}" / f"day={day}"
 
 
-def _fill(warehouse: Warehouse, folder: Path, loads: Sequence[sa.RowMapping], handed: Handed) -> None:
-    """Write what is not there under a temporary name, rename it, then delete what is out of date."""
+def _fill(
+    warehouse: Warehouse,
+    folder: Path,
+    loads: Sequence[sa.RowMapping],
+    handed: Handed,
+    scratch: Path,
+) -> None:
+    """Write what is not there elsewhere, rename it into its place, then delete what is out of date."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = {folder / f"{load['load_id']}-{load['digest'][:8]}.parquet": load for load in loads}
     for path, load in paths.items():
@@ -74,7 +84,7 @@ def _fill(warehouse: Warehouse, folder: Path, loads: Sequence[sa.RowMapping], ha
             handed.unchanged += 1
             continue
         window = Window(load["window_start"], load["window_end"])
-        part = folder / f".{path.stem}.part"
+        part = scratch / path.name
         with warehouse.reading() as connection:
             if connection is None:
                 continue

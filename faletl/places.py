@@ -90,7 +90,7 @@ class Disk:
             file.flush()
             os.fsync(file.fileno())
         part.rename(path)
-        sync_folder(path.parent)
+        sync(path.parent)
 
     @staticmethod
     def exists(path: Path) -> bool:
@@ -119,7 +119,7 @@ class Disk:
         """Make these files ones of the other folder; raises OSError."""
         for name in names:
             (folder / name).replace(to / name)
-        sync_folder(to)
+        sync(to)
 
     @staticmethod
     def delete(path: Path) -> None:
@@ -231,9 +231,9 @@ def at(path: Path) -> type[Disk] | type[Store]:
     return Disk if _fs(path) is None else Store
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames in the folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make the content of a file, or the names in a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import TypedDict, TypeVar
 
-import psutil  # type: ignore[import-untyped]
+import psutil  # type: ignore[import-untyped]  # it has no types
 
 DEBIAN_POSTGRES = Path("/usr/lib/postgresql")
 LOOPBACK = "127.0.0.1"

@@ -32,7 +32,7 @@ from faletl.errors import (
     WarehouseBusyError,
     WarehouseError,
 )
-from faletl.places import sync_folder
+from faletl.places import sync
 from faletl.warehouse import Lease, Warehouse, schema
 from faletl.warehouse.tables import BUILDS, WAREHOUSE
 from faletl.windows import instant
@@ -180,7 +180,7 @@ class DuckDBWarehouse:
                 wal = self._path.with_name(f"{self._path.name}.wal")
                 wal.unlink(missing_ok=True)  # of the old file; the new one would not open with it
                 part.replace(self._path)
-                sync_folder(self._path.parent)
+                sync(self._path.parent)
             finally:
                 _discard(part)
 
@@ -255,9 +255,9 @@ class DuckDBWarehouse:
             part.unlink(missing_ok=True)
             shutil.copyfile(self._path, part)
             part.chmod(0o440)
-            _sync_file(part)
+            sync(part)
             part.replace(self._published)
-            sync_folder(self._published.parent)
+            sync(self._published.parent)
         except OSError as error:
             part.unlink(missing_ok=True)
             raise StorageError(f"cannot publish {self._published}: {error.strerror}") from None
@@ -295,9 +295,9 @@ class DuckDBWarehouse:
                 schema.create(connection, token)
                 self.define_functions(connection)
             part.chmod(0o600)
-            _sync_file(part)
+            sync(part)
             part.replace(self._path)
-            sync_folder(self._path.parent)
+            sync(self._path.parent)
         except OSError as error:
             raise StorageError(f"cannot create {self._path}: {error.strerror}") from None
 
@@ -329,9 +329,9 @@ class DuckDBWarehouse:
                 with connection.begin():
                     schema.upgrade(connection, str(self._path))
                 connection.exec_driver_sql("checkpoint")
-            _sync_file(part)
+            sync(part)
             part.replace(self._path)
-            sync_folder(self._path.parent)
+            sync(self._path.parent)
         except OSError as error:
             raise StorageError(f"cannot upgrade {self._path}: {error.strerror}") from None
         finally:
@@ -458,14 +458,6 @@ def _discard(path: Path) -> None:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
-
-
-def _sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _quoted(path: Path) -> str:

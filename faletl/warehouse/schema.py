@@ -50,7 +50,9 @@ def is_older(connection: sa.Connection, where: str, *, is_older_fine: bool = Fal
     """
     try:
         version = connection.execute(sa.select(WAREHOUSE.c.schema_version)).scalar_one()
-    except sa.exc.SQLAlchemyError:
+    except sa.exc.SQLAlchemyError as error:
+        if isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated:
+            raise  # the server is gone, which tells nothing of what it holds
         raise SettingsError(f"{where} is a database, but no faletl warehouse") from None
     if version > SCHEMA_VERSION:
         raise SettingsError(

@@ -29,7 +29,7 @@ SCHEMAS: Mapping[str, str] = {
 METADATA = sa.MetaData()
 
 
-TEXT = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
+_TEXT = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
 """Compared by code point in every database: ids that differ are different, and sort alike."""
 
 
@@ -38,19 +38,19 @@ def _instant() -> sa.DateTime:
 
 
 _TYPES: Mapping[Kind, sa.types.TypeEngine[Any]] = {
-    Kind.TEXT: TEXT,
+    Kind.TEXT: _TEXT,
     Kind.AMOUNT: sa.Numeric(PRECISION, SCALE),
     Kind.WHOLE: sa.BigInteger(),
     Kind.SECONDS: sa.Numeric(PRECISION, SCALE),
     Kind.INSTANT: _instant(),
-    Kind.LIST: TEXT,
+    Kind.LIST: _TEXT,
 }
 
 
 def _raw_table(resource: Resource) -> sa.Table:
     lead: list[sa.Column[Any]] = [
-        sa.Column("_account", TEXT, comment="account label; see marts.dim_account"),
-        sa.Column("_load_id", TEXT, comment="the load that brought the row; see ops.loads"),
+        sa.Column("_account", _TEXT, comment="account label; see marts.dim_account"),
+        sa.Column("_load_id", _TEXT, comment="the load that brought the row; see ops.loads"),
         sa.Column("_page", sa.Integer, comment="page of the load, counted from 1"),
         sa.Column("_row", sa.Integer, comment="row of the page, counted from 1"),
     ]
@@ -59,7 +59,7 @@ def _raw_table(resource: Resource) -> sa.Table:
     if resource.identity:
         names = ", ".join(resource.identity)
         lead += [
-            sa.Column("_hash", TEXT, comment=f"fingerprint of account, {names}"),
+            sa.Column("_hash", _TEXT, comment=f"fingerprint of account, {names}"),
             sa.Column("_ordinal", sa.Integer, comment="number among rows of the same hash, from 1"),
         ]
     body = [
@@ -75,11 +75,11 @@ def _raw_table(resource: Resource) -> sa.Table:
         comment=resource.comment,
         info={"grain": _raw_grain(resource)},
     )
-    index_on_server(table, resource.time or "_snapshot_at")
+    _index_on_server(table, resource.time or "_snapshot_at")
     return table
 
 
-def index_on_server(table: sa.Table, column: str) -> None:
+def _index_on_server(table: sa.Table, column: str) -> None:
     """An index over the column that puts a row on a day; DuckDB finds days without one."""
     name = f"{table.name}_{column.strip('_')}"
     sa.Index(name, table.c[column]).ddl_if(dialect="postgresql")
@@ -114,17 +114,17 @@ def _ops_table(
     )
 
 
-_TEXT, _COUNT, _AT, _FLAG = TEXT, sa.BigInteger(), _instant(), sa.Boolean()
+_COUNT, _AT, _FLAG = sa.BigInteger(), _instant(), sa.Boolean()
 
 UNIT_FAMILIES = ("image", "pixel", "time", "text", "token", "compute", "request", "other")
 
 SEED_UNIT = sa.Table(
     "seed_unit",
     METADATA,
-    sa.Column("unit", TEXT, comment="unit as billed, trimmed and in lower case"),
-    sa.Column("canonical_unit", TEXT, comment="one spelling for all of its spellings"),
-    sa.Column("family", TEXT, comment=", ".join(UNIT_FAMILIES)),
-    sa.Column("base_unit", TEXT, comment="what a quantity can be counted in"),
+    sa.Column("unit", _TEXT, comment="unit as billed, trimmed and in lower case"),
+    sa.Column("canonical_unit", _TEXT, comment="one spelling for all of its spellings"),
+    sa.Column("family", _TEXT, comment=", ".join(UNIT_FAMILIES)),
+    sa.Column("base_unit", _TEXT, comment="what a quantity can be counted in"),
     sa.Column("factor", sa.Numeric(PRECISION, SCALE), comment="base units in one unit"),
     schema="staging",
     comment="What units mean: sql/seeds/unit.csv, and the user's own table (FALETL_UNITS).",
@@ -134,11 +134,11 @@ SEED_UNIT = sa.Table(
 SEED_CREDENTIAL_OWNER = sa.Table(
     "seed_credential_owner",
     METADATA,
-    sa.Column("account", TEXT, comment="account label; empty for all accounts"),
-    sa.Column("credential_id", TEXT, comment="key:…, user:…, label:… or none"),
-    sa.Column("owner", TEXT, comment="whose it is"),
-    sa.Column("team", TEXT, comment="team that pays"),
-    sa.Column("cost_centre", TEXT, comment="cost centre that pays"),
+    sa.Column("account", _TEXT, comment="account label; empty for all accounts"),
+    sa.Column("credential_id", _TEXT, comment="key:…, user:…, label:… or none"),
+    sa.Column("owner", _TEXT, comment="whose it is"),
+    sa.Column("team", _TEXT, comment="team that pays"),
+    sa.Column("cost_centre", _TEXT, comment="cost centre that pays"),
     schema="staging",
     comment="Whose credentials are: sql/seeds/credential_owner.csv, and the user's own (FALETL_OWNERS).",
     info={"grain": ("account", "credential_id")},
@@ -147,7 +147,7 @@ SEED_CREDENTIAL_OWNER = sa.Table(
 SEED_THRESHOLD = sa.Table(
     "seed_threshold",
     METADATA,
-    sa.Column("name", TEXT, comment="the setting without FALETL_, in lower case"),
+    sa.Column("name", _TEXT, comment="the setting without FALETL_, in lower case"),
     sa.Column("value", sa.Numeric(PRECISION, SCALE), comment="its value"),
     schema="staging",
     comment="From when on a charge counts as run away: the settings FALETL_RUNAWAY_….",

@@ -27,9 +27,11 @@ from tests import truth
 from tests.conftest import all_tables, ask, published_path, settings_for, total
 from tests.truth import Account, line
 
+FILE_ONLY = pytest.mark.duckdb_only("a step that only DuckDB's file has")
+
 STEPS = [
     ("faletl.landing.write_durably", "before", 1),  # a page received, not landed
-    ("faletl.places.sync_folder", "before", 3),  # renamed, the folder not flushed
+    ("faletl.places.sync", "before", 3),  # renamed, the folder not flushed
     ("faletl.landing.write_durably", "after", 4),  # landed, not sealed
     ("faletl.landing.Attempt.seal", "before", 2),
     ("faletl.landing.Attempt.seal", "after", 2),  # sealed, not staged
@@ -38,7 +40,7 @@ STEPS = [
     ("faletl.gate.Gate.judge", "after", 2),  # validated, not begun to be loaded
     ("faletl.findings.keep_validations", "after", 2),  # what was found is written, not committed
     ("faletl.warehouse.schema.create", "after", 1),  # a new file half made
-    ("faletl.warehouse.duckdb._sync_file", "after", 1),  # made, not renamed
+    pytest.param("faletl.warehouse.duckdb.sync", "after", 1, marks=FILE_ONLY),  # made, not renamed
     ("faletl.load.fence", "after", 2),  # inside a window's transaction
     ("faletl.load._delete_window", "after", 1),
     ("faletl.load._insert", "after", 2),
@@ -47,8 +49,8 @@ STEPS = [
     ("faletl.models._fill", "after", 9),  # half built
     ("faletl.models._check", "after", 9),  # checked, not committed
     ("faletl.models.build", "after", 1),  # built, not published
-    ("shutil.copyfile", "after", 1),  # copied, not renamed
-    ("faletl.warehouse.duckdb._sync_file", "after", 2),
+    pytest.param("shutil.copyfile", "after", 1, marks=FILE_ONLY),  # copied, not renamed
+    pytest.param("faletl.warehouse.duckdb.sync", "after", 3, marks=FILE_ONLY),
 ]
 
 
@@ -124,6 +126,7 @@ def test_a_run_killed_between_two_steps_is_mended_by_the_next(
     check_a_clean_run_mends_all(settings)
 
 
+@FILE_ONLY
 def test_readers_keep_the_old_copy_when_a_later_run_is_killed(
     served: Sandbox, tmp_path: Path, account: Account
 ) -> None:
@@ -141,7 +144,9 @@ def test_readers_keep_the_old_copy_when_a_later_run_is_killed(
     [
         ("faletl.rebuild.replay", "after", "4"),  # half of the reads loaded
         ("faletl.models.build", "after", "1"),  # the new warehouse whole, not in its place
-        ("faletl.warehouse.duckdb.sync_folder", "before", "2"),  # in its place, not published
+        pytest.param(
+            ("faletl.warehouse.duckdb.sync", "before", "3"), marks=FILE_ONLY
+        ),  # in its place, not published
     ],
 )
 def test_a_killed_rebuild_leaves_the_old_warehouse_or_the_new(

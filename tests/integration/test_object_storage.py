@@ -327,7 +327,7 @@ def test_an_object_that_cannot_be_had_is_not_taken_for_one_that_is_gone(
     def out(*_: object, **__: object) -> None:
         raise TimeoutError("nobody answers")
 
-    fs: Any = landing.root(stored).fs  # type: ignore[attr-defined]
+    fs: Any = landing.root(stored).fs  # type: ignore[attr-defined]  # of a UPath
     for question in ("ls", "find", "cat_file"):
         monkeypatch.setattr(fs, question, out)
     for ask in (lambda: list(landing.complete_reads(stored)), lambda: verify(stored)):
