@@ -17,6 +17,7 @@ from faletl import pipeline
 from faletl.config import Settings
 from faletl.errors import CheckFailedError, DataRefusedError, UnprovenError
 from faletl.plan import Asked
+from faletl.resources import RESOURCES
 from faletl.sandbox import BILLING_KEY, READONLY_KEY, Fault, Request, Sandbox
 from tests import truth
 from tests.conftest import Query, all_tables, ask, opened, settings_for, total
@@ -153,6 +154,18 @@ def test_steps_one_by_one_end_in_the_same_tables_as_a_run(
 
     assert all_tables(by_steps) == all_tables(at_once)
     assert pipeline.load(by_steps).outcomes == []
+
+
+def test_news_of_one_resource_are_none_of_another(
+    clock: time_machine.Traveller, settings: Settings
+) -> None:
+    pipeline.run(settings)
+    assert not pipeline.is_behind(settings)
+    clock.shift(60)
+    pipeline.extract(settings, Asked(resources=["credits"]))
+    pipeline.load(settings)
+    assert pipeline.is_behind(settings)
+    assert [name for name in RESOURCES if pipeline.is_news(settings, name)] == ["credits"]
 
 
 def test_prices_keep_their_history_in_touching_intervals(
