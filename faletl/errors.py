@@ -97,7 +97,11 @@ class NotFoundError(ContractError):
     """Fal answered 404: for a batch of ids this means that one of them is unknown."""
 
 
-class CursorRefusedError(ContractError):
+class AstrayError(ContractError):
+    """The cursors that fal gave out lead nowhere: the pages landed so far are of no use."""
+
+
+class CursorRefusedError(AstrayError):
     """Fal refused (400) a cursor it had given out itself: the walk has to start over."""
 
 

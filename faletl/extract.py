@@ -15,6 +15,7 @@ from faletl import __version__, landing
 from faletl.client import FalClient, Params
 from faletl.config import Settings
 from faletl.errors import (
+    AstrayError,
     ContractError,
     CursorRefusedError,
     FaletlError,
@@ -45,13 +46,14 @@ SAMPLED_IDS = 10
 class Origin:
     """What all reads of a run have in common.
 
-    `planned_from` is, per resource, the first day of the plan; `fencing_token` the newest one that
-    was known when the run was planned. `unknown_ids` are, per resource, those that fal answered 404
-    for, added by whichever read found them.
+    The run, or this task of it, began `at`. `planned_from` is, per resource, the first day of the plan;
+    `fencing_token` the newest one that was known when the run was planned. `unknown_ids` are, per
+    resource, those that fal answered 404 for, added by whichever read found them.
     """
 
     account: str
     run_id: str
+    at: datetime
     fencing_token: int
     planned_from: Mapping[str, date]
     unknown_ids: Mapping[str, set[str]]
@@ -112,7 +114,7 @@ def fetch_window(
                         faletl_version=__version__,
                     )
                 )
-            except ContractError as error:
+            except AstrayError as error:
                 attempt.discard()  # what was landed so far would lead the next run astray, too
                 if is_second_try or not isinstance(error, CursorRefusedError):
                     raise

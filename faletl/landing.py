@@ -7,8 +7,9 @@
 A read of a window lands in a folder of its own, which nobody changes once its manifest is there. A
 page that has its name is whole (faletl/places.py). Without a manifest the read is not complete, but its
 pages may be taken up again: where folders can be locked, by going on in its folder; where they cannot,
-in another folder of its id and more chance, so that no two ever write to the same. What was loaded has
-a receipt beside it, so that the history of the warehouse lies with its pages.
+in another folder of its id and more chance, so that no two ever write to the same. So may those of a
+complete read that a killed run had no time to load. What was loaded has a receipt beside it, so that the
+history of the warehouse lies with its pages.
 """
 
 from __future__ import annotations
@@ -293,13 +294,41 @@ def resume(
     """The newest unfinished read of the window that began after `since` and that nobody works on."""
     parent = _window_folder(settings, account, resource, window)
     for folder in reversed(_load_folders(parent)):
-        if _started_at(folder.name) < since or is_complete(folder):
+        if _started_at(folder.name) < since:
             return None
+        if is_complete(folder):
+            return _once_more(settings, folder)
         if attempt := _taken_up(settings, folder):
             return attempt
         if is_complete(folder):
             return None  # it was finished just now
     return None
+
+
+def _once_more(settings: Settings, folder: Path) -> Attempt | None:
+    """A new read with the pages of a complete one; None if that was loaded, or refused.
+
+    A run that is killed before it could load leaves such reads: their rows need not be asked for
+    again, only whether they are still all.
+    """
+    earlier = _tries(folder)
+    if any({RECEIPT, _DISCARDED} & set(names) for names in earlier.values()):
+        return None
+    attempt = Attempt(_beside(folder), settings)
+    attempt.earlier = earlier
+    return attempt
+
+
+def _tries(folder: Path) -> dict[Path, list[str]]:
+    """The folders of all attempts at the read of that folder, and what lies in them."""
+    read = _read_of(folder.name)
+    found = [one for one in _load_folders(folder.parent) if _read_of(one.name) == read]
+    return {one: at(one).names(one) for one in found}
+
+
+def _beside(folder: Path) -> Path:
+    """A folder for another attempt at the same read."""
+    return folder.parent / f"{_read_of(folder.name)}-{secrets.token_hex(3)}"
 
 
 def _taken_up(settings: Settings, folder: Path) -> Attempt | None:
@@ -309,12 +338,10 @@ def _taken_up(settings: Settings, folder: Path) -> Attempt | None:
     the pages of each earlier attempt at this read are taken over into a new folder, as they are needed.
     """
     if not at(folder).has_locks:
-        read = _read_of(folder.name)
-        tries = [one for one in _load_folders(folder.parent) if _read_of(one.name) == read]
-        earlier = {one: at(one).names(one) for one in tries}
+        earlier = _tries(folder)
         if any({MANIFEST, _DISCARDED} & set(names) for names in earlier.values()):
             return None
-        attempt = Attempt(folder.parent / f"{read}-{secrets.token_hex(3)}", settings)
+        attempt = Attempt(_beside(folder), settings)
         attempt.earlier = earlier
         return attempt
     try:
@@ -324,7 +351,7 @@ def _taken_up(settings: Settings, folder: Path) -> Attempt | None:
     if is_complete(folder):
         attempt.close()
         return None
-    attempt.earlier = {folder: at(folder).names(folder)}
+    attempt.earlier = _tries(folder)
     return attempt
 
 
@@ -404,6 +431,11 @@ def receipt_of(folder: Path) -> Receipt | None:
         return msgspec.json.decode(at(folder).read(folder / RECEIPT), type=Receipt)
     except (OSError, msgspec.MsgspecError):
         return None
+
+
+def refuse(folder: Path) -> None:
+    """Write down that the rows of a complete read are not to be taken over; raises StorageError."""
+    write_durably(folder / _DISCARDED, b"")
 
 
 def leave_receipt(folder: Path, receipt: Receipt) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from faletl.client import Answer, FalClient, MalformedBodyError, Params
-from faletl.errors import ContractError
+from faletl.errors import AstrayError, ContractError
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def walk(
     Only a missing cursor ends the walk: not a short page, not an empty one.
 
     Raises:
-        ContractError: a cursor came twice, or there are more pages than can be meant.
+        AstrayError: a cursor came twice, or there are more pages than can be meant.
     """
     asked: set[str] = set()
     cursor: str | None = None
@@ -109,12 +109,12 @@ def walk(
         if following is None:
             return
         if following in asked:
-            raise ContractError("fal gave the same cursor twice; the walk would never end").at(
+            raise AstrayError("fal gave the same cursor twice; the walk would never end").at(
                 page=number, request_id=answer.request_id
             )
         asked.add(following)
         cursor = following
-    raise ContractError(f"fal announced more than {MAX_PAGES:,} pages").at(page=MAX_PAGES)
+    raise AstrayError(f"fal announced more than {MAX_PAGES:,} pages").at(page=MAX_PAGES)
 
 
 @cache

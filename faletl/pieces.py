@@ -108,9 +108,10 @@ class Plan(msgspec.Struct, frozen=True):
 
     @property
     def origin(self) -> Origin:
-        """What its reads have in common."""
+        """What the reads of one task have in common: it begins now."""
         unknown_ids = {name: set[str]() for name in RESOURCES}
-        return Origin(self.account, self.run_id, self.fencing_token, self.planned_from, unknown_ids)
+        now = datetime.now(UTC)
+        return Origin(self.account, self.run_id, now, self.fencing_token, self.planned_from, unknown_ids)
 
 
 def make_plan(settings: Settings, asked: Asked, *, is_first_due: bool = False) -> str | None:

@@ -26,6 +26,7 @@ from faletl import landing, models
 from faletl.client import FalClient, StoppedError
 from faletl.config import Settings
 from faletl.errors import (
+    ContractError,
     DataRefusedError,
     FaletlError,
     KeyRefusedError,
@@ -340,7 +341,7 @@ def _extracted(
             tasks = plan(settings, connection, label, asked, now)
             token = fencing_token(connection)
         unknown_ids = {name: set[str]() for name in RESOURCES}
-        origin = Origin(label, report.run_id, token, first_planned(tasks), unknown_ids)
+        origin = Origin(label, report.run_id, now, token, first_planned(tasks), unknown_ids)
         seen = Seen()
         refused = set[str]()
 
@@ -452,9 +453,17 @@ def prove_or_reread(
             return stage_window(settings, landed, scratch)
         except UnprovenError as error:
             if unproven is not None:
+                landing.refuse(landed.folder)
                 raise
             log.info("%s; reading the window once more", error)
             unproven, landed = landed, None
+        except (ContractError, DataRefusedError) as error:
+            landing.refuse(landed.folder)
+            if landed.manifest.started_at >= origin.at:
+                raise
+            # Pages that an earlier run had landed: fal may have mended them since.
+            log.info("%s; reading the window anew", error)
+            landed = None
 
 
 def fencing_token(connection: sa.Connection | None) -> int:
@@ -521,6 +530,7 @@ def _load_batch(
                     if settings.gate and not is_held(lease.connection, staged):
                         judged = gate().passed(lease.connection, staged)
             except DataRefusedError as error:
+                landing.refuse(staged.landed.folder)
                 report.failures.append((Task(resource, window), error))
                 continue
             outcome = replace_window(settings, warehouse, lease, judged)

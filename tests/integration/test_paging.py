@@ -33,7 +33,7 @@ from faletl.errors import (
     TamperedError,
 )
 from faletl.extract import Origin, fetch_window
-from faletl.landing import Landed
+from faletl.landing import Landed, Receipt
 from faletl.resources import CREDITS, MODELS, PRICES, USAGE, Resource
 from faletl.sandbox import BILLING_KEY, FULL_KEY, READONLY_KEY, Fault, Request, Sandbox
 from faletl.staging import stage_window
@@ -65,7 +65,7 @@ def fetch(
     client: FalClient | None = None,
 ) -> Landed:
     """One window, by a client of its own unless one is given."""
-    origin = Origin(account=account, run_id="run", fencing_token=1, planned_from={}, unknown_ids={})
+    origin = Origin(account, "run", datetime.now(UTC), 1, planned_from={}, unknown_ids={})
     with nullcontext(client) if client else FalClient(given) as asking:
         return fetch_window(asking, given, resource, window, origin=origin, ids=ids, unproven=unproven)
 
@@ -423,6 +423,42 @@ def test_what_landed_of_a_broken_answer_does_not_lead_the_next_read_astray(
         fetch(given, USAGE, DAY)
     small_pages.fault = None
     assert bodies(fetch(given, USAGE, DAY)) == whole
+
+
+def test_pages_before_an_answer_that_breaks_the_contract_are_kept(
+    small_pages: Sandbox, whole: list[bytes], clock: time_machine.Traveller, tmp_path: Path
+) -> None:
+    given, before = settings_for(small_pages.url, tmp_path), len(small_pages.requests)
+    broken = Fault(body=b'{"time_series":[],"next_cursor":null,"has_more":true}')
+    small_pages.fault = switch = Switch(lambda _: len(small_pages.requests) > before + 3, broken)
+    with pytest.raises(ContractError, match="page 4: fal announced a next page but gave no cursor"):
+        fetch(given, USAGE, DAY)
+    switch.is_on, before = False, len(small_pages.requests)
+    assert bodies(fetch(given, USAGE, DAY)) == whole
+    assert len(rows_requests(small_pages.requests[before:])) == len(whole) - 3
+
+
+def test_a_complete_read_that_was_not_loaded_is_only_asked_whether_it_is_still_all(
+    small_pages: Sandbox, whole: list[bytes], clock: time_machine.Traveller, tmp_path: Path
+) -> None:
+    given = settings_for(small_pages.url, tmp_path)
+    first = fetch(given, USAGE, DAY)
+    clock.shift(timedelta(minutes=30))
+    for _ in range(2):
+        before = len(small_pages.requests)
+        landed = fetch(given, USAGE, DAY)
+        assert bodies(landed) == whole
+        assert rows_requests(small_pages.requests[before:]) == []
+        assert len(small_pages.requests) > before
+        assert landed.manifest.started_at == first.manifest.started_at  # as old as its pages
+
+    landing.refuse(landed.folder)
+    before = len(small_pages.requests)
+    anew = fetch(given, USAGE, DAY)
+    assert len(rows_requests(small_pages.requests[before:])) == len(whole)
+    landing.leave_receipt(anew.folder, Receipt(1, truth.NOW, "loaded"))
+    fetch(given, USAGE, DAY)
+    assert len(rows_requests(small_pages.requests[before:])) == 2 * len(whole)
 
 
 def test_an_interrupted_read_of_another_question_is_not_taken_up(

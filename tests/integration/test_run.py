@@ -511,6 +511,20 @@ def test_rows_that_cannot_be_right_refuse_their_window(
     assert total(settings) == 0
 
 
+def test_rows_that_a_killed_run_had_landed_are_read_anew_where_fal_has_mended_them(
+    clock: time_machine.Traveller, tmp_path: Path
+) -> None:
+    broken = served_as(usage_page({**PLAIN, "quantity": -1}), summary("0.025"))
+    with Sandbox(one_row(), fault=broken) as server:
+        settings, asked = settings_for(server.url, tmp_path), Asked(resources=["usage"])
+        assert pipeline.extract(settings, asked).exit_code == 3
+        next(Path(settings.landing).rglob("discarded")).unlink()  # killed before it was refused
+        server.fault = None
+        clock.shift(60)
+        assert pipeline.run(settings, asked).exit_code == 0
+    assert total(settings) == Decimal("0.025")
+
+
 def test_a_key_that_comes_twice_refuses_its_window(
     clock: time_machine.Traveller, tmp_path: Path
 ) -> None:
