@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-postgres lint check docs bench airflow-e2e lock clean
+.PHONY: help setup demo test test-postgres lint check chaos soak docs bench airflow-e2e lock clean
 
 help:
 	@echo "make demo    sandbox API, a run over this month and the last, the first answers"
@@ -14,6 +14,8 @@ help:
 	@echo "make check   lint, tests (many a second time, on PostgreSQL and under another time zone), wheel"
 	@echo "make test-postgres  all tests of what a warehouse holds, on PostgreSQL"
 	@echo "make airflow-e2e  all of Airflow's processes: schedule, backfill, a killed worker (10 minutes an executor)"
+	@echo "make chaos   10 million charges through faults, kills and full disks; on both warehouses (hours)"
+	@echo "make soak    long invented stories of an account, its faults and its runs (an hour)"
 	@echo "make docs    what docs/ and README repeat of the code anew: dictionary, star, outputs"
 	@echo "make bench   what 1 and 5 million billing events of a day cost (some minutes)"
 	@echo "make lock    resolve requirements.lock anew (needs uv)"
@@ -54,6 +56,14 @@ test-postgres: setup
 		tests/integration/test_model.py tests/integration/test_rebuild.py tests/integration/test_reports.py \
 		tests/integration/test_quarantine.py tests/integration/test_reconciliation.py \
 		tests/integration/test_runaways.py tests/integration/test_kills.py tests/property
+
+# Needs root, or user namespaces: the disk that fills is one of its own. See docs/reliability.md.
+chaos: setup
+	$(BIN)/python -m tests.chaos
+	$(BIN)/python -m tests.chaos --postgres
+
+soak: setup
+	STORIES=100x30 $(BIN)/python -m pytest tests/property/test_story.py -s
 
 docs: setup
 	$(BIN)/python -m docs

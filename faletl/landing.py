@@ -314,7 +314,12 @@ def _once_more(settings: Settings, folder: Path) -> Attempt | None:
     earlier = _tries(folder)
     if any({RECEIPT, _DISCARDED} & set(names) for names in earlier.values()):
         return None
-    attempt = Attempt(_beside(folder), settings)
+    another = _beside(folder)
+    try:
+        at(another).make(another)
+    except OSError as error:
+        raise storage_error(error, another) from None
+    attempt = Attempt(another, settings)
     attempt.earlier = earlier
     return attempt
 

@@ -339,7 +339,8 @@ class DuckDBWarehouse:
 
     @contextmanager
     def _lock(self, holder: str, seconds: float) -> Iterator[None]:
-        lock = filelock.FileLock(self._path.with_name(f"{self._path.name}.lock"), thread_local=False)
+        beside = self._path.with_name(f"{self._path.name}.lock")
+        lock = filelock.FileLock(beside, mode=0o600, thread_local=False)
         told = self._path.with_name(f"{self._path.name}.holder")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)

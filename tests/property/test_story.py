@@ -1,0 +1,225 @@
+"""Any story of an account, of faults and of kills ends, after one clean run, as fal last served it.
+
+Hypothesis makes up the story: rows come late, are restated or taken back, prices change, answers break,
+runs are killed at any step, two run at once, the clock goes on, the warehouse is rebuilt. After each
+step readers see sums that agree; at the end the tables are those of the oracle, row by row
+(tests/truth.py), and the laws hold (tests/laws.py). A few stories are told each time; `make soak` tells
+many long ones.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import time_machine
+from hypothesis import HealthCheck, note
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from faletl import pipeline
+from faletl.plan import Asked
+from faletl.rebuild import rebuild
+from faletl.sandbox import BILLING_KEY, FULL_KEY, Sandbox, UsageLine
+from faletl.verify import verify
+from tests import laws, truth
+from tests.conftest import all_tables, published_path, settings_for
+from tests.faults import Faults, break_answers
+from tests.forked import Child, Trap, start
+from tests.property.test_laws import check_against_truth, hours
+from tests.truth import FLUX, KEY, LOGIN, NOBODY, NOW, VIDEO, VOICE, line
+
+STORIES, STEPS = (int(number) for number in os.environ.get("STORIES", "3x8").split("x"))
+"""How many stories are told, and of how many steps."""
+
+TOLD: Counter[str] = Counter()
+"""What happened in all stories so far."""
+
+# A row without a cost would leave no trace in a control total were it lost on the way.
+lines = st.builds(
+    line,
+    hours,
+    st.sampled_from([FLUX, VIDEO, VOICE, "x/é", "x/'; DROP TABLE raw.usage; --"]),
+    st.integers(1, 10**6).map(str),
+    st.sampled_from(["0.025", "0.0007", "0.4"]),
+    unit=st.sampled_from(["images", "image", "1000 characters "]),
+    percent_discount=st.sampled_from([None, "0", "10"]),
+    credential=st.sampled_from([KEY, LOGIN, NOBODY]),
+)
+
+traps = st.builds(
+    Trap,
+    st.sampled_from(
+        [
+            "faletl.landing.write_durably",
+            "faletl.landing.Attempt.seal",
+            "faletl.pipeline.stage_window",
+            "faletl.load.fence",
+            "faletl.load._delete_window",
+            "faletl.load._insert",
+            "faletl.load._enter",
+            "faletl.pipeline.replace_window",
+            "faletl.models._fill",
+            "faletl.models._check",
+            "faletl.models.build",
+            "shutil.copyfile",
+        ]
+    ),
+    st.sampled_from(["before", "after"]),
+    st.integers(1, 9),
+)
+
+EXPECTED_CODES = {0, 1, 2, 3, -signal.SIGKILL}
+
+
+class Story(RuleBasedStateMachine):
+    """What happens to one account and its warehouse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = Path(tempfile.mkdtemp())
+        self.account = truth.two_days()
+        self.now = NOW
+        self.server = Sandbox(self.account, page_size=4)
+        self.server.__enter__()
+        self.settings = settings_for(self.server.url, self.folder, first_days=3)
+        self.faults = Faults(0)
+        self.faults.is_on = False
+        break_answers(self.server, self.faults)
+
+    def teardown(self) -> None:
+        """The end of every story: one clean run."""
+        try:
+            self.end()
+        finally:
+            self.server.__exit__()
+            shutil.rmtree(self.folder)
+
+    # --- What fal does ----------------------------------------------------------------------------
+
+    @rule(one=lines)
+    def a_row_comes_late(self, one: UsageLine) -> None:
+        self.account.lines.append(one)
+
+    @rule(at=st.integers(0, 50), quantity=st.integers(1, 10**6))
+    def a_row_is_restated(self, at: int, quantity: int) -> None:
+        if self.account.lines:
+            at %= len(self.account.lines)
+            old = self.account.lines[at]
+            self.account.lines[at] = line(
+                old.hour, old.endpoint_id, str(quantity), str(old.unit_price), unit=old.unit,
+                credential=old.credential,
+            )  # fmt: skip
+
+    @rule(at=st.integers(0, 50))
+    def a_row_is_taken_back(self, at: int) -> None:
+        if self.account.lines:
+            del self.account.lines[at % len(self.account.lines)]
+
+    @rule(price=st.sampled_from(["0.02", "0.03"]))
+    def a_price_changes(self, price: str) -> None:
+        self.account.list_price(FLUX, price)
+
+    @rule(seed=st.integers(0, 10**6), share=st.sampled_from([0.05, 0.2]))
+    def answers_break_from_now_on(self, seed: int, share: float) -> None:
+        self.faults = Faults(seed, share)
+        break_answers(self.server, self.faults)
+
+    @precondition(lambda self: self.faults.is_on)
+    @rule()
+    def fal_is_well_again(self) -> None:
+        self.faults.is_on = False
+
+    @rule()
+    def the_key_is_rotated(self) -> None:
+        new = BILLING_KEY if self.settings.key.get_secret_value() == FULL_KEY else FULL_KEY  # type: ignore[union-attr]
+        self.server.keys = {new: "FULL"}
+        self.settings = settings_for(self.server.url, self.folder, first_days=3, key=new)
+
+    @rule(passed=st.sampled_from([timedelta(minutes=1), timedelta(hours=1), timedelta(days=1)]))
+    def time_passes(self, passed: timedelta) -> None:
+        self.now += passed
+
+    # --- What we do -------------------------------------------------------------------------------
+
+    @rule(trap=st.none() | traps)
+    def a_run(self, trap: Trap | None) -> None:
+        self._finish(self._start(trap, "run"))
+
+    @rule(trap=st.none() | traps, first=st.integers(21, 23))
+    def a_backfill(self, trap: Trap | None, first: int) -> None:
+        self._finish(self._start(trap, f"run --start 2026-11-{first} --end 2026-11-{first + 1}"))
+
+    @rule(trap=st.none() | traps)
+    def two_runs_at_once(self, trap: Trap | None) -> None:
+        both = [self._start(trap, "run"), self._start(None, "run --start 2026-11-22")]
+        for child in both:
+            self._finish(child)
+
+    @precondition(lambda self: published_path(self.settings).exists())
+    @rule(trap=st.none() | traps)
+    def a_rebuild(self, trap: Trap | None) -> None:
+        self._finish(self._start(trap, "rebuild"))
+
+    def _start(self, trap: Trap | None, command: str) -> Child:
+        self.now += timedelta(seconds=1)
+        key = self.settings.key.get_secret_value()  # type: ignore[union-attr]  # there is one
+        return start(self.settings, trap, command, now=self.now, FALETL_FIRST_DAYS="3", FAL_KEY=key)
+
+    def _finish(self, child: Child) -> None:
+        code, said = child.finish()
+        TOLD[f"ended with {code}"] += 1
+        note(said)
+        assert code in EXPECTED_CODES, said
+        assert "Traceback" not in said, said
+
+    # --- What must hold ---------------------------------------------------------------------------
+
+    @invariant()
+    def readers_see_one_sum(self) -> None:
+        if published_path(self.settings).exists():
+            laws.check_money(self.settings)
+
+    def end(self) -> None:
+        """A clean run mends all; another one changes nothing; a rebuild makes the same."""
+        TOLD["stories"] += 1
+        TOLD.update({f"fault: {name}": n for name, n in self.faults.done.items()})
+        self.faults.is_on = False
+        self.now += timedelta(hours=2)  # nothing that landed before is taken up
+        with time_machine.travel(self.now, tick=False) as clock:
+            report = pipeline.run(self.settings, Asked(start=truth.day(20)))
+            assert report.exit_code == 0, report.failures
+            served = replace(self.account, lines=list(self.account.lines))
+            check_against_truth(served, self.settings, self.now)
+            laws.check_laws(self.settings)
+            before = all_tables(self.settings)
+            clock.shift(1)
+            again = pipeline.run(self.settings, Asked(start=truth.day(20), resources=["usage"]))
+            assert {outcome.outcome for outcome in again.outcomes} == {"unchanged"}
+            rebuild(self.settings)
+            assert all_tables(self.settings) == before
+            assert verify(self.settings).findings == []
+
+
+Story.TestCase.settings = hypothesis_settings(
+    max_examples=STORIES,
+    stateful_step_count=STEPS,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=list(HealthCheck),
+)
+TestStory = Story.TestCase
+
+
+def teardown_module() -> None:
+    """Say what was survived."""
+    if "STORIES" in os.environ:
+        sys.stderr.write("\n" + "".join(f"{n:>8}  {what}\n" for what, n in TOLD.most_common()))
