@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-postgres lint check chaos soak docs bench airflow-e2e lock clean
+.PHONY: help setup demo test test-postgres lint check fuzz mutation chaos soak docs bench airflow-e2e lock clean
 
 help:
 	@echo "make demo    sandbox API, a run over this month and the last, the first answers"
@@ -13,6 +13,8 @@ help:
 	@echo "make lint    ruff, mypy, sqlfluff"
 	@echo "make check   lint, tests (many a second time, on PostgreSQL and under another time zone), wheel"
 	@echo "make test-postgres  all tests of what a warehouse holds, on PostgreSQL"
+	@echo "make fuzz    odd bytes for all that reads pages, headers and files: EXECUTIONS=1000000 SEED=1 (minutes)"
+	@echo "make mutation  whether the tests notice that the code is another: MUTANTS='faletl.pages*' (hours)"
 	@echo "make airflow-e2e  all of Airflow's processes: schedule, backfill, a killed worker (10 minutes an executor)"
 	@echo "make chaos   10 million charges through faults, kills and full disks; on both warehouses (hours)"
 	@echo "make soak    long invented stories of an account, its faults and its runs (an hour)"
@@ -65,6 +67,20 @@ chaos: setup
 soak: setup
 	STORIES=100x30 $(BIN)/python -m pytest tests/property/test_story.py -s
 
+EXECUTIONS ?= 1000000
+SEED ?= 1
+
+fuzz: setup
+	$(BIN)/python -m tests.fuzz --executions $(EXECUTIONS) --seed $(SEED)
+
+# A mutant is a small change to a function; one that no test fails of has survived.
+MUTANTS ?=
+
+mutation: setup
+	@test -x $(BIN)/mutmut || { echo "mutmut is not locked with the rest: $(BIN)/pip install mutmut==3.8.1"; exit 1; }
+	$(BIN)/mutmut run --max-children 1 $(MUTANTS)
+	$(BIN)/mutmut results
+
 docs: setup
 	$(BIN)/python -m docs
 
@@ -83,4 +99,4 @@ lock:
 		--no-header --upgrade --group dev --extra airflow --extra postgres --extra s3 pyproject.toml -o requirements.lock
 
 clean:
-	rm -rf $(VENV) faletl-demo dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) faletl-demo dist mutants .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import msgspec
 
 from faletl.errors import ContractError
+from faletl.pages import UNREADABLE
 from faletl.resources import Column, Kind
 
 Tree: TypeAlias = "dict[str, Column | Tree | None]"
@@ -64,7 +65,7 @@ class Contract:
             page = _page(self.rows_path, self.columns, self.known.union(self.new)).decode(body)
         except msgspec.ValidationError:
             return self._look_closer(body)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        except UNREADABLE as error:
             raise _unreadable(error) from None
         rows = list(_inner(page, len(self.rows_path)))
         self._rows += len(rows)
@@ -117,6 +118,8 @@ class Contract:
             fields = _OBJECT.decode(record)
         except msgspec.ValidationError:
             return  # no object: that is another breach
+        except UNREADABLE as error:
+            raise _unreadable(error) from None
         for name, value in fields.items():
             node = tree.get(name, ...)
             if node is ...:
@@ -156,7 +159,7 @@ def records_of(body: bytes, rows_path: tuple[str, ...]) -> list[bytes]:
 def _decoded(decoder: msgspec.json.Decoder[Any], text: bytes) -> Any:
     try:
         return decoder.decode(text)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise _unreadable(error) from None
 
 
@@ -309,7 +312,7 @@ def _reason(decoder: msgspec.json.Decoder[Any], text: bytes) -> tuple[str, Steps
         decoder.decode(text)
     except msgspec.ValidationError as error:
         message = str(error)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise _unreadable(error) from None
     else:
         return None

@@ -15,7 +15,7 @@ from faletl.client import FalClient, MalformedBodyError
 from faletl.config import Settings
 from faletl.errors import ContractError, KeyRefusedError, NotFoundError, UsageError
 from faletl.money import EXACT_TEXT, exact_text, plain
-from faletl.pages import as_json
+from faletl.pages import UNREADABLE, as_json
 from faletl.plan import account_label
 from faletl.warehouse import open_warehouse
 
@@ -150,11 +150,11 @@ def _read(body: bytes, kind: str) -> tuple[Decimal, str]:
         answer = msgspec.json.decode(as_json(body), type=_Answer)
     except msgspec.ValidationError as error:
         raise ContractError(f"fal's estimate is not what was asked for: {error}") from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise MalformedBodyError(f"the answer is no whole JSON document ({error})") from None
     if answer.estimate_type != kind:
         raise ContractError(f"fal made another estimate than {kind}, which was asked for")
-    written, _ = exact_text(bytes(answer.total_cost).decode())
+    written, _ = exact_text(bytes(answer.total_cost).decode("utf-8", "replace"))
     if not re.fullmatch(EXACT_TEXT, written, re.ASCII):
         raise ContractError("fal's estimate is no amount that can be held exactly")
     return Decimal(written), answer.currency

@@ -23,7 +23,7 @@ from faletl.errors import (
     NotFoundError,
 )
 from faletl.landing import Attempt, Call, Landed, Manifest
-from faletl.pages import as_json, read_envelope, walk
+from faletl.pages import UNREADABLE, as_json, read_envelope, walk
 from faletl.places import storage_error
 from faletl.resources import MODELS, Question, Resource
 from faletl.windows import Window, instant
@@ -326,7 +326,7 @@ def first_endpoint(body: bytes) -> list[str]:
     """The id of the first endpoint on a page of the catalogue, where it has one."""
     try:
         page = msgspec.json.decode(as_json(body), type=_Catalogue)
-    except msgspec.MsgspecError:  # what a record must hold is for staging to judge
+    except UNREADABLE:  # what a record must hold is for staging to judge
         return []
     return [model.endpoint_id for model in page.models[:1]]
 

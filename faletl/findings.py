@@ -16,6 +16,7 @@ import sqlalchemy as sa
 
 from faletl.config import Settings
 from faletl.landing import Landed, Manifest, relative_path
+from faletl.pages import UNREADABLE
 from faletl.warehouse import Lease
 from faletl.warehouse.tables import CONTRACT_DRIFT, LOADS, QUARANTINE, VALIDATIONS
 from faletl.windows import Window
@@ -42,7 +43,7 @@ class SetAside:
         """From the record's bytes; they are JSON, but may be anything else than a record."""
         try:
             endpoint_id = msgspec.json.decode(record, type=_WithEndpoint).endpoint_id
-        except msgspec.MsgspecError:
+        except UNREADABLE:
             endpoint_id = None
         return cls(page, row, reason, record.decode("utf-8", "replace")[:_LONGEST], endpoint_id)
 

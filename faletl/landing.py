@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import filelock
 import msgspec
@@ -30,7 +30,7 @@ import zstandard
 from faletl.client import Params
 from faletl.config import REDACTED, Settings
 from faletl.errors import StorageError, TamperedError, UsageError
-from faletl.pages import Page
+from faletl.pages import UNREADABLE, Page
 from faletl.places import Disk, at, place, reach, storage_error, write_durably
 from faletl.resources import RESOURCES
 from faletl.windows import Window
@@ -42,7 +42,11 @@ _LOCK = ".reading"
 _DISCARDED = "discarded"
 _PAGE = ".json.zst"
 _STAMP = "%Y%m%dT%H%M%S%fZ"
-_LOAD_ID = re.compile(r"(?P<read>\d{8}T\d{12}Z-[0-9a-f]{6})(-[0-9a-f]{6})?")
+_LOAD_ID = re.compile(r"(?P<read>\d{8}T\d{12}Z-[0-9a-f]{6})(-[0-9a-f]{6})?", re.ASCII)
+_PAGE_FILE = re.compile(r"[a-z0-9-]{1,100}" + re.escape(_PAGE))
+
+Instant = Annotated[datetime, msgspec.Meta(tz=True)]
+"""One that can be compared with others."""
 
 
 class LandedPage(msgspec.Struct, frozen=True):
@@ -53,6 +57,10 @@ class LandedPage(msgspec.Struct, frozen=True):
     bytes: int
     sha256: str
     request_id: str | None = None
+
+    def __post_init__(self) -> None:
+        if not _PAGE_FILE.fullmatch(self.file):
+            raise ValueError("a page has another name")
 
 
 class Call(msgspec.Struct, frozen=True):
@@ -82,8 +90,8 @@ class Manifest(msgspec.Struct, frozen=True):
     resource: str
     window_start: datetime
     window_end: datetime
-    started_at: datetime
-    finished_at: datetime
+    started_at: Instant
+    finished_at: Instant
     planned_from: date
     fencing_token: int
     calls: list[Call]
@@ -92,6 +100,11 @@ class Manifest(msgspec.Struct, frozen=True):
     redacted_pages: int = 0
     faletl_version: str = ""
     format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        _ = self.window  # raises ValueError for one that cannot be
+        if not _LOAD_ID.fullmatch(self.load_id):
+            raise ValueError("a read has another id")
 
     @property
     def window(self) -> Window:
@@ -121,7 +134,7 @@ class Receipt(msgspec.Struct, frozen=True, order=True):
     """That a read was loaded: under which token, when, and whether its rows were news or known."""
 
     fencing_token: int
-    loaded_at: datetime
+    loaded_at: Instant
     outcome: Literal["loaded", "unchanged"]
 
 
@@ -138,10 +151,10 @@ class Landed(msgspec.Struct, frozen=True):
             TamperedError: the file is gone, or is not the one that was landed.
             StorageError: the object store does not answer.
         """
-        path = self.folder / Path(page.file).name
+        path = self.folder / page.file
         try:
             content = at(path).read(path)
-        except (FileNotFoundError, ValueError):
+        except FileNotFoundError:
             content = b""
         if hashlib.sha256(content).hexdigest() != page.sha256:
             raise TamperedError(
@@ -176,7 +189,7 @@ class Attempt:
             try:
                 content = at(source).read(source / name)
                 body = zstandard.ZstdDecompressor().decompress(content)
-            except (FileNotFoundError, zstandard.ZstdError):
+            except (FileNotFoundError, zstandard.ZstdError, MemoryError):  # a size that cannot be
                 return  # ask fal from here on
             if source != self.folder:
                 write_durably(self.folder / name, content)
@@ -434,7 +447,7 @@ def receipt_of(folder: Path) -> Receipt | None:
     """The receipt for a read that was loaded; None without a (readable) one."""
     try:
         return msgspec.json.decode(at(folder).read(folder / RECEIPT), type=Receipt)
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, *UNREADABLE):
         return None
 
 
@@ -464,8 +477,7 @@ def open_read(folder: Path) -> Landed:
     path = folder / MANIFEST
     try:
         manifest = msgspec.json.decode(at(path).read(path), type=Manifest)
-        _ = manifest.window  # raises ValueError for one that cannot be
-    except (OSError, ValueError, msgspec.MsgspecError) as error:
+    except (OSError, *UNREADABLE) as error:
         raise TamperedError(f"{path} cannot be read: {error}") from None
     if manifest.format > FORMAT or manifest.resource not in RESOURCES:
         raise UsageError(f"{path} was landed by faletl {manifest.faletl_version}; upgrade faletl")

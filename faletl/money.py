@@ -47,7 +47,7 @@ def exact_text(number: str) -> tuple[str, bool]:
     if is_rounded and abs(rounded - value) >= last_sure_digit:
         return number, False
     plain = f"{rounded:f}".rstrip("0").rstrip(".")
-    plain = "0" if plain in ("-0", "") else plain
+    plain = "0" if plain == "-0" else plain
     return (plain, is_rounded) if _exact.fullmatch(plain) else (number, False)
 
 

@@ -20,7 +20,11 @@ MAX_PAGES = 100_000
 
 _NUL = re.compile(rb"(?<!\\)(\\\\)*\\u0000")  # not an escaped backslash before u0000
 _BOM = b"\xef\xbb\xbf"
-_TEXT_OR_NO_NUMBER = re.compile(rb'"(?:[^"\\]|\\.)*+"|-?(?:NaN|Infinity)', re.DOTALL)
+# A text without an end goes on to that of the body: to try again at each mark in it would take forever.
+_TEXT_OR_NO_NUMBER = re.compile(rb'"(?:[^"\\]|\\.)*+"?|-?(?:NaN|Infinity)', re.DOTALL)
+
+UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for bytes that are not what they should be: even far from JSON, or too deep."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +49,7 @@ def read_envelope(body: bytes, rows_path: tuple[str, ...]) -> tuple[int, str | N
         envelope = _envelope(rows_path).decode(as_json(body))
     except msgspec.ValidationError as error:
         raise ContractError(f"fal's answer is not what was asked for: {error}") from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise MalformedBodyError(f"the answer is no whole JSON document ({error})") from None
     if b"\\u0000" in body and _NUL.search(body):
         raise ContractError("fal's answer holds a NUL character")

@@ -24,6 +24,7 @@ from faletl.errors import FaletlError, KeyRefusedError, TamperedError
 from faletl.extract import Origin, ask_ahead
 from faletl.landing import Landed
 from faletl.load import horizons
+from faletl.pages import UNREADABLE
 from faletl.pipeline import (
     Report,
     fencing_token,
@@ -173,7 +174,7 @@ def read_plan(path: str) -> Plan:
     try:
         file = place(path)
         return msgspec.json.decode(at(file).read(file), type=Plan)
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, *UNREADABLE) as error:
         raise TamperedError(
             f"the plan {path} cannot be read ({error}); every worker must see the same FALETL_LANDING"
         ) from None

@@ -15,6 +15,7 @@ from faletl.client import FalClient, MalformedBodyError
 from faletl.config import Settings
 from faletl.errors import ContractError, KeyRefusedError, UsageError
 from faletl.load import SEEN_WITHIN, KnownIds, horizons, known_ids, pages_per_window, reads_by_day
+from faletl.pages import UNREADABLE, as_json
 from faletl.resources import RESOURCES, Resource
 from faletl.windows import Read, Window, asks_whole_catalogue, due_days, utc_days
 
@@ -117,16 +118,16 @@ def read_username(body: bytes) -> str:
         ContractError, MalformedBodyError: there is none.
     """
     try:
-        username = msgspec.json.decode(body, type=dict[str, msgspec.Raw])["username"]
+        username = msgspec.json.decode(as_json(body), type=dict[str, msgspec.Raw])["username"]
         label = msgspec.json.decode(username, type=str)
     except msgspec.ValidationError as error:
         raise ContractError(f"fal's account has no proper name: {error}") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise MalformedBodyError(str(error)) from None
     except KeyError:
         raise ContractError("fal's account has no username; set FALETL_ACCOUNT") from None
-    if not label.strip():
-        raise ContractError("fal's account has an empty username; set FALETL_ACCOUNT")
+    if not label.strip() or not label.isprintable():
+        raise ContractError("fal's account has no printable username; set FALETL_ACCOUNT")
     return label
 
 

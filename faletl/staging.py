@@ -34,7 +34,7 @@ from faletl.errors import (
 from faletl.findings import Drift, Findings, SetAside
 from faletl.landing import Landed
 from faletl.money import DECIMAL_TYPE, DOUBLE_DIGITS, HALF_NANO, SCALE, exact_text, plain
-from faletl.pages import as_json
+from faletl.pages import UNREADABLE, as_json
 from faletl.resources import RESOURCES, WHOLE_SINCE, Column, Kind, Proof, Resource
 from faletl.windows import Window, instant
 
@@ -464,9 +464,10 @@ def _records(
 
     try:
         document = msgspec.json.Decoder(float_hook=exact).decode(body)
-        if body.count(b'"') != msgspec.json.encode(document).count(b'"') - 2 * texts:
+        marks = msgspec.json.encode(document).count(b'"') - 2 * texts
+        if body.count(b'"') != marks or b"\\u0022" in body:
             json.loads(body, object_pairs_hook=_refuse_twice)
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+    except (*UNREADABLE, ValueError) as error:
         raise ContractError(f"fal's answer cannot be read: {error}") from None
     levels = [{"": [document]}]
     for step in ("", *rows_path[:-1]):
@@ -495,7 +496,8 @@ def _levels(rows_path: tuple[str, ...], outer: tuple[str, ...]) -> msgspec.json.
     """A decoder of what is around the records; these, and what stands beside them, stay bytes."""
     inner: Any = msgspec.Raw
     for depth, step in enumerate(reversed(rows_path)):
-        fields = [("rows", list[inner]), *((name, msgspec.Raw) for name in outer if not depth)]
+        fields: list[tuple[str, Any] | tuple[str, Any, Any]] = [("rows", list[inner])]
+        fields += [(name, msgspec.Raw, msgspec.Raw(b"null")) for name in outer if not depth]
         inner = msgspec.defstruct("Level", fields, rename={"rows": step})
     return msgspec.json.Decoder(inner)
 

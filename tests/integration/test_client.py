@@ -23,6 +23,7 @@ from typing import Self
 from urllib.parse import quote
 
 import pytest
+import tenacity
 import trustme
 
 from faletl import client as client_module
@@ -253,6 +254,7 @@ def test_a_connection_that_always_breaks_is_given_up_as_unavailable(speak: Speak
             ask(server.url)
         assert len(server.heads) == client_module.TRIES
     assert (caught.value.exit_code, caught.value.is_retryable) == (1, True)
+    assert caught.value.facts["cause"] == "connection"
 
 
 @pytest.mark.parametrize("speak", UNREADABLE)
@@ -407,6 +409,18 @@ def test_a_client_has_the_patience_that_it_is_given() -> None:
     assert caught.value.facts["cause"] == "timeout"
 
 
+@pytest.mark.parametrize(("attempt", "longest"), [(1, 1), (2, 2), (5, 16), (6, 20), (9, 20)])
+def test_waits_of_our_own_grow_and_differ(
+    attempt: int, longest: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "BACKOFF_SECONDS", 20)
+    state = tenacity.RetryCallState(tenacity.Retrying(), None, (), {})
+    state.attempt_number = attempt
+    waits = [client_module._wait(state) for _ in range(500)]
+    assert longest / 4 <= min(waits) < longest / 2
+    assert longest * 3 / 4 < max(waits) <= longest
+
+
 # --- Retry-After ----------------------------------------------------------------------------------
 
 
@@ -441,6 +455,8 @@ def test_no_thread_asks_earlier_than_fal_said(
             assert future.result(LONG)[1] == 1
     assert len(times) == 5
     assert min(times[1:]) - times[0] >= seconds
+    assert "/models: fal answered 429 to /models: " in caplog.text
+    assert f"; trying again in {seconds}.0 s (try 1 of {client_module.TRIES})" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -784,6 +800,19 @@ def test_a_silent_server_is_given_up(speak: Speak, monkeypatch: pytest.MonkeyPat
             ask(server.url)
         assert time.monotonic() - begun < LONG
         assert len(server.heads) == 2
+
+
+def test_a_server_that_is_silent_before_the_connection_is_secured_is_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(client_module, "CONNECT_SECONDS", 0.1)
+    monkeypatch.setattr(client_module, "TRIES", 2)
+    with RawServer(hang) as server:
+        begun = time.monotonic()
+        with pytest.raises(ApiUnavailableError) as caught:
+            ask(f"https://{server.address}/v1")
+        assert time.monotonic() - begun < LONG
+    assert caught.value.facts["cause"] == "timeout"
 
 
 def test_a_deadline_is_that_of_one_try_and_not_of_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,7 +147,7 @@ def broken(resource: Resource) -> Iterator[tuple[str, Any]]:
             continue  # fal does not send it
         wrong = WRONG[column.kind]
         if column.required and not column.fallback:
-            wrong = [*wrong, None]
+            wrong = [*wrong, None, ...]  # left out
         for value in wrong:
             document = first(resource)
             level = document if column.is_outer else next(records(document, resource.rows_path))
@@ -156,6 +156,8 @@ def broken(resource: Resource) -> Iterator[tuple[str, Any]]:
             for step in column.steps[:-1]:
                 level = level[step]
             level[column.steps[-1]] = value
+            if value is ...:
+                del level[column.steps[-1]]
             yield f"{column.name}={value!r}", document
 
 

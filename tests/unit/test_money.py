@@ -161,6 +161,7 @@ def test_noise_in_the_middle_goes_to_the_even_digit(text: str, held: str) -> Non
 
 @unhurried
 @given(st.integers(1, 10**15 - 1), st.integers(SCALE + 1, 60))
+@example(123456789012341, 13)
 def test_more_than_twelve_decimals_that_are_meant_are_given_back(digits: int, decimals: int) -> None:
     digits += digits % 10 == 0  # the last decimal is none that could be dropped
     with localcontext(prec=200):
@@ -181,6 +182,7 @@ def test_more_than_twelve_decimals_that_are_meant_are_given_back(digits: int, de
         "-0.30000000000000004",
         "1" + "0" * 26,
         "1e26",
+        "12.34567890123415",  # off by more than the fifteenth digit, if only by half of one more
         "99999999999999999999999999.9999999999999",  # would round up to one digit too many
         "7" * 600,
         "NaN",

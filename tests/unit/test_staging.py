@@ -68,6 +68,7 @@ def test_a_number_is_kept_as_it_was_written_or_refused(token: str) -> None:
         (b'"quantity": 2,', b'"quantity": 2, "quantity": 3,'),
         (b'"quantity": 2,', b'"quantity" : 2, "quantity":3,'),
         (b'"quantity": 2,', b'"quantity": 2, "quantit\\u0079": 3,'),
+        (b'"quantity": 2,', b'"quantity": 2, "quantity": 3, "unknown too": "\\u0022\\u0022",'),
         (b'{"billing_events"', b'{"billing_events" :\n [], "billing_events"'),
         (b'{"billing_events"', b'{"billing_event\\u0073": [], "billing_events"'),
     ],
