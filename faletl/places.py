@@ -150,7 +150,7 @@ class Disk:
     @staticmethod
     def lock(path: Path, timeout: float = -1) -> AbstractContextManager[object]:
         """Hold that lock file, when it is free; raises filelock.Timeout."""
-        return filelock.FileLock(path, timeout=timeout, thread_local=False)
+        return filelock.FileLock(path, timeout=timeout, mode=0o600, thread_local=False)
 
 
 class Store:
