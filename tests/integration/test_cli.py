@@ -174,9 +174,12 @@ def test_sql_can_only_read_what_is_published(
             print_query(readable, query.format(published=shown), form)
         assert (sorted(shown.parent.rglob("*")), shown.read_bytes()) == before, query
     assert {path.name for path in tmp_path.rglob("*")} == {"host.csv"}
-    for query in ("from reports.rpt_spend_daily", "with spent as (select 1 as a) from spent -- all"):
+    for query in ("from reports.rpt_spend_daily", "with spent as (select 1 as a) from spent -- x"):
         print_query(readable, query, form)
-    for query in ("pivot reports.rpt_spend_daily on unit using sum(cost_total)", "describe marts.dim_date"):
+    for query in (
+        "pivot reports.rpt_spend_daily on unit using sum(cost_total)",
+        "describe marts.dim_date",
+    ):
         print_query(readable, query, "csv")
     assert capfdbinary.readouterr().out
     assert faletl("sql", NO_SELECTS[0], settings=readable).returncode == 2
