@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, date, datetime
 from pathlib import Path
+from resource import RLIMIT_CORE, getrlimit, setrlimit
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
@@ -465,6 +466,8 @@ def main() -> NoReturn:
     """Run the command line; always ends the process with a designed exit code."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _on_signal)
+    # A crash of a library must not leave the memory, and so the key, in a file.
+    setrlimit(RLIMIT_CORE, (0, getrlimit(RLIMIT_CORE)[1]))
     code = _run()
     if _signals:
         _say("interrupted; what was loaded stays, the same command goes on from here")

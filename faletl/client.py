@@ -16,6 +16,7 @@ import socket
 import ssl
 import threading
 import time
+import traceback
 import weakref
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -55,6 +56,9 @@ RETRY_AFTER_SECONDS = 120  # the longest wait that fal may ask for; beyond it th
 CLOCK_SKEW_SECONDS = 300.0
 QUOTED_CHARACTERS = 300
 
+_CHATTY = ("httpx", "httpcore.connection", "httpcore.http11", "httpcore.proxy")
+"""Loggers that tell all headers of an answer, in which fal may echo the key."""
+
 
 @dataclass(frozen=True, slots=True)
 class Patience:
@@ -67,7 +71,7 @@ class Patience:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A complete, decoded body that fal sent with status 200."""
+    """A complete, decoded body that fal sent with status 200, without the key should fal echo it."""
 
     body: bytes
     request_id: str | None
@@ -120,12 +124,16 @@ class FalClient:
             trust_env=False,
             timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
         )
+        for name in _CHATTY:
+            logging.getLogger(name).addFilter(self._hide)
 
     def __enter__(self) -> FalClient:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._http.close()
+        for name in _CHATTY:
+            logging.getLogger(name).removeFilter(self._hide)
 
     def stop(self) -> None:
         """End every request under way, from another thread, now; none can begin any more."""
@@ -161,16 +169,12 @@ class FalClient:
     def _once(self, question: _Question, read: Callable[[bytes], T]) -> tuple[Answer, T]:
         self._sleep(self._rate.reserve())
         self._sleep(self._rate.held())  # another thread may have been told to wait meanwhile
-        key = self._settings.key_for(metrics=question.metrics)
-        headers = {"authorization": f"Key {key}"} if key else {}
-        if question.body is not None:
-            headers["content-type"] = "application/json"
         request = self._http.build_request(
             question.method,
             self._settings.api_url + question.path,
             params=[(name, v) for name, values in question.params.items() for v in _each(values)],
             content=question.body,
-            headers=headers,
+            headers=self._headers(question),
         )
         request_id: str | None = None
         seconds = self._patience.deadline_seconds
@@ -179,7 +183,7 @@ class FalClient:
             response = self._http.send(request, stream=True)
             request_id = self._request_id(response)
             try:
-                body = self._body(response)
+                body = self._settings.redact_bytes(self._body(response))
             finally:
                 response.close()
         except ContractError as error:
@@ -188,6 +192,8 @@ class FalClient:
             if self._stop.is_set():
                 raise StoppedError from None
             reason = self._settings.redact(str(error)) or type(error).__name__
+            for one in _chain(error):  # their frames hold the request as it was sent
+                traceback.clear_frames(one.__traceback__)
             raise ApiUnavailableError(
                 f"fal could not be reached ({reason}); try again later",
                 request_id=request_id,
@@ -208,6 +214,14 @@ class FalClient:
             ) from None
         except ContractError as error:
             raise error.at(request_id=request_id) from None
+
+    def _headers(self, question: _Question) -> dict[str, str]:
+        """Made where they are sent: a variable with the key would show in tracebacks with locals."""
+        key = self._settings.key_for(metrics=question.metrics)
+        headers = {"authorization": f"Key {key}"} if key else {}
+        if question.body is not None:
+            headers["content-type"] = "application/json"
+        return headers
 
     def _body(self, response: httpx.Response) -> bytes:
         """The decoded body; its size is capped while it is read, a cut gzip stream is an error."""
@@ -265,7 +279,7 @@ class FalClient:
 
     def _quote(self, body: bytes) -> str:
         """What fal said, short, on one line, printable, without the key."""
-        text = self._settings.redact_bytes(body)[:10_000].decode("utf-8", "replace")
+        text = body[:10_000].decode("utf-8", "replace")
         try:
             text = str(json.loads(text)["error"]["message"])
         except (ValueError, KeyError, TypeError, RecursionError):
@@ -277,6 +291,10 @@ class FalClient:
         headers = response.headers
         found = headers.get("x-fal-request-id") or headers.get("x-request-id")
         return ascii(self._settings.redact(found))[1:-1][:100] if found else None
+
+    def _hide(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = self._settings.redact(record.getMessage()), ()
+        return True
 
     def _sleep(self, seconds: float) -> None:
         if self._stop.wait(seconds) if seconds > 0 else self._stop.is_set():
@@ -347,15 +365,21 @@ _CAUSES: tuple[tuple[type[BaseException], str], ...] = (
 
 def _cause(error: BaseException) -> str:
     """One word for why fal could not be reached: those above, or `connection`."""
+    chain = _chain(error)
+    for kind, word in _CAUSES:
+        if any(isinstance(one, kind) for one in chain):
+            return word
+    return "connection"
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """The error and those that it came from."""
     chain: list[BaseException] = []
     below: BaseException | None = error
     while below is not None and below not in chain:
         chain.append(below)
         below = below.__cause__ or below.__context__
-    for kind, word in _CAUSES:
-        if any(isinstance(one, kind) for one in chain):
-            return word
-    return "connection"
+    return chain
 
 
 def _is_html(body: bytes) -> bool:

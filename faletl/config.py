@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import ipaddress
 import re
+from collections.abc import Iterable
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Self
@@ -17,6 +18,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from faletl.errors import SettingsError
 
 REDACTED = "[key]"
+
+SHORTEST_HALF = 8
+"""A shorter half of a key would redact innocent text; fal's are much longer."""
 
 Threshold = Annotated[Decimal, Field(gt=0, max_digits=26, decimal_places=12)]
 """An amount above zero that a column of amounts holds exactly."""
@@ -177,26 +181,25 @@ class Settings(BaseSettings):
             )
 
     def redact(self, text: str) -> str:
-        """`text` without any form in which a key of ours may have been echoed back."""
-        return self.redact_bytes(text.encode("utf-8", "surrogatepass")).decode("utf-8", "replace")
+        """`text` without any form in which a key of ours, or half of one, may have been echoed."""
+        told = text.encode("utf-8", "surrogatepass")
+        return _without(told, self._forms(with_ids=True)).decode("utf-8", "replace")
 
     def redact_bytes(self, body: bytes) -> bytes:
-        """`body` without any form in which a key of ours may have been echoed back."""
-        for form in self._key_forms():
-            if form in body:
-                body = body.replace(form, REDACTED.encode())
-        return body
+        """The same for an answer of fal, in which the id of a key is data: fal bills by it."""
+        return _without(body, self._forms(with_ids=False))
 
-    def _key_forms(self) -> list[bytes]:
+    def _forms(self, *, with_ids: bool) -> list[bytes]:
         """The keys and their secret halves, plain, percent-encoded and in base64; longest first."""
         forms: set[str] = set()
         for secret in (self.key, self.metrics_key, self.proxy):
             if secret is None:
                 continue
             whole = secret.get_secret_value()
-            # A short secret half would redact innocent text; fal's are much longer.
-            halves = [half for half in whole.split(":", 1) if len(half) >= 8]
-            for text in (whole, *halves):
+            key_id, _, half = whole.partition(":")
+            for text in (whole, half, key_id) if with_ids else (whole, half):
+                if text is not whole and len(text) < SHORTEST_HALF:
+                    continue
                 forms |= {text, quote(text, safe="")}
                 # Inside longer base64 a text shows in one of three alignments; its first and last
                 # characters also depend on the neighbours and are left out.
@@ -204,6 +207,13 @@ class Settings(BaseSettings):
                     coded = base64.b64encode(b"\0" * lead + text.encode()).decode()
                     forms.add(coded[4 if lead else 0 : len(coded) // 4 * 4 - 4])
         return [form.encode() for form in sorted(forms, key=len, reverse=True) if len(form) >= 8]
+
+
+def _without(body: bytes, forms: Iterable[bytes]) -> bytes:
+    for form in forms:
+        if form in body:
+            body = body.replace(form, REDACTED.encode())
+    return body
 
 
 def _variable(field: str) -> str:

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from faletl import answers, pipeline
 from faletl.config import Settings
+from faletl.places import storage_error
 from faletl.plan import Asked
 from faletl.sandbox import FULL_KEY, Sandbox, invented_world
 
@@ -36,7 +37,10 @@ def run(folder: Path, progress: pipeline.Progress) -> tuple[Settings, pipeline.R
     Fal tells no history of its price list. So that there are changes to be seen, it is read twice at
     first: as it was when these months began, and as it is now.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(error, folder) from None
     owners = folder / "owners.csv"
     if not owners.exists():
         owners.write_text(OWNERS, "utf-8")

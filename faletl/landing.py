@@ -168,13 +168,12 @@ class Landed(msgspec.Struct, frozen=True):
 class Attempt:
     """A read of one window under way: lands pages, then seals them with a manifest."""
 
-    def __init__(self, folder: Path, settings: Settings) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.load_id = folder.name
         self.started_at = _started_at(folder.name)
         self.earlier: dict[Path, list[str]] = {}
         """The folders in which pages may have landed before, and what lies in them."""
-        self._settings = settings
         self._redacted = 0
         self._locked = ExitStack()
         self._locked.enter_context(at(folder).lock(folder / _LOCK, timeout=0))
@@ -197,10 +196,9 @@ class Attempt:
             yield body
 
     def land(self, label: str, params: Params, page: Page) -> LandedPage:
-        """Write the page for good, without the key should fal have echoed it; raises StorageError."""
-        body = self._settings.redact_bytes(page.body)
-        self._redacted += body != page.body
-        content = zstandard.ZstdCompressor(level=1, write_checksum=True).compress(body)
+        """Write the page for good; raises StorageError."""
+        self._redacted += REDACTED.encode() in page.body
+        content = zstandard.ZstdCompressor(level=1, write_checksum=True).compress(page.body)
         name = page_name(label, params, page.number)
         write_durably(self.folder / name, content)
         return _described(name, content, page)
@@ -294,7 +292,7 @@ def begin(settings: Settings, account: str, resource: str, window: Window, now: 
         folder = _window_folder(settings, account, resource, window) / load_id
         try:
             at(folder).make(folder)
-            return Attempt(folder, settings)
+            return Attempt(folder)
         except filelock.Timeout:
             continue  # another run took the folder up before we locked it; it may have it
         except OSError as error:
@@ -310,15 +308,15 @@ def resume(
         if _started_at(folder.name) < since:
             return None
         if is_complete(folder):
-            return _once_more(settings, folder)
-        if attempt := _taken_up(settings, folder):
+            return _once_more(folder)
+        if attempt := _taken_up(folder):
             return attempt
         if is_complete(folder):
             return None  # it was finished just now
     return None
 
 
-def _once_more(settings: Settings, folder: Path) -> Attempt | None:
+def _once_more(folder: Path) -> Attempt | None:
     """A new read with the pages of a complete one; None if that was loaded, or refused.
 
     A run that is killed before it could load leaves such reads: their rows need not be asked for
@@ -332,7 +330,7 @@ def _once_more(settings: Settings, folder: Path) -> Attempt | None:
         at(another).make(another)
     except OSError as error:
         raise storage_error(error, another) from None
-    attempt = Attempt(another, settings)
+    attempt = Attempt(another)
     attempt.earlier = earlier
     return attempt
 
@@ -349,7 +347,7 @@ def _beside(folder: Path) -> Path:
     return folder.parent / f"{_read_of(folder.name)}-{secrets.token_hex(3)}"
 
 
-def _taken_up(settings: Settings, folder: Path) -> Attempt | None:
+def _taken_up(folder: Path) -> Attempt | None:
     """The read of that folder, with the pages that landed; None if it is done or somebody works on it.
 
     Where nothing can be locked nobody knows whether somebody does. Then whoever is there is left alone:
@@ -359,11 +357,11 @@ def _taken_up(settings: Settings, folder: Path) -> Attempt | None:
         earlier = _tries(folder)
         if any({MANIFEST, _DISCARDED} & set(names) for names in earlier.values()):
             return None
-        attempt = Attempt(_beside(folder), settings)
+        attempt = Attempt(_beside(folder))
         attempt.earlier = earlier
         return attempt
     try:
-        attempt = Attempt(folder, settings)
+        attempt = Attempt(folder)
     except filelock.Timeout:
         return None
     if is_complete(folder):
@@ -380,7 +378,7 @@ def open_ahead(
     folder = _window_folder(settings, account, resource, window) / load_id
     try:
         at(folder).make(folder)
-        return _taken_up(settings, folder)
+        return _taken_up(folder)
     except OSError as error:
         raise storage_error(error, folder) from None
 
@@ -502,7 +500,7 @@ def interrupted_reads(settings: Settings, before: datetime) -> Iterator[Path]:
         if folder in complete or _started_at(folder.name) >= before - at(folder).grace:
             continue
         try:
-            Attempt(folder, settings).close()
+            Attempt(folder).close()
         except filelock.Timeout:
             continue
         if not is_complete(folder):

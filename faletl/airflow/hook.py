@@ -43,16 +43,7 @@ class FalHook(BaseHook):
         """
         from faletl.config import Settings
 
-        given: dict[str, object] = {}
-        connection = _connection(self.fal_conn_id)
-        if connection is not None:
-            given = _given(connection)
-        elif self.fal_conn_id != DEFAULT_CONNECTION:
-            raise SettingsError(f"there is no connection {self.fal_conn_id!r}; make one of type fal")
-        warehouse = _connection(WAREHOUSE_CONNECTION)
-        if warehouse is not None:
-            given["warehouse"] = _warehouse_url(warehouse)
-        settings = Settings.load(**given)
+        settings = Settings.load(**_given(self.fal_conn_id))
         for key in (settings.key_for(), settings.key_for(metrics=True)):
             # Airflow masks a key as a whole; fal could tell a part of it.
             if key is not None and len(key.partition(":")[2]) >= 8:
@@ -89,21 +80,41 @@ def _connection(conn_id: str) -> Connection | None:
         return None
 
 
-def _given(connection: Connection) -> dict[str, object]:
-    """The settings that the connection names; an empty field names none."""
+def _given(conn_id: str) -> dict[str, object]:
+    """The settings that the connections name; an empty field names none."""
+    given: dict[str, object] = {}
+    connection = _connection(conn_id)
+    if connection is not None:
+        given = _fields(connection)
+    elif conn_id != DEFAULT_CONNECTION:
+        raise SettingsError(f"there is no connection {conn_id!r}; make one of type fal")
+    warehouse = _connection(WAREHOUSE_CONNECTION)
+    if warehouse is not None:
+        given["warehouse"] = _warehouse_url(warehouse)
+    return given
+
+
+def _fields(connection: Connection) -> dict[str, object]:
     extra = connection.extra_dejson
     if connection.conn_type != "fal":
         raise SettingsError(
             f"the connection {connection.conn_id!r} is of type {connection.conn_type!r}, not fal"
         )
     fields = {
-        "key": connection.password,
+        "key": _hidden(connection.password),
         "api_url": connection.host,
-        "metrics_key": extra.get("metrics_api_key"),
+        "metrics_key": _hidden(extra.get("metrics_api_key")),
         "account": extra.get("account"),
         "rate": extra.get("rate"),
     }
     return {name: value for name, value in fields.items() if value not in (None, "")}
+
+
+def _hidden(key: object) -> object:
+    """The key so that no traceback with locals shows it, should a setting be wrong."""
+    from pydantic import SecretStr
+
+    return SecretStr(key) if isinstance(key, str) and key else key
 
 
 def _warehouse_url(connection: Connection) -> str:

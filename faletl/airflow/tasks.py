@@ -153,7 +153,8 @@ def plan(name: str, connection: str) -> list[Piece]:
     with _settings(connection, RESOURCES[name]) as settings:
         form = context["params"]
         run = context["dag_run"]
-        has_form = "resources" in form  # other DAGs may be triggered with parameters of somebody's own
+        # Of the DAG, not of the run: any run may be given parameters of somebody's own, of any content.
+        has_form = "resources" in context["dag"].params
         meant = _meant_by(form, name) if has_form else asked(settings, run, name)
         if meant is None:
             return []

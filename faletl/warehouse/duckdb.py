@@ -112,7 +112,7 @@ class DuckDBWarehouse:
     @contextmanager
     def lease(self, holder: str) -> Iterator[Lease]:
         """Become the only writer; see the protocol."""
-        with self._lock(holder, self._settings.lock_seconds):
+        with self._lock(holder, self._settings.lock_seconds), _private():
             if not self._path.exists():
                 self._create()
             with self._up_to_date() as connection:
@@ -138,12 +138,15 @@ class DuckDBWarehouse:
     def published(self) -> Iterator[sa.Connection | None]:
         """The copy for readers; it can neither be changed nor reach any other file."""
         with self._confined() as connection:
+            if connection is not None:
+                sa.event.listen(connection, "before_cursor_execute", _refuse_all_but_selects)
             yield connection
 
     def export(self, query: str, path: Path) -> bool:
         """Write the rows of a reader's query to a Parquet file; see the protocol."""
         with self._confined(path) as connection:
             if connection is not None:
+                _refuse_all_but_selects(connection, None, query)
                 connection.exec_driver_sql(
                     f"copy (\n{query.rstrip().rstrip(';')}\n) to {_quoted(path)} (format parquet)"
                 )
@@ -155,20 +158,21 @@ class DuckDBWarehouse:
         if not self._published.exists():
             yield None
             return
-        connection = _connect(self._published, self._settings, read_only=True)
-        try:
-            if writable is not None:
-                connection.exec_driver_sql(f"set allowed_paths = [{_quoted(writable)}]")
-            connection.exec_driver_sql("set enable_external_access = false")
-            connection.exec_driver_sql("set lock_configuration = true")
-            yield connection
-        finally:
-            connection.close()
+        with _private():
+            connection = _connect(self._published, self._settings, read_only=True)
+            try:
+                if writable is not None:
+                    connection.exec_driver_sql(f"set allowed_paths = [{_quoted(writable)}]")
+                connection.exec_driver_sql("set enable_external_access = false")
+                connection.exec_driver_sql("set lock_configuration = true")
+                yield connection
+            finally:
+                connection.close()
 
     @contextmanager
     def renewed(self, holder: str, token: int) -> Iterator[Warehouse]:
         """Make a new file beside the old one and rename it over that; see the protocol."""
-        with self._lock(holder, self._settings.lock_seconds):
+        with self._lock(holder, self._settings.lock_seconds), _private():
             token = max(token, self._last_token())
             part = self._path.with_name(f".{self._path.name}.rebuild")
             _discard(part)
@@ -251,7 +255,7 @@ class DuckDBWarehouse:
         connection.close()
         part = self._published.with_name(f".{self._published.name}.part")
         try:
-            self._published.parent.mkdir(parents=True, exist_ok=True)
+            _make_readable(self._published.parent)
             part.unlink(missing_ok=True)
             shutil.copyfile(self._path, part)
             part.chmod(0o440)
@@ -446,6 +450,39 @@ def _opening_error(path: Path, error: Exception) -> WarehouseError | TamperedErr
         f"{path} cannot be opened as a DuckDB warehouse ({said}); restore it, or let "
         "faletl rebuild make it anew from the landed pages"
     )
+
+
+def _refuse_all_but_selects(connection: sa.Connection, _cursor: object, query: str, *_: object) -> None:
+    """Raises UsageError for whatever is no query.
+
+    A read-only connection without access to files may still write to the database's own: by `copy`.
+    """
+    duck: duckdb.DuckDBPyConnection = connection.connection.driver_connection  # type: ignore[assignment]
+    try:
+        kinds = {statement.type for statement in duck.extract_statements(query)}
+    except duckdb.Error as error:
+        raise UsageError(f"the query was refused: {str(error).splitlines()[0]}") from None
+    # `pivot` is a select of what it creates; nothing can be created in a file that is open for reading.
+    if not kinds <= {duckdb.StatementType.SELECT, duckdb.StatementType.CREATE}:
+        raise UsageError("the query was refused: it is not a select")
+
+
+@contextmanager
+def _private() -> Iterator[None]:
+    """What DuckDB makes meanwhile beside its file (.wal, spilled rows) is for this user only."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def _make_readable(folder: Path) -> None:
+    """Make the folder, and those above it, so that readers get to what they may read in it."""
+    if not folder.exists():
+        _make_readable(folder.parent)
+        folder.mkdir(exist_ok=True)
+        folder.chmod(0o755)
 
 
 def _discard(path: Path) -> None:

@@ -85,7 +85,7 @@ def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with filelock.FileLock(f"{shared}.lock"):
         if not (shared / "airflow.db").exists():
             shared.mkdir(exist_ok=True)
-            done = Airflow(shared, _environment(shared)).python("-m", "airflow", "db", "migrate")
+            done = Airflow(shared, environment(shared)).python("-m", "airflow", "db", "migrate")
             assert done.returncode == 0, done.stderr
     return shared / "airflow.db"
 
@@ -94,7 +94,7 @@ def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def airflow(migrated: Path, tmp_path: Path) -> Airflow:
     """An Airflow that nothing ran in yet."""
     shutil.copyfile(migrated, tmp_path / "airflow.db")
-    return Airflow(tmp_path, _environment(tmp_path))
+    return Airflow(tmp_path, environment(tmp_path))
 
 
 @pytest.fixture(scope="session")
@@ -104,7 +104,8 @@ def invented() -> Iterator[Sandbox]:
         yield server
 
 
-def _environment(home: Path) -> dict[str, str]:
+def environment(home: Path) -> dict[str, str]:
+    """What its processes get."""
     return {
         "AIRFLOW_HOME": str(home),
         "AIRFLOW__CORE__DAGS_FOLDER": str(DAGS),

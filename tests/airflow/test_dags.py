@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.airflow.conftest import DAGS, Airflow
+from tests.airflow.conftest import DAGS, Airflow, environment
 
 HEAVY = {"great_expectations", "pandas", "duckdb", "httpx", "pyarrow", "msgspec", "pydantic_settings"}
 
@@ -17,6 +19,15 @@ from pathlib import Path
 from airflow.configuration import conf
 from airflow.dag_processing.dagbag import BundleDagBag
 from airflow.serialization.serialized_objects import DagSerialization
+from airflow.sdk.exceptions import ParamValidationError
+
+def is_refused(dag, payload):  # as Airflow's server does, for its form, its API and its command line
+    try:
+        DagSerialization.from_dict(DagSerialization.to_dict(dag)).params.deep_merge(payload).validate()
+    except ParamValidationError:
+        return True
+    return False
+
 folder = Path(conf.get("core", "dags_folder"))
 bag = BundleDagBag(dag_folder=folder, bundle_path=folder, bundle_name="dags-folder")
 assert not bag.import_errors, bag.import_errors
@@ -31,14 +42,42 @@ print(json.dumps({name: {
         "outlets": [outlet.uri for outlet in task.outlets or []],
         "notifies": bool(task.on_failure_callback),
     } for task in dag.tasks},
+    "refused": [conf for conf in json.loads(sys.argv[1]) if is_refused(dag, conf)],
 } for name, dag in bag.dags.items()}))
 """
 
+PAYLOADS: list[dict[str, Any]] = [
+    {"start": "{{ conn.fal_default.password }}"},
+    {"start": "{% include '/etc/passwd' %}"},
+    {"start": "../../etc/passwd"},
+    {"start": "2026-11-01' or 1=1; drop table raw.usage; --"},
+    {"start": "2026-11-01\n2026-11-02"},
+    {"start": "2026-11-31"},
+    {"start": "$(id)"},
+    {"start": ""},
+    {"start": 20261101},
+    {"end": "{{ 1 }}"},
+    {"end": "2026-11-01/.."},
+    {"end": ["2026-11-01"]},
+    {"resources": "usage"},
+    {"resources": ["usage", "{{ 1 }}"]},
+    {"resources": ["../landing"]},
+    {"resources": ["usage; drop table raw.usage"]},
+    {"resources": [None]},
+    {"resources": {}},
+    {"dry_run": "{{ 1 }}"},
+    {"dry_run": "false"},
+    {"dry_run": 0},
+    {"dry_run": None},
+]
 
-@pytest.fixture
-def dags(airflow: Airflow) -> dict[str, Any]:
-    """What stands in the folder."""
-    done = airflow.python("-c", DESCRIBE)
+
+@pytest.fixture(scope="module")
+def dags(migrated: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What stands in the folder, and which payloads each DAG refuses when a run is made."""
+    home = tmp_path_factory.mktemp("airflow")
+    shutil.copyfile(migrated, home / "airflow.db")
+    done = Airflow(home, environment(home)).python("-c", DESCRIBE, json.dumps(PAYLOADS))
     assert done.returncode == 0, done.stderr
     described: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return described
@@ -65,6 +104,11 @@ def test_the_dags_are_as_a_data_engineer_would_have_them(dags: dict[str, Any]) -
     assert dags["fal_analytics"]["timetable"] == "AssetOrTimeSchedule"
     assert dags["fal_deadline"]["deadline"]
     assert set(dags["fal_backfill"]["params"]) == {"start", "end", "resources", "dry_run"}
+
+
+def test_a_form_takes_dates_and_names_of_resources_and_nothing_else(dags: dict[str, Any]) -> None:
+    assert dags["fal_backfill"]["refused"] == PAYLOADS
+    assert set(dags["fal_usage"]["params"]) == set()  # whatever a run of it is given, means nothing
 
 
 def test_extraction_is_mapped_and_each_raw_table_is_an_asset(dags: dict[str, Any]) -> None:

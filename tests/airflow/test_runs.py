@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections import Counter
 from datetime import UTC, date, datetime, timedelta
@@ -18,10 +17,12 @@ from faletl.plan import Asked
 from faletl.sandbox import FULL_KEY, Fault, Request, Sandbox, invented_world
 from tests.airflow.conftest import Airflow
 from tests.conftest import settings_for
+from tests.leaks import everything_in, leaks
 
 TODAY = datetime.now(UTC).date()
 LINE = ("fal_prices", "fal_usage", "fal_analytics", "fal_spend", "fal_deadline")
-SECRET = "canary-secret-0123456789"  # noqa: S105
+KEY = "canary-kid-7c1d:canary-secret-0123456789"
+METRICS_KEY = "another-kid-e8f2:another-secret-9876543210"
 
 CLOSED = {
     "raw.usage": "bucket",
@@ -153,13 +154,17 @@ def test_a_window_that_fails_stops_no_other_and_fails_the_run(airflow: Airflow) 
     assert windows.fetchone() == (2,)
 
 
+NO_FORM = {"resources": ["../../etc"], "start": "{{ conn.fal_default.password }}", "dry_run": True}
+"""What somebody may give to a DAG without a form: it means nothing there."""
+
+
 def test_prices_are_read_though_the_catalogue_fails_and_the_run_says_so(airflow: Airflow) -> None:
     def fault(request: Request) -> Fault | None:
         return Fault(status=400) if request.path == "/models" else None
 
     with Sandbox(invented_world(7), fault=fault) as server:
         airflow.connect(server.url)
-        _, run = airflow.test("fal_usage", {"dag_id": "fal_prices", "conf": {"why": "a test"}})
+        _, run = airflow.test("fal_usage", {"dag_id": "fal_prices", "conf": NO_FORM})
 
     assert run["state"] == "failed"
     assert run["tasks"]["models.all_loaded"] == "upstream_failed"
@@ -202,15 +207,17 @@ def test_a_key_without_analytics_leaves_them_out_with_a_sentence(airflow: Airflo
 def test_no_part_of_a_key_is_left_anywhere_whether_fal_takes_it_or_not(
     airflow: Airflow, is_taken: bool
 ) -> None:
-    keys = {f"id:{SECRET}" if is_taken else FULL_KEY: "FULL"}
+    keys = {KEY if is_taken else FULL_KEY: "FULL"}
 
     def echo(request: Request) -> Fault | None:
-        # A fal that tells the key in its errors.
+        # A fal that tells the key in its errors, or half of it in a header.
         is_it = request.path == "/models/billing-events"
-        return Fault(status=400, body=f"bad key {SECRET}".encode()) if is_it else None
+        if is_it:
+            return Fault(status=400, body=f"bad key {KEY.split(':')[1]}, Key {KEY}".encode())
+        return Fault(headers={"x-fal-request-id": KEY.split(":")[1]})
 
     with Sandbox(invented_world(7), keys=keys, fault=echo) as server:
-        airflow.connect(server.url, f"id:{SECRET}", metrics_api_key=f"other:{SECRET}")
+        airflow.connect(server.url, KEY, metrics_api_key=METRICS_KEY)
         (run,) = airflow.test("fal_usage")
 
     assert run["state"] == "failed"
@@ -219,11 +226,9 @@ def test_no_part_of_a_key_is_left_anywhere_whether_fal_takes_it_or_not(
         assert sentence in run["log"]
         assert run["tasks"]["usage.plan"] == "failed"
     assert airflow.rows("select max(try_number) from task_instance") == [(1,)]
-    forms = [SECRET.encode(), base64.b64encode(SECRET.encode())]
-    written = [path.read_bytes() for path in airflow.home.rglob("*") if path.is_file()]
-    assert written
-    for form in forms:
-        assert not any(form in content for content in [*written, run["log"].encode()])
+    written = everything_in(airflow.home) + run["log"].encode()
+    for key in (KEY, METRICS_KEY):
+        assert leaks(key, written) == set()
 
 
 def test_each_connection_is_an_account_with_dags_of_its_own(airflow: Airflow, invented: Sandbox) -> None:

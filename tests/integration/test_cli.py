@@ -16,15 +16,18 @@ import duckdb
 import pytest
 
 from faletl import __version__
+from faletl.answers import Format, print_query
 from faletl.config import Settings
 from faletl.demo import ANSWERS
+from faletl.errors import UsageError
 from faletl.sandbox import FULL_KEY, Fault, Request, Sandbox
 from tests import truth
-from tests.conftest import settings_for
+from tests.conftest import published_path, settings_for
 from tests.integration.test_kills import environment
+from tests.leaks import everything_in, leaks
 
 SUM = "select sum(cost_total) from reports.rpt_spend_daily"
-CANARY = "canary-id:canary-secret-0123456789"
+CANARY = "canary-kid-55e0:canary-secret-0123456789"
 
 
 def faletl(
@@ -110,23 +113,76 @@ def test_parquet_goes_to_a_pipe(readable: Settings, tmp_path: Path) -> None:
     assert total == [(sum(one.cost_total for one in truth.two_days().lines),)]
 
 
-@pytest.mark.parametrize(
-    "query",
-    [
-        "delete from reports.rpt_spend_daily",
-        "create table x as select 1",
-        "select * from read_text('/etc/passwd')",
-        "copy (select 1) to 'out.csv'",
-        "attach 'other.duckdb'",
-        "set enable_external_access = true",
-        "select nothing from nowhere",
-    ],
+NO_SELECTS = (
+    "delete from reports.rpt_spend_daily",
+    "update reports.rpt_spend_daily set cost_total = 0",
+    "insert into reports.rpt_spend_daily select * from reports.rpt_spend_daily",
+    "truncate reports.rpt_spend_daily",
+    "drop table reports.rpt_spend_daily",
+    "alter table reports.rpt_spend_daily add column x int",
+    "comment on table reports.rpt_spend_daily is 'x'",
+    "create table x as select 1",
+    "create schema mine",
+    "create secret (type s3)",
+    "attach 'other.duckdb'",
+    "attach ':memory:' as mine",
+    "attach '{published}' as again (read_only false)",
+    "copy (select 1) to 'out.csv'",
+    "copy (select 1) to '{published}' (format csv, use_tmp_file false)",  # DuckDB would do it
+    "copy (select 1) to '{published}.wal' (format csv, use_tmp_file false)",
+    "explain analyze copy (select 1) to '{published}' (format csv, use_tmp_file false)",
+    "select 1; copy (select 1) to '{published}' (format csv, use_tmp_file false)",
+    "select 1) to '{published}' (format csv, use_tmp_file false); copy (select 1",
+    "copy reports.rpt_spend_daily from 'host.csv'",
+    "export database 'out'",
+    "import database 'out'",
+    "install httpfs",
+    "load httpfs",
+    "set enable_external_access = true",
+    "reset enable_external_access",
+    "set lock_configuration = false",
+    "set memory_limit = '1TB'",
+    "pragma enable_external_access = true",
+    "pragma threads = 64",
+    "call enable_logging(storage = 'file', storage_path = 'out')",
+    "checkpoint",
+    "begin",
+    "select * from read_text('/etc/passwd')",
+    "select * from read_blob('host.csv')",
+    "select * from read_csv('host.csv')",
+    "select * from 'host.csv'",
+    "select * from read_json('host.csv')",
+    "select * from read_parquet('out.parquet')",
+    "select * from sniff_csv('host.csv')",
+    "select * from glob('/etc/*')",
+    "select * from duckdb_secrets()",
+    "select getenv('FAL_KEY')",
+    "select * from query('drop table reports.rpt_spend_daily')",
+    "select nothing from nowhere",
 )
-def test_sql_can_only_read_what_is_published(query: str, readable: Settings, tmp_path: Path) -> None:
-    done = faletl("sql", query, settings=readable, folder=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.startswith("faletl: the query was refused: ")
-    assert not (tmp_path / "out.csv").exists()
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_sql_can_only_read_what_is_published(
+    form: Format, readable: Settings, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    shown = published_path(readable)
+    before = sorted(shown.parent.rglob("*")), shown.read_bytes()
+    Path("host.csv").write_text("a,b\n1,secret\n", encoding="utf-8")
+    for query in NO_SELECTS:
+        with pytest.raises(UsageError, match="the query was refused: "):
+            print_query(readable, query.format(published=shown), form)
+        assert (sorted(shown.parent.rglob("*")), shown.read_bytes()) == before, query
+    assert {path.name for path in tmp_path.rglob("*")} == {"host.csv"}
+    for query in ("from reports.rpt_spend_daily", "with spent as (select 1 as a) from spent -- x"):
+        print_query(readable, query, form)
+    for query in (
+        "pivot reports.rpt_spend_daily on unit using sum(cost_total)",
+        "describe marts.dim_date",
+    ):
+        print_query(readable, query, "csv")
+    assert capfdbinary.readouterr().out
+    assert faletl("sql", NO_SELECTS[0], settings=readable).returncode == 2
 
 
 def test_csv_cells_cannot_become_formulas(readable: Settings) -> None:
@@ -248,34 +304,8 @@ def test_a_signal_ends_a_run_soon_and_leaves_it_resumable(
         assert loaded(settings_for(server.url, tmp_path)).returncode == 0
 
 
-def test_the_key_is_in_no_byte_that_is_written(tmp_path: Path) -> None:
-    echo = f'{{"error": {{"message": "bad header Key {CANARY}"}}}}'.encode()
-
-    def echoing(request: Request) -> Fault | None:
-        return Fault(status=400, body=echo) if request.path == "/models" else None
-
-    with Sandbox(truth.two_days(), keys={CANARY: "FULL"}, fault=echoing) as server:
-        settings = settings_for(server.url, tmp_path)
-        said = ""
-        for args in (
-            ["--debug", "run"],
-            ["run", "--start", "2026-11-21"],
-            ["status"],
-            ["build", "--full"],
-        ):
-            done = faletl(*args, settings=settings, FAL_KEY=CANARY)
-            said += done.stdout + done.stderr
-        assert "[key]" in said
-    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
-    for secret in (CANARY, CANARY.split(":")[1]):
-        assert secret not in said
-        assert secret.encode() not in written
-
-
 def test_demo_answers_and_keeps_to_its_own_folder(tmp_path: Path) -> None:
-    done = faletl(
-        "demo", folder=tmp_path, FAL_KEY="real:production", FALETL_WAREHOUSE="duckdb:///real.duckdb"
-    )
+    done = faletl("demo", folder=tmp_path, FAL_KEY=CANARY, FALETL_WAREHOUSE="duckdb:///real.duckdb")
     assert done.returncode == 0, done.stderr
     for expected in (
         "USD",
@@ -289,6 +319,7 @@ def test_demo_answers_and_keeps_to_its_own_folder(tmp_path: Path) -> None:
         assert expected in done.stdout
     assert {path.name for path in tmp_path.iterdir()} == {"faletl-demo"}
     assert FULL_KEY not in done.stdout + done.stderr
+    assert leaks(CANARY, everything_in(tmp_path) + done.stdout.encode()) == set()
 
 
 def test_what_landed_is_pruned_verified_and_rebuilt_from_a_terminal(tmp_path: Path) -> None:

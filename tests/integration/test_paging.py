@@ -35,11 +35,12 @@ from faletl.errors import (
 from faletl.extract import Origin, fetch_window
 from faletl.landing import Landed, Receipt
 from faletl.resources import CREDITS, MODELS, PRICES, USAGE, Resource
-from faletl.sandbox import BILLING_KEY, FULL_KEY, READONLY_KEY, Fault, Request, Sandbox
+from faletl.sandbox import BILLING_KEY, FULL_KEY, Fault, Request, Sandbox
 from faletl.staging import stage_window
 from faletl.windows import Window
 from tests import truth
 from tests.conftest import settings_for
+from tests.leaks import everything_in
 
 DAY = Window.of_day(truth.day(21))
 SNAPSHOT = Window.snapshot(truth.NOW)
@@ -820,32 +821,6 @@ def test_a_folder_that_cannot_be_made_is_a_typed_error(sandbox: Sandbox, tmp_pat
     assert (caught.value.exit_code, caught.value.facts["resource"]) == (1, "models")
 
 
-def everything_on(folder: Path) -> bytes:
-    """Names and contents of all files, landed pages unpacked."""
-    parts = []
-    for path in sorted(folder.rglob("*")):
-        parts.append(str(path).encode())
-        if path.suffix == ".zst":
-            parts.append(zstandard.ZstdDecompressor().decompress(path.read_bytes()))
-        elif path.is_file():
-            parts.append(path.read_bytes())
-    return b"\n".join(parts)
-
-
-@pytest.mark.parametrize("key", [FULL_KEY, READONLY_KEY])
-def test_nothing_on_the_disk_holds_the_key(
-    key: str, sandbox: Sandbox, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.DEBUG)
-    given = settings_for(sandbox.url, tmp_path, key=key)
-    fetch(given)
-    fetch(given, CREDITS)
-    fetch(given, PRICES, ids=[truth.FLUX])
-    stored = everything_on(tmp_path) + caplog.text.encode()
-    for secret in (key, *key.split(":")):
-        assert secret.encode() not in stored
-
-
 def test_a_key_that_fal_echoes_in_a_page_is_taken_out_before_it_lands(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -860,7 +835,7 @@ def test_a_key_that_fal_echoes_in_a_page_is_taken_out_before_it_lands(
     )
     with Sandbox(truth.Account(), fault=script) as sandbox:
         landed = fetch(settings_for(sandbox.url, tmp_path))
-    stored = everything_on(tmp_path) + caplog.text.encode()
+    stored = everything_in(tmp_path) + caplog.text.encode()
     for secret in (FULL_KEY, *FULL_KEY.split(":")):
         assert secret.encode() not in stored
     assert landed.manifest.redacted_pages == 2
