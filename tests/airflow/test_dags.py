@@ -38,9 +38,7 @@ print(json.dumps({name: {
 @pytest.fixture
 def dags(airflow: Airflow) -> dict[str, Any]:
     """What stands in the folder."""
-    done = airflow.python("-c", DESCRIBE)
-    assert done.returncode == 0, done.stderr
-    described: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    described: dict[str, Any] = json.loads(airflow.run(DESCRIBE).splitlines()[-1])
     return described
 
 
