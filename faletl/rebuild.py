@@ -78,11 +78,14 @@ def _rebuild_all(settings: Settings, report: Report, progress: Progress) -> None
         return
     newest = max(max(one.receipt.fencing_token, _planned_under(one)) for one in past)
     with (
-        warehouse.renewed(holder, newest) as fresh,
+        warehouse.renewed(holder, newest, read_ledger) as (fresh, last),
         tempfile.TemporaryDirectory(prefix="faletl-") as scratch,
         fresh.lease(holder) as lease,
     ):
-        past = _history(settings, ledger)  # now that nobody else can load any more
+        # Now that nobody else can load any more: somebody may have, and died before the receipt.
+        ledger = last or ledger
+        past = _history(settings, ledger)
+        _refuse_gaps(ledger, past)
         needed = _needed(past, ledger)
         for done, one in enumerate(past):
             progress("loading", done, len(past))

@@ -6,15 +6,18 @@ database it has; what a database needs words of its own for stands in its module
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import sqlalchemy as sa
 
 from faletl.config import Settings
 from faletl.errors import SettingsError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +78,14 @@ class Warehouse(Protocol):
             UsageError: the database has no roles, or not this one.
         """
 
-    def renewed(self, holder: str, token: int) -> AbstractContextManager[Warehouse]:
+    def renewed(
+        self, holder: str, token: int, ask: Callable[[sa.Connection], T]
+    ) -> AbstractContextManager[tuple[Warehouse, T | None]]:
         """An empty warehouse that takes the place of this one if all goes well, in one step.
 
-        This one is held meanwhile, and need not be readable. Leases of the new one have greater
-        tokens than `token`, and than those of this one, as far as these can be read.
+        This one is held meanwhile, and need not be readable; with the new one comes what it answers to
+        `ask`, None where it cannot. Leases of the new one have greater tokens than `token`, and than
+        those of this one, as far as these can be read.
 
         Raises: as `lease`.
         """

@@ -12,11 +12,11 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import duckdb
 import filelock
@@ -38,6 +38,7 @@ from faletl.warehouse.tables import BUILDS, WAREHOUSE
 from faletl.windows import instant
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _POLL_SECONDS = 0.2
 
@@ -170,17 +171,20 @@ class DuckDBWarehouse:
                 connection.close()
 
     @contextmanager
-    def renewed(self, holder: str, token: int) -> Iterator[Warehouse]:
+    def renewed(
+        self, holder: str, token: int, ask: Callable[[sa.Connection], T]
+    ) -> Iterator[tuple[Warehouse, T | None]]:
         """Make a new file beside the old one and rename it over that; see the protocol."""
         with self._lock(holder, self._settings.lock_seconds), _private():
-            token = max(token, self._last_token())
+            last_token, answer = self._asked_before_it_goes(ask)
+            token = max(token, last_token)
             part = self._path.with_name(f".{self._path.name}.rebuild")
             _discard(part)
             url = sa.URL.create("duckdb", database=str(part))
             fresh = DuckDBWarehouse(self._settings.model_copy(update={"publish": None}), url)
             fresh._create(token)
             try:
-                yield fresh
+                yield fresh, answer
                 wal = self._path.with_name(f"{self._path.name}.wal")
                 wal.unlink(missing_ok=True)  # of the old file; the new one would not open with it
                 part.replace(self._path)
@@ -188,21 +192,26 @@ class DuckDBWarehouse:
             finally:
                 _discard(part)
 
-    def _last_token(self) -> int:
-        """The newest token of the file, 0 without one; raises SettingsError for a foreign database."""
+    def _asked_before_it_goes(self, ask: Callable[[sa.Connection], T]) -> tuple[int, T | None]:
+        """The newest token of the file and what it answers, as far as it can be read.
+
+        Raises SettingsError for a foreign database.
+        """
+        token = 0
         if not self._path.exists():
-            return 0
+            return token, None
         try:
             with self._opened(read_only=True) as connection:
                 schema.is_older(connection, str(self._path), is_older_fine=True)
-                return int(connection.execute(sa.select(WAREHOUSE.c.fencing_token)).scalar_one())
+                token = int(connection.execute(sa.select(WAREHOUSE.c.fencing_token)).scalar_one())
+                return token, ask(connection)
         except (TamperedError, WarehouseError) as error:
             if isinstance(error, WarehouseBusyError):
                 raise
             aside = self._path.with_name(f"{self._path.name}.damaged")
             log.warning("%s; it is kept as %s", error, aside)
             shutil.copyfile(self._path, aside)
-            return 0
+            return token, None
 
     def define_functions(self, connection: sa.Connection) -> None:
         """Create or replace the macros; see the protocol."""

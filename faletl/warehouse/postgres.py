@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import duckdb
 import duckdb_sqlalchemy
@@ -36,8 +36,20 @@ except ImportError:
         "FALETL_WAREHOUSE: a PostgreSQL warehouse needs psycopg; pip install 'faletl[postgres]'"
     ) from None
 
+T = TypeVar("T")
+
 _LOCK = 6_407_108_213_350_918_509
 """The number of the advisory lock; any would do that nobody else takes in the same database."""
+
+_HOLDERS_SESSION = f"""
+    select application_name, backend_start
+    from pg_locks join pg_stat_activity using (pid)
+    where locktype = 'advisory' and granted and datname = current_database()
+        and (classid::bigint << 32) | objid::bigint = {_LOCK}
+"""
+
+_OURS = "faletl, "
+"""What names of our sessions begin with; the process follows, as far as there is room for it."""
 
 _BLOCK = 2**20  # bytes that are sent at once
 
@@ -183,19 +195,24 @@ class PostgresWarehouse:
                 connection.exec_driver_sql(statement)
 
     @contextmanager
-    def renewed(self, holder: str, token: int) -> Iterator[Warehouse]:
+    def renewed(
+        self, holder: str, token: int, ask: Callable[[sa.Connection], T]
+    ) -> Iterator[tuple[Warehouse, T | None]]:
         """Replace all rows in one transaction; until then readers see the old ones. See the protocol."""
+        answer = None
         with self._alone(holder) as (connection, told), connection.begin():
             if _is_there(connection):
                 schema.is_older(connection, self._where, is_older_fine=True)
                 known = connection.execute(sa.select(WAREHOUSE.c.fencing_token)).scalar() or 0
                 token = max(token, known)
+                with suppress(sa.exc.ProgrammingError), connection.begin_nested():
+                    answer = ask(connection)  # not where a table or column is gone
                 for table in METADATA.sorted_tables:
                     _make_empty(connection, table)
                 schema.initialise(connection, token)
             else:
                 self._create(connection, token)
-            yield _Renewed(self, connection, told)
+            yield _Renewed(self, connection, told), answer
 
     def take_in(self, connection: sa.Connection, table: sa.Table, rows: Path) -> None:
         """Send a staged Parquet file as CSV, block by block; see the protocol."""
@@ -295,7 +312,7 @@ class PostgresWarehouse:
                     f"{self._settings.lock_seconds:.0f} s, try again later"
                 ) from None
             connection.commit()
-            yield connection, f"{holder} (process {os.getpid()} on {socket.gethostname()})"
+            yield connection, f"{holder} ({_this_process()})"
 
     @contextmanager
     def _connected(
@@ -327,7 +344,11 @@ class PostgresWarehouse:
         engine = sa.create_engine(
             self._url,
             poolclass=sa.pool.NullPool,
-            connect_args={"application_name": "faletl", "connect_timeout": 10, **_KEEPALIVES},
+            connect_args={
+                "application_name": f"{_OURS}{_this_process()}",
+                "connect_timeout": 10,
+                **_KEEPALIVES,
+            },
         )
         sa.event.listen(engine, "connect", self._prepare)
         sa.event.listen(engine, "before_cursor_execute", _with_percent_signs, retval=True)
@@ -408,16 +429,29 @@ class _Renewed(PostgresWarehouse):
         yield Lease(self._connection, token, is_one_transaction=True)
 
 
+def _this_process() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
 def _is_there(connection: sa.Connection) -> bool:
     found = connection.exec_driver_sql("select to_regclass('ops.warehouse') is not null")
     return bool(found.scalar())
 
 
 def _newest_holder(connection: sa.Connection) -> str:
-    if not _is_there(connection):
-        return "another process"
-    holder, since = connection.execute(sa.select(WAREHOUSE.c.holder, WAREHOUSE.c.held_since)).one()
-    return f"{holder}, since {instant(since.replace(microsecond=0))}" if since else "another process"
+    """Who holds the lock, and since when.
+
+    What a rebuild or a holder of just now would tell of itself is not committed yet: then it is told by
+    the name of its session.
+    """
+    session = connection.exec_driver_sql(_HOLDERS_SESSION).first()
+    told = None
+    if _is_there(connection):
+        told = connection.execute(sa.select(WAREHOUSE.c.holder, WAREHOUSE.c.held_since)).one()
+    holder, since = told if told and told.held_since else ("another process", None)
+    if session and session.application_name.removeprefix(_OURS) not in holder:
+        holder, since = session
+    return f"{holder}, since {instant(since.replace(microsecond=0))}" if since else holder
 
 
 def _described(found: sa.CursorResult[Any]) -> list[tuple[str, str, str]]:

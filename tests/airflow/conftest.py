@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import filelock
 import pytest
 
 from faletl.sandbox import FULL_KEY, Sandbox, invented_world
@@ -21,11 +20,40 @@ from faletl.sandbox import FULL_KEY, Sandbox, invented_world
 DAGS = Path(__file__).parents[2] / "dags"
 
 
+class Warm:
+    """A process that has Airflow imported, and forks (tests/airflow/warm.py)."""
+
+    def __init__(self, home: Path) -> None:
+        with (home / "warm.log").open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.airflow.warm"],
+                env=_plain_environment() | environment(home),
+                cwd=home,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+
+    def ask(self, **what: Any) -> int:
+        """Send a request; returns what it is answered with."""
+        assert self._process.stdin
+        assert self._process.stdout
+        self._process.stdin.write(json.dumps(what) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+    def stop(self) -> None:
+        """End it."""
+        self._process.communicate(timeout=60)
+
+
 @dataclass
 class Airflow:
     """An Airflow with the DAGs of the project; `env` is what its processes get."""
 
     home: Path
+    warm: Warm
     env: dict[str, str] = field(default_factory=dict)
 
     def connect(
@@ -35,22 +63,25 @@ class Airflow:
         made = {"conn_type": "fal", "password": key, "host": url, "extra": {"rate": 0, **extra}}
         self.env[f"AIRFLOW_CONN_{connection.upper()}"] = json.dumps(made)
 
-    def python(self, *args: str, **more: str) -> subprocess.CompletedProcess[str]:
-        """Run Python in this Airflow."""
-        return subprocess.run(
-            [sys.executable, *args],
-            env={
-                "PATH": os.environ["PATH"],
-                "PYTHONPATH": os.pathsep.join(sys.path),
-                **self.env,
-                **more,
-            },
-            cwd=self.home,
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
+    def start(self, code: str, *argv: str, **more: str) -> int:
+        """Run Python code in a process of this Airflow; returns its pid."""
+        env = {**_plain_environment(), **self.env, **more}
+        return self.warm.ask(
+            code=code, argv=argv, env=env, home=str(self.home), output=str(self.home / "said.log")
         )
+
+    def finish(self, pid: int) -> int:
+        """Wait until the process has ended; returns its exit code."""
+        return self.warm.ask(wait=pid)
+
+    def run(self, code: str, *argv: str, **more: str) -> str:
+        """Run Python code in a process of this Airflow, to a good end; returns what it said."""
+        told = self.home / "said.log"
+        before = len(told.read_text("utf-8")) if told.exists() else 0
+        ended = self.finish(self.start(code, *argv, **more))
+        said = told.read_text("utf-8")[before:]
+        assert ended == 0, said[-6000:]
+        return said
 
     def test(self, *asked: str | dict[str, Any], **more: str) -> list[dict[str, Any]]:
         """Run DAGs one after another, by name or as run_dags.py takes them; what became of each.
@@ -58,10 +89,9 @@ class Airflow:
         What they said stands in `log` of the last.
         """
         full = [{"dag_id": one} if isinstance(one, str) else one for one in asked]
-        done = self.python("-m", "tests.airflow.run_dags", json.dumps(full), **more)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        results: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
-        results[-1]["log"] = done.stdout + done.stderr
+        said = self.run("from tests.airflow.run_dags import main; main()", json.dumps(full), **more)
+        results: list[dict[str, Any]] = json.loads(said.splitlines()[-1])
+        results[-1]["log"] = said
         return results
 
     def rows(self, sql: str) -> list[tuple[Any, ...]]:
@@ -79,22 +109,26 @@ class Airflow:
 
 
 @pytest.fixture(scope="session")
-def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty metadata database, made once for all workers of the test run."""
-    shared = tmp_path_factory.getbasetemp().parent / "airflow-migrated"
-    with filelock.FileLock(f"{shared}.lock"):
-        if not (shared / "airflow.db").exists():
-            shared.mkdir(exist_ok=True)
-            done = Airflow(shared, environment(shared)).python("-m", "airflow", "db", "migrate")
-            assert done.returncode == 0, done.stderr
-    return shared / "airflow.db"
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    """Airflow, imported."""
+    process = Warm(tmp_path_factory.mktemp("warm"))
+    yield process
+    process.stop()
+
+
+@pytest.fixture(scope="session")
+def migrated(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty metadata database."""
+    home = tmp_path_factory.mktemp("migrated")
+    Airflow(home, warm, environment(home)).run("from airflow.utils.db import initdb; initdb()")
+    return home / "airflow.db"
 
 
 @pytest.fixture
-def airflow(migrated: Path, tmp_path: Path) -> Airflow:
+def airflow(warm: Warm, migrated: Path, tmp_path: Path) -> Airflow:
     """An Airflow that nothing ran in yet."""
     shutil.copyfile(migrated, tmp_path / "airflow.db")
-    return Airflow(tmp_path, environment(tmp_path))
+    return Airflow(tmp_path, warm, environment(tmp_path))
 
 
 @pytest.fixture(scope="session")
@@ -102,6 +136,10 @@ def invented() -> Iterator[Sandbox]:
     """The invented account of `faletl sandbox`, up to now."""
     with Sandbox(invented_world(7)) as server:
         yield server
+
+
+def _plain_environment() -> dict[str, str]:
+    return {"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
 def environment(home: Path) -> dict[str, str]:

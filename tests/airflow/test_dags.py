@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.airflow.conftest import DAGS, Airflow, environment
+from tests.airflow.conftest import DAGS, Airflow, Warm, environment
 
 HEAVY = {"great_expectations", "pandas", "duckdb", "httpx", "pyarrow", "msgspec", "pydantic_settings"}
 
@@ -73,13 +73,12 @@ PAYLOADS: list[dict[str, Any]] = [
 
 
 @pytest.fixture(scope="module")
-def dags(migrated: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def dags(warm: Warm, migrated: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What stands in the folder, and which payloads each DAG refuses when a run is made."""
     home = tmp_path_factory.mktemp("airflow")
     shutil.copyfile(migrated, home / "airflow.db")
-    done = Airflow(home, environment(home)).python("-c", DESCRIBE, json.dumps(PAYLOADS))
-    assert done.returncode == 0, done.stderr
-    described: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    said = Airflow(home, warm, environment(home)).run(DESCRIBE, json.dumps(PAYLOADS))
+    described: dict[str, Any] = json.loads(said.splitlines()[-1])
     return described
 
 

@@ -1,0 +1,113 @@
+"""Airflow, imported once and forked for whatever tests run in it: `python -m tests.airflow.warm`.
+
+Importing Airflow and making its execution API costs 13 s of CPU, a fork of it none. Reads a JSON line for
+each fork: {"code", "argv", "env", "home", "output"} starts one and is answered with its pid,
+{"wait": pid} with its exit code. Ends with stdin. Each fork has a metadata database of its own, a new
+environment, and writes what it says to `output`; five minutes are too long for any.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+SECONDS = 300
+
+
+def main() -> None:
+    """Import, then fork."""
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever Airflow says while it is imported is no reply
+    _warm_up()
+    for line in sys.stdin:
+        asked = json.loads(line)
+        if "wait" in asked:
+            _, status = os.waitpid(asked["wait"], 0)
+            replies.write(f"{os.waitstatus_to_exitcode(status)}\n")
+            continue
+        pid = os.fork()
+        if not pid:
+            _run(asked)
+        replies.write(f"{pid}\n")
+
+
+def _warm_up() -> None:
+    """Import what tasks import, but open nothing and start no thread."""
+    import httpx
+    from airflow import settings
+    from airflow.sdk.execution_time.supervisor import in_process_api_server
+
+    import faletl.airflow.hook
+    import faletl.airflow.runs
+    import faletl.airflow.tasks
+    import faletl.check
+    import faletl.pieces
+    import faletl.warehouse.duckdb
+    import tests.airflow.run_dags
+    from faletl import models
+
+    async def ask() -> None:
+        transport = httpx.ASGITransport(in_process_api_server().app)
+        async with httpx.AsyncClient(transport=transport) as client:
+            await client.get("http://in-process.invalid/health")  # the first request makes its routes
+
+    asyncio.run(ask())
+    for model in models.models():  # parsed here, the SQL is parsed once
+        models.restricted(model.sql, models.Span(*2 * [models.date.today()]))
+    models.column_comments()
+    settings.dispose_orm()
+
+
+def _run(asked: Mapping[str, Any]) -> None:
+    """In the fork: run the code as a program of its own would, and end."""
+    code = 1
+    try:
+        signal.alarm(SECONDS)
+        output = os.open(asked["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.environ.clear()
+        os.environ.update(asked["env"])
+        os.chdir(asked["home"])
+        sys.argv = ["warm", *asked["argv"]]
+        _connect()
+        exec(compile(asked["code"], "<test>", "exec"), {"__name__": "__main__"})  # noqa: S102
+        _disconnect()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+        if isinstance(end.code, str):
+            sys.stderr.write(end.code)
+    except BaseException:  # noqa: BLE001  # whatever it is, it is told and ends the fork
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _connect() -> None:
+    """Let Airflow use the metadata database that the environment names."""
+    from airflow import settings
+
+    settings.configure_vars()
+    settings.configure_orm()
+
+
+def _disconnect() -> None:
+    """Let SQLite write what is still in its log into the database, as the end of a process does."""
+    from airflow import settings
+
+    settings.dispose_orm()
+
+
+if __name__ == "__main__":
+    main()
