@@ -240,7 +240,7 @@ class Onlooker:
     def _watch(self, settings: Settings) -> None:
         looks = 0
         look = _holder_on_server(settings) if is_on_server(settings) else _holder_of_file(settings)
-        while not asked_to_stop(0.005):
+        while not asked_to_stop(0.01):
             looks += 1
             self._shared[:] = struct.pack(self._format, looks, look())
 
@@ -485,9 +485,7 @@ def _first_changing(now: datetime) -> datetime:
 
 
 def _line(hour: datetime, chance: random.Random) -> Any:
-    endpoint, price, unit = chance.choice(
-        [(truth.FLUX, "0.025", "images"), (truth.VIDEO, "0.4", "second")]
-    )
+    endpoint, price, unit = chance.choice([(truth.FLUX, "0.025", "images"), (truth.VIDEO, "0.4", "second")])
     return truth.line(hour, endpoint, f"{chance.randrange(1, 10**6)}.000001", price, unit=unit)
 
 
@@ -529,10 +527,12 @@ def commands(chance: random.Random, today: date, *, is_first: bool) -> tuple[str
 
 @dataclass
 class World:
-    """A warehouse with its landed pages, and what was known of it."""
+    """An account of fal's, a warehouse with its landed pages, and what was known of them."""
 
     folder: Path
     settings: Settings
+    account: truth.Account
+    since: datetime
     known: Ledger = field(default_factory=Ledger)
     shown: Days = field(default_factory=dict)
 
@@ -556,7 +556,6 @@ class Round:
 
     number: int
     world: World
-    account: truth.Account
     chance: random.Random
     onlooker: Onlooker
     url: str
@@ -577,7 +576,7 @@ class Round:
                 if process.code is None and process.pid == self.onlooker.holder():
                     self.happen(process)
             self.thaw()
-            time.sleep(0.005)
+            time.sleep(0.01)
         for process in self.processes:
             yield from process.judge(self.frozen)
 
@@ -657,11 +656,10 @@ def served(account: truth.Account, folder: Path) -> Iterator[str]:
         server.stop()
 
 
-def play(
-    number: int, world: World, account: truth.Account, chance: random.Random, is_first: bool
-) -> list[str]:
+def play(number: int, world: World, chance: random.Random) -> list[str]:
     """A round; tells what was wrong, and prints what happened."""
     began, now = time.monotonic(), datetime.now(UTC)
+    account, is_first = world.account, not world.known.loads
     name, asked = commands(chance, now.date(), is_first=is_first)
     server = is_on_server(world.settings)
     fates = chosen_fates(chance, len(asked), is_on_server=server and not is_first)
@@ -669,7 +667,7 @@ def play(
         onlooker = Onlooker(world.settings)
         before, after = world.shown, spent(account, now)
         reader = Fork(lambda: read_on(world.settings, before, after))
-        this = Round(number, world, account, chance, onlooker, url)
+        this = Round(number, world, chance, onlooker, url)
         wrong = list(this.play(asked, fates))
         for process in this.processes:
             process.send(signal.SIGCONT)
@@ -724,7 +722,6 @@ def play_all(
     rounds: int, seed: int, folder: Path, clock: time_machine.Traveller, *, is_on_server: bool
 ) -> list[str]:
     """Round after round; what was wrong with the first that did not hold."""
-    account, since = truth.two_days(), truth.NOW
     world: World | None = None
     for number in range(rounds):
         chance = random.Random(f"{seed} {number}")  # noqa: S311  # repeatable, not secret
@@ -733,12 +730,11 @@ def play_all(
         if now.minute < 6 or now.minute > 50:  # no hour may end, or settle, during the round
             clock.shift(timedelta(minutes=20))
             now = datetime.now(UTC)
-        changed(account, since, now, chance)
-        since = now
-        is_first = number % WORLD_LASTS == 0
-        if is_first or world is None:
+        if world is None or number % WORLD_LASTS == 0:
             world = new_world(folder / f"from-{number}", is_on_server=is_on_server)
-        if wrong := play(number, world, account, chance, is_first):
+        changed(world.account, world.since, now, chance)
+        world.since = now
+        if wrong := play(number, world, chance):
             return [f"round {number}", *wrong]
     return []
 
@@ -753,7 +749,10 @@ def new_world(folder: Path, *, is_on_server: bool) -> World:
         given["warehouse"] = server.new_database(f"exclusion_{folder.name.replace('-', '_')}")
     else:
         given["warehouse"] = f"duckdb:///{folder / 'warehouse.duckdb'}"
-    return World(folder, settings_for("http://127.0.0.1:1", folder, **given))
+    account = truth.two_days()
+    account.lines.clear()
+    yesterday = _first_changing(datetime.now(UTC))
+    return World(folder, settings_for("http://127.0.0.1:1", folder, **given), account, yesterday)
 
 
 def warm_up() -> None:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from airflow.sdk import BaseHook, BaseNotifier, Connection
 from airflow.sdk.exceptions import AirflowNotFoundException
 
+from faletl.errors import LeaseLostError
+
 if TYPE_CHECKING:
     from airflow.sdk import Context
 
@@ -32,8 +34,10 @@ class FalNotifier(BaseNotifier):
         self.message = message
 
     def notify(self, context: Context) -> None:
-        """Tell it from a task."""
-        del context
+        """Tell it from a task; what failed because a newer run does the work is for the log alone."""
+        if isinstance(context.get("exception"), LeaseLostError):
+            log.warning("%s", self.message)
+            return
         tell(self.message)
 
     async def async_notify(self, context: Context) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from airflow.sdk import RetryDecision, RetryPolicy
 
-from faletl.errors import FaletlError
+from faletl.errors import FaletlError, LeaseLostError
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
@@ -17,7 +17,10 @@ FAILED = 1
 
 
 class FalRetryPolicy(RetryPolicy):
-    """A refused key, refused data and wrong settings fail at once; 429 waits for as long as fal asks."""
+    """A refused key, refused data and wrong settings fail at once; 429 waits for as long as fal asks.
+
+    Who lost the warehouse to a newer run fails at once, too: that run is at it.
+    """
 
     def evaluate(
         self,
@@ -29,7 +32,7 @@ class FalRetryPolicy(RetryPolicy):
         """See `RetryPolicy`; what is no error of ours is retried as the task says."""
         if not isinstance(exception, FaletlError):
             return RetryDecision.default()
-        if exception.exit_code != FAILED:
+        if exception.exit_code != FAILED or isinstance(exception, LeaseLostError):
             return RetryDecision.fail(str(exception))
         wait = exception.facts.get("retry_after")
         if isinstance(wait, int):

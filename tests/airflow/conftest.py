@@ -8,16 +8,22 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, time, timedelta
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from faletl.sandbox import FULL_KEY, Sandbox, invented_world
+from tests import truth
+from tests.truth import Account
 
 DAGS = Path(__file__).parents[2] / "dags"
+RUN_DAGS = "from tests.airflow.run_dags import main; main()"
 
 
 class Warm:
@@ -83,13 +89,15 @@ class Airflow:
         assert ended == 0, said[-6000:]
         return said
 
-    def test(self, *asked: str | dict[str, Any], **more: str) -> list[dict[str, Any]]:
+    def test(
+        self, *asked: str | dict[str, Any], before: str = "", **more: str
+    ) -> list[dict[str, Any]]:
         """Run DAGs one after another, by name or as run_dags.py takes them; what became of each.
 
-        What they said stands in `log` of the last.
+        `before` is code that runs first. What they said stands in `log` of the last.
         """
         full = [{"dag_id": one} if isinstance(one, str) else one for one in asked]
-        said = self.run("from tests.airflow.run_dags import main; main()", json.dumps(full), **more)
+        said = self.run(f"{before}\n{RUN_DAGS}", json.dumps(full), **more)
         results: list[dict[str, Any]] = json.loads(said.splitlines()[-1])
         results[-1]["log"] = said
         return results
@@ -131,11 +139,54 @@ def airflow(warm: Warm, migrated: Path, tmp_path: Path) -> Airflow:
     return Airflow(tmp_path, warm, environment(tmp_path))
 
 
+def few() -> Account:
+    """An account with a few lines of usage on each of some days, up to yesterday."""
+    today = datetime.combine(datetime.now(UTC).date(), time(7), UTC)
+    account = truth.two_days()
+    account.lines = [
+        truth.line(today - timedelta(days=days), endpoint, f"{days}.5")
+        for days in (1, 2, 3, 11, 12, 20)
+        for endpoint in (truth.FLUX, truth.VIDEO, truth.VOICE)
+    ]
+    return account
+
+
+@pytest.fixture(scope="session")
+def served() -> Iterator[Sandbox]:
+    """The small account, served to all tests that do not change it."""
+    with Sandbox(few(), page_size=4) as server:
+        yield server
+
+
 @pytest.fixture(scope="session")
 def invented() -> Iterator[Sandbox]:
     """The invented account of `faletl sandbox`, up to now."""
     with Sandbox(invented_world(7)) as server:
         yield server
+
+
+@pytest.fixture
+def webhook() -> Iterator[tuple[str, list[Any]]]:
+    """A webhook's URL, and what was posted to it; below /gone it takes nothing."""
+    posted: list[Any] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            posted.append(json.loads(body))
+            self.send_response(404 if self.path.startswith("/gone") else 200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", posted
+    server.shutdown()
+    server.server_close()
+    thread.join()
 
 
 def _plain_environment() -> dict[str, str]:

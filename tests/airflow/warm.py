@@ -15,6 +15,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,13 @@ def main() -> None:
         if not pid:
             _run(asked)
         replies.write(f"{pid}\n")
+    os._exit(0)  # what was imported need not be taken apart
 
 
 def _warm_up() -> None:
     """Import what tasks import, but open nothing and start no thread."""
     import httpx
+    import pandas  # DuckDB imports it sooner or later
     from airflow import settings
     from airflow.sdk.execution_time.supervisor import in_process_api_server
 
@@ -59,8 +62,8 @@ def _warm_up() -> None:
             await client.get("http://in-process.invalid/health")  # the first request makes its routes
 
     asyncio.run(ask())
-    for model in models.models():  # parsed here, the SQL is parsed once
-        models.restricted(model.sql, models.Span(*2 * [models.date.today()]))
+    for one in (*models.models(), *models.checks()):  # parsed here, the SQL is parsed once
+        models.restricted(one.sql, models.Span(date(2026, 1, 1), date(2026, 1, 2)))
     models.column_comments()
     settings.dispose_orm()
 
