@@ -4,13 +4,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-postgres lint check fuzz mutation chaos soak docs bench airflow-e2e lock clean
+.PHONY: help setup demo test test-postgres lint check fuzz mutation chaos soak docs bench airflow-e2e \
+	lock audit sbom clean
 
 help:
 	@echo "make demo    sandbox API, a run over this month and the last, the first answers"
 	@echo "make test    run the tests"
 	@echo "make setup   create the environment in $(VENV), nothing else"
-	@echo "make lint    ruff, mypy, sqlfluff"
+	@echo "make lint    ruff, bandit, mypy, sqlfluff"
 	@echo "make check   lint, tests (many a second time, on PostgreSQL and under another time zone), wheel"
 	@echo "make test-postgres  all tests of what a warehouse holds, on PostgreSQL"
 	@echo "make fuzz    odd bytes for all that reads pages, headers and files: EXECUTIONS=1000000 SEED=1 (minutes)"
@@ -21,6 +22,8 @@ help:
 	@echo "make docs    what docs/ and README repeat of the code anew: dictionary, star, outputs"
 	@echo "make bench   what 1 and 5 million billing events of a day cost (some minutes)"
 	@echo "make lock    resolve requirements.lock anew (needs uv)"
+	@echo "make audit   look up what is locked in PyPI's advisories; fails where it cannot"
+	@echo "make sbom    what is locked as a bill of materials, dist/faletl.cdx.json"
 
 # The environment is made anew when the lock or the package's own description changed.
 $(VENV)/.made: requirements.lock pyproject.toml
@@ -42,6 +45,7 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive faletl dags
 	$(BIN)/mypy
 	$(BIN)/sqlfluff lint sql
 
@@ -96,7 +100,17 @@ airflow-e2e: setup
 
 lock:
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
-		--no-header --upgrade --group dev --extra airflow --extra postgres --extra s3 pyproject.toml -o requirements.lock
+		--no-emit-package pip --no-header --upgrade --group dev --extra airflow --extra postgres --extra s3 pyproject.toml -o requirements.lock
+
+# Strict: what was not found there counts as a failure, and is not skipped. Looks at the versions that are meant
+# for this Python.
+audit: setup
+	$(BIN)/pip-audit --strict --require-hashes --disable-pip --requirement requirements.lock
+
+sbom: setup
+	mkdir -p dist
+	$(BIN)/python -W ignore -m cyclonedx_py requirements --pyproject pyproject.toml --output-reproducible \
+		--output-file dist/faletl.cdx.json requirements.lock
 
 clean:
 	rm -rf $(VENV) faletl-demo dist mutants .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -362,8 +362,13 @@ def test_a_reader_gets_marts_and_reports_and_nothing_else(
             "select * from ops.warehouse", "insert into marts.dim_unit values ('x')",
             "update reports.rpt_spend_daily set cost_total = 0", "delete from marts.fct_usage",
             "truncate marts.fct_usage", "drop table marts.fct_usage", "create table marts.mine (a int)",
-            "create table raw.mine (a int)", "copy marts.dim_unit to '/tmp/stolen'",
-            "alter table marts.dim_unit add column a int",
+            "create table raw.mine (a int)", "create table public.mine (a int)", "create schema mine",
+            "alter table marts.dim_unit add column a int", "alter role analysts superuser",
+            "grant select on raw.usage to analysts", "set role faletl", "create extension file_fdw",
+            "copy marts.dim_unit to '/tmp/stolen'", "copy (select 1) to program 'touch /tmp/stolen'",
+            "create temp table t (a text); copy t from '/etc/passwd'", "select lo_import('/etc/passwd')",
+            "select pg_read_file('/etc/passwd')", "select pg_ls_dir('/etc')",
+            "select * from pg_authid", "alter system set archive_command = 'id'",
         ):  # fmt: skip
             with pytest.raises(psycopg.errors.InsufficientPrivilege):
                 reader.execute(refused)

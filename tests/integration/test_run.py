@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from datetime import datetime, timedelta
@@ -46,6 +47,20 @@ def test_every_figure_of_a_run_is_that_of_the_served_account(
         )
     }
     assert hourly == truth.spend_by_hour(account)
+
+
+RECORDED = "25eb083616aec1b2954e23b0b2932f52f1b775e95378cb42c16274a8f8e612cf"
+"""Of what raw holds of the served account, with the digests in its ledger."""
+
+
+def test_the_same_rows_have_the_same_digest_on_each_python_and_in_each_warehouse(
+    clock: time_machine.Traveller, settings: Settings
+) -> None:
+    assert pipeline.run(settings).exit_code == 0
+    ledger = "select resource, window_start, rows, digest from ops.loads order by all"
+    raw = [(name, rows) for name, rows in all_tables(settings).items() if name.startswith("raw.")]
+    held = repr((ask(settings, ledger, opened), sorted(raw)))
+    assert hashlib.sha256(held.encode()).hexdigest() == RECORDED
 
 
 def test_a_second_run_asks_little_and_changes_nothing_but_credits(

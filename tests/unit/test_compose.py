@@ -161,6 +161,13 @@ def test_only_airflow_can_be_reached_and_only_from_this_machine() -> None:
     assert {port["host_ip"] for port in ports["api-server"]} == {"127.0.0.1"}
 
 
+def test_a_crash_leaves_no_memory_in_a_file() -> None:
+    for name, service in services().items():
+        if name not in DATABASES:
+            assert service["ulimits"] == {"core": {}}, name  # zeros are left out of what is printed
+    assert "ulimits: { core: 0 }" in COMPOSE
+
+
 def test_only_the_worker_has_the_key() -> None:
     assert {name for name in services() if FULL_KEY in json.dumps(services()[name])} == {"worker"}
 
