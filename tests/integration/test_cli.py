@@ -21,7 +21,7 @@ from faletl.demo import ANSWERS
 from faletl.sandbox import FULL_KEY, Fault, Request, Sandbox
 from tests import truth
 from tests.conftest import settings_for
-from tests.integration.test_kills import environment
+from tests.forked import environment
 
 SUM = "select sum(cost_total) from reports.rpt_spend_daily"
 CANARY = "canary-id:canary-secret-0123456789"
