@@ -6,7 +6,6 @@ import csv
 import json
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -26,6 +25,7 @@ from faletl.config import Settings
 from faletl.errors import UsageError, WarehouseBusyError
 from faletl.estimate import Estimates
 from faletl.money import plain
+from faletl.places import scratch_folder
 from faletl.plan import Forecast
 from faletl.rebuild import prune
 from faletl.resources import RESOURCES
@@ -55,8 +55,8 @@ def print_query(settings: Settings, query: str, form: Format) -> None:
         if form == "parquet":
             if sys.stdout.isatty():
                 raise UsageError("Parquet is not for a terminal; send it to a file: … > rows.parquet")
-            with tempfile.TemporaryDirectory(prefix="faletl-") as scratch:
-                path = Path(scratch) / "rows.parquet"
+            with scratch_folder() as scratch:
+                path = scratch / "rows.parquet"
                 if not warehouse.export(query, path):
                     raise UsageError(_UNPUBLISHED)
                 with path.open("rb") as file:

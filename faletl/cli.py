@@ -22,7 +22,7 @@ import typer
 from typer.exceptions import TyperException
 
 from faletl import __version__
-from faletl.errors import FaletlError, UsageError
+from faletl.errors import ExhaustedError, FaletlError, StorageError, UsageError
 from faletl.resources import RESOURCES
 
 if TYPE_CHECKING:
@@ -493,9 +493,26 @@ def _run() -> int:
     except (FaletlError, _Stopped, Exception) as error:  # noqa: BLE001  # a bug of ours, too
         if _signals:  # told by main; DuckDB, say, makes an error of its own of an interrupted query
             return 1
-        _tell_error(error)
-        return error.exit_code if isinstance(error, FaletlError) else 1
+        if isinstance(error, OSError):
+            with suppress(OSError):
+                sys.stdout.close()  # it may be stdout that takes no more, of what it holds still
+        told = _of_the_system(error)
+        _tell_error(told)
+        return told.exit_code if isinstance(told, FaletlError) else 1
     return int(code or 0)
+
+
+def _of_the_system(error: BaseException) -> BaseException:
+    """An error of ours for what the system refused, which is no bug; any other as it is."""
+    if isinstance(error, MemoryError) or "can't start new thread" in str(error):
+        return ExhaustedError(
+            "there is no memory left for this; raise its limit, or lower FALETL_PARALLEL, FALETL_MEMORY "
+            "or FALETL_MAX_BODY"
+        )
+    if isinstance(error, OSError) and error.strerror:
+        where = f" {error.filename}" if error.filename else ""
+        return StorageError(f"the system refused{where}: {error.strerror}")
+    return error
 
 
 _signals: list[int] = []
@@ -555,20 +572,23 @@ def _tell_error(error: BaseException) -> None:
         # The text of a foreign exception may hold anything, so only its name is told.
         _say(f"unexpected {type(error).__name__}: this is a bug of faletl; --debug shows where")
     elif _Options.log_format == "json":
-        sys.stderr.write(json.dumps(error.as_dict(), ensure_ascii=False) + "\n")
+        with suppress(OSError):
+            sys.stderr.write(json.dumps(error.as_dict(), ensure_ascii=False) + "\n")
     else:
         _say(str(error))
 
 
 def _say(sentence: str) -> None:
-    sys.stderr.write(f"faletl: {sentence}\n")
+    with suppress(OSError):  # there is nobody else to tell
+        sys.stderr.write(f"faletl: {sentence}\n")
 
 
 class _Stderr(logging.Handler):
     """Writes to what stderr is now: a progress bar puts itself in between."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        sys.stderr.write(self.format(record) + "\n")
+        with suppress(OSError):  # a full disk below the log is no reason to stop
+            sys.stderr.write(self.format(record) + "\n")
 
 
 class _JsonLines(logging.Formatter):

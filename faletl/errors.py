@@ -127,6 +127,20 @@ class WarehouseBusyError(WarehouseError):
     """Somebody else writes to the warehouse, and did so for as long as we waited. Exit 1."""
 
 
+class ExhaustedError(FaletlError):
+    """There is no more memory, or no more threads: of the machine, or by a limit. Exit 1."""
+
+    is_retryable = True
+
+    @classmethod
+    def of_engine(cls, what: str, error: Exception, **facts: Fact) -> Self:
+        """The error where DuckDB has no memory: by its own setting, or because there is none."""
+        said = str(error).splitlines()[0]
+        is_none_left = "bad allocation" in said
+        do = "raise the limit, or lower FALETL_PARALLEL" if is_none_left else "raise FALETL_MEMORY"
+        return cls(f"{what} ran out of memory ({said}); {do}", **facts)
+
+
 class LeaseLostError(FaletlError):
     """A newer run took the lease over: this one must not write any more. Exit 1."""
 

@@ -140,10 +140,10 @@ def _written(staged: Staged) -> Iterator[None]:
     try:
         yield
     except sa.exc.DBAPIError as error:
-        raise WarehouseError(
-            f"the warehouse refused the load: {str(error.orig).splitlines()[0]}",
-            resource=manifest.resource, window=str(manifest.window),
-        ) from None  # fmt: skip
+        told = f"the warehouse refused the load: {str(error.orig).splitlines()[0]}"
+        if error.connection_invalidated:  # before or after it had committed, who knows
+            told += "; whether the window is loaded is in the ledger, which the next run reads"
+        raise WarehouseError(told, resource=manifest.resource, window=str(manifest.window)) from None
     except FaletlError as error:
         raise error.at(resource=manifest.resource, window=str(manifest.window)) from None
 

@@ -30,7 +30,7 @@ from sqlglot import exp
 
 from faletl import __version__
 from faletl.config import Settings
-from faletl.errors import CheckFailedError, SettingsError, WarehouseError
+from faletl.errors import CheckFailedError, SettingsError, TamperedError, WarehouseError
 from faletl.load import changed_days, fence
 from faletl.resources import RESOURCES
 from faletl.warehouse import Lease, Warehouse
@@ -370,11 +370,13 @@ def build(
     Raises:
         CheckFailedError: a check returned rows; nothing is changed.
         LeaseLostError: a newer run took over; nothing is changed.
+        TamperedError: tables are not those of the last build, and only a full one makes them anew.
         SettingsError: the table of units or of owners cannot be read.
     """
     started_at = datetime.now(UTC)
     connection = lease.connection
     seeds = _read_seeds(settings)
+    is_full = True
     try:
         with lease.transaction():
             data_version = fence(lease, changes_data=False)
@@ -422,10 +424,21 @@ def build(
                 )
             )
     except sa.exc.DBAPIError as error:
-        raise WarehouseError(
-            f"the warehouse refused the build: {str(error.orig).splitlines()[0]}; nothing was changed"
-        ) from None
+        raise _refused(error, is_full=is_full) from None
     return done
+
+
+def _refused(error: sa.exc.DBAPIError, *, is_full: bool) -> WarehouseError | TamperedError:
+    """The error for a build that the database ended."""
+    told = f"the warehouse refused the build: {str(error.orig).splitlines()[0]}"
+    if error.connection_invalidated:  # before or after it had committed, who knows
+        return WarehouseError(f"{told}; whether it is built is in ops.builds, which the next run reads")
+    if isinstance(error, sa.exc.ProgrammingError) and not is_full:
+        return TamperedError(
+            f"{told}; nothing was changed. Did somebody alter marts or reports? faletl build --full "
+            "makes them anew"
+        )
+    return WarehouseError(f"{told}; nothing was changed")
 
 
 def _days_of(sql: str, changed: Mapping[str, Collection[date]]) -> set[date]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import tempfile
 from collections.abc import Iterator, Sequence
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -35,7 +34,7 @@ from faletl.pipeline import (
     record_failures,
     worked,
 )
-from faletl.places import at, place, storage_error, write_durably
+from faletl.places import at, place, scratch_folder, storage_error, write_durably
 from faletl.plan import NAMELESS, Asked, Task, account_label, first_planned, plan, with_ids
 from faletl.resources import RESOURCES
 from faletl.staging import Staged
@@ -232,11 +231,11 @@ def extract_piece(settings: Settings, piece: Piece) -> Report:
     report = Report(made.run_id, made.account)
     tasks = [planned.task for planned in made.windows[piece["first"] : piece["end"]]]
     origin = made.origin
-    with FalClient(settings) as client, tempfile.TemporaryDirectory(prefix="faletl-") as scratch:
+    with FalClient(settings) as client, scratch_folder() as scratch:
 
         def work(task: Task) -> Staged:
             landed = _landed(settings, made, task)
-            return prove_or_reread(client, settings, task, Path(scratch), origin, landed)
+            return prove_or_reread(client, settings, task, scratch, origin, landed)
 
         for batch, _ in worked(client, settings, tasks, work, report):
             for staged in batch:

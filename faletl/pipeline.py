@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import logging
 import secrets
-import tempfile
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
@@ -40,6 +39,7 @@ from faletl.load import (
     record_failure,
     replace_window,
 )
+from faletl.places import scratch_folder
 from faletl.plan import (
     Asked,
     Forecast,
@@ -170,13 +170,13 @@ def load_reads(
     """Stage and load complete reads in the order given; those that are refused go to the report."""
     warehouse = open_warehouse(settings)
     with (
-        tempfile.TemporaryDirectory(prefix="faletl-") as scratch,
+        scratch_folder() as scratch,
         _loader(settings, warehouse, report) as load,
     ):
         for done, landed in enumerate(reads):
             progress("loading", done, len(reads))
             try:
-                staged = stage_window(settings, landed, Path(scratch))
+                staged = stage_window(settings, landed, scratch)
             except FaletlError as error:
                 task = Task(RESOURCES[landed.manifest.resource], landed.manifest.window)
                 report.failures.append((task, error.at(account=landed.manifest.account)))
@@ -335,7 +335,7 @@ def _extracted(
     """
     now = datetime.now(UTC)
     landing.root(settings)  # before fal is asked for what could not be kept
-    with FalClient(settings) as client, tempfile.TemporaryDirectory(prefix="faletl-") as scratch:
+    with FalClient(settings) as client, scratch_folder() as scratch:
         label = report.account = account_label(client, settings)
         with warehouse.reading() as connection:
             tasks = plan(settings, connection, label, asked, now)
@@ -350,7 +350,7 @@ def _extracted(
             if resource.name in refused:
                 return None
             try:
-                return prove_or_reread(client, settings, task, Path(scratch), origin)
+                return prove_or_reread(client, settings, task, scratch, origin)
             except KeyRefusedError as error:
                 if not resource.is_optional or resource.name in asked.resources:
                     client.stop()  # no other thread needs to hear it too
@@ -487,14 +487,14 @@ def _loader(
     """
     made: Gate | None = None
     is_told = settings.gate
-    with tempfile.TemporaryDirectory(prefix="faletl-") as scratch:
+    with ExitStack() as stack:
 
         def gate() -> Gate:
             nonlocal made
             if made is None:
                 from faletl.gate import Gate
 
-                made = Gate(settings, Path(scratch))
+                made = Gate(settings, stack.enter_context(scratch_folder()))
             return made
 
         def load(batch: list[Staged]) -> None:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path, PurePosixPath
 from threading import Lock
@@ -84,12 +86,17 @@ class Disk:
     def write(path: Path, content: bytes) -> None:
         """Write a file so that it has its name only when it is whole and on the disk; raises OSError."""
         part = path.with_name(f".{path.name}.part")
-        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.rename(path)
+        try:
+            descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            part.rename(path)
+        except OSError:
+            with suppress(OSError):
+                part.unlink()  # what a full disk took of it
+            raise
         sync(path.parent)
 
     @staticmethod
@@ -104,15 +111,26 @@ class Disk:
 
     @staticmethod
     def matching(folder: Path, pattern: str) -> list[Path]:
-        """Files and folders below that match, in the order of their names."""
-        return sorted(folder.glob(pattern))
+        """Files and folders below that match, in the order of their names; raises OSError.
+
+        `Path.glob` takes a folder that cannot be listed for an empty one.
+        """
+        found = [folder]
+        for part in PurePosixPath(pattern).parts:
+            found = [path for one in found for path in _listing(one) if fnmatchcase(path.name, part)]
+        return sorted(found)
 
     @staticmethod
     def make(folder: Path) -> None:
-        """Make the folder and those above it, for this user only; raises OSError."""
-        if not folder.parent.exists():
-            Disk.make(folder.parent)
+        """Make the folder and those above it, for this user only; raises OSError.
+
+        They survive a power cut, or what is flushed in them would be lost all the same.
+        """
+        if folder.is_dir():
+            return
+        Disk.make(folder.parent)
         folder.mkdir(mode=0o700, exist_ok=True)
+        sync(folder.parent)
 
     @staticmethod
     def move(folder: Path, names: Iterable[str], to: Path) -> None:
@@ -245,17 +263,42 @@ def write_durably(path: Path, content: bytes) -> None:
     try:
         at(path).write(path, content)
     except OSError as error:
-        raise storage_error(error, path) from None
+        raise storage_error(error, path, needed=len(content)) from None
 
 
-def storage_error(error: OSError, path: Path) -> StorageError:
-    """The error for a disk that refuses, with the room that is left there."""
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder below TMPDIR for as long as it is needed; raises StorageError."""
     try:
-        free = shutil.disk_usage(path.parent if path.parent.exists() else Path()).free
-    except OSError:
-        free = -1
+        folder = tempfile.TemporaryDirectory(prefix="faletl-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise storage_error(error, Path(os.environ.get("TMPDIR") or "/")) from None
+    with folder as name:
+        yield Path(name)
+
+
+def storage_error(error: OSError, path: Path, needed: int = 0) -> StorageError:
+    """The error for a disk that refuses, with what was needed and what is left there."""
     reason = error.strerror or str(error)
-    return StorageError(f"cannot write {path}: {reason} ({free:,} bytes free there)", file=str(path))
+    return StorageError(f"cannot write {path}: {reason} ({room(path, needed)})", file=str(path))
+
+
+def room(path: Path, needed: int = 0) -> str:
+    """What is free where the path is, beside what was needed."""
+    wanted = f"{needed:,} bytes needed, " if needed else ""
+    for folder in (path, *path.absolute().parents):
+        with suppress(OSError):
+            found = os.statvfs(folder)
+            files = "" if found.f_favail or not found.f_files else ", but no more files"
+            return f"{wanted}{found.f_bavail * found.f_frsize:,} bytes free there{files}"
+    return f"{wanted}what is free there is unknown"
+
+
+def _listing(folder: Path) -> list[Path]:
+    """What lies in the folder; nothing where there is none, or no folder."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        return list(folder.iterdir())
+    return []
 
 
 def _fs(path: Path) -> Any:

@@ -7,7 +7,6 @@ the warehouse: loading these reads once more gives the same rows, ledger and res
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
@@ -29,6 +28,7 @@ from faletl.extract import RESUME_WITHIN
 from faletl.landing import Landed, Manifest, Receipt
 from faletl.load import Ledger, read_ledger, replay
 from faletl.pipeline import Progress, Report
+from faletl.places import scratch_folder
 from faletl.staging import Staged, stage_window
 from faletl.warehouse import open_warehouse
 
@@ -79,7 +79,7 @@ def _rebuild_all(settings: Settings, report: Report, progress: Progress) -> None
     newest = max(max(one.receipt.fencing_token, _planned_under(one)) for one in past)
     with (
         warehouse.renewed(holder, newest, read_ledger) as (fresh, last),
-        tempfile.TemporaryDirectory(prefix="faletl-") as scratch,
+        scratch_folder() as scratch,
         fresh.lease(holder) as lease,
     ):
         # Now that nobody else can load any more: somebody may have, and died before the receipt.
@@ -89,7 +89,7 @@ def _rebuild_all(settings: Settings, report: Report, progress: Progress) -> None
         needed = _needed(past, ledger)
         for done, one in enumerate(past):
             progress("loading", done, len(past))
-            if staged := _staged_again(settings, one, needed, Path(scratch)):
+            if staged := _staged_again(settings, one, needed, scratch):
                 outcomes, lease = replay(settings, fresh, lease, [(staged, one.receipt)])
                 report.outcomes.append(pipeline.outcome_of(staged, outcomes[0]))
                 staged.path.unlink()
@@ -104,7 +104,7 @@ def _rebuild_day(settings: Settings, report: Report, day: date) -> None:
         if connection is None:
             raise UsageError("there is no warehouse yet; faletl rebuild makes all of it")
     with (
-        tempfile.TemporaryDirectory(prefix="faletl-") as scratch,
+        scratch_folder() as scratch,
         warehouse.lease(f"faletl rebuild, run {report.run_id}") as lease,
     ):
         with lease.transaction():
@@ -117,7 +117,7 @@ def _rebuild_day(settings: Settings, report: Report, day: date) -> None:
         again = [
             (staged, one.receipt)
             for one in past
-            if (staged := _staged_again(settings, one, needed, Path(scratch), is_strict=True))
+            if (staged := _staged_again(settings, one, needed, scratch, is_strict=True))
         ]
         outcomes, _ = replay(settings, warehouse, lease, again, forget=day)
     for (staged, _), outcome in zip(again, outcomes, strict=True):

@@ -27,6 +27,7 @@ from faletl.contract import Contract, Tree, records_of, tree_of
 from faletl.errors import (
     ContractError,
     DataRefusedError,
+    ExhaustedError,
     FaletlError,
     StorageError,
     UnprovenError,
@@ -35,6 +36,7 @@ from faletl.findings import Drift, Findings, SetAside
 from faletl.landing import Landed
 from faletl.money import DECIMAL_TYPE, DOUBLE_DIGITS, HALF_NANO, SCALE, exact_text, plain
 from faletl.pages import UNREADABLE, as_json
+from faletl.places import room
 from faletl.resources import RESOURCES, WHOLE_SINCE, Column, Kind, Proof, Resource
 from faletl.windows import Window, instant
 
@@ -98,10 +100,14 @@ def stage_window(settings: Settings, landed: Landed, scratch: Path) -> Staged:
             f"fal's records cannot be read: {str(error).splitlines()[0]}",
             resource=resource.name, window=str(manifest.window),
         ) from None  # fmt: skip
-    except (OSError, duckdb.IOException, duckdb.OutOfMemoryException) as error:
+    except duckdb.OutOfMemoryException as error:
+        raise ExhaustedError.of_engine(
+            "staging", error, resource=resource.name, window=str(manifest.window)
+        ) from None
+    except (OSError, duckdb.IOException) as error:
         raise StorageError(
-            f"staging failed: {str(error).splitlines()[0]}; free some disk below {scratch}, or raise "
-            "FALETL_MEMORY", resource=resource.name, window=str(manifest.window),
+            f"staging failed: {str(error).splitlines()[0]} ({room(scratch)}); make room below "
+            f"{scratch.parent}, or set TMPDIR", resource=resource.name, window=str(manifest.window),
         ) from None  # fmt: skip
 
 

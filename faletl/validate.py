@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from faletl.findings import Validation, keep_validations
 from faletl.gate import Gate, Subject, tell
 from faletl.load import current_loads, fence, rows_of_window
 from faletl.pipeline import DUE, Progress, silent
+from faletl.places import scratch_folder
 from faletl.plan import Asked
 from faletl.resources import RESOURCES
 from faletl.warehouse import Warehouse, open_warehouse
@@ -60,11 +60,11 @@ def validate(settings: Settings, asked: Asked = DUE, progress: Progress = silent
     """
     warehouse, verdict = open_warehouse(settings), Verdict(pipeline.new_run_id())
     loads = current_loads(warehouse, asked)
-    with tempfile.TemporaryDirectory(prefix="faletl-") as scratch:
-        gate = Gate(settings, Path(scratch))
+    with scratch_folder() as scratch:
+        gate = Gate(settings, scratch)
         for done, load in enumerate(loads):
             progress("validating", done, len(loads))
-            if judged := _judged(warehouse, gate, load, Path(scratch)):
+            if judged := _judged(warehouse, gate, load, scratch):
                 tell(judged.resource, judged.window, judged.validations)
                 verdict.judged.append(judged)
         progress("validating", len(loads), len(loads))

@@ -7,13 +7,10 @@ that fal sent), and models (every table is what its SQL makes of what it reads).
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from functools import partial
-from pathlib import Path
-from typing import TypeAlias
 
 import duckdb
 import sqlalchemy as sa
@@ -23,9 +20,10 @@ from faletl.config import Settings
 from faletl.errors import FaletlError, StorageError, UsageError
 from faletl.landing import Landed
 from faletl.load import read_ledger
+from faletl.places import scratch_folder
 from faletl.resources import RESOURCES, Resource
 from faletl.staging import digest_of, digest_sums, stage_window
-from faletl.warehouse import Warehouse, open_warehouse
+from faletl.warehouse import Warehouse, open_warehouse, schema
 from faletl.warehouse.tables import LOADS, RAW
 from faletl.windows import Window
 
@@ -50,37 +48,79 @@ def verify(settings: Settings) -> Verdict:
         SettingsError, StorageError: the landed pages cannot be read at all.
     """
     warehouse, verdict = open_warehouse(settings), Verdict()
-    parts = [*_parts_of_raw(settings, warehouse), *_parts_of_models(warehouse.dialect)]
-    for needs_build, part in parts:
+    parts = [*_parts_of_raw(settings, warehouse), *_parts_of_models(warehouse)]
+    for part in parts:
         with warehouse.reading() as connection:
             if connection is None:
                 raise UsageError("nothing is loaded yet; run faletl run first")
-            if needs_build and models.is_behind(settings, connection):
+            if part.needs_build and models.is_behind(settings, connection):
                 verdict.is_complete = False
                 break
-            verdict.findings += part(connection)
+            found = list(part.look(connection))
+            verdict.findings += found
+            if found and part.is_shape:
+                break
     return verdict
 
 
-_Part: TypeAlias = tuple[bool, Callable[[sa.Connection], Iterable[str]]]
-"""What to look at, and whether that must be built to be looked at."""
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What to look at; whether it must be built for that, and whether all else stands on it."""
+
+    look: Callable[[sa.Connection], Iterable[str]]
+    needs_build: bool = False
+    is_shape: bool = False
 
 
 def _parts_of_raw(settings: Settings, warehouse: Warehouse) -> Iterator[_Part]:
+    yield _Part(_altered_tables, is_shape=True)
     for name in RESOURCES:
-        yield False, partial(_changed_rows, settings=settings, warehouse=warehouse, resource=name)
-        yield False, partial(_lost_pages, settings=settings, resource=name)
+        yield _Part(partial(_changed_rows, settings=settings, warehouse=warehouse, resource=name))
+        yield _Part(partial(_lost_pages, settings=settings, resource=name))
         check = next(check for check in models.checks() if check.name == f"loads of raw.{name}")
-        yield False, partial(_failed_check, dialect=warehouse.dialect, check=check)
+        yield _Part(partial(_failed_check, dialect=warehouse.dialect, check=check))
 
 
-def _parts_of_models(dialect: str) -> Iterator[_Part]:
+def _parts_of_models(warehouse: Warehouse) -> Iterator[_Part]:
+    dialect = warehouse.dialect
+    yield _Part(_altered_models, needs_build=True, is_shape=True)
+    yield _Part(partial(_retyped_models, warehouse=warehouse), needs_build=True, is_shape=True)
     for check in models.checks():
         if not check.name.startswith("loads of raw."):
-            yield True, partial(_failed_check, dialect=dialect, check=check)
+            yield _Part(partial(_failed_check, dialect=dialect, check=check), needs_build=True)
     for model in models.models():
         if not model.is_view:
-            yield True, partial(_changed_model, dialect=dialect, model=model)
+            yield _Part(partial(_changed_model, dialect=dialect, model=model), needs_build=True)
+
+
+def _altered_tables(connection: sa.Connection) -> Iterator[str]:
+    """What of raw and ops is not as it was made."""
+    for changed in schema.altered(connection):
+        yield f"{changed}; faletl rebuild makes all anew from the landed pages"
+
+
+def _altered_models(connection: sa.Connection) -> Iterator[str]:
+    """Models whose table or view is gone, or has other columns."""
+    held = schema.columns_held(connection, models.LAYERS)
+    for table, made in models.column_comments().items():
+        if table.startswith(models.LAYERS) and list(made) != list(held.get(table, ())):
+            yield f"{table} has other columns than its SQL makes; faletl build --full makes it anew"
+
+
+def _retyped_models(connection: sa.Connection, warehouse: Warehouse) -> Iterator[str]:
+    """The first table whose columns are of other types: amounts may be bent there, and compare equal."""
+    for model in models.models():
+        select = f"select * from (\n{models.translate(model.sql, warehouse.dialect)}\n) as model"
+        made = warehouse.described(connection, select)
+        held = warehouse.described(connection, f"select * from {model.table}")
+        for (name, kind), (_, other) in zip(made, held, strict=True):
+            if kind != other:
+                yield (
+                    f"{model.table}: the column {name} is of type {other.lower()}, not {kind.lower()}; "
+                    "faletl build --full makes it anew"
+                )
+        if made != held:
+            return  # what reads it has other types, too
 
 
 def _repair(day: date) -> str:
@@ -113,8 +153,8 @@ def _changed_rows(
 
 def _held_digests(warehouse: Warehouse, connection: sa.Connection, resource: str) -> Mapping[str, str]:
     """The digest of the rows that raw holds of each load: as staging made it, by DuckDB."""
-    with tempfile.TemporaryDirectory(prefix="faletl-") as scratch:
-        path = Path(scratch) / "rows.parquet"
+    with scratch_folder() as scratch:
+        path = scratch / "rows.parquet"
         warehouse.hand_out(connection, sa.select(RAW[resource]), path)
         with duckdb.connect() as engine:
             engine.execute("set TimeZone = 'UTC'")
@@ -129,10 +169,10 @@ def _are_landed(
     """Whether all rows that raw holds of the load are among those that were landed."""
     names = [column.name for column in resource.columns]
     table = RAW[resource.name]
-    with tempfile.TemporaryDirectory(prefix="faletl-") as scratch:
+    with scratch_folder() as scratch:
         try:
             landed = landing.open_read(landing.root(settings) / landing_path)
-            staged = stage_window(settings, landed, Path(scratch))
+            staged = stage_window(settings, landed, scratch)
         except StorageError:
             raise  # nobody knows what lies there
         except FaletlError:

@@ -1,24 +1,26 @@
 """Child processes that cost next to nothing: forked from one that has imported all and done nothing.
 
-They are killed, starved of memory, disk or descriptors, or traced, so that the process of the tests is
-not. The one they are forked from has no threads, no DuckDB and no connection: nothing that a fork
-spoils.
+They are killed, traced, or starved of memory, disk or descriptors, instead of the process of the tests.
+The one they are forked from has no threads, no DuckDB and no connection: nothing that a fork spoils.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import itertools
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache, partial
+from functools import cache
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ import time_machine
 from faletl import cli
 from faletl.config import Settings
 from faletl.sandbox import FULL_KEY
+from tests.servers import wait_for
 from tests.truth import NOW
 
 WARM = (
@@ -102,40 +105,7 @@ def _child(said: str, folder: Path, does: Callable[..., None], *given: object) -
         sys.exit(1)
 
 
-# --- Traps ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Trap:
-    """The moment before or after that call of a function, named as `faletl.load._insert`.
-
-    Its calls count from 1.
-    """
-
-    function: str
-    when: str = "after"
-    nth: int = 1
-
-    def set(self, springs: Callable[[], object]) -> None:
-        """Have something done at that moment."""
-        owner_name, _, name = self.function.rpartition(".")
-        try:
-            owner: Any = importlib.import_module(owner_name)
-        except ModuleNotFoundError:
-            module, _, attribute = owner_name.rpartition(".")
-            owner = getattr(importlib.import_module(module), attribute)
-        original, numbers = getattr(owner, name), itertools.count(1)
-
-        def trapped(*given: Any, **named: Any) -> Any:
-            is_chosen = next(numbers) == self.nth
-            if is_chosen and self.when == "before":
-                springs()
-            result = original(*given, **named)
-            if is_chosen and self.when == "after":
-                springs()
-            return result
-
-        setattr(owner, name, trapped)
+# --- What may happen to it ------------------------------------------------------------------------
 
 
 def suffer(*signals: signal.Signals) -> None:
@@ -147,34 +117,95 @@ def suffer(*signals: signal.Signals) -> None:
             suffer(*signals[1:])
 
 
+def _be_killed() -> None:
+    suffer(signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class Trap:
+    """Have something happen before or after that call of a function, named as `faletl.load._insert`.
+
+    Its calls count from 1.
+    """
+
+    function: str
+    when: str = "after"
+    nth: int = 1
+    springs: Callable[[], object] = _be_killed
+
+    def __call__(self) -> None:
+        """Set the trap."""
+        owner_name, _, name = self.function.rpartition(".")
+        try:
+            owner: Any = importlib.import_module(owner_name)
+        except ModuleNotFoundError:
+            module, _, attribute = owner_name.rpartition(".")
+            owner = getattr(importlib.import_module(module), attribute)
+        original, numbers = getattr(owner, name), itertools.count(1)
+
+        def trapped(*given: Any, **named: Any) -> Any:
+            is_chosen = next(numbers) == self.nth
+            if is_chosen and self.when == "before":
+                self.springs()
+            result = original(*given, **named)
+            if is_chosen and self.when == "after":
+                self.springs()
+            return result
+
+        setattr(owner, name, trapped)
+
+
+def be_traced() -> None:
+    """Wait for a tracer (`traced`)."""
+    ctypes.CDLL(None).prctl(_PR_SET_PTRACER, ctypes.c_ulong(-1))  # by anybody, where Yama asks
+    wait_for("a tracer comes", lambda: _is_traced("self"), seconds=60, every=0.01)
+
+
+@contextmanager
+def traced(child: Child, *expressions: str, log: Path = Path(os.devnull)) -> Iterator[None]:
+    """Have strace watch, or interfere with, a child that waits to be traced."""
+    words = [word for expression in expressions for word in ("-e", expression)]
+    command = ["strace", "-f", "-qq", "-o", str(log), *words, "-p", str(child.pid)]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as tracer:
+        yield
+        tracer.wait(120)
+
+
+def _is_traced(process: str) -> bool:
+    return "TracerPid:\t0\n" not in Path(f"/proc/{process}/status").read_text("utf-8")
+
+
+_PR_SET_PTRACER = 0x59616D61
+
+
 # --- The command line -----------------------------------------------------------------------------
 
 
 def start(
     settings: Settings,
-    trap: Trap | None = None,
+    *first: Callable[[], None],
     command: str = "run",
-    signals: tuple[signal.Signals, ...] = (signal.SIGKILL,),
     now: datetime = NOW,
     **more: str,
 ) -> Child:
-    """A command of faletl, with the clock of the tests; it gets the signals in the trap."""
-    springs = partial(suffer, *signals)
-    return fork(_command, environment(settings, **more), command.split(), now, trap, springs)
+    """A command of faletl in a child, with the clock of the tests, after what is to be done there first.
+
+    `more` is of its environment.
+    """
+    return fork(_command, environment(settings, **more), command.split(), now, first)
 
 
 def _command(
     environment: Mapping[str, str],
-    words: list[str],
+    words: Sequence[str],
     now: datetime,
-    trap: Trap | None,
-    springs: Callable[[], object],
+    first: Sequence[Callable[[], None]],
 ) -> None:
     os.environ.clear()
     os.environ.update(environment)
     tempfile.tempdir = None  # that of its own environment
-    if trap:
-        trap.set(springs)
+    for one in first:
+        one()
     sys.argv = ["faletl", *words]
     with time_machine.travel(now, tick=True):
         cli.main()

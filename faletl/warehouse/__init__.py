@@ -49,7 +49,9 @@ class Warehouse(Protocol):
 
         Raises:
             WarehouseBusyError: somebody else held the lease for as long as we wait; says who.
-            TamperedError, SettingsError: it is no warehouse of ours, or one of a newer faletl.
+            TamperedError: it is damaged, or its tables were altered.
+            StorageError: the disk refuses.
+            SettingsError: it is no warehouse of ours, or one of a newer faletl.
         """
 
     def reading(
@@ -100,6 +102,9 @@ class Warehouse(Protocol):
 
     def define_functions(self, connection: sa.Connection) -> None:
         """Create or replace the functions that the models call and the database does not have."""
+
+    def described(self, connection: sa.Connection, select: str) -> list[tuple[str, str]]:
+        """The name and type of each column of a select, as a table made of it would have them."""
 
     def make_view(self, connection: sa.Connection, name: str, select: str) -> None:
         """A view in place of what is there; `select` is in its own dialect."""

@@ -7,6 +7,7 @@ closing the file is one lease.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +27,7 @@ import tenacity
 
 from faletl.config import Settings
 from faletl.errors import (
+    ExhaustedError,
     SettingsError,
     StorageError,
     TamperedError,
@@ -32,7 +35,7 @@ from faletl.errors import (
     WarehouseBusyError,
     WarehouseError,
 )
-from faletl.places import sync
+from faletl.places import room, sync
 from faletl.warehouse import Lease, Warehouse, schema
 from faletl.warehouse.tables import BUILDS, WAREHOUSE
 from faletl.windows import instant
@@ -118,6 +121,7 @@ class DuckDBWarehouse:
                 self._create()
             with self._up_to_date() as connection:
                 with connection.begin():
+                    schema.refuse_altered(connection, str(self._path))
                     token = schema.take_token(connection, holder)
                 yield Lease(connection, token)
 
@@ -179,38 +183,49 @@ class DuckDBWarehouse:
             last_token, answer = self._asked_before_it_goes(ask)
             token = max(token, last_token)
             part = self._path.with_name(f".{self._path.name}.rebuild")
-            _discard(part)
             url = sa.URL.create("duckdb", database=str(part))
             fresh = DuckDBWarehouse(self._settings.model_copy(update={"publish": None}), url)
-            fresh._create(token)
             try:
+                _discard(part)
+                fresh._create(token)
                 yield fresh, answer
-                wal = self._path.with_name(f"{self._path.name}.wal")
-                wal.unlink(missing_ok=True)  # of the old file; the new one would not open with it
+                with fresh._opened() as connection:
+                    _checkpoint(connection, part)
+                # The new file would not open with the old one's, which the old one does not need.
+                _wal_of(self._path).unlink(missing_ok=True)
                 part.replace(self._path)
                 sync(self._path.parent)
+            except OSError as error:
+                raise self._refused("rebuild", error) from None
             finally:
                 _discard(part)
 
     def _asked_before_it_goes(self, ask: Callable[[sa.Connection], T]) -> tuple[int, T | None]:
         """The newest token of the file and what it answers, as far as it can be read.
 
+        A file that can be read is whole without its .wal afterwards; of one that cannot a copy is kept.
         Raises SettingsError for a foreign database.
         """
         token = 0
         if not self._path.exists():
             return token, None
         try:
-            with self._opened(read_only=True) as connection:
+            with self._opened() as connection:
                 schema.is_older(connection, str(self._path), is_older_fine=True)
                 token = int(connection.execute(sa.select(WAREHOUSE.c.fencing_token)).scalar_one())
-                return token, ask(connection)
+                answer = ask(connection)
+                connection.commit()
+                _checkpoint(connection, self._path)
+                return token, answer
         except (TamperedError, WarehouseError) as error:
             if isinstance(error, WarehouseBusyError):
                 raise
             aside = self._path.with_name(f"{self._path.name}.damaged")
             log.warning("%s; it is kept as %s", error, aside)
-            shutil.copyfile(self._path, aside)
+            try:
+                shutil.copyfile(self._path, aside)
+            except OSError as refused:
+                raise self._refused("keep a copy of", refused) from None
             return token, None
 
     def define_functions(self, connection: sa.Connection) -> None:
@@ -229,6 +244,11 @@ class DuckDBWarehouse:
         """Write rows to a Parquet file; see the protocol."""
         select = query.compile(dialect=connection.dialect, compile_kwargs={"literal_binds": True})
         connection.exec_driver_sql(f"copy ({select}) to {_quoted(path)} (format parquet)")
+
+    def described(self, connection: sa.Connection, select: str) -> list[tuple[str, str]]:
+        """Names and types of the columns of a select; see the protocol."""
+        found = connection.exec_driver_sql(f"describe {select}")
+        return [(name, kind) for name, kind, *_ in found]
 
     def make_view(self, connection: sa.Connection, name: str, select: str) -> None:
         """Create or replace a view; see the protocol."""
@@ -272,8 +292,10 @@ class DuckDBWarehouse:
             part.replace(self._published)
             sync(self._published.parent)
         except OSError as error:
-            part.unlink(missing_ok=True)
-            raise StorageError(f"cannot publish {self._published}: {error.strerror}") from None
+            left = room(self._published, _size(self._path))
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+            raise StorageError(f"cannot publish {self._published}: {error.strerror} ({left})") from None
         return str(self._published)
 
     def _shown_build(self) -> tuple[str, int] | None:
@@ -293,26 +315,27 @@ class DuckDBWarehouse:
     def _create(self, token: int = 0) -> None:
         """Make the file under another name first: a kill must not leave one that cannot be opened."""
         part = self._path.with_name(f".{self._path.name}.new")
-        part_wal = part.with_name(part.name + ".wal")
-        stale_wal = self._path.with_name(self._path.name + ".wal")
-        if stale_wal.exists():
+        if (stale := _wal_of(self._path)).exists():
             raise TamperedError(
-                f"{stale_wal} is there but {self._path} is not: restore the warehouse, or move the "
+                f"{stale} is there but {self._path} is not: restore the warehouse, or move the "
                 ".wal file away to start a new one"
             )
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            part.unlink(missing_ok=True)
-            part_wal.unlink(missing_ok=True)
-            with _closing(_connect(part, self._settings)) as connection, connection.begin():
-                schema.create(connection, token)
-                self.define_functions(connection)
+            _discard(part)
+            with _closing(_connect(part, self._settings)) as connection:
+                with connection.begin():
+                    schema.create(connection, token)
+                    self.define_functions(connection)
+                _checkpoint(connection, part)
             part.chmod(0o600)
             sync(part)
             part.replace(self._path)
             sync(self._path.parent)
         except OSError as error:
-            raise StorageError(f"cannot create {self._path}: {error.strerror}") from None
+            raise self._refused("create", error) from None
+        finally:
+            _discard(part)
 
     @contextmanager
     def _up_to_date(
@@ -332,23 +355,28 @@ class DuckDBWarehouse:
     def _upgrade(self) -> None:
         """Bring a copy of the file up to date and put it in its place: all of it or nothing."""
         with self._opened() as connection:
-            connection.exec_driver_sql("checkpoint")  # nothing of it is in a .wal then
+            _checkpoint(connection, self._path)
         part = self._path.with_name(f".{self._path.name}.upgrade")
-        _discard(part)
         try:
+            _discard(part)
             shutil.copyfile(self._path, part)
             part.chmod(0o600)
             with _closing(_connect(part, self._settings)) as connection:
                 with connection.begin():
                     schema.upgrade(connection, str(self._path))
-                connection.exec_driver_sql("checkpoint")
+                _checkpoint(connection, part)
             sync(part)
             part.replace(self._path)
             sync(self._path.parent)
         except OSError as error:
-            raise StorageError(f"cannot upgrade {self._path}: {error.strerror}") from None
+            raise self._refused("upgrade", error) from None
         finally:
             _discard(part)
+
+    def _refused(self, what: str, error: OSError) -> StorageError:
+        """The error for a disk that does not let us do something with the file."""
+        left = room(self._path, _size(self._path))
+        return StorageError(f"cannot {what} {self._path}: {error.strerror} ({left})")
 
     @contextmanager
     def _lock(self, holder: str, seconds: float) -> Iterator[None]:
@@ -364,7 +392,7 @@ class DuckDBWarehouse:
                 "try again later"
             ) from None
         except OSError as error:
-            raise StorageError(f"cannot lock {self._path}: {error.strerror}") from None
+            raise self._refused("lock", error) from None
         try:
             by = {
                 "holder": holder,
@@ -408,6 +436,7 @@ def _connect(path: Path, settings: Settings, *, read_only: bool = False) -> sa.C
         },
     )
     sa.event.listen(engine, "before_cursor_execute", _with_literals, retval=True)
+    sa.event.listen(engine, "handle_error", partial(_tell_apart, path))
     try:
         connection = engine.connect()
         connection.exec_driver_sql("set TimeZone = 'UTC'")
@@ -417,6 +446,14 @@ def _connect(path: Path, settings: Settings, *, read_only: bool = False) -> sa.C
     return connection
 
 
+def _checkpoint(connection: sa.Connection, path: Path) -> None:
+    """Have all of the database in its file; on closing, DuckDB would not say that it could not."""
+    connection.exec_driver_sql("checkpoint")
+    connection.commit()
+    if (wal := _wal_of(path)).exists() and _size(wal):
+        raise StorageError(f"{path} is not whole without its .wal ({room(path)})")
+
+
 @contextmanager
 def _closing(connection: sa.Connection) -> Iterator[sa.Connection]:
     """Close the connection at the end; an error of the database becomes one of ours."""
@@ -424,6 +461,8 @@ def _closing(connection: sa.Connection) -> Iterator[sa.Connection]:
         yield connection
     except sa.exc.DBAPIError as error:
         said = str(error.orig).splitlines()[0]
+        if isinstance(error, sa.exc.ProgrammingError):
+            raise TamperedError(schema.UNFIT.format(said)) from None
         raise WarehouseError(f"the warehouse failed: {said}; nothing half-done was kept") from None
     finally:
         connection.close()
@@ -451,14 +490,41 @@ def _with_literals(
     return str(literal), ()
 
 
+# What the system says when it refuses, which is no fault of the file.
+_REFUSALS = tuple(
+    os.strerror(number)
+    for number in (
+        errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM,
+        errno.EMFILE, errno.ENFILE, errno.ENOMEM,
+    )
+)  # fmt: skip
+
+_DAMAGES = ("corrupt", "checksum", "database has been invalidated")
+"""What DuckDB says when it reads what it never wrote."""
+
+_ANEW = "restore it, or let faletl rebuild make it anew from the landed pages"
+
+
+def _tell_apart(path: Path, context: sa.engine.ExceptionContext) -> None:
+    """Raise an error of ours where the disk refuses, memory is short, or the file is damaged."""
+    error = context.original_exception
+    said = str(error).splitlines()[0]
+    if any(words in said for words in _REFUSALS):
+        raise StorageError(
+            f"the warehouse {path} cannot be used: {said} ({room(path)}); nothing half-done was kept"
+        )
+    if isinstance(error, duckdb.OutOfMemoryException):
+        raise ExhaustedError.of_engine("the warehouse", error)
+    is_damage = any(words in said.lower() for words in _DAMAGES)
+    if is_damage or isinstance(error, (duckdb.InternalException, duckdb.SerializationException)):
+        raise TamperedError(f"{path} is damaged ({said}); {_ANEW}")
+
+
 def _opening_error(path: Path, error: Exception) -> WarehouseError | TamperedError:
     said = str(getattr(error, "orig", error)).splitlines()[0]
     if "could not set lock" in said.lower():
         return WarehouseBusyError(f"another program has {path} open ({said}); close it there")
-    return TamperedError(
-        f"{path} cannot be opened as a DuckDB warehouse ({said}); restore it, or let "
-        "faletl rebuild make it anew from the landed pages"
-    )
+    return TamperedError(f"{path} cannot be opened as a DuckDB warehouse ({said}); {_ANEW}")
 
 
 def _refuse_all_but_selects(connection: sa.Connection, _cursor: object, query: str, *_: object) -> None:
@@ -501,6 +567,11 @@ def _discard(path: Path) -> None:
             shutil.rmtree(leftover)
         else:
             leftover.unlink()
+
+
+def _wal_of(path: Path) -> Path:
+    """Where DuckDB keeps what is committed and not in the file yet."""
+    return path.with_name(f"{path.name}.wal")
 
 
 def _size(path: Path) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import cached_property
@@ -23,7 +23,13 @@ import duckdb_sqlalchemy
 import sqlalchemy as sa
 
 from faletl.config import Settings
-from faletl.errors import SettingsError, UsageError, WarehouseBusyError, WarehouseError
+from faletl.errors import (
+    SettingsError,
+    TamperedError,
+    UsageError,
+    WarehouseBusyError,
+    WarehouseError,
+)
 from faletl.money import PRECISION, SCALE
 from faletl.warehouse import Lease, Warehouse, schema
 from faletl.warehouse.tables import BUILDS, METADATA, SCHEMAS, WAREHOUSE
@@ -111,6 +117,13 @@ _TYPES: Mapping[str, tuple[str, str]] = {
 
 _TEXT = ('text collate "C"', "VARCHAR")
 
+_UNKNOWN = (
+    psycopg.errors.InvalidSchemaName,
+    psycopg.errors.UndefinedColumn,
+    psycopg.errors.UndefinedFunction,
+    psycopg.errors.UndefinedTable,
+)
+
 _SHUT_OUT = ("authentication failed", "does not exist", "no pg_hba.conf entry", "permission denied")
 
 
@@ -135,6 +148,7 @@ class PostgresWarehouse:
                     self._create(connection)
                 elif schema.is_older(connection, self._where):
                     schema.upgrade(connection, self._where)
+                schema.refuse_altered(connection, self._where)
                 token = schema.take_token(connection, told)
             yield Lease(connection, token)
 
@@ -260,6 +274,11 @@ class PostgresWarehouse:
         for function in FUNCTIONS:
             connection.exec_driver_sql(function)
 
+    def described(self, connection: sa.Connection, select: str) -> list[tuple[str, str]]:
+        """Names and types of the columns of a select; see the protocol."""
+        with closing(connection.exec_driver_sql(f"{select} limit 0")) as found:
+            return [(name, ours) for name, ours, _ in _described(found)]
+
     def make_view(self, connection: sa.Connection, name: str, select: str) -> None:
         """Make the view anew; see the protocol."""
         connection.exec_driver_sql(f"drop view if exists {name}")
@@ -267,9 +286,7 @@ class PostgresWarehouse:
 
     def make_table(self, connection: sa.Connection, name: str, select: str, by: str | None) -> None:
         """Empty the table if it has those columns, so that its readers keep it; else make it anew."""
-        found = connection.exec_driver_sql(f"{select} limit 0")
-        columns = [(column, ours) for column, ours, _ in _described(found)]
-        found.close()
+        columns = self.described(connection, select)
         if _columns(connection, name) == columns:
             connection.exec_driver_sql(f"delete from {name}")
             return
@@ -334,6 +351,8 @@ class PostgresWarehouse:
             if is_readers and not error.connection_invalidated:
                 raise  # it is their query that is wrong
             said = _said(error.orig)
+            if isinstance(error.orig, _UNKNOWN):
+                raise TamperedError(schema.UNFIT.format(said)) from None
             raise WarehouseError(f"the warehouse failed: {said}; nothing half-done was kept") from None
         finally:
             connection.close()

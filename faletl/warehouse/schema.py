@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 from datetime import UTC, datetime
+from typing import Any
 
 import sqlalchemy as sa
 
 from faletl import __version__
-from faletl.errors import SettingsError, WarehouseError
+from faletl.errors import SettingsError, TamperedError, WarehouseError
 from faletl.warehouse.tables import BUILDS, METADATA, SCHEMA_VERSION, SCHEMAS, WAREHOUSE
 
 log = logging.getLogger(__name__)
+
+UNFIT = (
+    "the warehouse does not hold what faletl made ({}); faletl verify tells what was altered, faletl "
+    "rebuild makes it anew from the landed pages"
+)
+"""Said of a query of ours that names what is not there."""
 
 OLDEST = 3
 """The oldest schema that can be upgraded; what is older has to be rebuilt."""
@@ -50,9 +57,8 @@ def is_older(connection: sa.Connection, where: str, *, is_older_fine: bool = Fal
     """
     try:
         version = connection.execute(sa.select(WAREHOUSE.c.schema_version)).scalar_one()
-    except sa.exc.SQLAlchemyError as error:
-        if isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated:
-            raise  # the server is gone, which tells nothing of what it holds
+    except (sa.exc.ProgrammingError, sa.exc.NoResultFound, sa.exc.MultipleResultsFound):
+        # Any other error, of a server that is gone or cannot wait, tells nothing of what it holds.
         raise SettingsError(f"{where} is a database, but no faletl warehouse") from None
     if version > SCHEMA_VERSION:
         raise SettingsError(
@@ -93,14 +99,60 @@ def upgrade(connection: sa.Connection, where: str) -> None:
 
 def columns_of(connection: sa.Connection, table: sa.Table) -> set[str]:
     """The columns that the table really has; none where it is not there, as in an older warehouse."""
-    names = ("table_schema", "table_name", "column_name")
+    return set(columns_held(connection, [str(table.schema)]).get(table.fullname, ()))
+
+
+def columns_held(connection: sa.Connection, schemas: Collection[str]) -> Mapping[str, Mapping[str, str]]:
+    """The types of the columns, in order, that tables and views of the schemas really have."""
+    names = ("table_schema", "table_name", "column_name", "data_type")
+    numbers = ("ordinal_position", "numeric_precision", "numeric_scale")
     columns = sa.table(
-        "columns", *(sa.column(name, sa.Text) for name in names), schema="information_schema"
-    ).c
-    found = sa.select(columns.column_name).where(
-        columns.table_schema == table.schema, columns.table_name == table.name
+        "columns",
+        *(sa.column(name, sa.Text) for name in names),
+        *(sa.column(name, sa.Integer) for name in numbers),
+        schema="information_schema",
     )
-    return set(connection.execute(found).scalars())
+    found = sa.select(columns).where(columns.c.table_schema.in_(schemas))
+    held: dict[str, dict[str, str]] = {}
+    for column in connection.execute(found.order_by(columns.c.ordinal_position)):
+        kind = column.data_type.lower()
+        if kind == "numeric":  # PostgreSQL, where DuckDB has all of it in the type
+            kind = f"decimal({column.numeric_precision},{column.numeric_scale})"
+        table = f"{column.table_schema}.{column.table_name}"
+        held.setdefault(table, {})[column.column_name] = {"varchar": "text"}.get(kind, kind)
+    return held
+
+
+def altered(connection: sa.Connection) -> Iterator[str]:
+    """What of our own tables is not as they were made, table by table; more columns do no harm."""
+    held = columns_held(connection, ["raw", "ops"])
+    for table in METADATA.sorted_tables:
+        if table.schema not in ("raw", "ops"):
+            continue
+        if table.fullname not in held:
+            yield f"{table.fullname} is gone"
+            continue
+        for column in table.columns:
+            kind = held[table.fullname].get(column.name)
+            if kind != (made := _kind(column.type)):
+                told = f"of type {kind}, not {made}" if kind else "gone"
+                yield f"{table.fullname}: the column {column.name} is {told}"
+
+
+def _kind(of: sa.types.TypeEngine[Any]) -> str:
+    if isinstance(of, sa.Numeric):
+        return f"decimal({of.precision},{of.scale})"
+    if isinstance(of, sa.DateTime):
+        return "timestamp with time zone"
+    return type(of).__name__.lower().replace("biginteger", "bigint")
+
+
+def refuse_altered(connection: sa.Connection, where: str) -> None:
+    """Raises TamperedError where somebody altered our tables: what is written to them might be bent."""
+    if changed := next(altered(connection), None):
+        raise TamperedError(
+            f"{where} was altered ({changed}); faletl rebuild makes it anew from the landed pages"
+        )
 
 
 def take_token(connection: sa.Connection, holder: str) -> int:

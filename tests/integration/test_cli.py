@@ -23,7 +23,7 @@ from faletl.errors import UsageError
 from faletl.sandbox import FULL_KEY, Fault, Request, Sandbox
 from tests import truth
 from tests.conftest import published_path, settings_for
-from tests.integration.test_kills import environment
+from tests.forked import environment
 from tests.leaks import everything_in, leaks
 
 SUM = "select sum(cost_total) from reports.rpt_spend_daily"

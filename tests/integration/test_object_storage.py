@@ -36,7 +36,7 @@ from faletl.verify import verify
 from faletl.windows import Window
 from tests import truth
 from tests.conftest import all_tables, settings_for, total
-from tests.integration.test_kills import finish, start
+from tests.forked import Trap, start
 
 USAGE_DAYS = Asked(truth.day(21), truth.day(23), ["usage"])
 
@@ -141,9 +141,9 @@ def test_a_read_that_is_killed_twice_goes_on_at_the_page_where_it_ended(
     stored: Settings, sandbox: Sandbox, aws: dict[str, str]
 ) -> None:
     more = {"FALETL_PARALLEL": "1", **aws}
+    third = Trap("faletl.client.FalClient.get", nth=3)
     for _ in range(2):  # the first answer is the account's name, the third the next page but one
-        killed = start(stored, "faletl.client.FalClient.get", "after", "3", command="extract", **more)
-        assert finish(killed)[0] == -signal.SIGKILL
+        assert start(stored, third, command="extract", **more).finish()[0] == -signal.SIGKILL
     assert list(landing.complete_reads(stored)) == []
     with time_machine.travel(truth.NOW, tick=True):
         assert pipeline.extract(stored, USAGE_DAYS).exit_code == 0

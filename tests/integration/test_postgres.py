@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from datetime import datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -28,11 +29,12 @@ from faletl.rebuild import rebuild
 from faletl.sandbox import Sandbox
 from faletl.verify import verify
 from faletl.warehouse import open_warehouse
-from faletl.warehouse.tables import METADATA, WAREHOUSE
+from faletl.warehouse.tables import METADATA, SCHEMA_VERSION, WAREHOUSE
 from tests import truth
 from tests.conftest import all_tables, ask, published_path, settings_for, total
-from tests.integration.test_kills import check_a_clean_run_mends_all, finish, start
-from tests.servers import shared_postgres
+from tests.forked import Trap, fork, start
+from tests.integration.test_kills import check_a_clean_run_mends_all, is_killed, loaded
+from tests.servers import shared_postgres, wait_for
 from tests.truth import FLUX, VIDEO, Account, line
 
 ODD_IDS = (
@@ -180,6 +182,13 @@ def test_quotients_are_exact_in_both_and_rounded_alike(database: str) -> None:
 # --- One writer -----------------------------------------------------------------------------------
 
 
+def hold(settings: Settings) -> None:
+    """Take the lease, and keep it."""
+    with open_warehouse(settings).lease("another"):
+        print("held", flush=True)
+        time.sleep(600)
+
+
 def test_a_writer_waits_then_says_who_holds_it_and_a_killed_one_lets_go(
     clock: time_machine.Traveller, on_server: Settings
 ) -> None:
@@ -189,21 +198,12 @@ def test_a_writer_waits_then_says_who_holds_it_and_a_killed_one_lets_go(
         with pytest.raises(WarehouseBusyError, match=r"a long load \(process .* since 2026-11-23"):
             open_warehouse(impatient).lease("me").__enter__()
         assert total(on_server) > 0  # readers do not wait
-    code = f"""
-import sys, time
-sys.path[:] = {sys.path!r}
-from faletl.config import Settings
-from faletl.warehouse import open_warehouse
-with open_warehouse(Settings.isolated(warehouse={on_server.warehouse!r})).lease("another"):
-    print("held", flush=True)
-    time.sleep(600)
-"""
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as held:
-        assert held.stdout is not None
-        assert held.stdout.readline() == b"held\n"
-        with pytest.raises(WarehouseBusyError):
-            open_warehouse(impatient).lease("me").__enter__()
-        held.kill()
+    held = fork(hold, on_server)
+    wait_for("another holds it", lambda: held.said.read_text("utf-8"), seconds=60, every=0.05)
+    with pytest.raises(WarehouseBusyError):
+        open_warehouse(impatient).lease("me").__enter__()
+    held.send(signal.SIGKILL)
+    held.finish()
     patient = on_server.model_copy(update={"lock_seconds": 30})
     with open_warehouse(patient).lease("me"):
         pass
@@ -220,33 +220,74 @@ def test_a_holder_that_was_taken_over_writes_nothing(
             fence(lease, changes_data=True)
 
 
-@pytest.mark.parametrize(
-    ("function", "when", "nth"),
-    [
-        ("faletl.warehouse.schema.create", "after", 1),
-        ("faletl.warehouse.postgres.PostgresWarehouse.take_in", "after", 2),
-        ("faletl.load._enter", "after", 3),  # all written, not committed
-        ("faletl.pipeline.replace_window", "after", 2),  # committed, not told
-        ("faletl.models._fill", "after", 9),  # half built
-        ("faletl.models.build", "after", 1),  # built, not noted as published
-    ],
-)
-def test_a_run_killed_between_two_steps_is_mended_by_the_next(
-    function: str, when: str, nth: int, on_server: Settings
+def test_a_load_and_a_build_that_are_killed_at_any_step_are_done_or_not(
+    clock: time_machine.Traveller, on_server: Settings
 ) -> None:
-    code, said = finish(start(on_server, function, when, str(nth)))
-    assert code == -signal.SIGKILL, f"the trap did not spring: {said}"
+    days = Asked(truth.day(21), truth.day(23), ["usage"])
+    assert pipeline.extract(on_server, days).exit_code == 0
+    for kill in (
+        Trap("faletl.warehouse.schema.create"),
+        Trap("faletl.warehouse.postgres.PostgresWarehouse.take_in"),
+        Trap("faletl.load._enter"),  # all written, not committed
+    ):
+        assert is_killed(start(on_server, kill, command="load"))
+        assert loaded(on_server) == (0, 0)
+    # Committed, not told.
+    assert is_killed(start(on_server, Trap("faletl.pipeline.replace_window"), command="load"))
+    assert loaded(on_server) == (15, 1)
+    assert start(on_server, command="load").finish()[0] == 0
+    assert loaded(on_server) == (30, 2)
+    assert is_killed(start(on_server, Trap("faletl.models._fill", nth=9), command="build"))
+    assert builds(on_server) == 0
+    # Built, not noted as published.
+    assert is_killed(start(on_server, Trap("faletl.models.build"), command="build"))
+    assert builds(on_server) == 1
     check_a_clean_run_mends_all(on_server)
 
 
-def test_a_killed_rebuild_leaves_the_old_rows(on_server: Settings) -> None:
-    check_a_clean_run_mends_all(on_server)
+def builds(settings: Settings) -> int:
+    """How many are committed."""
+    return int(ask(settings, "select count(*) from ops.builds")[0][0])
+
+
+def test_a_killed_rebuild_leaves_the_old_rows(
+    clock: time_machine.Traveller, on_server: Settings
+) -> None:
+    pipeline.run(on_server, Asked(truth.day(21), truth.day(23), ["usage", "prices"]))
     before = all_tables(on_server)
-    for trap in (("faletl.rebuild.replay", "after", "4"), ("faletl.models.build", "after", "1")):
-        assert finish(start(on_server, *trap, command="rebuild"))[0] == -signal.SIGKILL
+    for kill in (Trap("faletl.rebuild.replay", nth=2), Trap("faletl.models.build")):
+        assert is_killed(start(on_server, kill, command="rebuild"))
         assert all_tables(on_server) == before
-    assert finish(start(on_server, command="rebuild"))[0] == 0
+    assert start(on_server, command="rebuild").finish()[0] == 0
     assert all_tables(on_server) == before
+
+
+def test_a_killed_upgrade_leaves_the_older_schema(
+    clock: time_machine.Traveller, on_server: Settings
+) -> None:
+    pipeline.run(on_server, Asked(truth.day(21), truth.day(22), ["usage"]))
+    with psycopg.connect(on_server.warehouse) as owner:
+        owner.execute("update ops.warehouse set schema_version = 3")
+        owner.execute("alter table raw.models drop column license_type cascade")
+    lacks = (
+        "select schema_version, (select count(*) from information_schema.columns where "
+        "table_schema = 'raw' and table_name = 'models' and column_name = 'license_type') "
+        "from ops.warehouse"
+    )
+    assert is_killed(start(on_server, Trap("faletl.warehouse.schema.upgrade"), command="build"))
+    assert ask(on_server, lacks) == [(3, 0)]
+    assert start(on_server, command="build --full").finish()[0] == 0
+    assert ask(on_server, lacks) == [(SCHEMA_VERSION, 1)]
+    assert verify(on_server).findings == []
+
+
+def test_a_signal_ends_a_wait_for_the_lock(clock: time_machine.Traveller, on_server: Settings) -> None:
+    waits = "select count(*) from pg_locks where locktype = 'advisory' and not granted"
+    with open_warehouse(on_server).lease("a test"):
+        waiting = start(on_server, command="build --full")
+        wait_for("it waits", lambda: ask(on_server, waits) == [(1,)], seconds=60, every=0.05)
+        waiting.send(signal.SIGTERM)
+        assert waiting.finish(30)[0] == 143
 
 
 # --- Readers --------------------------------------------------------------------------------------

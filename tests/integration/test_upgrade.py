@@ -20,7 +20,7 @@ from faletl.sandbox import Sandbox
 from faletl.verify import verify
 from faletl.warehouse.tables import METADATA, SCHEMA_VERSION
 from tests.conftest import all_tables, settings_for
-from tests.integration.test_kills import finish, start
+from tests.forked import Trap, start
 
 OLDER = Path(__file__).parents[1] / "older"
 
@@ -91,12 +91,22 @@ def test_an_older_warehouse_can_be_looked_at_first(
 
 
 def test_a_killed_upgrade_leaves_the_older_warehouse(older: Settings) -> None:
-    before = Path(older.warehouse.removeprefix("duckdb:///")).read_bytes()
-    trap = ("faletl.warehouse.schema.upgrade", "after", "1")
-    assert finish(start(older, *trap))[0] == -signal.SIGKILL
-    assert Path(older.warehouse.removeprefix("duckdb:///")).read_bytes() == before
-    assert finish(start(older))[0] == 0
+    path = Path(older.warehouse.removeprefix("duckdb:///"))
+    before = path.read_bytes()
+    for kill in (
+        Trap("shutil.copyfile"),  # a copy is there
+        Trap("faletl.warehouse.schema.upgrade"),  # altered, not committed
+        Trap("pathlib.Path.replace", "before"),  # committed, not in its place
+    ):
+        assert start(older, kill, command="build").finish()[0] == -signal.SIGKILL
+        assert path.read_bytes() == before
+    assert start(older, Trap("pathlib.Path.replace"), command="build").finish()[0] == -signal.SIGKILL
+    with duckdb.connect(str(path), read_only=True) as connection:
+        version = connection.execute("select schema_version from ops.warehouse").fetchone()
+    assert version == (SCHEMA_VERSION,)
+    assert start(older, command="build").finish()[0] == 0
     assert verify(older).findings == []
+    assert not list(path.parent.glob(".*upgrade*"))
 
 
 def test_one_that_is_too_old_has_to_be_rebuilt(older: Settings, clock: time_machine.Traveller) -> None:

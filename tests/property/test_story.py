@@ -172,7 +172,9 @@ class Story(RuleBasedStateMachine):
     def _start(self, trap: Trap | None, command: str) -> Child:
         self.now += timedelta(seconds=1)
         key = self.settings.key.get_secret_value()  # type: ignore[union-attr]  # there is one
-        return start(self.settings, trap, command, now=self.now, FALETL_FIRST_DAYS="3", FAL_KEY=key)
+        traps = [trap] if trap else []
+        more = {"FALETL_FIRST_DAYS": "3", "FAL_KEY": key}
+        return start(self.settings, *traps, command=command, now=self.now, **more)
 
     def _finish(self, child: Child) -> None:
         code, said = child.finish()
