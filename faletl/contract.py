@@ -117,6 +117,8 @@ class Contract:
             fields = _OBJECT.decode(record)
         except msgspec.ValidationError:
             return  # no object: that is another breach
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise _unreadable(error) from None
         for name, value in fields.items():
             node = tree.get(name, ...)
             if node is ...:
