@@ -34,7 +34,8 @@ from faletl.errors import (
 )
 from faletl.extract import Origin, fetch_window
 from faletl.landing import Landed
-from faletl.resources import CREDITS, MODELS, PRICES, USAGE, Resource
+from faletl.plan import account_label
+from faletl.resources import BILLING_EVENTS, CREDITS, MODELS, PRICES, USAGE, Resource
 from faletl.sandbox import BILLING_KEY, FULL_KEY, READONLY_KEY, Fault, Request, Sandbox
 from faletl.staging import stage_window
 from faletl.windows import Window
@@ -160,7 +161,7 @@ def test_empty_pages_are_walked_over(scripted: Sandbox, client: FalClient, sizes
         assert len(landed.manifest.calls) == 1
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("length", [1, 2, 3, 50])
 @pytest.mark.parametrize("lead", [0, 2])
 def test_a_cycle_of_cursors_is_refused_within_one_round(length: int, lead: int, tmp_path: Path) -> None:
     names = [f"c{number}" for number in range(lead + length)]
@@ -183,6 +184,20 @@ def test_endless_new_cursors_come_to_an_end(monkeypatch: pytest.MonkeyPatch, tmp
         with pytest.raises(ContractError, match="more than 7 pages"):
             fetch(settings_for(sandbox.url, tmp_path))
         assert len(sandbox.requests) == 7
+
+
+def test_a_walk_of_more_bytes_than_can_be_meant_comes_to_an_end_and_leaves_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    body = page(cursor="c" * 1000)
+    monkeypatch.setattr("faletl.pages.MAX_BYTES", 2 * len(body))
+    endless = Script({cursor: page(cursor=str(n) * 1000) for n, cursor in enumerate([None, "0" * 1000])})
+    endless.pages["1" * 1000] = body
+    with Sandbox(truth.Account(), fault=endless) as sandbox:
+        with pytest.raises(ContractError, match="announced still more") as caught:
+            fetch(settings_for(sandbox.url, tmp_path))
+        assert len(sandbox.requests) == caught.value.facts["page"] == 3
+    assert list(tmp_path.rglob("*.zst")) == []
 
 
 @pytest.mark.parametrize(
@@ -278,6 +293,9 @@ def test_another_document_than_was_asked_for_is_refused_at_once(
         pytest.param(page([{"endpoint_id": "a\0"}]), 1, id="NUL"),
         pytest.param(page(cursor="\0"), 1, id="NUL cursor"),
         pytest.param(b'{"models":[{"endpoint_id":"\xff"}],' + ENVELOPE, 1, id="bad UTF-8"),
+        pytest.param(b'{"models":[{"endpoint_id":"\xc0\x80"}],' + ENVELOPE, 1, id="overlong UTF-8"),
+        pytest.param(b'{"models":[{"endpoint_id":"a","new":1,"\xff":1}],' + ENVELOPE, 1, id="both"),
+        pytest.param(b'{"models":[],"has_more":true,' + ENVELOPE, 1, id="has_more twice"),
         pytest.param(b'{"models":[{"endpoint_id":"\xed\xa0\x80"}],' + ENVELOPE, 1, id="raw surrogate"),
         pytest.param(b'{"models":[{"endpoint_id":"a","\xff":1}],' + ENVELOPE, 1, id="bad UTF-8 name"),
     ],
@@ -305,6 +323,38 @@ def test_a_byte_order_mark_and_blanks_around_a_document_are_taken(
         landed = fetch(given)
         assert bodies(landed) == [body]
         assert stage_window(given, landed, tmp_path).rows == 1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"[" * 200_000, b'{"username":' + b"[" * 200_000, b"{}", b'{"username":""}', b'{"username":" "}',
+     b'{"username":5}', b'{"username":"a\\u0000"}', b'{"username":"\\u001b[31m"}',
+     b'{"username":"a\\nb"}', b'{"username":"\\ud800"}', b'{"username":"\xff"}', b"<html>", b"",
+     b'{"username":"%s"}' % (b"x" * 201)],
+    ids=range(14),
+)  # fmt: skip
+def test_an_account_whose_name_can_be_no_label_ends_in_a_typed_error(
+    body: bytes, tmp_path: Path
+) -> None:
+    with Sandbox(truth.Account(), fault=lambda _: Fault(body=body)) as sandbox:
+        given = settings_for(sandbox.url, tmp_path)
+        with FalClient(given) as asking, pytest.raises(ContractError) as caught:
+            account_label(asking, given)
+    assert str(caught.value).isprintable()
+
+
+def test_days_are_asked_for_with_everything_said(tmp_path: Path) -> None:
+    bounds = {"start": ["2026-11-21T00:00:00Z"], "end": ["2026-11-22T00:00:00Z"]}
+    hours = {"timeframe": ["hour"], "timezone": ["UTC"], "bound_to_timeframe": ["false"]}
+    who = ["auth_method_structured", "auth_method"]
+    with Sandbox(truth.two_days()) as sandbox:
+        for resource in (USAGE, BILLING_EVENTS):
+            fetch(settings_for(sandbox.url, tmp_path), resource, DAY)
+        summary = {**bounds, **hours, "expand": ["summary"]}
+        assert [request.query for request in sandbox.requests] == [
+            {**bounds, **hours, "expand": ["time_series", *who]}, summary,
+            {**bounds, "limit": ["10000"], "expand": who}, summary,
+        ]  # fmt: skip
 
 
 # --- Starting over and taking up ------------------------------------------------------------------
