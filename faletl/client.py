@@ -19,7 +19,7 @@ import time
 import traceback
 import weakref
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -54,7 +54,9 @@ TRIES = 6
 BACKOFF_SECONDS = 20.0  # the longest wait that we choose ourselves
 RETRY_AFTER_SECONDS = 120  # the longest wait that fal may ask for; beyond it the run gives up
 CLOCK_SKEW_SECONDS = 300.0
-QUOTED_CHARACTERS = 300
+QUOTED_CHARACTERS = 300  # of what fal says of an error
+SHOWN_CHARACTERS = 80  # of what may be data
+PIECE = 2**20  # bytes to which a packed body is unpacked at a time
 
 _CHATTY = ("httpx", "httpcore.connection", "httpcore.http11", "httpcore.proxy")
 """Loggers that tell all headers of an answer, in which fal may echo the key."""
@@ -107,6 +109,8 @@ class FalClient:
     clock_skew_seconds: float | None = None
     """How far this machine's clock and fal's are apart, once that was too far."""
 
+    _has_told_label = False
+
     def __init__(self, settings: Settings, patience: Patience | None = None) -> None:
         self._settings = settings
         self._patience = patience or Patience(TRIES, DEADLINE_SECONDS, RETRY_AFTER_SECONDS)
@@ -121,6 +125,7 @@ class FalClient:
                 "accept-encoding": "gzip",
             },
             follow_redirects=False,
+            event_hooks={"response": [_forget_location]},
             trust_env=False,
             timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
         )
@@ -169,13 +174,19 @@ class FalClient:
     def _once(self, question: _Question, read: Callable[[bytes], T]) -> tuple[Answer, T]:
         self._sleep(self._rate.reserve())
         self._sleep(self._rate.held())  # another thread may have been told to wait meanwhile
-        request = self._http.build_request(
-            question.method,
-            self._settings.api_url + question.path,
-            params=[(name, v) for name, values in question.params.items() for v in _each(values)],
-            content=question.body,
-            headers=self._headers(question),
-        )
+        try:
+            request = self._http.build_request(
+                question.method,
+                self._settings.api_url + question.path,
+                params=[(name, v) for name, values in question.params.items() for v in _each(values)],
+                content=question.body,
+                headers=self._headers(question),
+            )
+        except httpx.InvalidURL:
+            raise ContractError(
+                f"a question to {question.path} is too long for a URL: the cursor or the endpoint ids "
+                "that fal gave cannot be right"
+            ) from None
         request_id: str | None = None
         seconds = self._patience.deadline_seconds
         deadline = _deadline.set((time.monotonic() + seconds, seconds))
@@ -195,7 +206,7 @@ class FalClient:
             for one in _chain(error):  # their frames hold the request as it was sent
                 traceback.clear_frames(one.__traceback__)
             raise ApiUnavailableError(
-                f"fal could not be reached ({reason}); try again later",
+                f"fal could not be reached ({reason})",
                 request_id=request_id,
                 cause=_cause(error),
             ) from None
@@ -204,16 +215,17 @@ class FalClient:
         self._watch_clock(response.headers.get("date"))
         if response.status_code != httpx.codes.OK:
             raise self._refusal(question, response, body).at(request_id=request_id)
-        answer = Answer(body, request_id)
         try:
-            return answer, read(body)
+            found = read(body)
         except MalformedBodyError as error:
             kind = WebPageError if _is_html(body) else MalformedAnswerError
-            raise kind(f"{error}; fal sent {self._quote(body)}").at(
+            raise kind(f"{error}; fal sent {self._quote(body, SHOWN_CHARACTERS)}").at(
                 status=200, request_id=request_id
             ) from None
         except ContractError as error:
             raise error.at(request_id=request_id) from None
+        self._watch_label(question.path, response.headers.get("content-type", ""))
+        return Answer(body, request_id), found
 
     def _headers(self, question: _Question) -> dict[str, str]:
         """Made where they are sent: a variable with the key would show in tracebacks with locals."""
@@ -233,17 +245,14 @@ class FalClient:
         parts: list[bytes] = []
         size = 0
         for received in response.iter_raw():
-            try:
-                part = gunzip.decompress(received, cap - size + 1) if gunzip else received
-            except zlib.error as error:
-                raise MalformedAnswerError(f"the gzip body is damaged: {error}") from None
-            size += len(part)
-            if size > cap:
-                raise ContractError(
-                    f"the answer is larger than {cap:,} bytes; raise FALETL_MAX_BODY if that is meant"
-                )
-            parts.append(part)
-        if gunzip and parts and (not gunzip.eof or gunzip.unused_data):
+            for part in _unpacked(gunzip, received) if gunzip else (received,):
+                size += len(part)
+                if size > cap:
+                    raise ContractError(
+                        f"the answer is larger than {cap:,} bytes; if so meant, raise FALETL_MAX_BODY"
+                    )
+                parts.append(part)
+        if gunzip and parts and not gunzip.eof:
             raise MalformedAnswerError("the gzip body is not whole")
         return b"".join(parts)
 
@@ -256,7 +265,7 @@ class FalClient:
         facts: dict[str, Fact] = {"status": status, "path": path}
         is_gateway = status == 403 and _is_html(body)
         if status == httpx.codes.TOO_MANY_REQUESTS or status >= 500 or is_gateway:
-            wait = _retry_after(response.headers.get("retry-after"))
+            wait = _retry_after(response.headers)
             told = f"; it asks to come back in {wait} s" if wait else ""
             if wait and wait <= self._patience.retry_after_seconds:
                 self._rate.hold(wait)
@@ -265,7 +274,7 @@ class FalClient:
             )
         if status in (401, 403):
             return KeyRefusedError(f"fal refused the key for {path} ({status}: {said})", **facts)
-        if response.is_redirect:
+        if 300 <= status < 400:
             return ContractError(
                 f"fal answered {status}, a redirect, to {path}; faletl never follows one", **facts
             )
@@ -277,14 +286,14 @@ class FalClient:
             return MalformedAnswerError(f"fal answered {status} without data to {path}", **facts)
         return ContractError(f"fal answered {status} to {path}: {said}", **facts)
 
-    def _quote(self, body: bytes) -> str:
+    def _quote(self, body: bytes, most: int = QUOTED_CHARACTERS) -> str:
         """What fal said, short, on one line, printable, without the key."""
         text = body[:10_000].decode("utf-8", "replace")
         try:
             text = str(json.loads(text)["error"]["message"])
         except (ValueError, KeyError, TypeError, RecursionError):
             text = re.sub(r"<[^>]*>|\s+", " ", text)
-        text = self._settings.redact(text).strip()[:QUOTED_CHARACTERS]
+        text = self._settings.redact(text).strip()[:most]
         return ascii(text)[1:-1] if text else "nothing"
 
     def _request_id(self, response: httpx.Response) -> str | None:
@@ -312,6 +321,12 @@ class FalClient:
             return False
         asked = error.facts.get("retry_after")
         return not (isinstance(asked, int) and asked > self._patience.retry_after_seconds)
+
+    def _watch_label(self, path: str, said: str) -> None:
+        if said and "json" not in said.lower() and not self._has_told_label:
+            self._has_told_label = True
+            log.warning("fal calls its answer to %s %s, but it is JSON and taken", path,
+                        ascii(said[:SHOWN_CHARACTERS]))  # fmt: skip
 
     def _watch_clock(self, date: str | None) -> None:
         at = _http_date(date)
@@ -382,6 +397,26 @@ def _chain(error: BaseException) -> list[BaseException]:
     return chain
 
 
+def _forget_location(response: httpx.Response) -> None:
+    """A redirect is refused; httpx would look at where it leads even if it is not to be followed."""
+    response.headers.pop("location", None)
+
+
+def _unpacked(gunzip: zlib._Decompress, received: bytes) -> Iterator[bytes]:
+    """What came, unpacked in pieces: a byte may unpack to a thousand, so never all of it at once."""
+    more = True
+    while more:
+        try:
+            part = gunzip.decompress(received, PIECE)
+        except zlib.error as error:
+            raise MalformedAnswerError(f"the gzip body is damaged: {error}") from None
+        if gunzip.unused_data:  # zlib would collect it, whatever its size
+            raise MalformedAnswerError("the gzip body has something behind it")
+        yield part
+        received = gunzip.unconsumed_tail
+        more = bool(received) or len(part) == PIECE
+
+
 def _is_html(body: bytes) -> bool:
     return body.lstrip()[:1] == b"<"
 
@@ -395,18 +430,20 @@ def _wait(state: tenacity.RetryCallState) -> float:
     return max(jitter, float(asked) + jitter / 10) if isinstance(asked, int) else jitter
 
 
-def _retry_after(value: str | None) -> int | None:
+def _retry_after(headers: httpx.Headers) -> int | None:
     """Whole seconds to wait, rounded up, never negative; None when the header means nothing.
 
-    The header is a number of seconds or an HTTP date in any of its three forms (RFC 9110, 10.2.3).
+    The header is a number of seconds or an HTTP date in any of its three forms (RFC 9110, 10.2.3). A
+    date is one of fal's clock, which may not agree with ours: it counts from that of the answer.
     """
+    value = headers.get("retry-after")
     if not value:
         return None
     try:
         seconds = float(value)
     except ValueError:
-        at = _http_date(value)
-        seconds = (at - datetime.now(UTC)).total_seconds() if at else math.nan
+        at, sent = _http_date(value), _http_date(headers.get("date")) or datetime.now(UTC)
+        seconds = (at - sent).total_seconds() if at else math.nan
     return max(0, math.ceil(seconds)) if math.isfinite(seconds) else None
 
 

@@ -23,6 +23,8 @@ class FaletlError(Exception):
 
     exit_code: ClassVar[int] = 1
     is_retryable: ClassVar[bool] = False
+    advice: ClassVar[str] = ""
+    """What to do, where the message does not say it."""
 
     findings: Findings | None = None
     """What was noticed of a read before it was refused, for the tables of ops."""
@@ -44,7 +46,8 @@ class FaletlError(Exception):
         place = place.removeprefix("resource ")
         request_id = self.facts.get("request_id")
         told = f" (fal request {request_id})" if request_id else ""
-        return f"{place}: {self.message}{told}" if place else f"{self.message}{told}"
+        advice = f"; {self.advice}" if self.advice and self.advice not in self.message else ""
+        return f"{place}{': ' if place else ''}{self.message}{advice}{told}"
 
     def as_dict(self) -> dict[str, Fact | bool]:
         """The error for machines: class, sentence, exit code, whether to retry, and all facts."""
@@ -53,6 +56,7 @@ class FaletlError(Exception):
             "message": self.message,
             "exit_code": self.exit_code,
             "is_retryable": self.is_retryable,
+            "advice": self.advice,
             **self.facts,
         }
 
@@ -77,12 +81,14 @@ class ApiUnavailableError(FaletlError):
     """Fal could not be reached, or answered 429 or 5xx until we gave up. Exit 1, retry later."""
 
     is_retryable = True
+    advice = "try again later"
 
 
 class ContractError(FaletlError):
     """Fal answered with something its contract (docs/fal-api.md) does not allow. Exit 3."""
 
     exit_code = 3
+    advice = "run again, and if it stays so, look for a newer faletl or ask fal"
 
 
 class MalformedAnswerError(ContractError):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -76,7 +77,7 @@ def fetch_window(
     `ids` are the endpoint ids to ask for, where a resource is asked by ids; batches of them may have
     been asked `ahead`, in these reads (`ask_ahead`). After an `unproven` read of the window this one
     starts over even if an interrupted one could be taken up, and keeps the rows of that one beside its
-    own where two equal walks suffice.
+    own.
 
     Raises:
         KeyRefusedError, ContractError, ApiUnavailableError, StorageError: see `FalClient`; every
@@ -179,23 +180,20 @@ def _ask_all(
     unproven: Landed | None,
 ) -> None:
     """Ask every question of the resource and for its control total."""
-    for number in range(len(resource.params)):
-        if resource.ids_per_call is None:
-            asking.walk("rows", number, bounds(window))
-        else:
+    if resource.ids_per_call is not None:
+        for number in range(len(resource.params)):
             _ask_by_ids(asking, number, window, ids, unknown)
-    proof = resource.proof
-    if proof is None:
+    else:
+        is_closing = resource.proof is not None and not window.is_provisional
+        asking.walk_all("rows", window, partial(asking.total, "before", window) if is_closing else None)
+    if resource.proof is None:
         return
-    try:
-        asking.land("proof", proof.path, {**proof.params, **bounds(window)}, proof.rows_path)
-    except KeyRefusedError:
+    if not asking.total("proof", window):
         log.warning("%s, window %s: fal refuses the control total to this key; "
                     "two equal walks stand in for it", resource.name, window)  # fmt: skip
-        if not (unproven and proof.two_walks_suffice):
-            for number in range(len(resource.params)):
-                asking.walk("again", number, bounds(window))
-    if unproven and proof.two_walks_suffice:
+        if unproven is None:
+            asking.walk_all("again", window)
+    if unproven is not None:
         asking.adopt(unproven)
 
 
@@ -249,24 +247,58 @@ class _Asking:
         self._attempt = attempt
         self._is_older = False
 
-    def walk(self, label: str, number: int, more: Params) -> None:
+    def walk_all(self, label: str, window: Window, before: Callable[[], bool] | None = None) -> None:
+        """Land all pages of all questions of the resource; see `land`."""
+        for number in range(len(self.resource.params)):
+            self.walk(label, number, bounds(window), before)
+
+    def walk(
+        self, label: str, number: int, more: Params, before: Callable[[], bool] | None = None
+    ) -> None:
         """Land all pages of the resource's question of that number; of its older form if need be."""
 
         def ask(question: Question) -> None:
-            self.land(label, self.resource.path, {**question, **more}, self.resource.rows_path)
+            resource = self.resource
+            self.land(label, resource.path, {**question, **more}, resource.rows_path, before)
 
         self._is_older = ask_in_either_form(self.resource, number, ask, is_older=self._is_older)
 
-    def land(self, label: str, path: str, params: Params, rows_path: tuple[str, ...]) -> None:
-        """Land all pages of one question."""
+    def total(self, label: str, window: Window) -> bool:
+        """Land fal's control total of the window; false where fal refuses it to this key."""
+        proof = self.resource.proof
+        assert proof is not None  # noqa: S101  # who asks has looked
+        try:
+            self.land(label, proof.path, {**proof.params, **bounds(window)}, proof.rows_path)
+        except KeyRefusedError:
+            return False
+        return True
+
+    def land(
+        self,
+        label: str,
+        path: str,
+        params: Params,
+        rows_path: tuple[str, ...],
+        before: Callable[[], bool] | None = None,
+    ) -> None:
+        """Land all pages of one question.
+
+        Where there are several, rows may move between them while they are walked. So `before` is
+        asked in front of them; if it was answered, the walk begins anew behind it.
+        """
         # A control total is always asked anew: it must be that of the rows as they are at the end.
-        landed = self._attempt.landed(label, params) if label == "rows" else iter(())
+        is_kept = label in ("rows", "before")
+        landed = self._attempt.landed(label, params) if is_kept else iter(())
         pages = []
         try:
             for page, is_new in walk(
                 self._client, path, params, rows_path, landed,
                 metrics=self.resource.uses_metrics_key,
             ):  # fmt: skip
+                is_first_of_many = page.number == 1 and page.next_cursor is not None
+                if before and is_first_of_many and before() and is_new:
+                    self.land(label, path, params, rows_path)
+                    return
                 record = self._attempt.land if is_new else self._attempt.described
                 pages.append(record(label, params, page))
         except FaletlError as error:

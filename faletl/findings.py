@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 Severity = Literal["critical", "warning", "info"]
 
 _LONGEST = 65_536  # characters of a row that are kept; its landed page has all
+_LONGEST_ID = 1000  # and of its endpoint id
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class SetAside:
     def of(cls, page: int, row: int, reason: str, record: bytes) -> Self:
         """From the record's bytes; they are JSON, but may be anything else than a record."""
         try:
-            endpoint_id = msgspec.json.decode(record, type=_WithEndpoint).endpoint_id
+            endpoint_id = msgspec.json.decode(record, type=_WithEndpoint).endpoint_id[:_LONGEST_ID]
         except UNREADABLE:
             endpoint_id = None
         return cls(page, row, reason, record.decode("utf-8", "replace")[:_LONGEST], endpoint_id)

@@ -66,8 +66,9 @@ class LandedPage(msgspec.Struct, frozen=True):
 class Call(msgspec.Struct, frozen=True):
     """One walk: the question (never the key) and the pages that answered it, in order.
 
-    `label` is `rows` for the records, `proof` for fal's control total, `again` for another walk of
-    the records: one that stands in for a control total which fal refused, or the one before.
+    `label` is `rows` for the records, `proof` for fal's control total behind them, `before` for that
+    in front of records of several pages, `again` for another walk of the records: one that stands in
+    for a control total which fal refused, or the one of the read before.
     """
 
     label: str

@@ -17,6 +17,8 @@ from faletl.errors import AstrayError, ContractError
 log = logging.getLogger(__name__)
 
 MAX_PAGES = 100_000
+MAX_BYTES = 32 * 2**30
+"""Of JSON in one walk: some hundred million charges."""
 
 _NUL = re.compile(rb"(?<!\\)(\\\\)*\\u0000")  # not an escaped backslash before u0000
 _BOM = b"\xef\xbb\xbf"
@@ -90,10 +92,11 @@ def walk(
     Only a missing cursor ends the walk: not a short page, not an empty one.
 
     Raises:
-        AstrayError: a cursor came twice, or there are more pages than can be meant.
+        AstrayError: a cursor came twice, or there are more pages or bytes than can be meant.
     """
     asked: set[str] = set()
     cursor: str | None = None
+    size = 0
     for number in range(1, MAX_PAGES + 1):
         body = next(landed, None)
         if body is not None:
@@ -112,6 +115,11 @@ def walk(
         yield Page(number, answer.body, answer.request_id, rows, following), is_new
         if following is None:
             return
+        size += len(answer.body)
+        if size > MAX_BYTES:
+            raise AstrayError(f"fal sent more than {MAX_BYTES:,} bytes and announced still more").at(
+                page=number, request_id=answer.request_id
+            )
         if following in asked:
             raise AstrayError("fal gave the same cursor twice; the walk would never end").at(
                 page=number, request_id=answer.request_id

@@ -93,6 +93,9 @@ def _assumed_ids(task: Task) -> int:
     return ASSUMED_CATALOGUE if is_all else ASSUMED_USED
 
 
+LONGEST_LABEL = 200
+"""Characters of an account's name."""
+
 NAMELESS = "default"
 """The label of an account whose name fal does not tell to its key."""
 
@@ -123,11 +126,13 @@ def read_username(body: bytes) -> str:
     except msgspec.ValidationError as error:
         raise ContractError(f"fal's account has no proper name: {error}") from None
     except UNREADABLE as error:
-        raise MalformedBodyError(str(error)) from None
+        raise MalformedBodyError(f"the answer is no whole JSON document ({error})") from None
     except KeyError:
         raise ContractError("fal's account has no username; set FALETL_ACCOUNT") from None
-    if not label.strip() or not label.isprintable():
-        raise ContractError("fal's account has no printable username; set FALETL_ACCOUNT")
+    if not label.strip():
+        raise ContractError("fal's account has an empty username; set FALETL_ACCOUNT")
+    if not label.isprintable() or len(label) > LONGEST_LABEL:
+        raise ContractError("fal's account has a username that cannot be a label; set FALETL_ACCOUNT")
     return label
 
 

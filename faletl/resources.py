@@ -34,6 +34,7 @@ class Column:
     `fallback_scale`. `is_outer` says that the field stands beside the record list (a bucket), not in
     each record; `is_asked`, that it is in no answer but a parameter of the question; `is_sparse`, that
     fal may leave it out of every record, which is news for any other field at the top of a record.
+    `longest` is how many bytes a text may have: ids go into questions, labels into keys and reports.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Column:
     is_sparse: bool = False
     at_most: int | None = None
     may_be_empty: bool = True
+    longest: int = 1000
 
     @property
     def steps(self) -> tuple[str, ...]:
@@ -192,7 +194,7 @@ MODELS = Resource(
         _ENDPOINT,
         Column("display_name", Kind.TEXT, "name for people", ("metadata", "display_name")),
         Column("category", Kind.TEXT, "what goes in and comes out", ("metadata", "category")),
-        Column("description", Kind.TEXT, "one paragraph", ("metadata", "description")),
+        Column("description", Kind.TEXT, "one paragraph", ("metadata", "description"), longest=100_000),
         Column("status", Kind.TEXT, "active or deprecated", ("metadata", "status")),
         Column("tags", Kind.LIST, "badges, as a JSON array", ("metadata", "tags")),
         Column("updated_at", Kind.TEXT, "last change, as fal writes it", ("metadata", "updated_at")),
@@ -279,6 +281,11 @@ USAGE = Resource(
         "currency is USD": "currency is distinct from 'USD'",
         **_COST_IDENTITY,
         "cost is cost_total": "abs(cost - cost_total) > 0.000000001",
+        # An hour's costs are sums of rounded ones, so this is told where it is more than rounding.
+        "cost_total is quantity times unit_price, less percent_discount": (
+            "cost_subtotal is not null and abs(cost_total - quantity::double * unit_price::double "
+            "* (1 - coalesce(percent_discount, 0)::double / 100)) > 0.0001 + 0.001 * cost_total::double"
+        ),
     },
     permission=_BILLING_PERMISSION,
     presets="BILLING or FULL",

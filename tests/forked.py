@@ -19,7 +19,6 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cache
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
@@ -181,25 +180,16 @@ _PR_SET_PTRACER = 0x59616D61
 # --- The command line -----------------------------------------------------------------------------
 
 
-def start(
-    settings: Settings,
-    *first: Callable[[], None],
-    command: str = "run",
-    now: datetime = NOW,
-    **more: str,
-) -> Child:
+def start(settings: Settings, *first: Callable[[], None], command: str = "run", **more: str) -> Child:
     """A command of faletl in a child, with the clock of the tests, after what is to be done there first.
 
-    `more` is of its environment.
+    `more` is of its environment; CLOCK there sets the clock.
     """
-    return fork(_command, environment(settings, **more), command.split(), now, first)
+    return fork(_command, environment(settings, **more), command.split(), first)
 
 
 def _command(
-    environment: Mapping[str, str],
-    words: Sequence[str],
-    now: datetime,
-    first: Sequence[Callable[[], None]],
+    environment: Mapping[str, str], words: Sequence[str], first: Sequence[Callable[[], None]]
 ) -> None:
     os.environ.clear()
     os.environ.update(environment)
@@ -207,7 +197,7 @@ def _command(
     for one in first:
         one()
     sys.argv = ["faletl", *words]
-    with time_machine.travel(now, tick=True):
+    with time_machine.travel(os.environ.get("CLOCK", NOW), tick=True):
         cli.main()
 
 

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 FAILED = 1
 """The exit code of what may be tried again (README, "Exit codes")."""
 
+LONGEST = timedelta(days=1)
+"""The longest wait before fal is asked again, whatever it says."""
+
 
 class FalRetryPolicy(RetryPolicy):
     """A refused key, refused data and wrong settings fail at once; 429 waits for as long as fal asks.
@@ -36,5 +39,6 @@ class FalRetryPolicy(RetryPolicy):
             return RetryDecision.fail(str(exception))
         wait = exception.facts.get("retry_after")
         if isinstance(wait, int):
-            return RetryDecision.retry(timedelta(seconds=wait), str(exception))
+            longest = int(LONGEST.total_seconds())
+            return RetryDecision.retry(timedelta(seconds=min(wait, longest)), str(exception))
         return RetryDecision.default()

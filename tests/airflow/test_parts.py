@@ -163,6 +163,7 @@ def decided(error):
 print([decided(error) for error in (
     errors.KeyRefusedError("replace it"), errors.DataRefusedError("bad"), errors.TamperedError("look"),
     errors.SettingsError("wrong"), errors.ApiUnavailableError("429", retry_after=90),
+    errors.ApiUnavailableError("never", retry_after=10**15),
     errors.ApiUnavailableError("503"), errors.WarehouseBusyError("held"), ValueError("a bug"),
 )])
 """
@@ -171,7 +172,8 @@ print([decided(error) for error in (
         ("fail", None, "bad"),
         ("fail", None, "look"),
         ("fail", None, "wrong"),
-        ("retry", 90, "429"),
+        ("retry", 90, "429; try again later"),
+        ("retry", 86_400, "never; try again later"),
         ("default", None, None),
         ("default", None, None),
         ("default", None, None),

@@ -361,7 +361,7 @@ def client() -> FalClient:
 def check_dates(header: bytes) -> bool:
     """A wait is none, or whole seconds from now on; a date is an instant."""
     text = header.decode("latin-1")
-    wait, at = _retry_after(text), _http_date(text)
+    wait, at = _retry_after(httpx.Headers({"retry-after": text, "date": text})), _http_date(text)
     client()._watch_clock(text)
     assert wait is None or (isinstance(wait, int) and wait >= 0)
     assert at is None or at.utcoffset() is not None

@@ -12,6 +12,7 @@ import struct
 import threading
 import time
 import tracemalloc
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -186,6 +187,10 @@ def cut_between_chunks(connection: socket.socket) -> None:
     connection.sendall(head("Transfer-Encoding: chunked") + chunk)
 
 
+def cut_inside_a_chunk(connection: socket.socket) -> None:
+    connection.sendall(head("Transfer-Encoding: chunked") + b"%x\r\n%s" % (len(BODY), BODY[:-10]))
+
+
 def cut_without_a_length(connection: socket.socket) -> None:
     connection.sendall(head("Connection: close") + BODY[:-10])
 
@@ -196,6 +201,10 @@ def no_http(connection: socket.socket) -> None:
 
 def flood_of_headers(connection: socket.socket) -> None:
     connection.sendall(head(*(f"X-Filler-{n}: {'x' * 20}" for n in range(10_000))) + BODY)
+
+
+def one_huge_header(connection: socket.socket) -> None:
+    connection.sendall(head(f"X-Filler: {'x' * 200_000}") + BODY)
 
 
 def gzip_without_its_end(connection: socket.socket) -> None:
@@ -210,8 +219,10 @@ UNREACHABLE: list[Speak] = [
     cut_short_of_the_length,
     reset_in_the_body,
     cut_between_chunks,
+    cut_inside_a_chunk,
     no_http,
     flood_of_headers,
+    one_huge_header,
 ]
 UNREADABLE: list[Speak] = [cut_without_a_length, gzip_without_its_end]
 
@@ -287,7 +298,8 @@ def test_a_host_without_an_address_is_told_from_one_that_refuses(
 
 @pytest.mark.parametrize("status", [429, 500, 502, 503, 504, 520])
 def test_a_busy_or_broken_fal_is_tried_again_until_it_works(status: int) -> None:
-    with served(first(3, Fault(status=status))) as sandbox:
+    limits = {"x-ratelimit-remaining": "0", "x-ratelimit-reset": "99999999999"}  # of another feature
+    with served(first(3, Fault(status=status, headers=limits))) as sandbox:
         assert ask(sandbox.url)[0].body == BODY
         assert len(sandbox.requests) == 4
 
@@ -424,7 +436,7 @@ def test_waits_of_our_own_grow_and_differ(
 # --- Retry-After ----------------------------------------------------------------------------------
 
 
-def in_seconds(seconds: float, form: str) -> str:
+def in_seconds(seconds: float, form: str = "IMF") -> str:
     """A date so far ahead, in one of the three forms that HTTP knows."""
     at = datetime.now(UTC) + timedelta(seconds=seconds)
     if form == "IMF":
@@ -432,7 +444,7 @@ def in_seconds(seconds: float, form: str) -> str:
     return at.strftime({"RFC 850": "%A, %d-%b-%y %H:%M:%S GMT", "asctime": "%a %b %d %H:%M:%S %Y"}[form])
 
 
-@pytest.mark.parametrize(("value", "seconds"), [("1", 1), ("1.2", 2)])
+@pytest.mark.parametrize(("value", "seconds"), [("1.2", 2), ("a date", 1)])
 def test_no_thread_asks_earlier_than_fal_said(
     value: str, seconds: int, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -440,8 +452,15 @@ def test_no_thread_asks_earlier_than_fal_said(
 
     def hook(_: Request) -> Fault:
         times.append(time.monotonic())
-        busy = Fault(status=429, headers={"retry-after": value})
-        return busy if len(times) == 1 else Fault(body=BODY)
+        if len(times) > 1:
+            return Fault(body=BODY)
+        if value != "a date":
+            return Fault(status=429, headers={"retry-after": value})
+        behind = -4 * 60  # seconds of fal's clock behind ours; not enough for a warning
+        return Fault(
+            status=429,
+            headers={"retry-after": in_seconds(behind + seconds), "date": in_seconds(behind)},
+        )
 
     with (
         served(hook) as sandbox,
@@ -496,11 +515,16 @@ def _far_from_utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("_far_from_utc")
 @pytest.mark.parametrize("form", ["IMF", "RFC 850", "asctime"])
-def test_a_date_to_come_back_is_read_in_utc_in_each_of_its_forms(
-    form: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("ahead", [None, -86_400, 86_400])
+def test_a_date_to_come_back_is_one_of_fals_clock_in_utc_in_each_of_its_forms(
+    form: str, ahead: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client_module, "RETRY_AFTER_SECONDS", 0)
-    fault = Fault(status=429, headers={"retry-after": in_seconds(1800, form)})
+    headers = {
+        "retry-after": in_seconds((ahead or 0) + 1800, form),
+        "date": "" if ahead is None else in_seconds(ahead, form),
+    }
+    fault = Fault(status=429, headers=headers)
     with served(always(fault)) as sandbox, pytest.raises(ApiUnavailableError) as caught:
         ask(sandbox.url)
     assert isinstance(caught.value.facts["retry_after"], int)
@@ -522,6 +546,14 @@ def test_a_wait_that_means_nothing_is_taken_for_none(
         assert len(sandbox.requests) == 3
     assert "trying again in 0.0 s" in caplog.text
     assert "come back" not in caplog.text
+
+
+def test_an_empty_retry_after_is_taken_for_none() -> None:
+    def busy(connection: socket.socket) -> None:
+        connection.sendall(head("Retry-After: ", "Content-Length: 0", status="429 Busy"))
+
+    with RawServer(busy, good) as server:
+        assert ask(server.url)[0].body == BODY
 
 
 def test_requests_of_all_threads_together_keep_to_the_rate() -> None:
@@ -583,8 +615,19 @@ def test_parameters_arrive_as_they_were_given() -> None:
     }
 
 
+def test_a_question_too_long_for_a_url_is_a_typed_error_and_not_asked() -> None:
+    for params in ({"cursor": "c" * 70_000}, {"endpoint_id": ("🂡" * 300,) * 50}):
+        with served(always(Fault(body=BODY))) as sandbox, FalClient(settings_of(sandbox.url)) as client:
+            with pytest.raises(ContractError, match="too long for a URL"):
+                client.get("/models", params, read)
+            assert sandbox.requests == []
+
+
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-@pytest.mark.parametrize("location", ["{other}", "//{address}/v1/models", "{same}", "/v1/models"])
+@pytest.mark.parametrize(
+    "location",
+    ["{other}", "//{address}/v1/models", "{same}", "/v1/models", "", "http://[", "file:///etc/passwd"],
+)
 def test_a_redirect_is_refused_and_the_key_goes_nowhere(status: int, location: str) -> None:
     with RawServer(good) as other, served(lambda request: fault) as sandbox:
         to = location.format(
@@ -667,6 +710,27 @@ def expired(authority: trustme.CA) -> ssl.SSLContext:
     return tls_of(authority, not_after=datetime.now(UTC) - timedelta(days=1))
 
 
+def outdated(authority: trustme.CA) -> ssl.SSLContext:
+    context = tls_of(authority)
+    context.set_ciphers("DEFAULT:@SECLEVEL=0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        context.minimum_version = ssl.TLSVersion.TLSv1
+        context.maximum_version = ssl.TLSVersion.TLSv1_1
+    return context
+
+
+def test_a_server_that_only_speaks_outdated_tls_never_sees_the_key(
+    authority: trustme.CA, ca_file: Path
+) -> None:
+    with (
+        RawServer(good, tls=outdated(authority)) as server,
+        pytest.raises(ApiUnavailableError, match=r"(?i)protocol"),
+    ):
+        ask(server.url, ca_file=ca_file)
+    assert server.heads == []
+
+
 @pytest.mark.parametrize("context", [unknown, for_another_host, expired])
 def test_a_server_that_cannot_prove_itself_never_sees_the_key(
     context: Callable[[trustme.CA], ssl.SSLContext], authority: trustme.CA, ca_file: Path
@@ -725,20 +789,52 @@ def test_an_answer_may_be_as_large_as_the_settings_say_and_no_byte_larger(
         assert len(sandbox.requests) == 2
 
 
-def test_a_small_body_that_unpacks_to_a_huge_one_is_refused_in_little_memory() -> None:
+def bomb() -> bytes:
+    """Some 300 KB that unpack to 300 MiB."""
     packer = zlib.compressobj(9, wbits=31)
-    bomb = b"".join(packer.compress(bytes(2**20)) for _ in range(200)) + packer.flush()
-    fault = Fault(headers={"content-encoding": "gzip"}, body=bomb)
-    with served(always(fault)) as sandbox:
+    first, again = (packer.compress(bytes(2**20)) + packer.flush(zlib.Z_FULL_FLUSH) for _ in range(2))
+    return first + again * 299
+
+
+def garbage() -> bytes:
+    """A whole gzip body, and much behind it."""
+    return GZIPPED + bytes(120 * 2**20)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [(bomb, "larger than 67,108,864 bytes"), (garbage, "something behind it")],
+)
+def test_a_huge_body_is_refused_in_little_more_memory_than_the_largest_takes(
+    body: Callable[[], bytes], said: str
+) -> None:
+    fault = Fault(headers={"content-encoding": "gzip"}, body=body())
+    with (
+        served(always(fault)) as sandbox,
+        FalClient(settings_of(sandbox.url), Patience(1, LONG, 0)) as client,
+    ):
         tracemalloc.start()
         try:
-            with pytest.raises(ContractError, match="larger than 1,048,576 bytes"):
-                ask(sandbox.url, max_body=2**20)
+            with pytest.raises(ContractError, match=said):
+                client.get("/models", {}, read)
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
         assert len(sandbox.requests) == 1
-    assert peak < 16 * 2**20
+    assert peak < 100 * 2**20
+
+
+@pytest.mark.parametrize("speak", [flood_of_headers, one_huge_header])
+def test_a_flood_of_headers_takes_little_memory(speak: Speak) -> None:
+    with RawServer(speak) as server, FalClient(settings_of(server.url), Patience(1, LONG, 0)) as client:
+        tracemalloc.start()
+        try:
+            with pytest.raises(ApiUnavailableError):
+                client.get("/models", {}, read)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert peak < 8 * 2**20
 
 
 def test_a_refusal_with_a_huge_body_is_refused_too() -> None:
@@ -769,7 +865,14 @@ def hang_in_the_body(connection: socket.socket) -> None:
     connection.recv(1)
 
 
+def hint_for_ever(connection: socket.socket) -> None:
+    while True:
+        connection.sendall(head(status="103 Early Hints"))
+        time.sleep(0.01)
+
+
 SLOW = [
+    pytest.param(hint_for_ever, id="hints"),
     pytest.param(drip(b" " * 400, head("Content-Length: 400")), id="body"),
     pytest.param(drip(b"1\r\n \r\n" * 70, head("Transfer-Encoding: chunked")), id="chunks"),
     pytest.param(drip(head(f"X-Filler: {'x' * 400}")), id="head"),
@@ -925,6 +1028,68 @@ def test_what_fal_says_is_quoted_short_on_one_line_and_printable() -> None:
     assert told.isascii()
     assert "first\\nERROR" in told
     assert len(told) < 2500
+
+
+def test_of_an_answer_that_is_no_json_only_the_beginning_is_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    prompt = "a portrait of Ann Example, 12 Private Road\n" * 100
+    body = json.dumps({"models": [{"endpoint_id": prompt}]}).encode()[:-1]
+    with served(always(Fault(body=body))) as sandbox, pytest.raises(ContractError) as caught:
+        ask(sandbox.url)
+    for told in (str(caught.value), *(record.getMessage() for record in caplog.records)):
+        assert told.count("Private Road") <= 2
+        assert len(told) < 500
+
+
+@pytest.mark.parametrize("label", ["text/html; charset=utf-8", "application/octet-stream", "\x1b[31m"])
+def test_an_answer_with_a_wrong_label_is_taken_and_told_once(
+    label: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    fault = Fault(headers={"content-type": label}, body=BODY)
+    with served(always(fault)) as sandbox, FalClient(settings_of(sandbox.url)) as client:
+        for _ in range(2):
+            assert client.get("/models", {}, read)[1] == 1
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert f"calls its answer to /models {label!a}, but it is JSON" in caplog.text
+
+
+@pytest.mark.parametrize("label", ["", "application/json; charset=utf-8", "application/problem+JSON"])
+def test_an_answer_with_a_right_label_or_none_is_not_told(
+    label: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with served(always(Fault(headers={"content-type": label}, body=BODY))) as sandbox:
+        ask(sandbox.url)
+    assert caplog.records == []
+
+
+ODD_HEADS = [
+    head("Content-Length: -1"), head("Content-Length: 1, 2"), head("Content-Length: 9" * 3),
+    head("Content-Length: 5", "Transfer-Encoding: chunked"), head("Transfer-Encoding: gzip, chunked"),
+    head("Date: 0 0 0 0 0", "Content-Length: 0"), head("Connection: upgrade", status="101 Switching"),
+    head("Date: Mon, 01 Jan 99999 00:00:00 +9999999", "Retry-After: Mon, 01 Jan 0000 00:00:00 GMT",
+         "Content-Length: 0", status="429 Busy"),
+    head("Retry-After: " + "9" * 5000, "Content-Length: 0", status="503 Busy"),
+    head("Retry-After: 1e308", "Content-Length: 0", status="503 Busy"),
+    head("Content-Length: 0", status="999 Odd"), head(status="20 Short"), head(status="abc"),
+    head("X-Request-Id: \x1b[31m\u202e", "Content-Length: 0", status="422 No"),
+    b"HTTP/1.1 422 \xff\xfe\r\nX-Fal-Request-Id: \xff\xfe\r\nContent-Length: 0\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\n : \r\n\r\n", b"HTTP/2 200\r\n\r\n", b"\x00" * 70_000, b"\n" * 1000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sent", ODD_HEADS, ids=range(len(ODD_HEADS)))
+def test_any_head_of_an_answer_ends_in_a_typed_error(sent: bytes) -> None:
+    def speak(connection: socket.socket) -> None:
+        connection.sendall(sent)
+
+    with (
+        RawServer(speak) as server,
+        FalClient(settings_of(server.url), Patience(1, LONG, 0)) as client,
+        pytest.raises(FaletlError) as caught,
+    ):
+        client.get("/models", {}, read)
+    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize(

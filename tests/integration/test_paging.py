@@ -34,7 +34,8 @@ from faletl.errors import (
 )
 from faletl.extract import Origin, fetch_window
 from faletl.landing import Landed, Receipt
-from faletl.resources import CREDITS, MODELS, PRICES, USAGE, Resource
+from faletl.plan import account_label
+from faletl.resources import BILLING_EVENTS, CREDITS, MODELS, PRICES, USAGE, Resource
 from faletl.sandbox import BILLING_KEY, FULL_KEY, Fault, Request, Sandbox
 from faletl.staging import stage_window
 from faletl.windows import Window
@@ -161,7 +162,7 @@ def test_empty_pages_are_walked_over(scripted: Sandbox, client: FalClient, sizes
         assert len(landed.manifest.calls) == 1
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("length", [1, 2, 3, 50])
 @pytest.mark.parametrize("lead", [0, 2])
 def test_a_cycle_of_cursors_is_refused_within_one_round(length: int, lead: int, tmp_path: Path) -> None:
     names = [f"c{number}" for number in range(lead + length)]
@@ -184,6 +185,20 @@ def test_endless_new_cursors_come_to_an_end(monkeypatch: pytest.MonkeyPatch, tmp
         with pytest.raises(ContractError, match="more than 7 pages"):
             fetch(settings_for(sandbox.url, tmp_path))
         assert len(sandbox.requests) == 7
+
+
+def test_a_walk_of_more_bytes_than_can_be_meant_comes_to_an_end_and_leaves_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    body = page(cursor="c" * 1000)
+    monkeypatch.setattr("faletl.pages.MAX_BYTES", 2 * len(body))
+    endless = Script({cursor: page(cursor=str(n) * 1000) for n, cursor in enumerate([None, "0" * 1000])})
+    endless.pages["1" * 1000] = body
+    with Sandbox(truth.Account(), fault=endless) as sandbox:
+        with pytest.raises(ContractError, match="announced still more") as caught:
+            fetch(settings_for(sandbox.url, tmp_path))
+        assert len(sandbox.requests) == caught.value.facts["page"] == 3
+    assert list(tmp_path.rglob("*.zst")) == []
 
 
 @pytest.mark.parametrize(
@@ -279,6 +294,9 @@ def test_another_document_than_was_asked_for_is_refused_at_once(
         pytest.param(page([{"endpoint_id": "a\0"}]), 1, id="NUL"),
         pytest.param(page(cursor="\0"), 1, id="NUL cursor"),
         pytest.param(b'{"models":[{"endpoint_id":"\xff"}],' + ENVELOPE, 1, id="bad UTF-8"),
+        pytest.param(b'{"models":[{"endpoint_id":"\xc0\x80"}],' + ENVELOPE, 1, id="overlong UTF-8"),
+        pytest.param(b'{"models":[{"endpoint_id":"a","new":1,"\xff":1}],' + ENVELOPE, 1, id="both"),
+        pytest.param(b'{"models":[],"has_more":true,' + ENVELOPE, 1, id="has_more twice"),
         pytest.param(b'{"models":[{"endpoint_id":"\xed\xa0\x80"}],' + ENVELOPE, 1, id="raw surrogate"),
         pytest.param(b'{"models":[{"endpoint_id":"a","\xff":1}],' + ENVELOPE, 1, id="bad UTF-8 name"),
     ],
@@ -308,6 +326,38 @@ def test_a_byte_order_mark_and_blanks_around_a_document_are_taken(
         assert stage_window(given, landed, tmp_path).rows == 1
 
 
+@pytest.mark.parametrize(
+    "body",
+    [b"[" * 200_000, b'{"username":' + b"[" * 200_000, b"{}", b'{"username":""}', b'{"username":" "}',
+     b'{"username":5}', b'{"username":"a\\u0000"}', b'{"username":"\\u001b[31m"}',
+     b'{"username":"a\\nb"}', b'{"username":"\\ud800"}', b'{"username":"\xff"}', b"<html>", b"",
+     b'{"username":"%s"}' % (b"x" * 201)],
+    ids=range(14),
+)  # fmt: skip
+def test_an_account_whose_name_can_be_no_label_ends_in_a_typed_error(
+    body: bytes, tmp_path: Path
+) -> None:
+    with Sandbox(truth.Account(), fault=lambda _: Fault(body=body)) as sandbox:
+        given = settings_for(sandbox.url, tmp_path)
+        with FalClient(given) as asking, pytest.raises(ContractError) as caught:
+            account_label(asking, given)
+    assert str(caught.value).isprintable()
+
+
+def test_days_are_asked_for_with_everything_said(tmp_path: Path) -> None:
+    bounds = {"start": ["2026-11-21T00:00:00Z"], "end": ["2026-11-22T00:00:00Z"]}
+    hours = {"timeframe": ["hour"], "timezone": ["UTC"], "bound_to_timeframe": ["false"]}
+    who = ["auth_method_structured", "auth_method"]
+    with Sandbox(truth.two_days()) as sandbox:
+        for resource in (USAGE, BILLING_EVENTS):
+            fetch(settings_for(sandbox.url, tmp_path), resource, DAY)
+        summary = {**bounds, **hours, "expand": ["summary"]}
+        assert [request.query for request in sandbox.requests] == [
+            {**bounds, **hours, "expand": ["time_series", *who]}, summary,
+            {**bounds, "limit": ["10000"], "expand": who}, summary,
+        ]  # fmt: skip
+
+
 # --- Starting over and taking up ------------------------------------------------------------------
 
 
@@ -333,20 +383,20 @@ def rows_requests(requests: Sequence[Request]) -> list[Request]:
 
 
 class Interrupted:
-    """A read of a closed day that ended after three of its pages, with fal well again."""
+    """A read of a closed day that ended after three of its eight pages, with fal well again."""
 
     def __init__(self, sandbox: Sandbox, given: Settings, break_on: str = "page") -> None:
-        seen: list[str | None] = []
+        start = len(sandbox.requests)
 
         def breaks(request: Request) -> bool:
-            seen.append(request.query.get("cursor", [None])[0])
-            return is_proof(request) if break_on == "proof" else len(seen) > 3
+            walked = len(rows_requests(sandbox.requests[start:])) - 1  # the first page comes twice
+            return is_proof(request) and walked == 8 if break_on == "proof" else walked > 3
 
         sandbox.fault = switch = Switch(breaks)
         with pytest.raises(ApiUnavailableError):
             fetch(given, USAGE, DAY)
         switch.is_on = False
-        self.landed = sorted(Path(given.landing).rglob("*.zst"))
+        self.landed = sorted(Path(given.landing).rglob("rows-*.zst"))
         self.requests_before = len(sandbox.requests)
         self._sandbox = sandbox
 
@@ -411,7 +461,7 @@ def test_a_read_that_was_interrupted_long_ago_or_is_asked_anew_starts_over(
     landed = fetch(given, USAGE, DAY, unproven=unproven if is_forced else None)
 
     assert bodies(landed) == whole
-    assert len(interrupted.rows_asked_since()) == len(whole)
+    assert len(interrupted.rows_asked_since()) == len(whole) + 1  # the first page comes twice
     assert landed.folder != interrupted.landed[0].parent
 
 
@@ -419,7 +469,8 @@ def test_what_landed_of_a_broken_answer_does_not_lead_the_next_read_astray(
     small_pages: Sandbox, whole: list[bytes], clock: time_machine.Traveller, tmp_path: Path
 ) -> None:
     given = settings_for(small_pages.url, tmp_path)
-    small_pages.fault = lambda _: Fault(body=page(cursor="same", name="time_series"))
+    same = Fault(body=page(cursor="same", name="time_series"))
+    small_pages.fault = lambda request: None if is_proof(request) else same
     with pytest.raises(ContractError, match="same cursor"):
         fetch(given, USAGE, DAY)
     small_pages.fault = None
@@ -469,7 +520,7 @@ def test_an_interrupted_read_of_another_question_is_not_taken_up(
     interrupted = Interrupted(small_pages, given)
     fetch(given, USAGE, Window.of_day(truth.day(22)))
     fetch(given, USAGE, DAY, account="other")
-    assert len(interrupted.rows_asked_since()) == 2 * len(whole)
+    assert len(interrupted.rows_asked_since()) == 2 * (len(whole) + 1)
 
 
 @pytest.mark.parametrize("resource", [MODELS, PRICES])
@@ -580,7 +631,7 @@ def refuse_cursor(times: int) -> tuple[Callable[[Request], Fault | None], list[s
         if is_proof(request):
             return None
         asked.append(request.query.get("cursor", [None])[0])
-        third = len(asked) >= 3 and asked[-3] is None
+        third = len(asked) >= 3 and asked[-3] is None is not asked[-2]
         return Fault(status=400) if third and next(left, None) is not None else None
 
     return hook, asked
@@ -594,8 +645,8 @@ def test_a_cursor_that_expired_starts_the_read_over_once(
     landed = fetch(given, USAGE, DAY)
 
     assert bodies(landed) == whole
-    assert asked.count(None) == 2
-    assert len(asked) == 3 + len(whole)
+    assert asked.count(None) == 4  # the first page comes twice each time
+    assert len(asked) == 4 + len(whole) + 1
     assert "starting over" in caplog.text
     assert [read.folder for read in map(landing.open_read, landing.complete_reads(given))] == [
         landed.folder
@@ -610,7 +661,7 @@ def test_a_cursor_that_expires_again_ends_the_read(
     given = settings_for(small_pages.url, tmp_path)
     with pytest.raises(CursorRefusedError) as caught:
         fetch(given, USAGE, DAY)
-    assert len(asked) == 6
+    assert len(asked) == 8
     assert (caught.value.facts["window"], caught.value.facts["page"]) == (str(DAY), 3)
     assert list(map(landing.open_read, landing.complete_reads(given))) == []
 
@@ -627,17 +678,18 @@ def test_a_key_that_is_revoked_between_pages_ends_the_read_and_another_goes_on(
     before = len(small_pages.requests)
 
     def revoke_at_the_fourth(request: Request) -> None:
-        if len(small_pages.requests) == before + 4:
+        if len(rows_requests(small_pages.requests[before:])) == 1 + 4:  # the first page comes twice
             small_pages.keys = {BILLING_KEY: "BILLING"}
 
     small_pages.fault = revoke_at_the_fourth
     with pytest.raises(KeyRefusedError, match="BILLING") as caught:
         fetch(revoked, USAGE, DAY)
-    assert len(small_pages.requests) == before + 4
+    asked = len(small_pages.requests)
+    assert len(rows_requests(small_pages.requests[before:])) == 1 + 4
     assert caught.value.facts["page"] == 4
 
     assert bodies(fetch(other, USAGE, DAY)) == whole
-    assert len(rows_requests(small_pages.requests[before + 4 :])) == len(whole) - 3
+    assert len(rows_requests(small_pages.requests[asked:])) == len(whole) - 3
 
 
 def test_a_refused_control_total_is_replaced_by_a_second_walk(

@@ -34,7 +34,7 @@ from faletl.plan import account_label
 from faletl.sandbox import Credential, Fault, Request, Sandbox
 from tests import truth
 from tests.conftest import ask, opened, settings_for
-from tests.integration.test_kills import finish, start
+from tests.forked import Trap, start
 from tests.leaks import everything_in, leaks
 
 KEY = "9f3c1e77-4b2a-kid0:c4n4ry5ecretQ7ZXJ0193hvwm2pyd"
@@ -271,7 +271,7 @@ def test_a_killed_run_leaves_nothing_of_a_key_in_what_nobody_cleared_away(tmp_pa
     with Sandbox(account, keys={KEY: "FULL"}) as server:
         settings = settings_for(server.url, tmp_path)
         environment = {"FAL_KEY": KEY, "TMPDIR": str(tmp_path / "tmp")}
-        code, said = finish(start(settings, "faletl.load._enter", "after", "5", **environment))
+        code, said = start(settings, Trap("faletl.load._enter", nth=5), **environment).finish()
     assert code == -signal.SIGKILL, said
     assert list(tmp_path.glob("tmp/*/*.parquet"))
     assert (tmp_path / "warehouse.duckdb.wal").exists()

@@ -173,8 +173,8 @@ class Story(RuleBasedStateMachine):
         self.now += timedelta(seconds=1)
         key = self.settings.key.get_secret_value()  # type: ignore[union-attr]  # there is one
         traps = [trap] if trap else []
-        more = {"FALETL_FIRST_DAYS": "3", "FAL_KEY": key}
-        return start(self.settings, *traps, command=command, now=self.now, **more)
+        more = {"FALETL_FIRST_DAYS": "3", "FAL_KEY": key, "CLOCK": self.now.isoformat()}
+        return start(self.settings, *traps, command=command, **more)
 
     def _finish(self, child: Child) -> None:
         code, said = child.finish()

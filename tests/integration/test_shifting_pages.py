@@ -1,0 +1,368 @@
+"""Days that change while their pages are walked: what is taken is what fal held at one moment.
+
+The cursors of the sandbox are positions, so a row that comes or goes on a page that was walked already
+moves all rows behind it: one is lost at the page's edge, or comes twice. `FALETL_TEST_WALKS=10000` walks
+as many seeded days of each feed, by the very code of a run, over HTTP.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import duckdb
+import pytest
+import time_machine
+
+from faletl import client as client_module
+from faletl import pipeline
+from faletl.client import FalClient
+from faletl.config import Settings
+from faletl.errors import ContractError, UnprovenError
+from faletl.extract import Origin
+from faletl.plan import Asked, Task
+from faletl.resources import BILLING_EVENTS, USAGE, Resource
+from faletl.sandbox import Fault, Request, Sandbox, UsageLine
+from faletl.sandbox.server import answer, to_json
+from faletl.staging import Staged, stage_window
+from faletl.windows import Window
+from tests import truth
+from tests.conftest import ask, settings_for, total
+from tests.truth import FLUX, KEY, LOGIN, VIDEO, Account, charges, line
+
+WALKS = int(os.environ.get("FALETL_TEST_WALKS", "20"))
+DAY = Window.of_day(truth.day(21))
+
+Rows = Counter[tuple[Any, ...]]
+
+both_feeds = pytest.mark.parametrize("resource", [USAGE, BILLING_EVENTS], ids=lambda r: r.name)
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch, clock: time_machine.Traveller) -> None:
+    monkeypatch.setattr(client_module, "BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(client_module, "TRIES", 2)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Sandbox]:
+    """One server for all walks; each sets the account, the pages, and what happens meanwhile."""
+    with Sandbox(Account()) as sandbox:
+        yield sandbox
+
+
+@pytest.fixture(scope="module")
+def client(server: Sandbox) -> Iterator[FalClient]:
+    """To make a client takes longer than to ask it."""
+    with FalClient(settings_for(server.url, Path())) as client:
+        yield client
+
+
+def taken(client: FalClient, server: Sandbox, resource: Resource, folder: Path) -> Staged:
+    """The day as a run would take it; raises what it would be refused with."""
+    given = settings_for(server.url, folder)
+    origin = Origin("acme", "run", datetime.now(UTC), 0, planned_from={}, unknown_ids={})
+    return pipeline.prove_or_reread(client, given, Task(resource, DAY), folder, origin)
+
+
+def held(staged: Staged) -> Rows:
+    """What was taken, row by row."""
+    columns = {
+        "usage": "bucket, endpoint_id, auth_detail, quantity, cost_total",
+        "billing_events": "timestamp, endpoint_id, request_id, cost_total",
+    }
+    with duckdb.connect() as connection:
+        connection.execute("set TimeZone = 'UTC'")
+        rows = connection.execute(f"select {columns[staged.resource.name]} from '{staged.path}'")
+        return Counter((at.astimezone(UTC), *others) for at, *others in rows.fetchall())
+
+
+def told(resource: Resource, lines: list[UsageLine]) -> Rows:
+    """What fal holds, row by row."""
+    if resource is BILLING_EVENTS:
+        return Counter(
+            (one.timestamp, one.endpoint_id, one.request_id, one.cost_total) for one in charges(lines)
+        )
+    sums: dict[tuple[Any, ...], list[Decimal]] = {}
+    for one in lines:
+        amounts = sums.setdefault((one.hour, one.endpoint_id, one.credential.detail), [Decimal(0)] * 2)
+        amounts[0] += one.quantity
+        amounts[1] += one.cost_total
+    return Counter((*key, *amounts) for key, amounts in sums.items())
+
+
+def at(hour: int) -> datetime:
+    """That hour of the day."""
+    return DAY.start + timedelta(hours=hour)
+
+
+def lines_of(*hours: int) -> list[UsageLine]:
+    """A line of one image at each of these hours: they differ in nothing else."""
+    return [line(at(hour)) for hour in hours]
+
+
+def serve(server: Sandbox, account: Account, page_size: int, hook: Callable[[Request], Any]) -> None:
+    """Serve the account in such pages; `hook` sees each request before it is answered."""
+    server.world, server.page_size = account, page_size
+    server.fault = lambda request: hook(request)
+
+
+def on_page(number: int, change: Callable[[], None], walks: int = 1) -> Callable[[Request], None]:
+    """A hook that changes the account before that page of rows is answered, in so many walks."""
+    seen: list[int] = []
+
+    def hook(request: Request) -> None:
+        if request.query.get("expand") == ["summary"]:
+            return
+        # A first page that is asked for again, behind the total in front of it, is that of one walk.
+        seen.append(1 if "cursor" not in request.query else seen[-1] + 1)
+        if seen[-1] == number and seen.count(number) <= walks:
+            change()
+
+    return hook
+
+
+# --- Seeded days ----------------------------------------------------------------------------------
+
+
+class Moving:
+    """A day with some lines, to which up to four things happen while it is walked.
+
+    In every other day all amounts are the same, so that no sum tells which row is missing.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)  # noqa: S311  # the same day for the same seed
+        self._is_equal = seed % 2 == 0
+        self.account = Account(lines=[self._line() for _ in range(self._random.randint(4, 14))])
+        self.page_size = self._random.randint(1, 5)
+        self.moments = [list(self.account.lines)]
+        self._left = self._random.randint(0, 4)
+
+    def __call__(self, _: Request) -> None:
+        """Let something happen, perhaps."""
+        if not self._left or self._random.random() < 0.5:
+            return
+        self._left -= 1
+        lines = self.account.lines
+        number = self._random.randrange(len(lines))
+        match self._random.choice(["late", "late", "gone", "restated", "shuffled"]):
+            case "late":
+                lines.append(self._line())
+            case "gone" if len(lines) > 1:
+                del lines[number]
+            case "restated":
+                old = lines[number]
+                more = old.quantity + self._random.randint(1, 9)
+                lines[number] = line(old.hour, old.endpoint_id, more, credential=old.credential)
+            case _:
+                self._random.shuffle(lines)
+        self.moments.append(list(lines))
+
+    def _line(self) -> UsageLine:
+        chosen = self._random
+        quantity = "1" if self._is_equal else f"{chosen.randint(1, 10**6)}.{chosen.randint(1, 999)}"
+        hour, endpoint_id = at(chosen.randrange(24)), chosen.choice([FLUX, VIDEO])
+        return line(hour, endpoint_id, quantity, credential=chosen.choice([KEY, LOGIN]))
+
+
+@both_feeds
+def test_no_seeded_walk_takes_rows_that_fal_never_held_together(
+    resource: Resource, server: Sandbox, client: FalClient
+) -> None:
+    wrong, outcomes = [], Counter[str]()
+    for seed in range(WALKS):
+        day = Moving(seed)
+        serve(server, day.account, day.page_size, day)
+        with TemporaryDirectory() as folder:
+            try:
+                rows = held(taken(client, server, resource, Path(folder)))
+            except (UnprovenError, ContractError):  # a cursor that came twice, say
+                outcomes["refused"] += 1
+                continue
+        moments = [told(resource, lines) for lines in day.moments]
+        outcomes["disturbed" if len(moments) > 1 else "undisturbed"] += 1
+        if rows not in moments:
+            wrong.append(seed)
+    assert wrong == []
+    assert outcomes["disturbed"] > outcomes["refused"] > 0
+
+
+# --- One thing at a time --------------------------------------------------------------------------
+
+
+@both_feeds
+@pytest.mark.parametrize("is_late", [True, False])
+def test_a_row_that_comes_or_goes_between_two_pages_is_seen_though_no_sum_tells(
+    is_late: bool, resource: Resource, server: Sandbox, client: FalClient, tmp_path: Path
+) -> None:
+    account = Account(lines=lines_of(*range(4, 12)))
+
+    def happen() -> None:  # usage comes oldest first, charges newest first
+        if is_late:
+            account.lines += lines_of(1 if resource is USAGE else 20)
+        else:
+            del account.lines[0 if resource is USAGE else 7]
+
+    serve(server, account, 3, on_page(2, happen))
+    assert held(taken(client, server, resource, tmp_path)) == told(resource, account.lines)
+
+
+@both_feeds
+def test_a_day_that_never_holds_still_is_refused_and_says_so(
+    resource: Resource, server: Sandbox, client: FalClient, tmp_path: Path
+) -> None:
+    account = Account(lines=lines_of(*range(4, 12)))
+    hour = iter([3, 2, 1] if resource is USAGE else [20, 21, 22])
+    serve(server, account, 3, on_page(2, lambda: account.lines.extend(lines_of(next(hour))), walks=3))
+    with pytest.raises(UnprovenError) as caught:
+        taken(client, server, resource, tmp_path)
+    assert str(caught.value).startswith(f"{resource.name}, window 2026-11-21: the rows ")
+    assert "the next run reads the window again (fal request " in str(caught.value)
+    assert caught.value.exit_code == 3
+
+
+def edit(
+    server: Sandbox, account: Account, number: int, change: Callable[[Any], None], walks: int = 1
+) -> None:
+    """Serve pages of four, that one with its records edited in so many walks."""
+    is_it = [False]
+
+    def on_it() -> None:
+        is_it[0] = True
+
+    watch = on_page(number, on_it, walks)
+
+    def hook(request: Request) -> Fault | None:
+        is_it[0] = False
+        watch(request)
+        if not is_it[0]:
+            return None
+        page = json.loads(answer(server, request), parse_float=Decimal)
+        change(next(iter(page.values())))
+        return Fault(body=to_json(page).encode())
+
+    server.world, server.page_size, server.fault = account, 4, hook
+
+
+@both_feeds
+def test_a_row_that_comes_twice_in_place_of_another_is_seen_though_no_total_tells(
+    resource: Resource, server: Sandbox, client: FalClient, tmp_path: Path
+) -> None:
+    """As where rows have no order of their own, so that each page is cut from another one."""
+    account = Account(lines=lines_of(*range(4, 12)))
+    pages: list[list[Any]] = []
+
+    def repeat(records: list[Any]) -> None:
+        twice = pages[0][0]
+        lost = next(
+            n for n, one in enumerate(records) if one.get("cost_total") == twice.get("cost_total")
+        )
+        records[lost] = twice
+
+    edit(server, account, 1, pages.append, walks=9)
+    held(taken(client, server, resource, tmp_path))
+    edit(server, account, 2, repeat)
+    assert held(taken(client, server, resource, tmp_path)) == told(resource, account.lines)
+
+
+@both_feeds
+def test_a_page_out_of_a_stale_cache_is_seen(
+    resource: Resource, server: Sandbox, client: FalClient, tmp_path: Path
+) -> None:
+    account = Account(lines=lines_of(*range(4, 12)))
+    stale: list[list[Any]] = []
+    edit(server, account, 2, stale.append, walks=9)
+    taken(client, server, resource, tmp_path)
+    account.lines[1:7] = [line(one.hour, quantity="2") for one in account.lines[1:7]]  # restated
+
+    def serve_stale(records: list[Any]) -> None:
+        records[:] = stale[0]
+
+    edit(server, account, 2, serve_stale)
+    assert held(taken(client, server, resource, tmp_path)) == told(resource, account.lines)
+
+
+@both_feeds
+def test_the_first_page_served_once_more_ends_the_walk(
+    resource: Resource, server: Sandbox, client: FalClient, tmp_path: Path
+) -> None:
+    server.world, server.page_size = Account(lines=lines_of(*range(4, 12))), 4
+    bodies: dict[str, bytes] = {}
+
+    def cached(request: Request) -> Fault | None:
+        """A cache that does not look at the cursor."""
+        question = str(request.query["expand"])
+        bodies.setdefault(question, answer(server, request))
+        return Fault(body=bodies[question])
+
+    server.fault = cached
+    with pytest.raises(ContractError, match="same cursor twice"):
+        taken(client, server, resource, tmp_path)
+
+
+@both_feeds
+@pytest.mark.parametrize("walks", [1, 9])
+def test_rows_cut_off_the_end_of_a_valid_answer_are_missed(
+    walks: int, resource: Resource, server: Sandbox, client: FalClient, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    account = Account(lines=lines_of(*range(4, 12)))
+    last = 2 if resource is USAGE else 4
+    edit(server, account, last, lambda records: records.pop(), walks)
+    if walks > 1 and resource is USAGE:
+        with pytest.raises(UnprovenError, match=r"quantity 7 held, 8 by fal"):
+            taken(client, server, resource, tmp_path)
+        return
+    staged = taken(client, server, resource, tmp_path)
+    missing = told(resource, account.lines) - held(staged)
+    assert missing.total() == (1 if walks > 1 else 0)
+    # Usage is another ledger: charges that are the same twice are taken, and the difference is told.
+    assert (staged.proof, "but fal's usage says otherwise" in caplog.text) == (
+        ("two walks", True) if walks > 1 else ("summary", False)
+    )
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 100])
+def test_charges_that_are_exact_twins_are_kept_on_whatever_pages_they_come(
+    page_size: int, server: Sandbox, client: FalClient, tmp_path: Path
+) -> None:
+    account = Account(lines=lines_of(5, 5, 5, 6))
+    serve(server, account, page_size, lambda _: None)
+    staged = taken(client, server, BILLING_EVENTS, tmp_path)
+    assert held(staged) == told(BILLING_EVENTS, account.lines)
+    assert staged.proof == ("summary" if page_size == 100 else "two walks")
+    with duckdb.connect() as connection:
+        rows = connection.execute(f"select count(distinct (_hash, _ordinal)) from '{staged.path}'")
+        assert rows.fetchone() == (8,)
+    # What was taken proves itself again from its landed pages.
+    again = stage_window(settings_for(server.url, tmp_path), staged.landed, tmp_path)
+    assert (again.digest, again.proof) == (staged.digest, staged.proof)
+
+
+def test_an_open_day_that_grows_while_it_is_walked_is_taken_as_it_is_and_closed_later(
+    clock: time_machine.Traveller, server: Sandbox, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    today = truth.NOW.replace(hour=0, minute=0)
+    account = Account(lines=[line(today + timedelta(hours=hour)) for hour in range(2, 10)])
+    given: Settings = settings_for(server.url, tmp_path, account="acme")
+    usage = Asked(truth.day(23), resources=["usage"])
+    serve(server, account, 3, on_page(2, lambda: account.lines.append(line(today, quantity="5"))))
+    assert pipeline.run(given, usage).exit_code == 0
+    assert "the day is still open and does not add up" in caplog.text
+    loads = "select proof, is_provisional from ops.loads where is_current"
+    assert ask(given, loads) == [("differs", True)]
+
+    clock.shift(timedelta(days=1))
+    assert pipeline.run(given, Asked(truth.day(23), truth.day(24), ["usage"])).exit_code == 0
+    assert ask(given, loads) == [("summary", False)]
+    assert total(given) == sum(one.cost_total for one in account.lines)
+    assert ask(given, "select count(*) from raw.usage") == [(9,)]
