@@ -33,7 +33,7 @@ class Warm:
         with (home / "warm.log").open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.airflow.warm"],
-                env=_plain_environment() | environment(home),
+                env=plain_environment() | environment(home),
                 cwd=home,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -71,7 +71,7 @@ class Airflow:
 
     def start(self, code: str, *argv: str, **more: str) -> int:
         """Run Python code in a process of this Airflow; returns its pid."""
-        env = {**_plain_environment(), **self.env, **more}
+        env = {**plain_environment(), **self.env, **more}
         return self.warm.ask(
             code=code, argv=argv, env=env, home=str(self.home), output=str(self.home / "said.log")
         )
@@ -89,9 +89,7 @@ class Airflow:
         assert ended == 0, said[-6000:]
         return said
 
-    def test(
-        self, *asked: str | dict[str, Any], before: str = "", **more: str
-    ) -> list[dict[str, Any]]:
+    def test(self, *asked: str | dict[str, Any], before: str = "", **more: str) -> list[dict[str, Any]]:
         """Run DAGs one after another, by name or as run_dags.py takes them; what became of each.
 
         `before` is code that runs first. What they said stands in `log` of the last.
@@ -189,7 +187,8 @@ def webhook() -> Iterator[tuple[str, list[Any]]]:
     thread.join()
 
 
-def _plain_environment() -> dict[str, str]:
+def plain_environment() -> dict[str, str]:
+    """What any process needs."""
     return {"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(sys.path)}
 
 

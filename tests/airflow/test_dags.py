@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.airflow.conftest import DAGS, Airflow, Warm, environment
+from tests.airflow.conftest import DAGS, Airflow, Warm, environment, plain_environment
 
 HEAVY = {"great_expectations", "pandas", "duckdb", "httpx", "pyarrow", "msgspec", "pydantic_settings"}
 
@@ -131,6 +133,13 @@ for path in sorted(Path({str(DAGS)!r}).glob("*.py")):
 print(json_ := sorted({HEAVY!r} & (set(sys.modules) - by_airflow)))
 print(sorted({{"great_expectations", "pandas", "duckdb"}} & set(sys.modules)))
 """
-    done = airflow.python("-c", code)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=plain_environment() | airflow.env,
+        cwd=airflow.home,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-2:] == ["[]", "[]"]
