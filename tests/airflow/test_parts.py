@@ -15,6 +15,7 @@ from faletl.airflow.runs import asked
 from faletl.sandbox import Sandbox
 from tests.airflow.conftest import Airflow
 from tests.conftest import settings_for
+from tests.leaks import leaks
 
 HOUR = timedelta(hours=1)
 NOON = datetime(2026, 11, 20, 12, tzinfo=UTC)
@@ -128,8 +129,16 @@ print([Connection.from_json(os.environ[f"AIRFLOW_CONN_{name}"], conn_id=name.low
     assert "fal does not accept FAL_KEY for anything: it is mistyped or revoked" in bad
 
 
-def test_airflow_knows_the_connection_type_its_form_and_makes_the_pool_once(airflow: Airflow) -> None:
+KEY, METRICS_KEY = "canary-kid-7c1d:canary-secret-0123456789", "another-kid-e8f2:another-secret-98765"
+
+
+def test_airflow_knows_the_connection_type_hides_its_keys_and_makes_the_pool_once(
+    airflow: Airflow,
+) -> None:
     code = """
+import json
+from airflow.api_fastapi.core_api.datamodels.connections import ConnectionResponse
+from airflow.models.connection import Connection
 from airflow.providers_manager import ProvidersManager
 from airflow.models.pool import Pool
 from airflow.listeners.listener import get_listener_manager
@@ -140,10 +149,16 @@ get_listener_manager().hook.on_starting(component=object())
 first = Pool.get_pool("faletl_warehouse").slots
 Pool.create_or_update_pool("faletl_warehouse", 2, "by hand", False)
 get_listener_manager().hook.on_starting(component=object())
+made = Connection(conn_id="fal_x", conn_type="fal", password="KEY",
+                  extra=json.dumps({"metrics_api_key": "METRICS", "account": "acme"}))
+shown = ConnectionResponse.model_validate(made, from_attributes=True).model_dump_json()
 print([manager.hooks["fal"].hook_name, fields, behaviour["relabeling"], first,
-       Pool.get_pool("faletl_warehouse").slots])
+       Pool.get_pool("faletl_warehouse").slots, shown])
 """
-    name, fields, labels, first, kept = answer(airflow, code)
+    code = code.replace('"KEY"', repr(KEY)).replace('"METRICS"', repr(METRICS_KEY))
+    name, fields, labels, first, kept, shown = answer(airflow, code)
+    assert "acme" in shown  # as the server tells a connection to whoever may look at it
+    assert leaks(KEY, shown.encode()) | leaks(METRICS_KEY, shown.encode()) == set()
     assert name == "fal.ai"
     assert {one.rpartition("__")[2] for one in fields} == {"metrics_api_key", "account", "rate"}
     assert labels == {"password": "Key", "host": "Base URL"}

@@ -14,7 +14,7 @@ import time_machine
 from faletl import pipeline
 from faletl.answers import status
 from faletl.config import Settings
-from faletl.errors import SettingsError, TamperedError
+from faletl.errors import SettingsError, TamperedError, UsageError
 from faletl.rebuild import rebuild
 from faletl.sandbox import Sandbox
 from faletl.verify import verify
@@ -117,3 +117,24 @@ def test_one_that_is_too_old_has_to_be_rebuilt(older: Settings, clock: time_mach
     shutil.rmtree(older.landing)  # as if this were another landing folder
     with pytest.raises(TamperedError, match="landed pages"):
         rebuild(older)
+
+
+def test_what_a_newer_faletl_left_is_refused_and_stays_as_it_is(
+    older: Settings, clock: time_machine.Traveller
+) -> None:
+    path = Path(older.warehouse.removeprefix("duckdb:///"))
+    with duckdb.connect(str(path)) as connection:
+        connection.execute(f"update ops.warehouse set schema_version = {SCHEMA_VERSION + 1}")
+    before = path.read_bytes()
+    for step in (pipeline.build, pipeline.publish, rebuild, verify, status):
+        with pytest.raises(SettingsError, match=r"was written by a newer faletl .*; upgrade faletl"):
+            step(older)
+    assert path.read_bytes() == before
+    assert not path.with_name("spend.duckdb").exists()
+
+    for manifest in Path(older.landing).rglob("manifest.json"):
+        manifest.write_bytes(manifest.read_bytes().replace(b'"format": 1', b'"format": 2'))
+    path.unlink()
+    with pytest.raises(UsageError, match=r"was landed by faletl .*; upgrade faletl"):
+        rebuild(older)
+    assert not path.exists()

@@ -411,6 +411,15 @@ def test_a_body_without_the_key_is_left_as_it_is(body: bytes) -> None:
     assert Settings.isolated().redact_bytes(body + KEY.encode()) == body + KEY.encode()
 
 
+def test_the_id_of_a_key_is_data_in_answers_and_hidden_in_what_is_told() -> None:
+    made = Settings.isolated(key=KEY)
+    key_id, _, secret = KEY.partition(":")
+    row = f'{{"api_key_id": "{key_id}", "cost_total": 1}}'  # spend of the very key that asks for it
+    assert made.redact_bytes(row.encode()) == row.encode()
+    assert made.redact_bytes(f"Key {key_id}:{secret} or {secret}".encode()) == b"Key [key] or [key]"
+    assert made.redact(f"no such key: {key_id}") == f"no such key: {REDACTED}"
+
+
 def test_a_short_secret_does_not_hide_innocent_words() -> None:
     made = Settings.isolated(key="id:image")
     assert made.redact("2 images of id 7") == "2 images of id 7"
