@@ -24,7 +24,7 @@ def readers() -> Iterator[list[Target]]:
 
 
 @hypothesis_settings(
-    max_examples=1000,
+    max_examples=600,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

@@ -420,6 +420,20 @@ def test_the_id_of_a_key_is_data_in_answers_and_hidden_in_what_is_told() -> None
     assert made.redact(f"no such key: {key_id}") == f"no such key: {REDACTED}"
 
 
+@pytest.mark.parametrize("secret", ["SECRET34", "SECRET345", "SECRET3456"])
+def test_of_base64_of_the_key_alone_only_the_last_group_is_left(secret: str) -> None:
+    coded = base64.b64encode(f"QZJXWVKY-7931:{secret}".encode()).decode()
+    made = Settings.isolated(key=f"QZJXWVKY-7931:{secret}")
+    assert made.redact(f"<{coded}>") == f"<{REDACTED}{coded[-4:]}>"
+    assert made.redact(f"<{secret}>") == f"<{REDACTED}>"  # eight characters suffice
+
+
+def test_the_login_of_a_proxy_is_hidden_though_there_is_no_second_key() -> None:
+    proxy = "http://user:PVQJXZKW@127.0.0.1:8"
+    shown = Settings.isolated(key=KEY, proxy=proxy).redact(f"no answer from {proxy} for {KEY}")
+    assert shown == f"no answer from {REDACTED} for {REDACTED}"
+
+
 def test_a_short_secret_does_not_hide_innocent_words() -> None:
     made = Settings.isolated(key="id:image")
     assert made.redact("2 images of id 7") == "2 images of id 7"

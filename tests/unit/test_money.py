@@ -13,7 +13,7 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from faletl.money import EXACT_TEXT, PRECISION, SCALE, exact_text
+from faletl.money import EXACT_TEXT, LONGEST, PRECISION, SCALE, exact_text, plain
 
 HALF = Decimal(5).scaleb(-SCALE - 1)
 
@@ -237,3 +237,18 @@ def test_the_text_of_any_float_is_held_to_the_twelfth_decimal_or_given_back(numb
 def test_any_text_is_held_or_given_back_unchanged(text: str) -> None:
     held, is_rounded = exact_text(text)
     assert is_held(held) or (held, is_rounded) == (text, False)
+
+
+@pytest.mark.parametrize(("length", "held"), [(LONGEST, "1"), (LONGEST + 1, None)])
+def test_a_number_may_be_written_only_so_long(length: int, held: str | None) -> None:
+    text = f"1.{'0' * (length - 2)}"
+    assert exact_text(text) == (held or text, False)
+
+
+@pytest.mark.parametrize(
+    ("amount", "text"),
+    [("0", "0"), ("0.000000000000", "0"), ("1E+3", "1000"), ("1E-12", "0.000000000001"),
+     ("1200.50", "1200.5"), ("100", "100"), ("-0.10", "-0.1")],
+)  # fmt: skip
+def test_an_amount_is_shown_in_plain_digits(amount: str, text: str) -> None:
+    assert plain(Decimal(amount)) == text
