@@ -552,7 +552,7 @@ def _tell_error(error: BaseException) -> None:
         # The text of a foreign exception may hold anything, so only its name is told.
         _say(f"unexpected {type(error).__name__}: this is a bug of faletl; --debug shows where")
     elif _Options.log_format == "json":
-        sys.stderr.write(json.dumps(error.as_dict(), ensure_ascii=False) + "\n")
+        sys.stderr.write(json.dumps(error.as_dict()) + "\n")
     else:
         _say(str(error))
 
@@ -579,7 +579,7 @@ class _JsonLines(logging.Formatter):
         }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)
+        return json.dumps(line)
 
 
 def _set_up_logging() -> None:
