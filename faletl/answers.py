@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import shutil
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -110,10 +112,13 @@ def _shown(value: object) -> str:
 
 
 def _write_csv(names: Sequence[str], rows: sa.CursorResult[Any]) -> None:
-    writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(names)
-    for row in rows:
-        writer.writerow([_csv_cell(value) for value in row])
+    line = io.StringIO(newline="")
+    writer = csv.writer(line)  # with \r\n behind each line, so that a cell with one of them is quoted
+    for cells in chain([names], ([_csv_cell(value) for value in row] for row in rows)):
+        writer.writerow(cells)
+        sys.stdout.write(line.getvalue().removesuffix("\r\n") + "\n")
+        line.seek(0)
+        line.truncate()
 
 
 def _csv_cell(value: object) -> object:

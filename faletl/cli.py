@@ -573,7 +573,8 @@ def _tell_error(error: BaseException) -> None:
         _say(f"unexpected {type(error).__name__}: this is a bug of faletl; --debug shows where")
     elif _Options.log_format == "json":
         with suppress(OSError):
-            sys.stderr.write(json.dumps(error.as_dict(), ensure_ascii=False) + "\n")
+            sys.stderr.write(json.dumps(error.as_dict()) + "
+")
     else:
         _say(str(error))
 
@@ -602,7 +603,7 @@ class _JsonLines(logging.Formatter):
         }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)
+        return json.dumps(line)
 
 
 def _set_up_logging() -> None:

@@ -219,7 +219,8 @@ def with_ids(
         is_whole = task.is_whole_catalogue and bool(all_ids)  # not when fal's catalogue was out of reach
         if is_whole or task.window.is_snapshot:
             ids |= all_ids
-        if ids := ids - known.unknown:
+        # In a list of values a comma parts two of them, so an id with one cannot be asked for.
+        if ids := {one for one in ids - known.unknown if "," not in one}:
             found.append(replace(task, ids=tuple(sorted(ids)), is_whole_catalogue=is_whole))
     return found
 

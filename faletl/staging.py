@@ -523,9 +523,7 @@ def _read_type(tree: Column | Tree | None) -> str:
 
 
 # An instant without an offset could mean any zone, so it is not one. No clock is 15 hours off UTC.
-_INSTANT_TEXT = (
-    r"\d{4}-\d{2}-\d{2}[Tt ]\d{2}:\d{2}(:\d{2}(\.\d+)?)?([Zz]|[+-](0\d|1[0-4])(:?[0-5]\d)?)"
-)
+_INSTANT_TEXT = r"\d{4}-\d{2}-\d{2}[Tt ]\d{2}:\d{2}(:\d{2}(\.\d+)?)?([Zz]|[+-](0\d|1[0-4])(:?[0-5]\d)?)"
 
 _NEEDS = {
     Kind.AMOUNT: f"cannot be kept exactly (at most {SCALE} decimals)",

@@ -7,6 +7,7 @@ import re
 import tempfile
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -93,3 +94,165 @@ def test_exact_twins_are_numbered_and_others_are_not(tmp_path: Path) -> None:
         # Twins by their identity may differ elsewhere: their numbers do not depend on the order.
         assert [n for q, label, n in numbered if label == "x"] == [1]
         assert len({(row["_hash"], row["_ordinal"]) for row in rows}) == len(rows)
+
+
+# --- Instants, and the edges of a day -------------------------------------------------------------
+
+DAY = "2026-11-22"
+
+
+def charge(**changed: Any) -> dict[str, Any]:
+    """A charge like that of `body`, with some fields changed."""
+    return json.loads(body("2"))["billing_events"][0] | changed
+
+
+def page(*records: dict[str, Any]) -> bytes:
+    """A page with these charges."""
+    return json.dumps({"billing_events": records, "next_cursor": None, "has_more": False}).encode()
+
+
+@pytest.mark.parametrize(
+    ("text", "utc"),
+    [
+        ("2026-11-22T00:00:00Z", "00:00:00"),
+        ("2026-11-22T05:44:59+05:45", None),
+        ("2026-11-22T05:45:00+05:45", "00:00:00"),
+        ("2026-11-21T14:30:00-09:30", "00:00:00"),
+        ("2026-11-23T13:59:59+14:00", "23:59:59"),
+        ("2026-11-22T23:59:59.999999Z", "23:59:59.999999"),
+        ("2026-11-22T23:59:59.999999999Z", "23:59:59.999999"),
+        ("2026-11-22T24:00:00Z", None),
+        ("2026-11-23T00:00:00Z", None),
+        ("2026-11-21T23:59:59.999999Z", None),
+        ("2026-11-21T24:00:00Z", "00:00:00"),
+        ("2028-02-29T12:00:00Z", None),
+        ("1970-01-01T00:00:00Z", None),
+        ("9999-12-31T23:59:59Z", None),
+    ],
+)
+def test_an_instant_is_kept_in_utc_to_the_microsecond_and_in_its_own_day_alone(
+    text: str, utc: str | None, tmp_path: Path
+) -> None:
+    staged = stage(EVENTS, page(charge(timestamp=text)), tmp_path)
+    kept = [row["timestamp"].replace(tzinfo=None).isoformat() for row in staged_rows(staged)]
+    assert kept == ([f"{DAY}T{utc}"] if utc else [])
+    assert staged.dropped_rows == (utc is None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["2026-11-22T12:00:00", "2026-11-22", "2026-11-22T12:00:60Z", "2026-11-22T12:60:00Z",
+     "2026-11-22T25:00:00Z", "2026-02-29T12:00:00Z", "2026-13-01T12:00:00Z", "2026-11-22T12:00:00+15:00",
+     "2026-11-22T12:00:00+99:99", "2026-11-22T12:00:00 America/New_York", "2026-11-22T12:00:00Z ",
+     "20261122T120000Z", "1795348800", "yesterday", ""],
+)  # fmt: skip
+def test_an_instant_that_names_no_moment_is_refused(text: str, tmp_path: Path) -> None:
+    with pytest.raises(DataRefusedError, match="timestamp is no instant with an offset"):
+        stage(EVENTS, page(charge(timestamp=text)), tmp_path)
+
+
+def test_buckets_that_are_named_in_another_zone_are_taken_for_what_they_are(tmp_path: Path) -> None:
+    row = {"endpoint_id": "a", "unit": "u", "quantity": 1, "unit_price": 1, "cost_total": 1}
+    names = ["2026-11-21T19:00:00-05:00", "2026-11-22T05:45:00+05:45", "2026-11-22T23:00:00+00:00"]
+    series = [{"bucket": name, "results": [row]} for name in names]
+    document = {"time_series": series, "next_cursor": None, "has_more": False}
+    staged = stage(RESOURCES["usage"], json.dumps(document).encode(), tmp_path)
+    assert [row["bucket"].hour for row in staged_rows(staged)] == [0, 0, 23]
+
+
+# --- Sizes ----------------------------------------------------------------------------------------
+
+
+def test_more_rows_than_were_asked_for_are_taken_and_add_up_exactly(tmp_path: Path) -> None:
+    amounts = [("0.1", 20_000), ("0.000015", 20), ("1e-7", 10_000), ("0.123456789012", 3)]
+    rest = '"endpoint_id": "a", "timestamp": "2026-11-22T09:00:00Z", "cost_total": '
+    records = ",".join(
+        f'{{"request_id": "{number}", {rest}{amount}}}'
+        for amount, count in amounts
+        for number in range(count)
+    )
+    document = f'{{"billing_events": [{records}], "next_cursor": null, "has_more": false}}'
+    staged = stage(EVENTS, document.encode(), tmp_path)
+    assert staged.rows == sum(count for _, count in amounts) > 10_000
+    assert Decimal(staged.cost_total) == sum(Decimal(amount) * count for amount, count in amounts)
+    assert staged.rounded_amounts == 0
+
+
+@pytest.mark.parametrize("name", ["endpoint_id", "request_id", "unit", "auth_method"])
+def test_a_text_that_is_too_long_to_be_meant_is_refused_and_not_repeated(
+    name: str, tmp_path: Path
+) -> None:
+    staged = stage(EVENTS, page(charge(**{name: "é" * 500})), tmp_path / "long")
+    assert staged_rows(staged)[0][name] == "é" * 500
+    with pytest.raises(DataRefusedError, match=f"{name} is longer than 1,000 bytes") as caught:
+        stage(EVENTS, page(charge(**{name: "é" * 501})), tmp_path / "longer")
+    assert len(str(caught.value)) < 500
+
+
+def test_lists_and_unknown_fields_may_be_long_and_a_record_may_not(tmp_path: Path) -> None:
+    tags = [f"tag {number}" for number in range(10_000)]
+    model = {"endpoint_id": "a", "metadata": {"tags": tags}, "new": "x" * 2**20}
+    document = {"models": [model], "next_cursor": None, "has_more": False}
+    [row] = staged_rows(stage(RESOURCES["models"], json.dumps(document).encode(), tmp_path / "a"))
+    assert json.loads(row["tags"]) == tags
+    model["new"] = "x" * 36 * 2**20
+    with pytest.raises(DataRefusedError, match="one is larger than"):
+        stage(RESOURCES["models"], json.dumps(document).encode(), tmp_path / "b")
+
+
+def test_fields_without_number_are_refused(tmp_path: Path) -> None:
+    fields = {f"field{number}": number for number in range(100_000)}
+    with pytest.raises(ContractError, match="more than 100 fields that are not known"):
+        stage(EVENTS, page(charge(**fields)), tmp_path / "one")
+    records = [charge(**{f"field{number}": number}) for number in range(101)]
+    with pytest.raises(ContractError, match="more than 100 fields that are not known"):
+        stage(EVENTS, page(*records), tmp_path / "each")
+
+
+# --- What is odd about amounts, and kept ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changed", "is_odd"),
+    [
+        ({}, False),
+        ({"percent_discount": 100, "cost_subtotal": 2, "cost_discount": 2, "cost_total": 0}, False),
+        ({"unit_price": 0, "cost_subtotal": 0, "cost_discount": 0, "cost_total": 0}, False),
+        ({"cost_subtotal": 1, "cost_discount": 0.5}, True),
+        ({"cost_estimate_nano_usd": 90_000_000}, False),
+        ({"cost_total": 0.0900000004, "cost_estimate_nano_usd": 90_000_000}, False),
+        ({"cost_total": 0.0900000006, "cost_estimate_nano_usd": 90_000_000}, True),
+        ({"cost_estimate_nano_usd": 90_000_001}, True),
+    ],
+)
+def test_costs_that_contradict_each_other_are_kept_and_counted(
+    changed: dict[str, Any], is_odd: bool, tmp_path: Path
+) -> None:
+    record = charge(**changed)
+    staged = stage(EVENTS, page(record), tmp_path)
+    assert staged.doubtful_rows == is_odd
+    assert Decimal(staged.cost_total) == Decimal(str(record["cost_total"]))
+
+
+@pytest.mark.parametrize(
+    ("changed", "is_odd"),
+    [
+        ({}, False),
+        ({"percent_discount": None, "cost_total": 40}, False),
+        ({"cost_total": 36.0361}, False),
+        ({"cost_total": 36.0362}, True),
+        ({"cost_total": 40}, True),
+        ({"quantity": 5}, True),
+        ({"cost_subtotal": None, "quantity": 5}, False),  # before July 2026 discounts were not told
+        ({"quantity": 10**25, "unit_price": 10**12}, True),
+    ],
+)
+def test_a_cost_that_is_not_that_of_quantity_price_and_discount_is_kept_and_counted(
+    changed: dict[str, Any], is_odd: bool, tmp_path: Path
+) -> None:
+    row = {"endpoint_id": "a", "unit": "u", "quantity": 4, "unit_price": 10, "percent_discount": 10,
+           "cost_subtotal": 40, "cost_discount": None, "cost_total": 36, "currency": "USD"}  # fmt: skip
+    series = [{"bucket": f"{DAY}T05:00:00Z", "results": [row | changed]}]
+    document = {"time_series": series, "next_cursor": None, "has_more": False}
+    staged = stage(RESOURCES["usage"], json.dumps(document).encode(), tmp_path)
+    assert staged.doubtful_rows == is_odd
