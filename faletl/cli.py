@@ -573,8 +573,7 @@ def _tell_error(error: BaseException) -> None:
         _say(f"unexpected {type(error).__name__}: this is a bug of faletl; --debug shows where")
     elif _Options.log_format == "json":
         with suppress(OSError):
-            sys.stderr.write(json.dumps(error.as_dict()) + "
-")
+            sys.stderr.write(json.dumps(error.as_dict()) + "\n")
     else:
         _say(str(error))
 

@@ -1,10 +1,11 @@
-"""Many processes over one warehouse at once, round after round: `python -m tests.exclusion --rounds 200`.
+"""Many processes over one warehouse, round after round: `python -m tests.exclusion --rounds 200`.
 
-In each round two to five commands run at once, in processes of their own, while fal's account is another
-one than in the round before: over the same days, over days that overlap, step by step, beside a rebuild. Some are killed while they
-hold the warehouse; some are frozen then, for longer than others wait, and go on later; on a server some
-lose their session meanwhile. A reader looks all the time. After each round code that shares nothing with
-faletl's looks at exit codes, at the ledger, at the tables after one more clean run, and at what the reader saw.
+In each round two to five commands run at once, in processes of their own, while fal's account is not
+what it was in the round before: over the same days, over days that overlap, step by step, beside a
+rebuild. Some are killed while they hold the warehouse; some are frozen then, for longer than others
+wait, and go on later; on a server some lose their session meanwhile. A reader looks all the time. Then
+code that shares nothing with faletl's looks at exit codes, at the ledger, at the tables after one more
+clean run, and at what the reader saw.
 
 A seed gives the same rounds again, though not the same instants. The processes are forked from this one,
 which has imported everything and opened nothing: so they cost a second, not five.
@@ -16,7 +17,6 @@ import argparse
 import json
 import mmap
 import os
-import pickle
 import random
 import re
 import resource
@@ -26,17 +26,16 @@ import struct
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Generic, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
-import duckdb
 import psycopg
 import time_machine
 
@@ -45,12 +44,12 @@ import faletl.pieces
 import faletl.rebuild
 import faletl.warehouse.duckdb
 import faletl.warehouse.postgres  # noqa: F401  # imported here, it is in every fork
-from faletl import cli, models
+from faletl import cli
 from faletl.config import Settings
 from faletl.sandbox import FULL_KEY, Sandbox
-from faletl.windows import instant
 from tests import truth
 from tests.conftest import ask, opened, published_path, settings_for
+from tests.forks import Fork, asked_to_stop, forked, parse_all_sql
 from tests.reading_on import SUMS
 from tests.reading_on import opened as opened_by_reader
 from tests.servers import shared_postgres
@@ -72,53 +71,7 @@ MAY_FAIL_WITH = {"WarehouseBusyError", "LeaseLostError"}
 """What a process may end with, with exit code 1; see `Process.judge` for those to whom more happened."""
 
 
-# --- Forks ----------------------------------------------------------------------------------------
-
-
-class Fork(Generic[T]):
-    """A process forked from this one that works, and what it made. SIGTERM is for `asked_to_stop`."""
-
-    def __init__(self, work: Callable[[], T]) -> None:
-        reading, writing = os.pipe()
-        self.pid = _fork()
-        if self.pid:
-            os.close(writing)
-            self._made = os.fdopen(reading, "rb")
-            return
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        try:
-            made = pickle.dumps(work())
-        except BaseException:  # noqa: BLE001  # whatever it is, the parent is to tell it
-            made = pickle.dumps(RuntimeError(traceback.format_exc()))
-        with os.fdopen(writing, "wb") as pipe:
-            pipe.write(made)
-        os._exit(0)
-
-    def result(self) -> T:
-        """Wait for the end of it; raises RuntimeError with the traceback if it failed."""
-        with self._made as pipe:
-            made = pickle.loads(pipe.read())  # noqa: S301  # by our own fork
-        os.waitpid(self.pid, 0)
-        if isinstance(made, RuntimeError):
-            raise made
-        return made  # type: ignore[no-any-return]
-
-    def stop(self) -> T:
-        """Ask it to stop, and wait for what it made."""
-        os.kill(self.pid, signal.SIGTERM)
-        return self.result()
-
-
-def asked_to_stop(within: float) -> bool:
-    """In a fork: sleep for so long, or until it is to stop."""
-    return signal.sigtimedwait([signal.SIGTERM], within) is not None
-
-
-def _fork() -> int:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    return os.fork()
-
+# --- Processes ------------------------------------------------------------------------------------
 
 Fate = Literal["left alone", "killed", "frozen", "cut off", "impatient"]
 """What happens to a process: killed, or frozen, while it holds the warehouse; cut off: its session ends
@@ -140,7 +93,7 @@ class Process:
 
     def start(self, environment: Mapping[str, str]) -> None:
         """Fork, and run the command line."""
-        self.pid = _fork()
+        self.pid = forked()
         if self.pid:
             return
         code = 70
@@ -426,30 +379,29 @@ def _wrong_ledger(
     settings: Settings, loads: Sequence[Mapping[str, Any]], now: datetime
 ) -> Iterator[str]:
     """What the ledger says of a window twice, not at all, out of order, or other than raw holds it."""
-    windows = defaultdict[tuple[Any, ...], list[Mapping[str, Any]]](list)
+    windows = defaultdict[tuple[str, datetime], list[Mapping[str, Any]]](list)
     for load in sorted(loads, key=lambda load: (load["loaded_at"], load["fencing_token"])):
-        windows[load["account"], load["resource"], load["window_start"]].append(load)
-    held = _held_by_day(settings)
+        windows[load["resource"], load["window_start"]].append(load)
     for window, mine in windows.items():
-        current = [load for load in mine if load["is_current"]]
-        if len(current) != 1:
-            yield f"{window} has {len(current)} current loads"
+        if sum(load["is_current"] for load in mine) != 1:
+            yield f"{window} has not one current load: {mine}"
         tokens = [load["fencing_token"] for load in mine]
         if tokens != sorted(set(tokens)):
             yield f"the tokens of {window} do not grow: {tokens}"
-        digests = [load["digest"] for load in mine]
-        if any(one == next_ for one, next_ in zip(digests, digests[1:], strict=False)):
+        if any(one == then for one, then in pairwise(load["digest"] for load in mine)):
             yield f"{window} was loaded twice with the same rows: {mine}"
-        for load in current:
-            if window[1] in ("usage", "billing_events"):
-                entered = (load["rows"], load["cost_total"])
-                if held.pop((window[1], window[2].date()), (0, Decimal(0))) != entered:
-                    yield f"{window} is entered with {entered}, which raw does not hold"
-    if any(rows for rows, _ in held.values()):
-        yield f"raw holds rows of no load: {held}"
-    days = {start.date() for (_, resource, start) in windows if resource == "usage"}
-    if gone := {min(days) + timedelta(n) for n in range((now.date() - min(days)).days + 1)} - days:
+    days = {start.date() for (resource, start) in windows if resource == "usage"}
+    last = (now - timedelta(minutes=65)).date()  # of which an hour is over
+    if gone := {min(days) + timedelta(n) for n in range((last - min(days)).days + 1)} - days:
         yield f"no usage is loaded of {sorted(gone)}"
+    held = _held_by_day(settings)
+    entered = {
+        (load["resource"], load["window_start"].date()): (load["rows"], load["cost_total"])
+        for load in loads
+        if load["is_current"] and load["resource"] in ("usage", "billing_events") and load["rows"]
+    }
+    if entered != held:
+        yield f"the ledger has {entered}, raw has {held}"
 
 
 def _held_by_day(settings: Settings) -> dict[tuple[str, date], tuple[int, Decimal]]:
@@ -466,7 +418,7 @@ def _held_by_day(settings: Settings) -> dict[tuple[str, date], tuple[int, Decima
 
 
 def changed(account: truth.Account, since: datetime, now: datetime, chance: random.Random) -> None:
-    """What happens to the account until now: hours that went by, late lines, lines restated or taken back."""
+    """What happens to the account until now: hours go by, lines are late, restated, or taken back."""
     hour = since.replace(minute=0, second=0, microsecond=0)
     while (hour := hour + timedelta(hours=1)) < now:
         account.lines.append(_line(hour, chance))
@@ -485,7 +437,9 @@ def _first_changing(now: datetime) -> datetime:
 
 
 def _line(hour: datetime, chance: random.Random) -> Any:
-    endpoint, price, unit = chance.choice([(truth.FLUX, "0.025", "images"), (truth.VIDEO, "0.4", "second")])
+    endpoint, price, unit = chance.choice(
+        [(truth.FLUX, "0.025", "images"), (truth.VIDEO, "0.4", "second")]
+    )
     return truth.line(hour, endpoint, f"{chance.randrange(1, 10**6)}.000001", price, unit=unit)
 
 
@@ -514,7 +468,7 @@ def commands(chance: random.Random, today: date, *, is_first: bool) -> tuple[str
             ["run", "--start", days[3], "--end", days[0], *RESOURCES], *[["run"]] * (several - 1)
         ],
         "step by step": chance.sample(
-            [["extract", "--start", days[1], *RESOURCES], ["load"], ["build"], ["publish"], same], several
+            [["extract", *same[1:]], ["load"], ["build"], ["publish"], same], several
         ),
         "a rebuild beside runs": [["rebuild"], *[same] * (several - 1)],
         "a rebuild of a day": [["rebuild", "--window", days[1]], *[same] * (several - 1)],
@@ -568,7 +522,7 @@ class Round:
             self.start(words, fate, self.chance.choice([PATIENCE, PATIENCE, PATIENCE, 1.0]))
             time.sleep(self.chance.choice([0, 0, 0.2]))
         deadline = time.monotonic() + ROUND_SECONDS
-        while not all([process.has_ended() for process in self.processes]):
+        while not all(process.has_ended() for process in self.processes):
             if time.monotonic() > deadline:
                 yield f"stuck: {[one.words for one in self.processes if one.code is None]}"
                 return
@@ -700,7 +654,7 @@ def main() -> NoReturn:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--postgres", action="store_true", help="on a private PostgreSQL server")
     given = parser.parse_args()
-    warm_up()
+    parse_all_sql("duckdb", "postgres")
     began, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="faletl-exclusion-"))
     folder.chmod(0o755)
     where = "PostgreSQL" if given.postgres else "DuckDB"
@@ -753,16 +707,6 @@ def new_world(folder: Path, *, is_on_server: bool) -> World:
     account.lines.clear()
     yesterday = _first_changing(datetime.now(UTC))
     return World(folder, settings_for("http://127.0.0.1:1", folder, **given), account, yesterday)
-
-
-def warm_up() -> None:
-    """Parse all SQL here, once."""
-    span = models.Span(date(2026, 1, 1), date(2026, 1, 2))
-    for one in (*models.models(), *models.checks()):
-        for dialect in ("duckdb", "postgres"):
-            models.translate(one.sql, dialect)
-            models.restricted(one.sql, span, dialect)
-    models.column_comments()
 
 
 def say(text: str) -> None:

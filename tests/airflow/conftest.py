@@ -18,8 +18,10 @@ from typing import Any
 
 import pytest
 
+from faletl.config import Settings
 from faletl.sandbox import FULL_KEY, Sandbox, invented_world
 from tests import truth
+from tests.conftest import settings_for
 from tests.truth import Account
 
 DAGS = Path(__file__).parents[2] / "dags"
@@ -56,7 +58,7 @@ class Warm:
 
 @dataclass
 class Airflow:
-    """An Airflow with the DAGs of the project; `env` is what its processes get."""
+    """An Airflow with those DAGs of the project that are asked for; `env` is what its processes get."""
 
     home: Path
     warm: Warm
@@ -89,16 +91,41 @@ class Airflow:
         assert ended == 0, said[-6000:]
         return said
 
+    def cold(self, code: str, **more: str) -> subprocess.CompletedProcess[str]:
+        """Run Python code in a process that has imported nothing yet, and knows of no fal."""
+        return subprocess.run(
+            [sys.executable, "-c", code],
+            env={**plain_environment(), **self.env, **more},
+            cwd=self.home,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+
     def test(self, *asked: str | dict[str, Any], before: str = "", **more: str) -> list[dict[str, Any]]:
         """Run DAGs one after another, by name or as run_dags.py takes them; what became of each.
 
         `before` is code that runs first. What they said stands in `log` of the last.
         """
         full = [{"dag_id": one} if isinstance(one, str) else one for one in asked]
+        for one in full:  # dag.test() parses all DAGs of the folder, and writes them into the database
+            self._take_in(DAGS / f"{one['dag_id'].partition('__')[0]}.py")
         said = self.run(f"{before}\n{RUN_DAGS}", json.dumps(full), **more)
         results: list[dict[str, Any]] = json.loads(said.splitlines()[-1])
         results[-1]["log"] = said
         return results
+
+    def _take_in(self, file: Path) -> None:
+        link = self.home / "dags" / file.name
+        if file.exists() and not link.exists():
+            link.symlink_to(file)
+
+    def forget(self, migrated: Path) -> None:
+        """Lose all that Airflow knows: its metadata database is as new."""
+        for file in self.home.glob("airflow.db*"):
+            file.unlink()
+        shutil.copyfile(migrated, self.home / "airflow.db")
 
     def rows(self, sql: str) -> list[tuple[Any, ...]]:
         """Ask the metadata database."""
@@ -134,7 +161,14 @@ def migrated(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def airflow(warm: Warm, migrated: Path, tmp_path: Path) -> Airflow:
     """An Airflow that nothing ran in yet."""
     shutil.copyfile(migrated, tmp_path / "airflow.db")
-    return Airflow(tmp_path, warm, environment(tmp_path))
+    (tmp_path / "dags").mkdir()
+    return Airflow(tmp_path, warm, environment(tmp_path, tmp_path / "dags"))
+
+
+def settings_of(airflow: Airflow, url: str = "http://127.0.0.1:1") -> Settings:
+    """The same warehouse and landing folder, for this process."""
+    warehouse, landing = (airflow.env[f"FALETL_{name}"] for name in ("WAREHOUSE", "LANDING"))
+    return settings_for(url, airflow.home, warehouse=warehouse, landing=landing)
 
 
 def few() -> Account:
@@ -146,6 +180,9 @@ def few() -> Account:
         for days in (1, 2, 3, 11, 12, 20)
         for endpoint in (truth.FLUX, truth.VIDEO, truth.VOICE)
     ]
+    for number in range(50):  # so that prices are asked for in two batches
+        account.catalogue.append({"endpoint_id": f"fal-ai/other-{number}"})
+        account.list_price(f"fal-ai/other-{number}", "0.01")
     return account
 
 
@@ -192,11 +229,11 @@ def plain_environment() -> dict[str, str]:
     return {"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
-def environment(home: Path) -> dict[str, str]:
+def environment(home: Path, dags: Path = DAGS) -> dict[str, str]:
     """What its processes get."""
     return {
         "AIRFLOW_HOME": str(home),
-        "AIRFLOW__CORE__DAGS_FOLDER": str(DAGS),
+        "AIRFLOW__CORE__DAGS_FOLDER": str(dags),
         "AIRFLOW__CORE__LOAD_EXAMPLES": "false",
         "AIRFLOW__CORE__UNIT_TEST_MODE": "false",
         "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{home / 'airflow.db'}",

@@ -1,4 +1,4 @@
-"""What befalls Airflow's tasks: errors of each kind, a supervisor that dies, no pool, many tries, catching up."""
+"""What befalls Airflow's tasks: errors of each kind, dead supervisors, no pool, many tries."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from faletl.plan import Asked
 from faletl.sandbox import Fault, Request, Sandbox
 from faletl.warehouse import open_warehouse
 from tests import truth
-from tests.airflow.conftest import RUN_DAGS, Airflow, few
+from tests.airflow.conftest import RUN_DAGS, Airflow, few, settings_of
 from tests.airflow.test_parts import run_of
-from tests.conftest import ask, opened, settings_for, total
+from tests.conftest import ask, opened, total
 from tests.servers import wait_for
 from tests.truth import Account
 
@@ -42,17 +42,8 @@ with DAG("alone", schedule=None, **DAG_ARGS):
 @pytest.fixture
 def alone(airflow: Airflow) -> Airflow:
     """An Airflow with the DAG `alone`, and no other."""
-    folder = airflow.home / "dags"
-    folder.mkdir()
-    (folder / "alone.py").write_text(ALONE)
-    airflow.env["AIRFLOW__CORE__DAGS_FOLDER"] = str(folder)
+    (airflow.home / "dags" / "alone.py").write_text(ALONE)
     return airflow
-
-
-def settings_of(airflow: Airflow, url: str = "http://127.0.0.1:1") -> Settings:
-    """The same warehouse and landing folder, for this process."""
-    warehouse, landing = (airflow.env[f"FALETL_{name}"] for name in ("WAREHOUSE", "LANDING"))
-    return settings_for(url, airflow.home, warehouse=warehouse, landing=landing)
 
 
 # --- Errors of each kind --------------------------------------------------------------------------
@@ -118,7 +109,7 @@ def negative() -> Account:
 
 @dataclass(frozen=True)
 class Case:
-    """What is wrong, which task notices, what it says, and whether it is tried again and people are told."""
+    """Which task notices what is wrong, what it says, whether it is tried again and people are told."""
 
     task: str
     says: str
@@ -168,7 +159,7 @@ def test_a_task_fails_at_once_or_is_tried_again_as_its_error_says(
     state = case.ends.removesuffix(" quietly")
     ended = alone.rows(
         "select distinct task_id, state, try_number, retry_delay_override from task_instance "
-        f"where state in ('failed', 'up_for_retry')"
+        "where state in ('failed', 'up_for_retry')"
     )
     assert ended == [(f"usage.{case.task}", state, 1, case.retry_delay)]
     assert case.says in run["log"]
@@ -219,7 +210,7 @@ sys.exit(supervise_task(
 ))
 """
 """A try of `usage.load`, by Airflow's own supervisor and its task process. One that is `late` has looked
-at what is loaded, has lost its lock without a word, as may happen behind a pooler, and is about to write."""
+at what is loaded, has lost its lock without a word, as behind a pooler, and is about to write."""
 
 
 def test_what_a_dead_supervisor_left_running_writes_nothing_once_the_next_try_took_over(
@@ -297,24 +288,24 @@ HOURS = (timedelta(hours=3), timedelta(hours=20))
 """Two hours of each day stand for its 24."""
 
 
-
-def test_tasks_that_are_cleared_and_run_again_ask_fal_and_change_nothing(
-    tmp_path: Path, served: Sandbox
+def test_tasks_that_are_cleared_and_run_again_ask_fal_nothing_and_change_nothing(
+    clock: time_machine.Traveller, settings: Settings, sandbox: Sandbox
 ) -> None:
-    settings = settings_for(served.url, tmp_path)
-    path = pieces.make_plan(settings, Asked(resources=["usage"]))
+    path = pieces.make_plan(settings, Asked(truth.day(22), truth.day(23), ["usage"]))
     assert path
+    (piece,) = pieces.pieces(path)
     seen = []
     for _ in range(10):
-        asked_before = len(served.requests)
-        for piece in pieces.pieces(path):
-            assert pieces.extract_piece(settings, piece).exit_code == 0
+        asked_before = len(sandbox.requests)
+        assert pieces.extract_piece(settings, piece).exit_code == 0
         assert pieces.load_plan(settings, path).exit_code == 0
-        loads = ask(settings, "select * from ops.loads order by all", opened)
-        rows = ask(settings, "select * from raw.usage order by all", opened)
-        seen.append((len(served.requests) - asked_before, loads, rows))
+        held = [
+            ask(settings, f"from {table} order by all", opened) for table in ("ops.loads", "raw.usage")
+        ]
+        seen.append((len(sandbox.requests) - asked_before, held))
+        clock.shift(60)
     assert seen[0][0] > 0
-    assert seen[1:] == [(0, *seen[0][1:])] * 9
+    assert seen[1:] == [(0, seen[0][1])] * 9
 
 
 def test_catching_up_400_days_asks_for_each_once(

@@ -1,9 +1,9 @@
 """Airflow, imported once and forked for whatever tests run in it: `python -m tests.airflow.warm`.
 
-Importing Airflow and making its execution API costs 13 s of CPU, a fork of it none. Reads a JSON line for
-each fork: {"code", "argv", "env", "home", "output"} starts one and is answered with its pid,
-{"wait": pid} with its exit code. Ends with stdin. Each fork has a metadata database of its own, a new
-environment, and writes what it says to `output`; five minutes are too long for any.
+Importing Airflow and making its execution API costs 13 s of CPU, a fork of it none. Reads JSON lines:
+{"code", "argv", "env", "home", "output"} starts a fork and is answered with its pid, {"wait": pid} with
+its exit code. Each fork has a metadata database of its own, a new environment, and says what it says to
+`output`; five minutes are too long for any. Ends with stdin.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ import signal
 import sys
 import traceback
 from collections.abc import Mapping
-from datetime import date
-from pathlib import Path
 from typing import Any
 
 SECONDS = 300
@@ -43,18 +41,10 @@ def main() -> None:
 def _warm_up() -> None:
     """Import what tasks import, but open nothing and start no thread."""
     import httpx
-    import pandas  # DuckDB imports it sooner or later
     from airflow import settings
     from airflow.sdk.execution_time.supervisor import in_process_api_server
 
-    import faletl.airflow.hook
-    import faletl.airflow.runs
-    import faletl.airflow.tasks
-    import faletl.check
-    import faletl.pieces
-    import faletl.warehouse.duckdb
-    import tests.airflow.run_dags
-    from faletl import models
+    from tests.forks import parse_all_sql
 
     async def ask() -> None:
         transport = httpx.ASGITransport(in_process_api_server().app)
@@ -62,9 +52,7 @@ def _warm_up() -> None:
             await client.get("http://in-process.invalid/health")  # the first request makes its routes
 
     asyncio.run(ask())
-    for one in (*models.models(), *models.checks()):  # parsed here, the SQL is parsed once
-        models.restricted(one.sql, models.Span(date(2026, 1, 1), date(2026, 1, 2)))
-    models.column_comments()
+    parse_all_sql("duckdb")
     settings.dispose_orm()
 
 
@@ -101,8 +89,8 @@ def _connect() -> None:
     """Let Airflow use the metadata database that the environment names."""
     from airflow import settings
 
-    settings.configure_vars()
-    settings.configure_orm()
+    settings.configure_vars()  # type: ignore[no-untyped-call]
+    settings.configure_orm()  # type: ignore[no-untyped-call]
 
 
 def _disconnect() -> None:

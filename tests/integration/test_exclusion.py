@@ -1,28 +1,19 @@
-"""Many processes over one warehouse: whoever is late, frozen, killed or cut off, nothing is lost or doubled."""
+"""Many processes over one warehouse: whoever is late, frozen or killed, nothing is lost or doubled."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
-from datetime import timedelta
 
 import pytest
-import sqlalchemy as sa
 import time_machine
 
 from faletl import landing, pipeline
 from faletl import rebuild as rebuilding
 from faletl.config import Settings
-from faletl.errors import WarehouseBusyError
-from faletl.landing import Landed
 from faletl.load import Ledger
 from faletl.plan import Asked
-from faletl.warehouse import open_warehouse
-from faletl.warehouse.tables import WAREHOUSE
 from tests import truth
-from tests.conftest import all_tables, ask, opened, settings_for, total
+from tests.conftest import ask, opened
 from tests.truth import Account, line
 
 
