@@ -103,7 +103,7 @@ def test_any_text_is_kept_as_it_is_and_is_only_text(
     shown = {}
     for form in ("table", "csv", "json"):
         capsys.readouterr()
-        print_query(settings, query, form)  # type: ignore[arg-type]  # mypy sees a str
+        print_query(settings, query, form)
         shown[form] = capsys.readouterr().out
     assert shown["table"].replace("\n", "").isprintable()
     cells = [row[0] for row in csv.reader(io.StringIO(shown["csv"], newline=""))][1:]
