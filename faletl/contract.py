@@ -114,13 +114,7 @@ class Contract:
             around, place = inner, (*place, step)
 
     def _note_fields(self, record: bytes, tree: Tree, place: Steps) -> None:
-        try:
-            fields = _OBJECT.decode(record)
-        except msgspec.ValidationError:
-            return  # no object: that is another breach
-        except UNREADABLE as error:
-            raise _unreadable(error) from None
-        for name, value in fields.items():
+        for name, value in _fields_of(record).items():
             node = tree.get(name, ...)
             if node is ...:
                 self._note_new((*place, name), bytes(value))
@@ -141,8 +135,8 @@ class Contract:
         sentence, retyped = reason
         if retyped is not None:
             value = record
-            for step in retyped:
-                value = bytes(_OBJECT.decode(value)[step])
+            for step in retyped:  # of a name that comes twice the last is taken, which may be right
+                value = bytes(_fields_of(value).get(step, b"null"))
             self.retyped.setdefault(retyped, _sample(value))
         return sentence
 
@@ -154,6 +148,16 @@ _LIST = msgspec.json.Decoder(list[msgspec.Raw])
 def records_of(body: bytes, rows_path: tuple[str, ...]) -> list[bytes]:
     """The records of a page as they were sent, in order; raises ContractError where there are none."""
     return [record for _, records in Contract(rows_path, ())._levels(body) for record in records]
+
+
+def _fields_of(text: bytes) -> Mapping[str, msgspec.Raw]:
+    """The fields of an object, unread; of anything else none, as that is another breach."""
+    try:
+        return _OBJECT.decode(text)
+    except msgspec.ValidationError:
+        return {}
+    except UNREADABLE as error:
+        raise _unreadable(error) from None
 
 
 def _decoded(decoder: msgspec.json.Decoder[Any], text: bytes) -> Any:

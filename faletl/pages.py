@@ -85,7 +85,7 @@ def walk(
     rows_path: tuple[str, ...],
     landed: Iterator[bytes],
     *,
-    metrics: bool = False,
+    metrics: bool,
 ) -> Iterator[tuple[Page, bool]]:
     """Yield every page and whether it is new: first the `landed` ones, then what fal has behind them.
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from faletl import client as client_module
 from faletl import landing
-from faletl.client import FalClient
+from faletl.client import FalClient, MalformedBodyError
 from faletl.config import REDACTED, Settings
 from faletl.errors import (
     ApiUnavailableError,
@@ -34,6 +34,7 @@ from faletl.errors import (
 )
 from faletl.extract import Origin, fetch_window
 from faletl.landing import Landed, Receipt
+from faletl.pages import read_envelope, walk
 from faletl.plan import account_label
 from faletl.resources import BILLING_EVENTS, CREDITS, MODELS, PRICES, USAGE, Resource
 from faletl.sandbox import BILLING_KEY, FULL_KEY, Fault, Request, Sandbox
@@ -274,6 +275,30 @@ def test_another_document_than_was_asked_for_is_refused_at_once(
     assert caught.value.facts["resource"] == resource.name
     assert caught.value.exit_code == 3
     assert list(map(landing.open_read, landing.complete_reads(given))) == []
+
+
+def test_a_page_is_counted_by_its_records() -> None:
+    nested = b'{"time_series":[{"results":[{},{}]},{"results":[]},{"results":[{}]}],"has_more":false}'
+    assert read_envelope(nested, USAGE.rows_path) == (3, None)
+    assert read_envelope(page([{}, {}], "c"), ("models",)) == (2, "c")
+    assert read_envelope(b"{}", CREDITS.rows_path) == (1, None)
+    backslash = page([{"endpoint_id": "\\u0000"}])  # no NUL, but the text of one
+    assert read_envelope(backslash, ("models",)) == (1, None)
+    with pytest.raises(ContractError, match="fal's answer holds a NUL"):
+        read_envelope(page([{"endpoint_id": "\\\0"}]), ("models",))
+    with pytest.raises(MalformedBodyError, match="is no whole JSON document"):
+        read_envelope(nested[:-1], USAGE.rows_path)
+
+
+@pytest.mark.parametrize("landed", [b'{"models":[', page(has_more=True)])
+def test_a_landed_page_that_cannot_be_one_is_asked_for_again(
+    landed: bytes, scripted: Sandbox, client: FalClient
+) -> None:
+    scripted.fault = script = Script({None: page(cursor="c"), "c": page([{}])})
+    first = page([{}, {}], cursor="c")
+    walked = walk(client, "/models", {}, ("models",), iter([first, landed, first]), metrics=False)
+    assert [(one.number, one.rows, is_new) for one, is_new in walked] == [(1, 2, False), (2, 1, True)]
+    assert script.asked == ["c"]
 
 
 @pytest.mark.parametrize(

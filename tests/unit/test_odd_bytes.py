@@ -58,6 +58,16 @@ def test_a_name_that_is_no_text_behind_another_breach_is_a_typed_error(
         stage(resource, body, tmp_path)
 
 
+def test_a_field_that_comes_twice_and_is_wrong_once_is_set_aside(tmp_path: Path) -> None:
+    for last in (b"null", b"{}", b"7", b'{"current_balance":1}'):
+        body = b'{"username":"acme","credits":{"current_balance":"x"},"credits":' + last + b"}"
+        with pytest.raises(DataRefusedError, match="current_balance is text where a number belongs"):
+            stage(CREDITS, body, tmp_path)
+    group = b'{"endpoint_id":"a","metadata":{"group":{"key":1}},"metadata":{}}'
+    with pytest.raises(DataRefusedError, match=r"metadata\.group\.key is a number where text belongs"):
+        stage(RESOURCES["models"], b'{"models":[' + group + b'],"has_more":false}', tmp_path)
+
+
 def test_a_row_that_is_set_aside_may_have_no_readable_endpoint(tmp_path: Path) -> None:
     assert SetAside.of(1, 1, "why", b'{"endpoint_id":"\xff"}').endpoint_id is None
     with pytest.raises(DataRefusedError) as caught:
