@@ -63,7 +63,7 @@ test-postgres: setup
 		tests/integration/test_quarantine.py tests/integration/test_reconciliation.py \
 		tests/integration/test_runaways.py tests/integration/test_kills.py tests/property
 
-# Needs root, or user namespaces: the disk that fills is one of its own. See docs/reliability.md.
+# Needs root, or user namespaces: the disk that fills is one of its own.
 chaos: setup
 	$(BIN)/python -m tests.chaos
 	$(BIN)/python -m tests.chaos --postgres
