@@ -82,6 +82,29 @@ def test_a_clock_that_was_ahead_is_put_right_by_the_next_run(
     assert query(hours) == [((today + timedelta(hours=10)).replace(tzinfo=None), 11 * Decimal("0.025"))]
 
 
+def test_what_comes_after_the_watch_is_found_where_its_day_is_named_and_told(
+    clock: time_machine.Traveller, account: Account, settings: Settings, query: Query
+) -> None:
+    day = Asked(truth.day(21), truth.day(22), ["usage"])
+    assert pipeline.run(settings, day).exit_code == 0
+    account.lines.append(line(account.lines[0].hour, "x/late", "3"))
+    for passed, is_due in ((80, True), (20, True), (1, False)):  # once more after 90 days
+        clock.shift(passed * DAY)
+        [due] = pipeline.dry_run(settings, Asked(resources=["usage"]))
+        assert (day.start in {window.day for window in due.windows}) == is_due
+        if passed == 20:
+            before = query("select sum(cost_total) from reports.rpt_spend_daily")
+            assert pipeline.run(settings, day).exit_code == 0
+            account.lines.append(line(account.lines[0].hour, "x/later", "3"))
+    assert pipeline.run(settings, day).exit_code == 0
+    late = Decimal("0.075")
+    assert query("select sum(cost_total) from reports.rpt_spend_daily") == [(before[0][0] + 2 * late,)]
+    changes = (
+        "select endpoint_id, cost_total_before, cost_total_after from ops.restatements order by all"
+    )
+    assert query(changes) == [("x/late", 0, late), ("x/later", 0, late)]
+
+
 @pytest.fixture
 def _los_angeles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as elsewhere:

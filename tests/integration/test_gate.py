@@ -113,12 +113,14 @@ def test_a_price_far_from_its_own_history_is_told(clock: time_machine.Traveller,
     assert [(row[1], row[2], row[4]) for row in told] == [("2026-11-22", "warning", 1)]
 
 
-@pytest.mark.parametrize(("endpoints", "is_told"), [(1, False), (10, False), (11, True)])
-def test_a_volume_far_from_that_of_the_same_weekday_is_told(
-    endpoints: int, is_told: bool, clock: time_machine.Traveller, tmp_path: Path
+@pytest.mark.parametrize(
+    ("usual", "endpoints", "is_told"), [(1, 10, False), (1, 11, True), (11, 1, True)]
+)
+def test_a_volume_far_from_that_of_the_same_weekday_is_told_and_loaded(
+    usual: int, endpoints: int, is_told: bool, clock: time_machine.Traveller, tmp_path: Path
 ) -> None:
     account = Account()
-    for day, count in ((1, 1), (8, 1), (15, 1), (22, endpoints)):
+    for day, count in ((1, usual), (8, usual), (15, usual), (22, endpoints)):
         at = datetime(2026, 11, day, tzinfo=UTC)
         account.lines += [
             line(at + timedelta(hours=hour), f"{truth.FLUX}/{number}")
@@ -132,6 +134,7 @@ def test_a_volume_far_from_that_of_the_same_weekday_is_told(
             assert pipeline.run(settings, days).exit_code == 0
     told = [row[1:3] for row in failed(settings) if "what is usual" in row[3]]
     assert told == ([("2026-11-22", "warning")] if is_told else [])
+    assert total(settings) == sum(one.cost_total for one in account.lines)
 
 
 def test_charges_that_do_not_add_up_to_usage_are_told_when_the_day_is_settled(
@@ -355,7 +358,7 @@ def test_the_command_tells_what_it_found(
 
     done = faletl("validate", "--resource", "usage", "--docs", str(tmp_path / "docs"))
     assert done.returncode == 0
-    assert re.search(r"usage +2 +30 ", done.stdout)
+    assert re.search(r"usage +2 +32 ", done.stdout)
     assert f"wrote {tmp_path / 'docs' / 'index.html'}" in done.stdout
     refused = faletl(
         "validate", "--start", "2026-11-22", "--end", "2026-11-23",

@@ -147,6 +147,32 @@ def test_a_good_read_resolves_what_was_set_aside(clock: time_machine.Traveller, 
     assert len(quarantine.rows_set_aside(settings, is_open=False)) == 1
 
 
+def test_a_cost_that_is_not_told_yet_is_set_aside_and_loaded_once_it_is(
+    clock: time_machine.Traveller, tmp_path: Path
+) -> None:
+    account = one_row()
+    account.lines.append(replace(account.lines[0], endpoint_id=truth.VIDEO))
+    told = WHOLE | {"auth_method_structured": {"detail": "backend", "api_key_id": "key-1"}}
+    costs = ("cost_subtotal", "cost_discount", "cost_total", "cost")
+    pending = {**told, "endpoint_id": truth.VIDEO} | dict.fromkeys(costs)
+    answers = served_as(usage_page(told, pending), summary("0.025"))
+    is_pending = [True]
+    with Sandbox(account, fault=lambda one: answers(one) if is_pending[0] else None) as server:
+        settings = settings_for(server.url, tmp_path)
+        assert pipeline.run(settings, Asked(resources=["usage"])).exit_code == 0
+        assert total(settings) == Decimal("0.025")
+        [(reason, endpoint)] = ask(settings, "select reason, endpoint_id from ops.quarantine")
+        assert (reason, endpoint) == ("cost_total is missing", truth.VIDEO)
+        assert ask(settings, "select sum(quarantined_rows) from ops.loads") == [(1,)]
+        is_pending[0] = False
+        clock.shift(86_400)
+        assert pipeline.run(settings, Asked(resources=["usage"])).exit_code == 0
+    assert total(settings) == Decimal("0.05")
+    assert ask(settings, "select count(*) from ops.quarantine where resolved_at is null") == [(0,)]
+    changes = "select endpoint_id, cost_total_before, cost_total_after from ops.restatements"
+    assert ask(settings, changes) == [(truth.VIDEO, 0, Decimal("0.025"))]
+
+
 def learn_to_take_any_discount(monkeypatch: pytest.MonkeyPatch) -> None:
     """What an upgrade of faletl might bring."""
 
