@@ -420,9 +420,21 @@ def read_of_run(
 
 def complete_reads(settings: Settings, day: date | None = None) -> Iterator[Path]:
     """The folder of every complete read (of one UTC day), oldest first within each window."""
-    landed = root(settings)
-    for path in at(landed).matching(landed, f"*/*/{day or '*'}/*/{MANIFEST}"):
+    for path in _matching(settings, f"*/*/{day or '*'}/*/{MANIFEST}"):
         yield path.parent
+
+
+def _matching(settings: Settings, pattern: str) -> list[Path]:
+    """What has landed under such names; a folder that cannot be listed is an error, never empty."""
+    landed = root(settings)
+    try:
+        return at(landed).matching(landed, pattern)
+    except OSError as error:
+        raise _unreadable(error, landed) from None
+
+
+def _unreadable(error: OSError, path: Path) -> StorageError:
+    return StorageError(f"cannot read {error.filename or path}: {error.strerror}", file=str(path))
 
 
 def is_complete(folder: Path) -> bool:
@@ -443,11 +455,14 @@ def is_intact(folder: Path) -> bool:
 
 
 def receipt_of(folder: Path) -> Receipt | None:
-    """The receipt for a read that was loaded; None without a (readable) one."""
+    """The receipt for a read that was loaded; None without a whole one; raises StorageError."""
+    path = folder / RECEIPT
     try:
-        return msgspec.json.decode(at(folder).read(folder / RECEIPT), type=Receipt)
-    except (OSError, *UNREADABLE):
+        return msgspec.json.decode(at(path).read(path), type=Receipt)
+    except (FileNotFoundError, *UNREADABLE):
         return None
+    except OSError as error:
+        raise _unreadable(error, path) from None
 
 
 def refuse(folder: Path) -> None:
@@ -469,15 +484,17 @@ def open_read(folder: Path) -> Landed:
     """The complete read in that folder.
 
     Raises:
-        TamperedError: its manifest is not one of ours.
+        TamperedError: its manifest is gone, or not one of ours.
         UsageError: it was landed by a newer faletl.
-        StorageError: the object store does not answer.
+        StorageError: the disk refuses, or the object store does not answer.
     """
     path = folder / MANIFEST
     try:
         manifest = msgspec.json.decode(at(path).read(path), type=Manifest)
-    except (OSError, *UNREADABLE) as error:
+    except (FileNotFoundError, *UNREADABLE) as error:
         raise TamperedError(f"{path} cannot be read: {error}") from None
+    except OSError as error:
+        raise _unreadable(error, path) from None
     if manifest.format > FORMAT or manifest.resource not in RESOURCES:
         raise UsageError(f"{path} was landed by faletl {manifest.faletl_version}; upgrade faletl")
     return Landed(folder, manifest)
@@ -485,8 +502,7 @@ def open_read(folder: Path) -> Landed:
 
 def all_reads(settings: Settings) -> Iterator[Path]:
     """The folder of every read, complete or not."""
-    landed = root(settings)
-    for folder in at(landed).matching(landed, "*/*/*/*"):
+    for folder in _matching(settings, "*/*/*/*"):
         if _LOAD_ID.fullmatch(folder.name):
             yield folder
 

@@ -272,7 +272,7 @@ def scratch_folder() -> Iterator[Path]:
     try:
         folder = tempfile.TemporaryDirectory(prefix="faletl-", ignore_cleanup_errors=True)
     except OSError as error:
-        raise storage_error(error, Path(os.environ.get("TMPDIR") or "/")) from None
+        raise storage_error(error, Path(error.filename or os.environ.get("TMPDIR") or "/")) from None
     with folder as name:
         yield Path(name)
 

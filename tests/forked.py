@@ -11,6 +11,7 @@ import importlib
 import itertools
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import time_machine
 
 from faletl import cli
@@ -164,7 +166,7 @@ def be_traced() -> None:
 def traced(child: Child, *expressions: str, log: Path = Path(os.devnull)) -> Iterator[None]:
     """Have strace watch, or interfere with, a child that waits to be traced."""
     words = [word for expression in expressions for word in ("-e", expression)]
-    command = ["strace", "-f", "-qq", "-o", str(log), *words, "-p", str(child.pid)]
+    command = ["strace", "-f", "-y", "-qq", "-o", str(log), *words, "-p", str(child.pid)]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as tracer:
         yield
         tracer.wait(120)
@@ -175,6 +177,8 @@ def _is_traced(process: str) -> bool:
 
 
 _PR_SET_PTRACER = 0x59616D61
+
+needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
 
 
 # --- The command line -----------------------------------------------------------------------------

@@ -161,6 +161,8 @@ class Postgres:
     role: str = "airflow"
     user: str = field(default_factory=lambda: "postgres" if os.geteuid() == 0 else getpass.getuser())
     databases: list[str] = field(default_factory=list)
+    service: Service | None = None
+    """The process, while it is `running`."""
 
     @property
     def url(self) -> str:
@@ -202,13 +204,29 @@ class Postgres:
     @contextmanager
     def running(self) -> Iterator[Service]:
         """Make the cluster and serve it, until the end."""
-        service = self.made()
+        self.service = service = self.made()
         service.start()
         try:
             self.make_database()
             yield service
         finally:
             service.stop()
+            self.service = None
+
+    def crash(self, number: signal.Signals) -> None:
+        """Have it end by that signal, and serve again."""
+        assert self.service is not None
+        assert self.service.process is not None
+        children = tree_of(self.service.process.pid)[1:]
+        self.service.process.send_signal(number)
+        self.service.process.wait()
+        psutil.wait_procs(children, timeout=20)  # they notice by themselves
+        self.service.start()
+        self.wait()
+
+    def wait(self) -> None:
+        """Until it answers queries."""
+        wait_for("PostgreSQL answers again", self._answers, seconds=60, every=0.05)
 
     def make_database(self) -> None:
         """Wait until it answers, and make the database that has the role's name."""
@@ -218,6 +236,13 @@ class Postgres:
     def dump(self) -> bytes:
         """All of the database, as SQL."""
         return self._run("pg_dump", *self._address, self.role)
+
+    def _answers(self) -> bool:
+        try:
+            self._run("psql", *self._address, "--command=select 1", self.role)
+        except subprocess.CalledProcessError:
+            return False
+        return True
 
     def _createdb(self) -> bool:
         try:

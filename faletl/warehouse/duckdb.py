@@ -28,6 +28,7 @@ import tenacity
 from faletl.config import Settings
 from faletl.errors import (
     ExhaustedError,
+    FaletlError,
     SettingsError,
     StorageError,
     TamperedError,
@@ -117,7 +118,7 @@ class DuckDBWarehouse:
     def lease(self, holder: str) -> Iterator[Lease]:
         """Become the only writer; see the protocol."""
         with self._lock(holder, self._settings.lock_seconds), _private():
-            if not self._path.exists():
+            if not self._is_there():
                 self._create()
             with self._up_to_date() as connection:
                 with connection.begin():
@@ -130,7 +131,7 @@ class DuckDBWarehouse:
         self, *, wait: bool = True, is_older_fine: bool = False
     ) -> Iterator[sa.Connection | None]:
         """What is loaded now; see the protocol."""
-        if not self._path.exists():
+        if not self._is_there():
             yield None
             return
         with (
@@ -191,12 +192,7 @@ class DuckDBWarehouse:
                 yield fresh, answer
                 with fresh._opened() as connection:
                     _checkpoint(connection, part)
-                # The new file would not open with the old one's, which the old one does not need.
-                _wal_of(self._path).unlink(missing_ok=True)
-                part.replace(self._path)
-                sync(self._path.parent)
-            except OSError as error:
-                raise self._refused("rebuild", error) from None
+                self._put_in_place(part)
             finally:
                 _discard(part)
 
@@ -207,7 +203,7 @@ class DuckDBWarehouse:
         Raises SettingsError for a foreign database.
         """
         token = 0
-        if not self._path.exists():
+        if not self._is_there():
             return token, None
         try:
             with self._opened() as connection:
@@ -328,12 +324,10 @@ class DuckDBWarehouse:
                     schema.create(connection, token)
                     self.define_functions(connection)
                 _checkpoint(connection, part)
-            part.chmod(0o600)
-            sync(part)
-            part.replace(self._path)
-            sync(self._path.parent)
         except OSError as error:
             raise self._refused("create", error) from None
+        else:
+            self._put_in_place(part)
         finally:
             _discard(part)
 
@@ -360,23 +354,41 @@ class DuckDBWarehouse:
         try:
             _discard(part)
             shutil.copyfile(self._path, part)
-            part.chmod(0o600)
             with _closing(_connect(part, self._settings)) as connection:
                 with connection.begin():
                     schema.upgrade(connection, str(self._path))
                 _checkpoint(connection, part)
+        except OSError as error:
+            raise self._refused("upgrade", error) from None
+        else:
+            self._put_in_place(part)
+        finally:
+            _discard(part)
+
+    def _put_in_place(self, part: Path) -> None:
+        """Make a whole file the warehouse, in one step that lasts."""
+        try:
+            part.chmod(0o600)
             sync(part)
+            # It would not open with the .wal of the file before it, which is whole without, or damaged.
+            _wal_of(self._path).unlink(missing_ok=True)
             part.replace(self._path)
             sync(self._path.parent)
         except OSError as error:
-            raise self._refused("upgrade", error) from None
-        finally:
-            _discard(part)
+            raise self._refused("replace", error) from None
+
+    def _is_there(self) -> bool:
+        try:
+            return self._path.exists()
+        except OSError as error:
+            raise self._refused("look for", error) from None
 
     def _refused(self, what: str, error: OSError) -> StorageError:
         """The error for a disk that does not let us do something with the file."""
         left = room(self._path, _size(self._path))
-        return StorageError(f"cannot {what} {self._path}: {error.strerror} ({left})")
+        return StorageError(
+            f"cannot {what} {self._path}: {error.strerror} ({left})", file=str(self._path)
+        )
 
     @contextmanager
     def _lock(self, holder: str, seconds: float) -> Iterator[None]:
@@ -460,12 +472,14 @@ def _closing(connection: sa.Connection) -> Iterator[sa.Connection]:
     try:
         yield connection
     except sa.exc.DBAPIError as error:
-        said = str(error.orig).splitlines()[0]
-        if isinstance(error, sa.exc.ProgrammingError):
+        said = _said(error.orig)
+        if isinstance(error.orig, (duckdb.BinderException, duckdb.CatalogException)):
             raise TamperedError(schema.UNFIT.format(said)) from None
         raise WarehouseError(f"the warehouse failed: {said}; nothing half-done was kept") from None
     finally:
-        connection.close()
+        # After an error that DuckDB calls fatal even this fails; the error is on its way already.
+        with suppress(FaletlError, sa.exc.DBAPIError):
+            connection.close()
 
 
 def _with_literals(
@@ -491,15 +505,18 @@ def _with_literals(
 
 
 # What the system says when it refuses, which is no fault of the file.
-_REFUSALS = tuple(
-    os.strerror(number)
-    for number in (
-        errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM,
-        errno.EMFILE, errno.ENFILE, errno.ENOMEM,
-    )
+_REFUSALS = (
+    "fsync failed",
+    *(
+        os.strerror(number)
+        for number in (
+            errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM,
+            errno.EMFILE, errno.ENFILE, errno.ENOMEM,
+        )
+    ),
 )  # fmt: skip
 
-_DAMAGES = ("corrupt", "checksum", "database has been invalidated")
+_DAMAGES = ("corrupt", "checksum")
 """What DuckDB says when it reads what it never wrote."""
 
 _ANEW = "restore it, or let faletl rebuild make it anew from the landed pages"
@@ -508,20 +525,30 @@ _ANEW = "restore it, or let faletl rebuild make it anew from the landed pages"
 def _tell_apart(path: Path, context: sa.engine.ExceptionContext) -> None:
     """Raise an error of ours where the disk refuses, memory is short, or the file is damaged."""
     error = context.original_exception
-    said = str(error).splitlines()[0]
+    if not isinstance(error, (duckdb.OperationalError, duckdb.FatalException)):
+        return  # it is the statement that is wrong
+    said = _said(error)
     if any(words in said for words in _REFUSALS):
         raise StorageError(
-            f"the warehouse {path} cannot be used: {said} ({room(path)}); nothing half-done was kept"
+            f"the warehouse {path} cannot be used: {said} ({room(path)}); nothing half-done was kept",
+            file=str(path),
         )
     if isinstance(error, duckdb.OutOfMemoryException):
         raise ExhaustedError.of_engine("the warehouse", error)
     is_damage = any(words in said.lower() for words in _DAMAGES)
-    if is_damage or isinstance(error, (duckdb.InternalException, duckdb.SerializationException)):
+    if is_damage or isinstance(error, duckdb.SerializationException):
         raise TamperedError(f"{path} is damaged ({said}); {_ANEW}")
 
 
+def _said(error: object) -> str:
+    """The first line of what DuckDB says; of a database that it gave up, why it did."""
+    text = str(error)
+    _, _, why = text.partition('Original error: "')
+    return next(iter((why.rstrip('"') or text).splitlines()), type(error).__name__)
+
+
 def _opening_error(path: Path, error: Exception) -> WarehouseError | TamperedError:
-    said = str(getattr(error, "orig", error)).splitlines()[0]
+    said = _said(getattr(error, "orig", error))
     if "could not set lock" in said.lower():
         return WarehouseBusyError(f"another program has {path} open ({said}); close it there")
     return TamperedError(f"{path} cannot be opened as a DuckDB warehouse ({said}); {_ANEW}")
@@ -575,7 +602,9 @@ def _wal_of(path: Path) -> Path:
 
 
 def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+    with suppress(OSError):
+        return path.stat().st_size
+    return 0
 
 
 def _quoted(path: Path) -> str:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from decimal import Decimal
 from pathlib import Path
 
@@ -274,34 +272,6 @@ def test_errors_can_be_read_by_machines(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert last["error"] == "KeyRefusedError"
     assert (last["status"], last["is_retryable"], last["resource"]) == (401, False, "usage")
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_a_run_soon_and_leaves_it_resumable(
-    number: signal.Signals, code: int, tmp_path: Path
-) -> None:
-    with Sandbox(truth.two_days(), fault=lambda _: Fault(delay_seconds=30)) as server:
-        settings = settings_for(server.url, tmp_path, account="acme")
-        process = subprocess.Popen(
-            [sys.executable, "-c", "from faletl.cli import main; main()", "run"],
-            env={
-                **environment(settings, FALETL_ACCOUNT="acme"),
-                "PYTHONPATH": os.pathsep.join(sys.path),
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        deadline = time.monotonic() + 60
-        while not server.requests and time.monotonic() < deadline:
-            time.sleep(0.05)
-        process.send_signal(number)
-        _, said = process.communicate(timeout=20)  # far less than the delay
-        assert process.returncode == code
-        assert said.strip().splitlines()[-1].startswith("faletl: interrupted")
-        assert "Traceback" not in said
-    with Sandbox(truth.two_days()) as server:
-        assert loaded(settings_for(server.url, tmp_path)).returncode == 0
 
 
 def test_demo_answers_and_keeps_to_its_own_folder(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ from tests.conftest import (
     settings_for,
     total,
 )
-from tests.forked import Child, Trap, be_traced, fork, start, suffer, traced
+from tests.forked import Child, Trap, be_traced, fork, needs_strace, start, suffer, traced
 from tests.servers import wait_for
 from tests.truth import Account, line
 
@@ -274,6 +274,7 @@ def is_killed_at(child: Child, call: str, nth: int) -> bool:
         return is_killed(child)
 
 
+@needs_strace
 @FILE_ONLY
 def test_a_first_run_that_is_killed_while_the_file_is_made_leaves_nothing_in_the_way(
     tmp_path: Path,
@@ -290,6 +291,7 @@ def test_a_first_run_that_is_killed_while_the_file_is_made_leaves_nothing_in_the
     ]  # fmt: skip
 
 
+@needs_strace
 @FILE_ONLY
 def test_commands_that_are_killed_at_system_calls_are_mended_by_the_next(one_by_one: Settings) -> None:
     calls = {

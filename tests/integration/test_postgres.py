@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import select
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import duckdb
@@ -19,22 +26,30 @@ import pytest
 import sqlalchemy as sa
 import time_machine
 
-from faletl import models, pipeline
+from faletl import load, models, pipeline
 from faletl.answers import print_query
 from faletl.config import Settings
-from faletl.errors import LeaseLostError, SettingsError, UsageError, WarehouseBusyError, WarehouseError
+from faletl.errors import (
+    LeaseLostError,
+    SettingsError,
+    TamperedError,
+    UsageError,
+    WarehouseBusyError,
+    WarehouseError,
+)
 from faletl.load import fence
 from faletl.plan import Asked
 from faletl.rebuild import rebuild
 from faletl.sandbox import Sandbox
 from faletl.verify import verify
 from faletl.warehouse import open_warehouse
-from faletl.warehouse.tables import METADATA, SCHEMA_VERSION, WAREHOUSE
+from faletl.warehouse.tables import METADATA, SCHEMA_VERSION
 from tests import truth
 from tests.conftest import all_tables, ask, published_path, settings_for, total
 from tests.forked import Trap, fork, start
+from tests.integration.test_disk import MIB, SmallDisk, check, check_runs, failed, needs_root
 from tests.integration.test_kills import check_a_clean_run_mends_all, is_killed, loaded
-from tests.servers import shared_postgres, wait_for
+from tests.servers import Postgres, free_ports, shared_postgres, wait_for
 from tests.truth import FLUX, VIDEO, Account, line
 
 ODD_IDS = (
@@ -51,6 +66,10 @@ ODD_IDS = (
     "ä",
 )
 """Endpoint ids, though fal has none like these."""
+
+
+DAY = Asked(truth.day(21), truth.day(22), ["usage"])
+SPENT = "select sum(cost_total) from reports.rpt_spend_daily"
 
 
 @pytest.fixture
@@ -253,11 +272,12 @@ def builds(settings: Settings) -> int:
 def test_a_killed_rebuild_leaves_the_old_rows(
     clock: time_machine.Traveller, on_server: Settings
 ) -> None:
-    pipeline.run(on_server, Asked(truth.day(21), truth.day(23), ["usage", "prices"]))
-    before = all_tables(on_server)
+    pipeline.run(on_server, Asked(truth.day(21), truth.day(23), ["usage"]))
+    before, spent = all_tables(on_server), ask(on_server, SPENT)
     for kill in (Trap("faletl.rebuild.replay", nth=2), Trap("faletl.models.build")):
         assert is_killed(start(on_server, kill, command="rebuild"))
-        assert all_tables(on_server) == before
+        assert ask(on_server, SPENT) == spent
+        assert loaded(on_server) == (30, 2)
     assert start(on_server, command="rebuild").finish()[0] == 0
     assert all_tables(on_server) == before
 
@@ -278,7 +298,6 @@ def test_a_killed_upgrade_leaves_the_older_schema(
     assert ask(on_server, lacks) == [(3, 0)]
     assert start(on_server, command="build --full").finish()[0] == 0
     assert ask(on_server, lacks) == [(SCHEMA_VERSION, 1)]
-    assert verify(on_server).findings == []
 
 
 def test_a_signal_ends_a_wait_for_the_lock(clock: time_machine.Traveller, on_server: Settings) -> None:
@@ -514,24 +533,267 @@ def test_no_password_is_told_when_a_server_cannot_be_used(
     assert "hunter2" not in repr(settings) + str(caught.value) + str(caught.value.as_dict())
 
 
-def test_a_server_that_dies_is_an_error_that_may_be_tried_again(
+# --- What a server may do -------------------------------------------------------------------------
+
+
+def in_another_session(settings: Settings, *statements: str) -> None:
+    """Each for itself, whatever the defaults of the database."""
+    writing = "-c default_transaction_read_only=off"
+    with psycopg.connect(settings.warehouse, autocommit=True, options=writing) as other:
+        for statement in statements:
+            other.execute(statement)
+
+
+def own_session(settings: Settings) -> int:
+    """The process that serves the loader."""
+    found = ask(
+        settings,
+        "select pid from pg_stat_activity where application_name = 'faletl' "
+        "and datname = current_database()",
+    )
+    return int(found[0][0])
+
+
+class Befalling:
+    """Things that happen to the session of a load before a function is called for the first time."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings, self._server = settings, shared_postgres()
+        self.ends: Callable[[], object] = lambda: None
+
+    def kill_backend(self) -> None:
+        """All others are ended by it, too, and the server recovers."""
+        os.kill(own_session(self._settings), signal.SIGKILL)
+        self._server.wait()
+
+    def terminate(self) -> None:
+        """What an administrator does."""
+        in_another_session(self._settings, f"select pg_terminate_backend({own_session(self._settings)})")
+
+    def kill_postmaster(self) -> None:
+        """The machine may have run out of memory."""
+        self._server.crash(signal.SIGKILL)
+
+    def stop_immediately(self) -> None:
+        """The server, without waiting for anybody."""
+        self._server.crash(signal.SIGQUIT)
+
+    def change_the_row(self) -> None:
+        """That the transaction has seen already, and is about to change."""
+        in_another_session(self._settings, TOUCH)
+
+    def lock(self) -> None:
+        """The table that is to be written."""
+        holder = psycopg.connect(self._settings.warehouse)
+        holder.execute("lock table raw.usage in share row exclusive mode")
+        self.ends = holder.close
+
+    def lock_crosswise(self) -> None:
+        """First what the load is about to want, then what it has."""
+        holder = psycopg.connect(self._settings.warehouse)
+        holder.execute("set deadlock_timeout = '60s'")  # the other one is to notice
+        holder.execute("lock table raw.usage in share row exclusive mode")
+        crossing = Thread(target=holder.execute, args=(TOUCH,))
+        crossing.start()
+        waits = "select count(*) from pg_locks where not granted"
+        wait_for("it waits", lambda: ask(self._settings, waits) == [(1,)], seconds=60, every=0.05)
+
+        def end() -> None:
+            crossing.join()
+            holder.close()
+
+        self.ends = end
+
+
+TOUCH = "update ops.warehouse set held_since = held_since"
+LOST = "connection is lost|server closed the connection|terminating connection"
+
+
+@pytest.mark.parametrize(
+    ("function", "befalls", "setting", "said"),
+    [
+        ("_insert", "kill_backend", "", LOST),
+        ("_insert", "terminate", "", LOST),
+        ("_insert", "kill_postmaster", "", LOST),
+        ("_insert", "stop_immediately", "", LOST),
+        ("_delete_window", "lock", "statement_timeout = 1500", "due to statement timeout"),
+        ("_delete_window", "lock_crosswise", "deadlock_timeout = 100", "deadlock detected"),
+        ("fence", "change_the_row", "default_transaction_isolation = serializable", "not serialize"),
+        ("_insert", "", "default_transaction_read_only = on", "in a read-only transaction"),
+    ],
+)
+def test_whatever_ends_a_transaction_is_said_and_undone_and_the_next_run_is_right(
+    function: str, befalls: str, setting: str, said: str,
+    clock: time_machine.Traveller, account: Account, on_server: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    pipeline.run(on_server, DAY)
+    before = ask(on_server, SPENT), loaded(on_server)
+    account.lines[0] = line(account.lines[0].hour, FLUX, "9")
+    name = psycopg.conninfo.conninfo_to_dict(on_server.warehouse)["dbname"]
+    if setting:
+        in_another_session(on_server, f"alter database {name} set {setting}")
+    befalling, original = Befalling(on_server), getattr(load, function)
+    happens = [getattr(befalling, befalls)] if befalls else []
+
+    def first(*given: Any, **named: Any) -> Any:
+        if happens:
+            happens.pop()()
+        return original(*given, **named)
+
+    monkeypatch.setattr(load, function, first)
+    ((_, failure),) = pipeline.run(on_server, DAY).failures
+    befalling.ends()
+    assert not happens
+    assert isinstance(failure, WarehouseError)
+    assert failure.is_retryable
+    assert re.search(said, str(failure)), failure
+    assert (ask(on_server, SPENT), loaded(on_server)) == before
+    if setting:
+        in_another_session(on_server, f"alter database {name} reset all")
+    assert pipeline.run(on_server, DAY).exit_code == 0
+    assert total(on_server) == sum(one.cost_total for one in account.lines if one.hour.day == 21)
+    assert loaded(on_server) == (15, 2)
+
+
+def test_a_server_that_cannot_answer_now_is_asked_again_later(on_server: Settings) -> None:
+    in_another_session(
+        on_server, "drop role if exists crowd", "create role crowd login connection limit 0"
+    )
+    crowded = on_server.model_copy(
+        update={"warehouse": on_server.warehouse.replace("//faletl@", "//crowd@")}
+    )
+    with pytest.raises(WarehouseError, match=r"cannot be reached: .*too many connections"):
+        pipeline.build(crowded)
+    with open_warehouse(on_server).lease("a test"):
+        pass
+    name = psycopg.conninfo.conninfo_to_dict(on_server.warehouse)["dbname"]
+    in_another_session(on_server, f"alter database {name} set statement_timeout = 300")
+    with psycopg.connect(on_server.warehouse) as other:
+        other.execute("lock table ops.warehouse")  # nobody can even tell whether it is ours
+        with pytest.raises(WarehouseError, match="statement timeout"):
+            pipeline.build(on_server)
+
+
+class Swallowing:
+    """A way to a server on which the answer to the next COMMIT is lost, when it is told to lose it."""
+
+    def __init__(self, to: int) -> None:
+        self.is_armed = False
+        self._to = to
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            ours, _ = self._listener.accept()
+            theirs = socket.create_connection(("127.0.0.1", self._to))
+            Thread(target=self._pass_on, args=(ours, theirs), daemon=True).start()
+
+    def _pass_on(self, ours: socket.socket, theirs: socket.socket) -> None:
+        with ours, theirs:
+            while True:
+                for ready in select.select([ours, theirs], [], [])[0]:
+                    sent = ready.recv(2**16)
+                    if not sent:
+                        return
+                    (theirs if ready is ours else ours).sendall(sent)
+                    if self.is_armed and ready is ours and b"COMMIT" in sent:
+                        self.is_armed = False
+                        theirs.recv(2**16)  # it has committed
+                        return
+
+
+def test_where_the_answer_to_a_commit_is_lost_the_ledger_tells_whether_it_was_made(
+    clock: time_machine.Traveller, account: Account, on_server: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    way = Swallowing(to=shared_postgres().port)
+    far = on_server.model_copy(
+        update={"warehouse": on_server.warehouse.replace(str(shared_postgres().port), str(way.port))}
+    )
+    pipeline.run(far, DAY)
+    account.lines[0] = line(account.lines[0].hour, FLUX, "9")
+    enter, tell = load._enter, models._new_runaways
+
+    def entered(*given: Any) -> None:
+        enter(*given)
+        way.is_armed = True
+
+    def told(*given: Any, **named: Any) -> Any:
+        way.is_armed = True
+        return tell(*given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(load, "_enter", entered)
+        ((_, lost),) = pipeline.run(far, DAY).failures
+    assert isinstance(lost, WarehouseError)
+    assert "whether the window is loaded is in the ledger" in str(lost)
+    assert loaded(on_server) == (15, 2)  # it was made
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "_new_runaways", told)
+        report = pipeline.run(far, DAY)
+    ((_, lost),) = report.failures
+    assert [outcome.outcome for outcome in report.outcomes] == ["unchanged"]
+    assert "whether it is built is in ops.builds" in str(lost)
+    assert builds(on_server) == 2
+    report = pipeline.run(far, DAY)
+    assert (report.exit_code, report.build) == (0, None)
+    assert report.published
+    assert loaded(on_server) == (15, 2)
+    assert total(on_server) == sum(one.cost_total for one in account.lines if one.hour.day == 21)
+
+
+def on_a_server_with_a_full_disk(folder: Path, url: str) -> None:
+    """A tablespace on a small disk, which is full when rows are to be written, and grows."""
+    disk = SmallDisk(folder / "disk", f"size={48 * MIB}")
+    server = Postgres(folder / "server", free_ports(1)[0], role="faletl")
+    shutil.chown(disk.folder, server.user)
+    with server.running(), time_machine.travel(truth.NOW, tick=True):
+        plain = psycopg.connect(host="127.0.0.1", port=server.port, user="faletl", autocommit=True)
+        plain.execute(f"create tablespace small location '{disk.folder}'")
+        plain.execute("create database small tablespace small")
+        plain.close()
+        warehouse = f"postgresql://faletl@127.0.0.1:{server.port}/small"
+        settings = settings_for(url, folder, warehouse=warehouse)
+        for function in ("faletl.load._insert", "faletl.models._fill"):
+            Trap(function, "before", springs=disk.fill)()
+            (failure,) = failed(settings)
+            assert isinstance(failure, WarehouseError)
+            assert "No space left on device" in str(failure)
+            disk.grow()
+        check_runs(settings)
+
+
+@needs_root
+def test_a_server_whose_disk_is_full_is_said_and_spoils_nothing(sandbox: Sandbox) -> None:
+    folder = Path(tempfile.mkdtemp(prefix="faletl-postgres-"))
+    folder.chmod(0o755)  # the server runs as somebody else
+    check(fork(on_a_server_with_a_full_disk, folder, sandbox.url))
+    shutil.rmtree(folder)
+
+
+def test_tables_that_somebody_altered_are_told_and_made_anew(
     clock: time_machine.Traveller, on_server: Settings
 ) -> None:
-    pipeline.run(on_server)
+    pipeline.run(on_server, DAY)
     before = all_tables(on_server)
-
-    def write() -> None:
-        with open_warehouse(on_server).lease("me") as lease, lease.transaction():
-            lease.connection.execute(sa.update(WAREHOUSE).values(holder="half-done"))
-            with psycopg.connect(on_server.warehouse) as other:
-                other.execute(
-                    "select pg_terminate_backend(pid) from pg_stat_activity "
-                    "where pid <> pg_backend_pid() and datname = current_database()"
-                )
-
-    with pytest.raises(WarehouseError) as caught:
-        write()
-    assert caught.value.is_retryable
-    assert ask(on_server, "select count(*) from ops.warehouse where holder = 'half-done'") == [(0,)]
+    for statement, said in (
+        ("alter table raw.usage drop column cost_discount cascade", "cost_discount is gone"),
+        ("alter table ops.restatements alter quantity_after type real", "is of type real"),
+    ):
+        in_another_session(on_server, statement)
+        assert said in verify(on_server).findings[0]
+        with pytest.raises(TamperedError, match=f"{said}.*faletl rebuild"):
+            pipeline.build(on_server)
+        rebuild(on_server)
     assert all_tables(on_server) == before
-    check_a_clean_run_mends_all(on_server)
+    in_another_session(on_server, "alter table marts.fct_usage alter quantity type double precision")
+    (found,) = verify(on_server).findings
+    assert "marts.fct_usage: the column quantity is of type double precision" in found
+    in_another_session(on_server, "alter table marts.fct_usage drop column quantity")
+    (found,) = verify(on_server).findings
+    assert "marts.fct_usage has other columns than its SQL makes" in found
+    pipeline.build(on_server, full=True)
+    assert all_tables(on_server) == before
