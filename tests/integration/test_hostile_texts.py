@@ -94,7 +94,7 @@ def test_any_text_is_kept_as_it_is_and_is_only_text(
     for record in caplog.records:
         message = record.getMessage()
         assert message.isprintable(), ascii(message)
-        assert PROMPT[:100] not in message
+        assert PROMPT[:81] not in message
         formatted = _JsonLines().format(record)
         assert formatted.isascii()
         assert formatted.splitlines() == [formatted]
