@@ -219,7 +219,7 @@ def with_ids(
         if is_whole or task.window.is_snapshot:
             ids |= all_ids
         # In a list of values a comma parts two of them, so an id with one cannot be asked for.
-        if ids := {one for one in ids - known.unknown if "," not in one}:
+        if ids := frozenset(one for one in ids - known.unknown if "," not in one):
             found.append(replace(task, ids=tuple(sorted(ids)), is_whole_catalogue=is_whole))
     return found
 

@@ -102,7 +102,8 @@ DAY = "2026-11-22"
 
 def charge(**changed: Any) -> dict[str, Any]:
     """A charge like that of `body`, with some fields changed."""
-    return json.loads(body("2"))["billing_events"][0] | changed
+    record: dict[str, Any] = json.loads(body("2"))["billing_events"][0]
+    return record | changed
 
 
 def page(*records: dict[str, Any]) -> bytes:
