@@ -542,7 +542,7 @@ def _runaway_sentence(row: sa.RowMapping) -> str:
     usual = "and nothing is known of what is usual"
     if row["usual_cost"] is not None:
         usual = f"where {row['usual_cost'].normalize():f} is usual"
-    endpoint_id, request_id = (ascii(row[name])[1:-1][:100] for name in ("endpoint_id", "request_id"))
+    endpoint_id, request_id = (ascii(row[name])[1:-1][:80] for name in ("endpoint_id", "request_id"))
     return (
         f"{endpoint_id} was charged {row['cost_total'].normalize():f} {row['currency']} for the "
         f"request {request_id} of {row['requested_at']:%Y-%m-%d %H:%M} UTC, {usual} "

@@ -727,7 +727,7 @@ def _prove(
         return "none", None
     told = f"{len(differs)} lines differ: {'; '.join(differs[:_TELL])}"
     can_stand_in = manifest.has("again") and (resource.proof.two_walks_suffice or not differs)
-    if can_stand_in and _digest_again(connection, landed, resource, scratch) == digest:
+    if can_stand_in and _digest_again(connection, landed, resource, typed, scratch) == digest:
         if differs:
             is_settled = manifest.window.has_settled(manifest.started_at)
             log.log(logging.WARNING if is_settled else logging.INFO,
@@ -795,14 +795,18 @@ def _compared(
 
 
 def _digest_again(
-    connection: duckdb.DuckDBPyConnection, landed: Landed, resource: Resource, scratch: Path
+    connection: duckdb.DuckDBPyConnection,
+    landed: Landed,
+    resource: Resource,
+    typed: Typed,
+    scratch: Path,
 ) -> str:
-    """The digest of the rows of the other walk."""
+    """The digest of the rows of the other walk; of this one `typed` is what became of them."""
     again = scratch / f"{landed.manifest.load_id}.again.parquet"
     kept = again.with_suffix(".kept.parquet")
-    typed = _typed(connection, landed, resource, "again", again)
-    if typed.breaches:
-        raise _refused(landed, "again", typed, "the walk before had no such rows")
+    found = _typed(connection, landed, resource, "again", again)
+    if found.breaches > typed.breaches:
+        raise _refused(landed, "again", found, "the other walk had no such rows")
     rows = _final_rows(connection, landed, resource, again)
     connection.execute(f"copy ({rows}) to {_quoted(kept)} (format parquet)")
     return _digest(connection, resource, kept)

@@ -17,7 +17,7 @@ import pytest
 import time_machine
 
 from faletl import pipeline
-from faletl.answers import print_query
+from faletl.answers import Format, print_query
 from faletl.cli import _JsonLines
 from faletl.plan import Asked
 from faletl.sandbox import Credential, Sandbox
@@ -94,14 +94,15 @@ def test_any_text_is_kept_as_it_is_and_is_only_text(
     for record in caplog.records:
         message = record.getMessage()
         assert message.isprintable(), ascii(message)
-        assert PROMPT[:100] not in message
+        assert PROMPT[:81] not in message
         formatted = _JsonLines().format(record)
         assert formatted.isascii()
         assert formatted.splitlines() == [formatted]
         assert json.loads(formatted)["message"] == message
     query = "select endpoint_id from marts.dim_endpoint order by endpoint_id"
     shown = {}
-    for form in ("table", "csv", "json"):
+    forms: tuple[Format, ...] = ("table", "csv", "json")
+    for form in forms:
         capsys.readouterr()
         print_query(settings, query, form)
         shown[form] = capsys.readouterr().out

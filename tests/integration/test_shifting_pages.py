@@ -352,6 +352,18 @@ def test_charges_that_are_exact_twins_are_kept_on_whatever_pages_they_come(
     assert (again.digest, again.proof) == (staged.digest, staged.proof)
 
 
+def test_a_broken_row_of_no_value_beside_twins_on_two_pages_is_set_aside_as_ever(
+    server: Sandbox, client: FalClient, tmp_path: Path
+) -> None:
+    account = Account(lines=lines_of(5, 5, 5, 6))
+    costs = ("cost_subtotal", "cost_discount", "cost_total", "cost_estimate_nano_usd")
+    broken = {"percent_discount": 101, **dict.fromkeys(costs, 0)}
+    edit(server, account, 2, lambda records: records.append({**records[0], **broken}), walks=9)
+    staged = taken(client, server, BILLING_EVENTS, tmp_path)
+    assert held(staged) == told(BILLING_EVENTS, account.lines)
+    assert (staged.proof, staged.findings.breaches) == ("two walks", 1)
+
+
 def test_an_open_day_that_grows_while_it_is_walked_is_taken_as_it_is_and_closed_later(
     clock: time_machine.Traveller, server: Sandbox, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
