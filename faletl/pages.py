@@ -35,7 +35,6 @@ class Page:
     body: bytes
     request_id: str | None
     rows: int
-    next_cursor: str | None
 
 
 def read_envelope(body: bytes, rows_path: tuple[str, ...]) -> tuple[int, str | None]:
@@ -109,7 +108,7 @@ def walk(
                 lambda body: read_envelope(body, rows_path),
                 metrics=metrics,
             )
-        yield Page(number, answer.body, answer.request_id, rows, following), is_new
+        yield Page(number, answer.body, answer.request_id, rows), is_new
         if following is None:
             return
         if following in asked:
