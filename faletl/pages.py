@@ -37,6 +37,7 @@ class Page:
     body: bytes
     request_id: str | None
     rows: int
+    next_cursor: str | None
 
 
 def read_envelope(body: bytes, rows_path: tuple[str, ...]) -> tuple[int, str | None]:
@@ -111,7 +112,7 @@ def walk(
                 lambda body: read_envelope(body, rows_path),
                 metrics=metrics,
             )
-        yield Page(number, answer.body, answer.request_id, rows), is_new
+        yield Page(number, answer.body, answer.request_id, rows, following), is_new
         if following is None:
             return
         size += len(answer.body)

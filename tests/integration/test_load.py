@@ -89,7 +89,7 @@ class Desk:
         query |= {"endpoint_id": list(ids)} if ids else {}
         calls = []
         for label in ("rows", "again"):
-            pages = [attempt.land(label, {}, Page(1, body, "req-1", body.count(b"endpoint_id")))]
+            pages = [attempt.land(label, {}, Page(1, body, "req-1", body.count(b"endpoint_id"), None))]
             calls.append(Call(label, resource.path, query, pages))
         known = {
             "load_id": attempt.load_id, "run_id": "run-1", "account": account,

@@ -272,7 +272,7 @@ def test_an_interrupted_read_is_dropped_a_day_later_and_cannot_be_sealed_then(
     load_days(stored)
     window = Window.of_day(truth.day(21))
     attempt = landing.begin(stored, "acme", "usage", window, now=truth.NOW)
-    call = Call("rows", USAGE.path, {}, [attempt.land("rows", {}, Page(1, b"{}", None, 0))])
+    call = Call("rows", USAGE.path, {}, [attempt.land("rows", {}, Page(1, b"{}", None, 0, None))])
     clock.shift(timedelta(hours=2))
     assert prune(stored)[0] == []
     assert landing.resume(stored, "acme", "usage", window, since=truth.NOW + timedelta(hours=1)) is None

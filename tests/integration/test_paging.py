@@ -301,15 +301,6 @@ def test_a_landed_page_that_cannot_be_one_is_asked_for_again(
     assert script.asked == ["c"]
 
 
-def test_a_walk_asks_with_the_key_that_it_is_meant_for(scripted: Sandbox) -> None:
-    scripted.fault = Script({None: page()})
-    with FalClient(settings_for(scripted.url, Path(), metrics_key=READONLY_KEY)) as client:
-        for metrics in (False, True):
-            list(walk(client, "/models", {}, ("models",), iter(()), metrics=metrics))
-    asked_with = [request.headers["authorization"] for request in scripted.requests[-2:]]
-    assert asked_with == [f"Key {FULL_KEY}", f"Key {READONLY_KEY}"]
-
-
 @pytest.mark.parametrize(
     ("body", "requests"),
     [

@@ -45,9 +45,9 @@ def stage(resource: Resource, body: bytes, folder: Path) -> Staged:
     settings = Settings.isolated(landing=str(folder / "landing"))
     window = Window.of_day(truth.day(22)) if resource.window == "day" else Window.snapshot(truth.NOW)
     attempt = landing.begin(settings, "acme", resource.name, window, now=truth.NOW)
-    rows, _ = read_envelope(body, resource.rows_path)
-    page = attempt.land("rows", {}, Page(1, body, "req-1", rows))
-    again = attempt.land("again", {}, Page(1, body, "req-2", rows))  # two equal walks
+    rows, cursor = read_envelope(body, resource.rows_path)
+    page = attempt.land("rows", {}, Page(1, body, "req-1", rows, cursor))
+    again = attempt.land("again", {}, Page(1, body, "req-2", rows, cursor))  # two equal walks
     query = {name: [v] for name, v in resource.params[0].items() if isinstance(v, str)}
     manifest = Manifest(
         load_id=attempt.load_id,
