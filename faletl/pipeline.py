@@ -582,13 +582,20 @@ def _not_loaded(settings: Settings, warehouse: Warehouse, report: Report | None 
         manifest = landed.manifest
         key = (manifest.account, manifest.resource, manifest.window.day.isoformat())
         read_at = loaded.get((manifest.account, manifest.resource, manifest.window.day))
+        if manifest.window.is_snapshot:
+            key = (*key, manifest.load_id)
         if read_at is None or manifest.started_at > read_at:
-            newest[key if not manifest.window.is_snapshot else (*key, manifest.load_id)] = landed
+            newest[key] = max(newest.get(key, landed), landed, key=_newness)
     order = list(RESOURCES)
     return sorted(
         newest.values(),
         key=lambda landed: (order.index(landed.manifest.resource), landed.manifest.started_at),
     )
+
+
+def _newness(landed: Landed) -> tuple[datetime, datetime]:
+    """Of two attempts at the same read, the one that ended later took over the pages of the other."""
+    return landed.manifest.started_at, landed.manifest.finished_at
 
 
 def new_run_id() -> str:

@@ -81,7 +81,7 @@ def fork(does: Callable[..., None], *given: object) -> Child:
     """Have a function, found by its name, done in a child; it ends with 0 when that returns."""
     handle, path = tempfile.mkstemp(prefix="faletl-child-")
     os.close(handle)
-    process = _warm().Process(target=_child, args=(path, Path.cwd(), does, *given))
+    process = _warm().Process(target=_child, args=(path, Path.cwd(), does, *given), daemon=True)
     process.start()
     return Child(process, Path(path))
 

@@ -114,7 +114,7 @@ def on_a_full_disk(folder: Path) -> None:
     with Sandbox(truth.two_days(), page_size=4) as server, time_machine.travel(truth.NOW, tick=True):
         settings = settings_for(server.url, disk.folder, parallel=1)
         for function, when, where in (
-            ("faletl.landing.Attempt.land", "before", r"cannot write .*/rows-.* bytes needed"),
+            ("faletl.landing.Attempt.land", "before", r"cannot write .*/before-.* bytes needed"),
             ("faletl.landing.Attempt.seal", "before", r"cannot write .*/manifest.json.* bytes needed"),
             ("faletl.staging._typed", "before", r"staging failed: .*; make room below .*/disk"),
             ("faletl.staging._final_rows", "before", r"staging failed: .*; make room below .*/disk"),
@@ -250,20 +250,29 @@ def test_a_full_disk_below_the_log_stops_nothing(landed: Settings) -> None:
 
 
 @needs_strace
-def test_a_flush_that_fails_is_a_write_that_failed(sandbox: Sandbox, tmp_path: Path) -> None:
+def test_a_write_or_a_flush_that_fails_is_said_and_nothing_half_done_is_kept(
+    sandbox: Sandbox, tmp_path: Path
+) -> None:
     settings = settings_for(sandbox.url, tmp_path, parallel=1)
-    is_of_page = 5  # after those of the folders that are made
-    for command, nth in (
-        (RUN.replace("run", "extract"), is_of_page), ("load", 1), ("load", 2), ("load", 4),
-    ):  # fmt: skip
+    extract = RUN.replace("run", "extract")
+    of_page = 5  # flushes after those of the folders that are made
+    for command, call, error, nth, said in (
+        (extract, "write", "EDQUOT", 1, "Disk quota exceeded"),  # of each thread; a log may go missing
+        (extract, "fsync", "EIO", 1, "Input/output error"),
+        (extract, "fsync", "EIO", of_page, "Input/output error"),
+        ("load", "fsync", "EIO", 1, "fsync failed"),  # as DuckDB has it
+        ("load", "fsync", "EIO", 2, "fsync failed"),
+        ("load", "fsync", "EIO", 4, "Input/output error"),
+    ):
         child = start(settings, be_traced, command=command)
-        with traced(child, "trace=fsync", f"inject=fsync:error=EIO:when={nth}"):
-            code, said = child.finish()
-        assert code == 1, said
-        assert "Input/output error" in said or "fsync failed" in said  # as DuckDB has it
+        with traced(child, f"trace={call}", f"inject={call}:error={error}:when={nth}"):
+            code, told = child.finish()
+        assert code == 1, told
+        assert said in told
         assert not list(tmp_path.rglob("*.part"))
-        if nth == is_of_page:
+        if command == extract:
             assert not list(landing.complete_reads(settings))
+        if nth == of_page:
             with time_machine.travel(truth.NOW, tick=True):
                 assert pipeline.extract(settings, DAY).exit_code == 0
     with time_machine.travel(truth.NOW, tick=True):
@@ -434,11 +443,10 @@ def test_a_damaged_warehouse_is_told_by_name_and_made_anew_from_its_pages(
         assert path.read_bytes() == damaged
         if damage in (with_a_log_of_another, in_every_block):
             rebuild(loaded)
-            assert all_tables(loaded) == before
             assert path.with_name("warehouse.duckdb.damaged").read_bytes() == damaged
             assert not path.with_name("warehouse.duckdb.wal").exists()
+    assert all_tables(loaded) == before
     assert len(sandbox.requests) == asked
-    assert verify(loaded).findings == []
 
 
 def flip_the_header(path: Path) -> None:
@@ -476,7 +484,7 @@ def test_a_program_that_has_the_warehouse_open_is_named_and_waited_for(
 
 def test_tables_that_somebody_altered_are_told_and_made_anew(loaded: Settings, tmp_path: Path) -> None:
     path = tmp_path / "warehouse.duckdb"
-    before, good = all_tables(loaded), path.read_bytes()
+    good = path.read_bytes()
 
     def alter(statement: str) -> None:
         path.write_bytes(good)
@@ -497,21 +505,16 @@ def test_tables_that_somebody_altered_are_told_and_made_anew(loaded: Settings, t
             pipeline.build(loaded)
     assert pipeline.run(loaded, DAY).exit_code == 4
     rebuild(loaded)
-    assert all_tables(loaded) == before
+    assert total(loaded) == spent()
 
     for statement in ("alter table marts.fct_usage drop column cost_total", "drop table marts.dim_date"):
         alter(statement)
         with pytest.raises(TamperedError, match="faletl build --full"):
             pipeline.build(loaded)
     pipeline.build(loaded, full=True)
-    for statement, said in (
-        ("alter table marts.fct_usage drop column cost_total", "marts.fct_usage has other columns"),
-        ("alter table marts.fct_usage alter cost_total type double", "is of type double, not decimal"),
-    ):
-        with opened(loaded) as connection:
-            connection.execute(statement)
-        (found,) = verify(loaded).findings
-        assert said in found
-        pipeline.build(loaded, full=True)
-    pipeline.publish(loaded)
-    assert all_tables(loaded) == before
+    with opened(loaded) as connection:  # in which amounts are bent, and compare equal
+        connection.execute("alter table marts.fct_usage alter cost_total type double")
+    (found,) = verify(loaded).findings
+    assert "marts.fct_usage: the column cost_total is of type double, not decimal(38,12)" in found
+    pipeline.build(loaded, full=True)
+    check_runs(loaded)

@@ -358,7 +358,7 @@ def test_the_command_tells_what_it_found(
 
     done = faletl("validate", "--resource", "usage", "--docs", str(tmp_path / "docs"))
     assert done.returncode == 0
-    assert re.search(r"usage +2 +32 ", done.stdout)
+    assert re.search(r"usage +2 +30 ", done.stdout)
     assert f"wrote {tmp_path / 'docs' / 'index.html'}" in done.stdout
     refused = faletl(
         "validate", "--start", "2026-11-22", "--end", "2026-11-23",

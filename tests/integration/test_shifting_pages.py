@@ -273,7 +273,7 @@ def test_a_row_that_comes_twice_in_place_of_another_is_seen_though_no_total_tell
         records[lost] = twice
 
     edit(server, account, 1, pages.append, walks=9)
-    held(taken(client, server, resource, tmp_path))
+    held(taken(client, server, resource, tmp_path / "before"))
     edit(server, account, 2, repeat)
     assert held(taken(client, server, resource, tmp_path)) == told(resource, account.lines)
 
@@ -285,7 +285,7 @@ def test_a_page_out_of_a_stale_cache_is_seen(
     account = Account(lines=lines_of(*range(4, 12)))
     stale: list[list[Any]] = []
     edit(server, account, 2, stale.append, walks=9)
-    taken(client, server, resource, tmp_path)
+    taken(client, server, resource, tmp_path / "before")
     account.lines[1:7] = [line(one.hour, quantity="2") for one in account.lines[1:7]]  # restated
 
     def serve_stale(records: list[Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 
@@ -17,10 +17,11 @@ from tests.fuzz.targets import Target, targets
 
 
 @pytest.fixture(scope="module")
-def readers() -> Iterator[list[Target]]:
-    """All that reads what others wrote."""
+def reader() -> Iterator[Callable[[int], Target]]:
+    """Each of those that read what others wrote."""
     with tempfile.TemporaryDirectory() as folder:
-        yield targets(Path(folder))
+        readers = targets(Path(folder))
+        yield lambda number: readers[number % len(readers)]
 
 
 @hypothesis_settings(
@@ -28,9 +29,9 @@ def readers() -> Iterator[list[Target]]:
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-@given(random=st.randoms(use_true_random=False), at=st.integers(0, 10**6))
+@given(seed=st.integers(0, 2**64 - 1), number=st.integers(0, 10**6))
 def test_whatever_the_bytes_a_reader_tells_the_truth_about_them_or_refuses_them(
-    readers: list[Target], random: Random, at: int
+    reader: Callable[[int], Target], seed: int, number: int
 ) -> None:
-    target = readers[at % len(readers)]
-    target.check(mutated(random, target.seeds))
+    target = reader(number)
+    target.check(mutated(Random(seed), target.seeds))
