@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-postgres lint check fuzz mutation chaos soak docs bench airflow-e2e \
+.PHONY: help setup demo test test-postgres lint check fuzz mutation chaos exclusion soak docs bench airflow-e2e \
 	lock audit sbom clean
 
 help:
@@ -18,12 +18,16 @@ help:
 	@echo "make mutation  whether the tests notice that the code is another: MUTANTS='faletl.pages*' (hours)"
 	@echo "make airflow-e2e  all of Airflow's processes: schedule, backfill, a killed worker (10 minutes an executor)"
 	@echo "make chaos   10 million charges through faults, kills and full disks; on both warehouses (hours)"
+	@echo "make exclusion  many processes at once, killed and frozen, on both warehouses (an hour or two)"
 	@echo "make soak    long invented stories of an account, its faults and its runs (an hour)"
 	@echo "make docs    what docs/ and README repeat of the code anew: dictionary, star, outputs"
 	@echo "make bench   what 1 and 5 million billing events of a day cost (some minutes)"
 	@echo "make lock    resolve requirements.lock anew (needs uv)"
 	@echo "make audit   look up what is locked in PyPI's advisories; fails where it cannot"
 	@echo "make sbom    what is locked as a bill of materials, dist/faletl.cdx.json"
+
+# What chance begins with.
+SEED ?= 1
 
 # The environment is made anew when the lock or the package's own description changed.
 $(VENV)/.made: requirements.lock pyproject.toml
@@ -68,11 +72,17 @@ chaos: setup
 	$(BIN)/python -m tests.chaos
 	$(BIN)/python -m tests.chaos --postgres
 
+# Rounds of processes over one warehouse.
+ROUNDS ?= 200
+
+exclusion: setup
+	$(BIN)/python -m tests.exclusion --rounds $(ROUNDS) --seed $(SEED)
+	$(BIN)/python -m tests.exclusion --rounds $(ROUNDS) --seed $(SEED) --postgres
+
 soak: setup
 	STORIES=100x30 $(BIN)/python -m pytest tests/property/test_story.py -s
 
 EXECUTIONS ?= 1000000
-SEED ?= 1
 
 fuzz: setup
 	$(BIN)/python -m tests.fuzz --executions $(EXECUTIONS) --seed $(SEED)

@@ -45,16 +45,8 @@ Held = Callable[[Path], Counter[tuple[str, Decimal]]]
 
 def faletl(url: str, folder: Path, feed: Feed) -> tuple[list[str], dict[str, str]]:
     """The command and its environment."""
-    return [
-        sys.executable,
-        "-m",
-        "faletl",
-        "run",
-        "--resource",
-        "usage",
-        "--resource",
-        "billing_events",
-    ], {
+    words = "-m faletl run --resource usage --resource billing_events".split()
+    return [sys.executable, *words], {
         "FAL_KEY": "sandbox-full:not-a-secret",
         "FALETL_ACCOUNT": "peers",
         "FALETL_API_URL": url,
@@ -151,11 +143,7 @@ def main(given: Sequence[str] | None = None) -> None:
             "script": (peer(python, "httpx_events.py"), "billing_events", "warehouse.duckdb"),
         }
         lines = []
-        for what, kills, share in (
-            ("nothing", 0, 0.0),
-            ("faults", 0, 0.1),
-            ("faults and kills", KILLED_RUNS, 0.1),
-        ):
+        for what, kills, share in TRIALS:
             for name, (command, table, published) in tools.items():
                 found = trial(command, table, published, asked, kills, share)
                 lines.append({"goes wrong": what, "tool": name, **found})

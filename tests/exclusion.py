@@ -34,7 +34,7 @@ from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn
 
 import psycopg
 import time_machine
@@ -54,12 +54,10 @@ from tests.reading_on import SUMS
 from tests.reading_on import opened as opened_by_reader
 from tests.servers import shared_postgres
 
-T = TypeVar("T")
-
 WORLD_LASTS = 10
 """So many rounds have the same warehouse: then another is made, by whoever comes first."""
 
-ROUND_SECONDS = 240
+ROUND_SECONDS = 480
 """How long a round may take on a slow machine before it is taken for stuck."""
 
 PATIENCE, NO_PATIENCE = 120.0, 0.5
@@ -88,8 +86,9 @@ class Process:
     said: Path
     pid: int = 0
     code: int | None = None
-    is_frozen: bool = False
     was_frozen: bool = False
+    frozen_until: Process | None = None
+    """Has ended."""
 
     def start(self, environment: Mapping[str, str]) -> None:
         """Fork, and run the command line."""
@@ -336,7 +335,7 @@ def wrongs(settings: Settings, account: truth.Account, known: Ledger) -> tuple[l
     told = [*_wrong_tables(settings, account, now)]
     names = (
         "account", "resource", "window_start", "load_id", "rows", "cost_total", "digest",
-        "fencing_token", "is_current", "loaded_at",
+        "asked_digest", "fencing_token", "is_current", "loaded_at",
     )  # fmt: skip
     found = ask(settings, f"select {', '.join(names)} from ops.loads", opened)
     loads = [dict(zip(names, row, strict=True)) for row in found]
@@ -388,20 +387,21 @@ def _wrong_ledger(
         tokens = [load["fencing_token"] for load in mine]
         if tokens != sorted(set(tokens)):
             yield f"the tokens of {window} do not grow: {tokens}"
-        if any(one == then for one, then in pairwise(load["digest"] for load in mine)):
+        held = [(load["digest"], load["asked_digest"]) for load in mine]
+        if any(one == then for one, then in pairwise(held)):
             yield f"{window} was loaded twice with the same rows: {mine}"
     days = {start.date() for (resource, start) in windows if resource == "usage"}
     last = (now - timedelta(minutes=65)).date()  # of which an hour is over
     if gone := {min(days) + timedelta(n) for n in range((last - min(days)).days + 1)} - days:
         yield f"no usage is loaded of {sorted(gone)}"
-    held = _held_by_day(settings)
+    rows = _held_by_day(settings)
     entered = {
         (load["resource"], load["window_start"].date()): (load["rows"], load["cost_total"])
         for load in loads
         if load["is_current"] and load["resource"] in ("usage", "billing_events") and load["rows"]
     }
-    if entered != held:
-        yield f"the ledger has {entered}, raw has {held}"
+    if entered != rows:
+        yield f"the ledger has {entered}, raw has {rows}"
 
 
 def _held_by_day(settings: Settings) -> dict[tuple[str, date], tuple[int, Decimal]]:
@@ -454,11 +454,13 @@ def spent(account: truth.Account, now: datetime) -> Days:
 # --- A round --------------------------------------------------------------------------------------
 
 
-def commands(chance: random.Random, today: date, *, is_first: bool) -> tuple[str, list[list[str]]]:
-    """What runs at once, with a name for it."""
+def commands(
+    chance: random.Random, today: date, most: int, *, is_first: bool
+) -> tuple[str, list[list[str]]]:
+    """What runs at once, at most so many, with a name for it."""
     days = [(today - timedelta(days=n)).isoformat() for n in range(4)]
     same = ["run", "--start", days[1], *RESOURCES]
-    several = chance.randint(2, 5)
+    several = chance.randint(2, most)
     kinds: dict[str, list[list[str]]] = {
         "the same window": [same] * several,
         "overlapping windows": [
@@ -534,12 +536,13 @@ class Round:
         for process in self.processes:
             yield from process.judge(self.frozen)
 
-    def start(self, words: Sequence[str], fate: Fate, patience: float) -> None:
+    def start(self, words: Sequence[str], fate: Fate, patience: float) -> Process:
         """Start a command."""
         said = self.world.folder / f"round-{self.number}-{len(self.processes)}.log"
         process = Process(words, fate, patience, said)
         process.start(self.world.environment(self.url))
         self.processes.append(process)
+        return process
 
     def happen(self, process: Process) -> None:
         """What is to happen to a process while it holds the warehouse."""
@@ -553,26 +556,22 @@ class Round:
             if not self.onlooker.is_still(process.pid):
                 process.send(signal.SIGCONT)  # it had just done
                 return
-            process.is_frozen = process.was_frozen = True
+            process.was_frozen = True
             self.frozen.append(process.pid)
             if process.fate == "cut off":
                 Fork(lambda: cut_off(self.world.settings)).result()
-                self.start(["run", *RESOURCES], "left alone", PATIENCE)  # it takes over
+                process.frozen_until = self.start(["run", *RESOURCES], "left alone", PATIENCE)
             else:
                 # What needs the warehouse in any case; where there is none yet, only a run does.
                 writers = ["run", "build", "rebuild"] if self.world.known.loads else ["run"]
-                self.start([self.chance.choice(writers)], "impatient", NO_PATIENCE)
+                word = self.chance.choice(writers)
+                process.frozen_until = self.start([word], "impatient", NO_PATIENCE)
 
     def thaw(self) -> None:
-        """Let those go on that were frozen, when those that came meanwhile have ended."""
-        frozen = [process for process in self.processes if process.is_frozen]
-        for process in frozen:
-            first = self.processes.index(process)
-            later = [one for one in self.processes if one.fate == "impatient"]
-            if process.fate == "cut off":
-                later = self.processes[first + 1 :][-1:]
-            if all(one.has_ended() for one in later):
-                process.is_frozen = False
+        """Let those go on that were frozen, when those that came for it have ended."""
+        for process in self.processes:
+            if process.frozen_until and process.frozen_until.has_ended():
+                process.frozen_until = None
                 process.send(signal.SIGCONT)
 
 
@@ -598,7 +597,7 @@ def served(account: truth.Account, folder: Path) -> Iterator[str]:
             part = told.with_suffix(".part")
             part.write_text(server.url)
             part.replace(told)
-            while not asked_to_stop(60):
+            while not asked_to_stop(1):
                 pass
 
     told.unlink(missing_ok=True)
@@ -610,11 +609,11 @@ def served(account: truth.Account, folder: Path) -> Iterator[str]:
         server.stop()
 
 
-def play(number: int, world: World, chance: random.Random) -> list[str]:
+def play(number: int, world: World, chance: random.Random, most: int) -> list[str]:
     """A round; tells what was wrong, and prints what happened."""
     began, now = time.monotonic(), datetime.now(UTC)
     account, is_first = world.account, not world.known.loads
-    name, asked = commands(chance, now.date(), is_first=is_first)
+    name, asked = commands(chance, now.date(), most, is_first=is_first)
     server = is_on_server(world.settings)
     fates = chosen_fates(chance, len(asked), is_on_server=server and not is_first)
     with served(account, world.folder) as url:
@@ -651,16 +650,18 @@ def main() -> NoReturn:
     """Play the rounds; exits with 1 at the first that does not hold, and keeps what it left."""
     parser = argparse.ArgumentParser(prog="python -m tests.exclusion")
     parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--first", type=int, default=0, help="the first round; a multiple of ten")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--most", type=int, default=5, help="processes that a round begins with")
     parser.add_argument("--postgres", action="store_true", help="on a private PostgreSQL server")
     given = parser.parse_args()
     parse_all_sql("duckdb", "postgres")
     began, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="faletl-exclusion-"))
     folder.chmod(0o755)
     where = "PostgreSQL" if given.postgres else "DuckDB"
-    say(f"{given.rounds} rounds on {where}, seed {given.seed}, in {folder}")
+    say(f"{given.rounds} rounds on {where} from {given.first} on, seed {given.seed}, in {folder}")
     with time_machine.travel(truth.NOW, tick=True) as clock:
-        wrong = play_all(given.rounds, given.seed, folder, clock, is_on_server=given.postgres)
+        wrong = play_all(given, folder, clock)
     cpu = sum(resource.getrusage(who).ru_utime + resource.getrusage(who).ru_stime
               for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))  # fmt: skip
     say(f"{time.monotonic() - began:.0f} s, {cpu:.0f} s of CPU")
@@ -672,23 +673,24 @@ def main() -> NoReturn:
     sys.exit(bool(wrong))
 
 
-def play_all(
-    rounds: int, seed: int, folder: Path, clock: time_machine.Traveller, *, is_on_server: bool
-) -> list[str]:
+def play_all(given: argparse.Namespace, folder: Path, clock: time_machine.Traveller) -> list[str]:
     """Round after round; what was wrong with the first that did not hold."""
     world: World | None = None
-    for number in range(rounds):
-        chance = random.Random(f"{seed} {number}")  # noqa: S311  # repeatable, not secret
-        clock.shift(timedelta(minutes=chance.randrange(10, 300)))
+    for number in range(given.first, given.first + given.rounds):
+        chance, of_account = (
+            random.Random(f"{given.seed} {number} {what}")  # noqa: S311  # repeatable, not secret
+            for what in ("processes", "account")
+        )
+        # No hour may end, or settle, during the round.
+        clock.move_to(
+            truth.NOW + number * timedelta(hours=3) - timedelta(hours=of_account.choice([0, 1]))
+        )
         now = datetime.now(UTC)
-        if now.minute < 6 or now.minute > 50:  # no hour may end, or settle, during the round
-            clock.shift(timedelta(minutes=20))
-            now = datetime.now(UTC)
         if world is None or number % WORLD_LASTS == 0:
-            world = new_world(folder / f"from-{number}", is_on_server=is_on_server)
-        changed(world.account, world.since, now, chance)
+            world = new_world(folder / f"from-{number}", is_on_server=given.postgres)
+        changed(world.account, world.since, now, of_account)
         world.since = now
-        if wrong := play(number, world, chance):
+        if wrong := play(number, world, chance, given.most):
             return [f"round {number}", *wrong]
     return []
 

@@ -61,8 +61,8 @@ class Fork(Generic[T]):
 
 
 def asked_to_stop(within: float) -> bool:
-    """In a fork: sleep for so long, or until it is to stop."""
-    return signal.sigtimedwait([signal.SIGTERM], within) is not None
+    """In a fork: sleep for so long, or until it is to stop; it is when nobody waits for it any more."""
+    return signal.sigtimedwait([signal.SIGTERM], within) is not None or os.getppid() == 1
 
 
 def forked() -> int:

@@ -11,6 +11,8 @@ import pytest
 
 from tests.airflow.conftest import DAGS, Airflow, Warm, environment
 
+pytestmark = pytest.mark.xdist_group("airflow")  # which is imported once a process
+
 HEAVY = {"great_expectations", "pandas", "duckdb", "httpx", "pyarrow", "msgspec", "pydantic_settings"}
 
 DESCRIBE = """

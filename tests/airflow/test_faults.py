@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from tests.airflow.test_parts import run_of
 from tests.conftest import ask, opened, total
 from tests.servers import wait_for
 from tests.truth import Account
+
+pytestmark = pytest.mark.xdist_group("airflow")  # which is imported once a process
 
 ALONE = """
 from airflow.sdk import DAG
@@ -166,20 +169,38 @@ def test_a_task_fails_at_once_or_is_tried_again_as_its_error_says(
     assert bool(told) == (case.ends == "failed")
 
 
-# --- A task whose supervisor dies ------------------------------------------------------------------
+# --- What becomes of a task without its supervisor, or without Airflow -----------------------------
 
 TRY = """
 import os, sys, time
 from pathlib import Path
-import faletl.load
+import httpx
 from airflow.executors.workloads.base import BundleInfo
 from airflow.models.taskinstance import TaskInstance
 from airflow.sdk.api.datamodels._generated import TaskInstance as Told
-from airflow.sdk.execution_time.supervisor import InProcessTestSupervisor, supervise_task
+from airflow.sdk.execution_time import supervisor
 from airflow.utils.session import create_session
 
-fence = faletl.load.fence
+task_id, map_index = sys.argv[1:]
+with create_session() as session:
+    row = session.query(TaskInstance).filter_by(task_id=task_id, map_index=int(map_index)).one()
+    if row.state == "running":  # as the scheduler does when no heart beats any more
+        row.prepare_db_for_next_try(session)
+        row.try_number += 1
+    row.state = "queued"
+    session.flush()
+    names = ("id", "task_id", "dag_id", "run_id", "try_number", "map_index", "dag_version_id")
+    told = Told(**{name: getattr(row, name) for name in names})
+sys.exit(supervisor.supervise_task(
+    ti=told, bundle_info=BundleInfo(name="dags-folder"), dag_rel_path="alone.py", token="",
+    client=supervisor.InProcessTestSupervisor._api_client(),
+))
+"""
+"""A try of a task, by Airflow's own supervisor and its task process."""
 
+LATE = """
+import faletl.load
+fence = faletl.load.fence
 def late(lease, **what):
     lease.connection.exec_driver_sql("select pg_advisory_unlock_all()")
     Path("waits.part").write_text(str(os.getpid()))
@@ -191,26 +212,27 @@ def late(lease, **what):
     except BaseException as error:
         Path("fails").write_text(f"{type(error).__name__}: {error}")
         raise
-
-if sys.argv[1:] == ["late"]:
-    faletl.load.fence = late
-
-with create_session() as session:
-    row = session.query(TaskInstance).filter_by(task_id="usage.load").one()
-    if row.state == "running":  # as the scheduler does when no heart beats any more
-        row.prepare_db_for_next_try(session)
-        row.try_number += 1
-    row.state = "queued"
-    session.flush()
-    names = ("id", "task_id", "dag_id", "run_id", "try_number", "map_index", "dag_version_id")
-    told = Told(**{name: getattr(row, name) for name in names})
-client = InProcessTestSupervisor._api_client()
-sys.exit(supervise_task(
-    ti=told, bundle_info=BundleInfo(name="dags-folder"), dag_rel_path="alone.py", token="", client=client
-))
+faletl.load.fence = late
 """
-"""A try of `usage.load`, by Airflow's own supervisor and its task process. One that is `late` has looked
-at what is loaded, has lost its lock without a word, as behind a pooler, and is about to write."""
+"""The task has looked at what is loaded, has lost its lock without a word, as it may behind a pooler,
+and is about to write."""
+
+DEAF = """
+request = supervisor.InProcessTestSupervisor._Client.request
+def deaf(self, *args, **kwargs):
+    if Path("gone").exists():
+        raise httpx.ConnectError("refused")
+    return request(self, *args, **kwargs)
+supervisor.InProcessTestSupervisor._Client.request = deaf
+supervisor.MIN_HEARTBEAT_INTERVAL = 0.2
+"""
+"""Airflow's API server is gone as soon as a file says so."""
+
+
+def with_fault(fault: str) -> str:
+    """The code of a try to which that happens."""
+    imports, rest = TRY.split("\n\n", 1)
+    return f"{imports}\n{fault}\n{rest}"
 
 
 def test_what_a_dead_supervisor_left_running_writes_nothing_once_the_next_try_took_over(
@@ -219,14 +241,14 @@ def test_what_a_dead_supervisor_left_running_writes_nothing_once_the_next_try_to
     alone.connect(served.url)
     alone.env["FALETL_WAREHOUSE"] = database
     alone.test({"dag_id": "alone", "mark_success": r"usage\.(load|all_loaded)"})
-    supervisor = alone.start(TRY, "late")
+    supervisor = alone.start(with_fault(LATE), "usage.load", "-1")
     waits = alone.home / "waits"
     wait_for("the first try is about to write", waits.exists, seconds=120, every=0.05)
     left = psutil.Process(int(waits.read_text()))
     os.kill(supervisor, signal.SIGKILL)
     assert alone.finish(supervisor) == -signal.SIGKILL
 
-    alone.run(TRY)
+    alone.run(TRY, "usage.load", "-1")
 
     def held() -> list[tuple[Any, ...]]:
         loads = "select load_id, window_start, rows, fencing_token, last_fencing_token from ops.loads "
@@ -241,6 +263,39 @@ def test_what_a_dead_supervisor_left_running_writes_nothing_once_the_next_try_to
     assert fails.startswith("LeaseLostError: a newer run took over the warehouse (faletl load, run ")
     assert held() == before
     tries = "select try_number, state from task_instance where task_id = 'usage.load'"
+    assert alone.rows(tries) == [(2, "success")]
+
+
+def test_a_task_that_is_killed_as_airflow_is_gone_goes_on_at_the_page_in_flight(alone: Airflow) -> None:
+    is_asked, is_over = threading.Event(), threading.Event()
+
+    def hold(request: Request) -> Fault | None:
+        if "cursor" in request.query and not is_asked.is_set():
+            is_asked.set()
+            is_over.wait(60)
+        return None
+
+    with Sandbox(few(), page_size=2, fault=hold) as server:
+        alone.connect(server.url)
+        alone.test({"dag_id": "alone", "mark_success": r"usage\.(extract|load|all_loaded)"})
+        supervisor = alone.start(with_fault(DEAF), "usage.extract", "0")
+        assert is_asked.wait(120)
+        (alone.home / "gone").touch()
+        assert alone.finish(supervisor) != 0
+        is_over.set()
+        assert "Too many failed heartbeats; terminating process" in (alone.home / "said.log").read_text()
+
+        alone.run(TRY, "usage.extract", "0")
+
+        pages = [
+            "cursor" in one.query
+            for one in server.requests
+            if one.path == "/models/usage" and "time_series" in one.query["expand"]
+        ]
+    assert pages == [False, True, True]
+    tries = (
+        "select try_number, state from task_instance where task_id = 'usage.extract' and map_index = 0"
+    )
     assert alone.rows(tries) == [(2, "success")]
 
 

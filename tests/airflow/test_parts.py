@@ -17,6 +17,8 @@ from tests.airflow.conftest import Airflow
 from tests.conftest import settings_for
 from tests.leaks import leaks
 
+pytestmark = pytest.mark.xdist_group("airflow")  # which is imported once a process
+
 HOUR = timedelta(hours=1)
 NOON = datetime(2026, 11, 20, 12, tzinfo=UTC)
 

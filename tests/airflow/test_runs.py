@@ -19,6 +19,8 @@ from tests.airflow.conftest import Airflow, few, settings_of
 from tests.conftest import settings_for
 from tests.leaks import everything_in, leaks
 
+pytestmark = pytest.mark.xdist_group("airflow")  # which is imported once a process
+
 TODAY = datetime.now(UTC).date()
 LINE = ("fal_prices", "fal_usage", "fal_analytics", "fal_spend", "fal_deadline")
 KEY = "canary-kid-7c1d:canary-secret-0123456789"
