@@ -45,7 +45,7 @@ Held = Callable[[Path], Counter[tuple[str, Decimal]]]
 
 def faletl(url: str, folder: Path, feed: Feed) -> tuple[list[str], dict[str, str]]:
     """The command and its environment."""
-    words = "-m faletl run --resource usage --resource billing_events".split()
+    words = ["-m", "faletl", "run", "--resource", "usage", "--resource", "billing_events"]
     return [sys.executable, *words], {
         "FAL_KEY": "sandbox-full:not-a-secret",
         "FALETL_ACCOUNT": "peers",
