@@ -580,7 +580,7 @@ def _not_loaded(settings: Settings, warehouse: Warehouse, report: Report | None 
             report.failures.append((None, error))
             continue
         manifest = landed.manifest
-        key = (manifest.account, manifest.resource, manifest.window.day.isoformat())
+        key: tuple[str, ...] = (manifest.account, manifest.resource, manifest.window.day.isoformat())
         read_at = loaded.get((manifest.account, manifest.resource, manifest.window.day))
         if manifest.window.is_snapshot:
             key = (*key, manifest.load_id)
