@@ -466,9 +466,12 @@ def _create(connection: sa.Connection, warehouse: Warehouse, model: Model) -> No
     else:
         warehouse.make_table(connection, model.table, select, model.day)
     kind = "view" if model.is_view else "table"
-    _comment(connection, f"{kind} {model.table}", model.comment)
+    comments = {f"{kind} {model.table}": model.comment}
     for name, text in column_comments()[model.table].items():
-        _comment(connection, f'column {model.table}."{name}"', text)
+        comments[f'column {model.table}."{name}"'] = text
+    connection.exec_driver_sql(
+        "; ".join(f"comment on {on} is {_quoted(text)}" for on, text in comments.items())
+    )
 
 
 def _fill(connection: sa.Connection, model: Model, dialect: str, days: Collection[date]) -> None:
@@ -486,9 +489,8 @@ def _fill(connection: sa.Connection, model: Model, dialect: str, days: Collectio
         connection.exec_driver_sql(f"insert into {model.table}\n{select}")
 
 
-def _comment(connection: sa.Connection, on: str, text: str) -> None:
-    quoted = text.replace("'", "''")
-    connection.exec_driver_sql(f"comment on {on} is '{quoted}'")
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
 
 
 def _check(connection: sa.Connection, check: Check, dialect: str, days: Collection[date] | None) -> None:

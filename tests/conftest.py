@@ -80,6 +80,8 @@ def query(settings: Settings) -> Query:
     return lambda sql: ask(settings, sql)
 
 
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a disk of its own")
+
 IS_ON_POSTGRES = os.environ.get("TEST_WAREHOUSE") == "postgres"
 """Whether the tests look at a PostgreSQL warehouse where nothing else is said: make test-postgres."""
 

@@ -33,7 +33,13 @@ def create(connection: sa.Connection, token: int = 0, held: Collection[str] = ()
     for name in SCHEMAS:
         if name not in held:
             connection.execute(sa.schema.CreateSchema(name))
-    METADATA.create_all(connection, checkfirst=False)
+    statements: list[str] = []
+    script = sa.create_mock_engine(
+        connection.engine.url,
+        lambda ddl, *_, **__: statements.append(str(ddl.compile(dialect=connection.dialect))),
+    )
+    METADATA.create_all(script, checkfirst=False)
+    connection.exec_driver_sql("; ".join(statements))  # hundreds, with the comments
     initialise(connection, token)
 
 

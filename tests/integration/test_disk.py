@@ -30,7 +30,7 @@ from faletl.sandbox import Fault, Sandbox
 from faletl.verify import verify
 from faletl.warehouse import open_warehouse
 from tests import truth
-from tests.conftest import all_tables, ask, opened, settings_for, total
+from tests.conftest import all_tables, ask, needs_root, opened, settings_for, total
 from tests.forked import Child, Trap, be_traced, fork, needs_strace, start, traced
 from tests.servers import wait_for
 
@@ -41,8 +41,6 @@ RUN = "run --resource usage --start 2026-11-21 --end 2026-11-22"
 
 NOBODY = 65534
 MIB = 2**20
-
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a disk of its own")
 
 
 def spent() -> object:
