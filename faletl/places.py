@@ -7,6 +7,7 @@ where it did not answer, universal-pathlib may say that nothing is there.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -280,6 +281,8 @@ def scratch_folder() -> Iterator[Path]:
 def storage_error(error: OSError, path: Path, needed: int = 0) -> StorageError:
     """The error for a disk that refuses, with what was needed and what is left there."""
     reason = error.strerror or str(error)
+    if isinstance(error, FileExistsError):  # where a folder was to be made
+        reason = os.strerror(errno.ENOTDIR)
     return StorageError(f"cannot write {path}: {reason} ({room(path, needed)})", file=str(path))
 
 

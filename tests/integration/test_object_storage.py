@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import signal
 import sys
@@ -89,6 +88,11 @@ def objects(settings: Settings) -> dict[str, bytes]:
     }
 
 
+def is_of_rows(request: Request) -> bool:
+    """Whether it asks for lines of usage, not for their total."""
+    return request.path == USAGE.path and request.query["expand"] != ["summary"]
+
+
 def load_days(settings: Settings) -> None:
     """Two closed days of usage in the warehouse, and nothing built."""
     assert pipeline.extract(settings, USAGE_DAYS).exit_code == 0
@@ -141,9 +145,11 @@ def test_a_read_that_is_killed_twice_goes_on_at_the_page_where_it_ended(
     stored: Settings, sandbox: Sandbox, aws: dict[str, str]
 ) -> None:
     more = {"FALETL_PARALLEL": "1", **aws}
-    third = Trap("faletl.client.FalClient.get", nth=3)
-    for _ in range(2):  # the first answer is the account's name, the third the next page but one
-        assert start(stored, third, command="extract", **more).finish()[0] == -signal.SIGKILL
+    # The account's name, the first page, both of the total, again the first page, the second; the name,
+    # the second page, the third.
+    for nth in (6, 3):
+        kill = Trap("faletl.client.FalClient.get", nth=nth)
+        assert start(stored, kill, command="extract", **more).finish()[0] == -signal.SIGKILL
     assert list(landing.complete_reads(stored)) == []
     with time_machine.travel(truth.NOW, tick=True):
         assert pipeline.extract(stored, USAGE_DAYS).exit_code == 0
@@ -156,7 +162,8 @@ def test_a_read_that_is_killed_twice_goes_on_at_the_page_where_it_ended(
         if request.query.get("expand") != ["summary"]
     )
     assert len(pages) == len(first.manifest.pages("rows")) == 4
-    assert pages.total() == len(pages) + 2  # at each kill a page was received and not yet landed
+    # The first page on both sides of the total; at each kill a page was received and not yet landed.
+    assert pages.total() == len(pages) + 1 + 2
     attempts = [f.name for f in landing.all_reads(stored) if f.parent == first.folder.parent]
     assert len(attempts) == 3
     assert all(name.startswith(min(attempts)) for name in attempts)  # it began when the first one did
@@ -230,7 +237,7 @@ def test_two_that_read_the_same_window_spoil_nothing_of_each_other(
     usage, seen = Asked(truth.day(21), truth.day(22), ["usage"]), list[Request]()
 
     def meanwhile(request: Request) -> Fault | None:
-        if "cursor" in request.query:
+        if "cursor" in request.query and is_of_rows(request):
             seen.append(request)
             if len(seen) == 1:  # the first page of somebody's read has landed
                 assert pipeline.extract(stored, usage).exit_code == 0
@@ -243,27 +250,25 @@ def test_two_that_read_the_same_window_spoil_nothing_of_each_other(
     assert len(reads) == 2
     assert all(map(landing.is_intact, reads))
     starts = [r for r in sandbox.requests if "cursor" not in r.query and r.path == USAGE.path]
-    assert len(starts) == 1 + 2  # the second took the first page over; each has a control total
+    assert len(starts) == 3 + 2  # the second took over what had landed; each ends with a control total
 
 
 def test_pages_that_lead_astray_are_not_taken_up_again(
     clock: time_machine.Traveller, stored: Settings, sandbox: Sandbox
 ) -> None:
-    def fails(status: int, first: int) -> Callable[[Request], Fault | None]:
-        numbers = itertools.count(1)
-        return lambda r: (
-            Fault(status=status) if r.path == USAGE.path and next(numbers) >= first else None
-        )
+    def fails(status: int) -> Callable[[Request], Fault | None]:
+        return lambda r: Fault(status=status) if "cursor" in r.query and is_of_rows(r) else None
 
     usage = Asked(truth.day(21), truth.day(22), ["usage"])
-    for status, first in ((401, 3), (404, 2)):  # interrupted; then refused, one page later
-        sandbox.fault = fails(status, first)
+    for status in (401, 400):  # interrupted behind the first page; then its cursor is refused
+        sandbox.fault = fails(status)
         assert pipeline.extract(stored, usage).exit_code > 0
     sandbox.fault = None
     sandbox.requests.clear()
     assert pipeline.extract(stored, usage).exit_code == 0
-    rows = [r for r in sandbox.requests if r.path == USAGE.path and r.query["expand"] != ["summary"]]
-    assert len(rows) == 4
+    assert (
+        len(list(filter(is_of_rows, sandbox.requests))) == 4 + 1
+    )  # the first on both sides of the total
 
 
 def test_an_interrupted_read_is_dropped_a_day_later_and_cannot_be_sealed_then(

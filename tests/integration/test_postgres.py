@@ -548,7 +548,7 @@ def own_session(settings: Settings) -> int:
     """The process that serves the loader."""
     found = ask(
         settings,
-        "select pid from pg_stat_activity where application_name = 'faletl' "
+        "select pid from pg_stat_activity where application_name like 'faletl%' "
         "and datname = current_database()",
     )
     return int(found[0][0])

@@ -581,7 +581,7 @@ def test_a_damaged_warehouse_is_told_at_once_and_left_alone(
     damaged = (tmp_path / "warehouse.duckdb").read_bytes()
     report = pipeline.run(settings)
     assert report.exit_code == 4
-    assert "cannot be opened" in str(report.failures[0][1])
+    assert "is damaged" in str(report.failures[0][1])
     assert (tmp_path / "warehouse.duckdb").read_bytes() == damaged
 
 
