@@ -7,6 +7,8 @@ that fal sent), and models (every table is what its SQL makes of what it reads).
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
@@ -27,6 +29,9 @@ from faletl.warehouse import Warehouse, open_warehouse, schema
 from faletl.warehouse.tables import LOADS, RAW
 from faletl.windows import Window
 
+_TURN_SECONDS = 1.0
+"""For so long others may have to wait for the warehouse."""
+
 
 @dataclass(slots=True)
 class Verdict:
@@ -40,7 +45,7 @@ class Verdict:
 
 
 def verify(settings: Settings) -> Verdict:
-    """Look at everything, a part at a time: runs get their turn in between.
+    """Look at everything, for `_TURN_SECONDS` at a time: runs get their turn in between.
 
     Raises:
         UsageError: there is no warehouse yet.
@@ -48,18 +53,24 @@ def verify(settings: Settings) -> Verdict:
         SettingsError, StorageError: the landed pages cannot be read at all.
     """
     warehouse, verdict = open_warehouse(settings), Verdict()
-    parts = [*_parts_of_raw(settings, warehouse), *_parts_of_models(warehouse)]
-    for part in parts:
+    parts = deque([*_parts_of_raw(settings, warehouse), *_parts_of_models(warehouse)])
+    while parts:
         with warehouse.reading() as connection:
             if connection is None:
                 raise UsageError("nothing is loaded yet; run faletl run first")
-            if part.needs_build and models.is_behind(settings, connection):
-                verdict.is_complete = False
-                break
-            found = list(part.look(connection))
-            verdict.findings += found
-            if found and part.is_shape:
-                break
+            is_built: bool | None = None  # for as long as this connection sees what it sees
+            began = time.monotonic()
+            while parts and time.monotonic() - began < _TURN_SECONDS:
+                part = parts.popleft()
+                if part.needs_build and is_built is None:
+                    is_built = not models.is_behind(settings, connection)
+                if part.needs_build and not is_built:
+                    verdict.is_complete = False
+                    return verdict
+                found = list(part.look(connection))
+                verdict.findings += found
+                if found and part.is_shape:
+                    return verdict
     return verdict
 
 

@@ -158,11 +158,15 @@ def ask(
     through: Callable[[Settings], AbstractContextManager[Any]] = published,
 ) -> list[tuple[Any, ...]]:
     """Rows of the published copy, or of the server; instants in the one UTC that Python has."""
-    is_sorted, sql = sql.endswith("order by all"), sql.removesuffix("order by all")
-    if not settings.warehouse.startswith("duckdb:"):
-        sql = sqlglot.transpile(sql, "duckdb", "postgres")[0]
     with through(settings) as connection:
-        found = connection.execute(sql).fetchall()
+        return _rows(connection, sql)
+
+
+def _rows(connection: Any, sql: str) -> list[tuple[Any, ...]]:
+    is_sorted, sql = sql.endswith("order by all"), sql.removesuffix("order by all")
+    if isinstance(connection, psycopg.Connection):
+        sql = sqlglot.transpile(sql, "duckdb", "postgres")[0]
+    found = connection.execute(sql).fetchall()
     rows = [tuple(_plain(value) for value in row) for row in found]
     return sorted(rows, key=_nulls_last) if is_sorted else rows
 
@@ -182,17 +186,18 @@ def all_tables(settings: Settings) -> dict[str, list[tuple[Any, ...]]]:
     Where a row was landed differs with the cut into pages and with each load; so do the ledgers.
     """
     columns: dict[str, list[str]] = {}
-    for table, column in ask(
-        settings,
-        "select table_schema || '.' || table_name, column_name from information_schema.columns "
-        "where table_schema in ('raw', 'staging', 'marts', 'reports') order by 1, ordinal_position",
-    ):
-        if column not in ("_load_id", "_page", "_row", "load_id"):
-            columns.setdefault(table, []).append(f'"{column}"')
-    return {
-        table: sorted(ask(settings, f"select {', '.join(names)} from {table}"), key=repr)
-        for table, names in columns.items()
-    }
+    with published(settings) as connection:
+        for table, column in _rows(
+            connection,
+            "select table_schema || '.' || table_name, column_name from information_schema.columns "
+            "where table_schema in ('raw', 'staging', 'marts', 'reports') order by 1, ordinal_position",
+        ):
+            if column not in ("_load_id", "_page", "_row", "load_id"):
+                columns.setdefault(table, []).append(f'"{column}"')
+        return {
+            table: sorted(_rows(connection, f"select {', '.join(names)} from {table}"), key=repr)
+            for table, names in columns.items()
+        }
 
 
 def total(settings: Settings) -> Decimal:

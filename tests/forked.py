@@ -18,7 +18,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -202,6 +202,36 @@ def _command(
         one()
     sys.argv = ["faletl", *words]
     with time_machine.travel(os.environ.get("CLOCK", NOW), tick=True):
+        cli.main()
+
+
+def called(
+    words: Sequence[str], environment: Mapping[str, str], folder: Path
+) -> subprocess.CompletedProcess[str]:
+    """What a command of faletl in that folder ended with and printed; CLOCK sets its clock."""
+    with tempfile.TemporaryDirectory(prefix="faletl-called-") as name:
+        printed = [Path(name) / "stdout", Path(name) / "stderr"]
+        child = fork(_called, list(words), dict(environment), folder, printed)
+        code, said = child.finish(180)
+        assert not said
+        out, err = (path.read_text("utf-8") for path in printed)
+    return subprocess.CompletedProcess(words, code, out, err)
+
+
+def _called(
+    words: Sequence[str], environment: Mapping[str, str], folder: Path, printed: Sequence[Path]
+) -> None:
+    for stream, path in enumerate(printed, start=1):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT)
+        os.dup2(descriptor, stream)
+        os.close(descriptor)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    tempfile.tempdir = None
+    sys.argv = ["faletl", *words]
+    clock = environment.get("CLOCK")
+    with time_machine.travel(clock, tick=True) if clock else nullcontext():
         cli.main()
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
 
 import duckdb
 import pytest
 
+from docs import examples
 from faletl import __version__
 from faletl.answers import Format, print_query
 from faletl.config import Settings
@@ -21,7 +24,7 @@ from faletl.errors import UsageError
 from faletl.sandbox import FULL_KEY, Fault, Request, Sandbox
 from tests import truth
 from tests.conftest import published_path, settings_for
-from tests.forked import environment
+from tests.forked import called, environment
 from tests.leaks import everything_in, leaks
 
 SUM = "select sum(cost_total) from reports.rpt_spend_daily"
@@ -31,17 +34,9 @@ CANARY = "canary-kid-55e0:canary-secret-0123456789"
 def faletl(
     *args: str, settings: Settings | None = None, folder: Path | None = None, **more: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run the installed command line in a process of its own."""
+    """Run the command line in a process of its own."""
     env = environment(settings, **more) if settings else {"PATH": os.environ["PATH"], **more}
-    return subprocess.run(
-        [sys.executable, "-c", "from faletl.cli import main; main()", *args],
-        env={**env, "PYTHONPATH": os.pathsep.join(sys.path)},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
+    return called(args, env, folder or Path.cwd())
 
 
 def loaded(settings: Settings) -> subprocess.CompletedProcess[str]:
@@ -274,8 +269,16 @@ def test_errors_can_be_read_by_machines(tmp_path: Path) -> None:
     assert (last["status"], last["is_retryable"], last["resource"]) == (401, False, "usage")
 
 
+@pytest.mark.xdist_group("demo")
 def test_demo_answers_and_keeps_to_its_own_folder(tmp_path: Path) -> None:
-    done = faletl("demo", folder=tmp_path, FAL_KEY=CANARY, FALETL_WAREHOUSE="duckdb:///real.duckdb")
+    """When it is called again, two hours later; docs/examples.py calls it first."""
+    folder = Path(examples.warehouse().warehouse.removeprefix("duckdb:///")).parent
+    shutil.copytree(folder, tmp_path / "faletl-demo")
+    later = (examples.SHOWN_AT + timedelta(hours=2)).isoformat()
+    done = faletl(
+        "demo", folder=tmp_path, FAL_KEY=CANARY, FALETL_WAREHOUSE="duckdb:///real.duckdb", CLOCK=later
+    )
+    assert "usage, window 2026-11-24T00:00:00Z/2026-11-24T14:00:00Z" in done.stderr
     assert done.returncode == 0, done.stderr
     for expected in (
         "USD",

@@ -146,7 +146,7 @@ def test_both_warehouses_hold_the_same_rows_through_a_history(
     account.listed[FLUX] = {**account.listed[FLUX], "unit_price": 0.03}
     clock.shift(timedelta(days=1))
     check_both(run)
-    clock.shift(timedelta(days=12))  # over the end of the month
+    clock.shift(timedelta(days=8))  # over the end of the month
     check_both(run)
     check_both(lambda settings: pipeline.build(settings, full=True))
     check_both(rebuild)

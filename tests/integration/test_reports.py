@@ -58,7 +58,8 @@ def test_price_changes_stand_beside_the_spend_at_stake(
              (FLUX, "0", "images"), (FLUX, "0.03", "images")]  # fmt: skip
     before = {FLUX: (Decimal("0.025"), "images"), VOICE: (Decimal("0.02"), "1000 characters")}
     changes: list[Row] = []
-    pipeline.run(settings)
+    needed = Asked(resources=["usage", "prices"])
+    pipeline.run(settings, needed)
     for number, change in enumerate(story, start=1):
         clock.shift(timedelta(days=9, hours=5))
         now = datetime.now(UTC)
@@ -70,7 +71,7 @@ def test_price_changes_stand_beside_the_spend_at_stake(
             ratio = quotient(Decimal(price), was) if unit == was_unit else None
             changes.append((endpoint, now, was_unit, unit, was, Decimal(price), ratio))
             before[endpoint] = Decimal(price), unit
-        assert pipeline.run(settings).exit_code == 0
+        assert pipeline.run(settings, needed).exit_code == 0
     today = datetime.now(UTC).date()
     assert query(
         "select endpoint_id, changed_at, previous_unit, unit, previous_unit_price, unit_price, "
@@ -218,11 +219,12 @@ def test_credits_last_as_long_as_the_full_days_before_say(
         now = datetime.now(UTC)
         use(account, now + DAY, str(number))  # today: not over, never part of a burn
         account.balance = Decimal(100) - 10 * number
-        pipeline.run(settings)  # an earlier reading of the day
+        pipeline.run(settings, Asked(resources=["usage", "credits"]))  # an earlier reading of the day
         clock.shift(timedelta(hours=3))
         use(account, now, str(number))  # yesterday, late
         account.balance -= Decimal("1.25")
-        assert pipeline.run(settings, Asked(start=first)).exit_code == 0
+        again = pipeline.run(settings, Asked(start=first, resources=["usage", "credits"]))
+        assert again.exit_code == 0
         readings.append((now.date(), account.balance))
     assert query(
         "select account, currency, balance_date, current_balance, burn_7_days, burn_30_days, days_left, "
