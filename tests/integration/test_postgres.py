@@ -45,9 +45,9 @@ from faletl.verify import verify
 from faletl.warehouse import open_warehouse
 from faletl.warehouse.tables import METADATA, SCHEMA_VERSION
 from tests import truth
-from tests.conftest import all_tables, ask, published_path, settings_for, total
+from tests.conftest import all_tables, ask, needs_root, published_path, settings_for, total
 from tests.forked import Trap, fork, start
-from tests.integration.test_disk import MIB, SmallDisk, check, check_runs, failed, needs_root
+from tests.integration.test_disk import MIB, SmallDisk, check, check_runs, failed
 from tests.integration.test_kills import check_a_clean_run_mends_all, is_killed, loaded
 from tests.servers import Postgres, free_ports, shared_postgres, wait_for
 from tests.truth import FLUX, VIDEO, Account, line
