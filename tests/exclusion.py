@@ -275,7 +275,7 @@ def read_on(settings: Settings, before: Days, after: Days) -> tuple[int, list[st
         build, sums, days, read = answers[0]
         if build is None:
             continue
-        *spent, units = sums
+        *spent, units, _version = sums
         if answers[0] != answers[1] or len(set(spent)) != 1 or not units:
             wrong.append(f"half a state: {answers}")
         if builds.setdefault(build[0], days) != days:

@@ -44,6 +44,7 @@ WARM = (
     "faletl.warehouse.postgres",
     "tests.conftest",
     "tests.forked",
+    "tests.parsed_sql",
 )
 
 

@@ -278,7 +278,7 @@ def test_demo_answers_and_keeps_to_its_own_folder(tmp_path: Path) -> None:
     done = faletl(
         "demo", folder=tmp_path, FAL_KEY=CANARY, FALETL_WAREHOUSE="duckdb:///real.duckdb", CLOCK=later
     )
-    assert "usage, window 2026-11-24T00:00:00Z/2026-11-24T14:00:00Z" in done.stderr
+    assert "usage, window 2026-11-24T00:00:00Z/2026-11-24T13:00:00Z" in done.stderr
     assert done.returncode == 0, done.stderr
     for expected in (
         "USD",

@@ -254,19 +254,20 @@ def test_a_write_or_a_flush_that_fails_is_said_and_nothing_half_done_is_kept(
     settings = settings_for(sandbox.url, tmp_path, parallel=1)
     extract = RUN.replace("run", "extract")
     of_page = 5  # flushes after those of the folders that are made
+    of_load = "fsync failed|Input/output error"  # of DuckDB, or of ours
     for command, call, error, nth, said in (
         (extract, "write", "EDQUOT", 1, "Disk quota exceeded"),  # of each thread; a log may go missing
         (extract, "fsync", "EIO", 1, "Input/output error"),
         (extract, "fsync", "EIO", of_page, "Input/output error"),
-        ("load", "fsync", "EIO", 1, "fsync failed"),  # as DuckDB has it
-        ("load", "fsync", "EIO", 2, "fsync failed"),
-        ("load", "fsync", "EIO", 4, "Input/output error"),
+        ("load", "fsync", "EIO", 1, of_load),
+        ("load", "fsync", "EIO", 2, of_load),
+        ("load", "fsync", "EIO", 4, of_load),
     ):
         child = start(settings, be_traced, command=command)
         with traced(child, f"trace={call}", f"inject={call}:error={error}:when={nth}"):
             code, told = child.finish()
         assert code == 1, told
-        assert said in told
+        assert re.search(said, told), told
         assert not list(tmp_path.rglob("*.part"))
         if command == extract:
             assert not list(landing.complete_reads(settings))

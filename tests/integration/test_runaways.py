@@ -154,6 +154,7 @@ def test_new_ones_are_told_once(
 
     assert account.events is not None
     account.events.append(charge(at(52), FLUX, "800"))
+    clock.shift(60)
     again = pipeline.run(settings, Asked(at(52).date(), resources=["billing_events"])).build
     assert again is not None
     assert again.runaways == 1
