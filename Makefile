@@ -56,8 +56,7 @@ lint: setup
 # Warnings are errors; dates must not depend on where the machine stands; the wheel must hold all.
 check: lint test
 	TZ=America/Los_Angeles TEST_WAREHOUSE=postgres $(BIN)/python -m pytest -n 2 \
-		tests/unit/test_windows.py tests/unit/test_staging.py tests/integration/test_run.py \
-		tests/integration/test_rebuild.py tests/integration/test_quarantine.py
+		tests/unit/test_windows.py tests/unit/test_staging.py tests/integration/test_run.py
 	$(BIN)/python tests/wheel_smoke.py
 
 # Every test of what a warehouse holds, on PostgreSQL.

@@ -61,6 +61,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_READY = 16
+"""So many windows may wait until they are loaded: the more there are, the fewer openings of the warehouse."""
+
 Progress = Callable[[str, int, int], None]
 """Told what is under way, how many of its windows are done, and of how many."""
 
@@ -405,7 +408,7 @@ def worked(
     pool = ThreadPoolExecutor(settings.parallel, thread_name_prefix="extract")
     try:
         while waiting or running:
-            while waiting and len(running) < 2 * settings.parallel:
+            while waiting and len(running) < settings.parallel + _READY:
                 task = waiting.popleft()
                 running[pool.submit(work, task)] = task
             ended, _ = wait(running, return_when=FIRST_COMPLETED)

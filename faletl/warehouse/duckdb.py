@@ -107,6 +107,7 @@ class DuckDBWarehouse:
         if not url.database or url.database.startswith(":"):
             raise SettingsError("FALETL_WAREHOUSE: a DuckDB warehouse needs a file, duckdb:///path")
         self._settings = settings
+        self._is_looked_at = False
         self._path = Path(url.database)
         self._published = (
             Path(settings.publish) if settings.publish else self._path.with_name("spend.duckdb")
@@ -122,8 +123,10 @@ class DuckDBWarehouse:
                 self._create()
             with self._up_to_date() as connection:
                 with connection.begin():
-                    schema.refuse_altered(connection, str(self._path))
+                    if not self._is_looked_at:
+                        schema.refuse_altered(connection, str(self._path))
                     token = schema.take_token(connection, holder)
+                self._is_looked_at = True
                 yield Lease(connection, token)
 
     @contextmanager

@@ -136,6 +136,7 @@ class PostgresWarehouse:
         if not url.database:
             raise SettingsError("FALETL_WAREHOUSE: name the database, postgresql://host/database")
         self._settings = settings
+        self._is_looked_at = False
         self._url = url.set(drivername="postgresql+psycopg")
         self._where = f"the database {url.database} on {url.host or 'this machine'}"
 
@@ -148,8 +149,10 @@ class PostgresWarehouse:
                     self._create(connection)
                 elif schema.is_older(connection, self._where):
                     schema.upgrade(connection, self._where)
-                schema.refuse_altered(connection, self._where)
+                if not self._is_looked_at:
+                    schema.refuse_altered(connection, self._where)
                 token = schema.take_token(connection, told)
+            self._is_looked_at = True
             yield Lease(connection, token)
 
     @contextmanager
