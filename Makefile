@@ -12,7 +12,7 @@ help:
 	@echo "make test    run the tests"
 	@echo "make setup   create the environment in $(VENV), nothing else"
 	@echo "make lint    ruff, bandit, mypy, sqlfluff"
-	@echo "make check   lint, tests (many a second time, on PostgreSQL and under another time zone), wheel"
+	@echo "make check   lint, tests (some once more, on PostgreSQL and under another time zone), wheel"
 	@echo "make test-postgres  all tests of what a warehouse holds, on PostgreSQL"
 	@echo "make fuzz    odd bytes for all that reads pages, headers and files: EXECUTIONS=1000000 SEED=1 (minutes)"
 	@echo "make mutation  whether the tests notice that the code is another: MUTANTS='faletl.pages*' (hours)"

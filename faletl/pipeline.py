@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _READY = 16
-"""So many windows may wait until they are loaded: the more there are, the fewer openings of the warehouse."""
+"""So many windows may wait to be loaded: the more do, the less often the warehouse is opened."""
 
 Progress = Callable[[str, int, int], None]
 """Told what is under way, how many of its windows are done, and of how many."""
