@@ -13,7 +13,7 @@ from tests.conftest import needs_root
 @needs_root
 def test_chaos_loses_doubles_and_bends_nothing() -> None:
     words = (
-        "--events 100000 --kills 30 --takeovers 4 --fills 3 --share 0.3 --pace 0.7 --readers 2 --seed 8"
+        "--events 100000 --kills 30 --takeovers 4 --fills 3 --share 0.3 --pace 0.5 --readers 2 --seed 8"
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(

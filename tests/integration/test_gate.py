@@ -25,6 +25,7 @@ from faletl.validate import validate
 from faletl.validation_docs import write_docs
 from tests import truth
 from tests.conftest import ask, opened, settings_for, total
+from tests.forked import called
 from tests.integration.test_run import is_summary, one_row, summary
 from tests.truth import Account, line
 
@@ -351,10 +352,8 @@ def test_the_command_tells_what_it_found(
     pipeline.run(settings, DAYS)
 
     def faletl(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "faletl", *arguments], capture_output=True, text=True, check=False,
-            env={"FALETL_WAREHOUSE": settings.warehouse, "FALETL_LANDING": settings.landing, **more},
-        )  # fmt: skip
+        given = {"FALETL_WAREHOUSE": settings.warehouse, "FALETL_LANDING": settings.landing, **more}
+        return called(arguments, given, tmp_path)
 
     done = faletl("validate", "--resource", "usage", "--docs", str(tmp_path / "docs"))
     assert done.returncode == 0

@@ -23,6 +23,7 @@ from faletl.resources import RESOURCES, Column
 from faletl.sandbox import Fault, Request, Sandbox
 from tests import truth
 from tests.conftest import ask, opened, settings_for, total
+from tests.forked import called
 from tests.integration.test_run import (
     PLAIN,
     one_row,
@@ -260,10 +261,8 @@ def test_the_commands_show_what_is_set_aside(clock: time_machine.Traveller, tmp_
     [row] = quarantine.rows_set_aside(settings)
 
     def faletl(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "faletl", *arguments], capture_output=True, text=True, check=False,
-            env={"FALETL_WAREHOUSE": settings.warehouse, "FALETL_LANDING": settings.landing},
-        )  # fmt: skip
+        given = {"FALETL_WAREHOUSE": settings.warehouse, "FALETL_LANDING": settings.landing}
+        return called(arguments, given, tmp_path)
 
     listed = faletl("quarantine", "list")
     assert listed.returncode == 0
