@@ -12,8 +12,9 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from fnmatch import fnmatchcase
 from functools import cache
@@ -267,15 +268,43 @@ def write_durably(path: Path, content: bytes) -> None:
         raise storage_error(error, path, needed=len(content)) from None
 
 
+_SCRATCH, _HELD = "faletl-", ".held"
+
+_YOUNG_SECONDS = 60
+"""A folder that nobody holds may be about to be held by whoever made it."""
+
+
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A folder below TMPDIR for as long as it is needed; raises StorageError."""
-    try:
-        folder = tempfile.TemporaryDirectory(prefix="faletl-", ignore_cleanup_errors=True)
-    except OSError as error:
-        raise storage_error(error, Path(error.filename or os.environ.get("TMPDIR") or "/")) from None
-    with folder as name:
-        yield Path(name)
+    """A folder below TMPDIR for as long as it is needed; raises StorageError.
+
+    A process that is killed cannot delete its own: a later one does.
+    """
+    with ExitStack() as stack:
+        try:
+            made = tempfile.TemporaryDirectory(prefix=_SCRATCH, ignore_cleanup_errors=True)
+            folder = Path(stack.enter_context(made))
+            stack.enter_context(filelock.FileLock(folder / _HELD, thread_local=False))
+        except OSError as error:
+            raise storage_error(error, Path(error.filename or os.environ.get("TMPDIR") or "/")) from None
+        _delete_what_the_dead_left(folder.parent)
+        yield folder
+
+
+@cache
+def _delete_what_the_dead_left(parent: Path) -> None:
+    """Once a process: delete scratch folders of this user that nobody holds any more."""
+    for lock in parent.glob(f"{_SCRATCH}*/{_HELD}"):
+        try:
+            found = lock.lstat()
+            is_young = time.time() - found.st_mtime < _YOUNG_SECONDS
+            if is_young or found.st_uid != os.geteuid():
+                continue
+            with filelock.FileLock(lock, timeout=0, thread_local=False):
+                pass
+        except (filelock.Timeout, OSError):  # it is held, or gone in this moment
+            continue
+        shutil.rmtree(lock.parent, ignore_errors=True)
 
 
 def storage_error(error: OSError, path: Path, needed: int = 0) -> StorageError:

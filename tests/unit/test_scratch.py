@@ -1,0 +1,41 @@
+"""Scratch folders are gone when their process is, however it ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from faletl import places
+from faletl.places import scratch_folder
+from tests.forked import fork, suffer
+
+
+def die_in_one(parent: Path) -> None:
+    """Be killed with something in a scratch folder."""
+    tempfile.tempdir = str(parent)
+    with scratch_folder() as folder:
+        (folder / "rows.parquet").touch()
+        suffer(signal.SIGKILL)
+
+
+def test_what_a_killed_process_left_goes_with_the_next_and_what_is_held_stays(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for _ in range(2):
+        assert fork(die_in_one, tmp_path).finish()[0] == -signal.SIGKILL
+    left, young = tmp_path.iterdir()
+    os.utime(left / ".held", (0, 0))  # the other could be about to be held
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    places._delete_what_the_dead_left.cache_clear()
+    with scratch_folder() as mine:
+        assert set(tmp_path.iterdir()) == {young, mine}
+        os.utime(mine / ".held", (0, 0))
+        places._delete_what_the_dead_left.cache_clear()
+        with scratch_folder() as another:
+            assert set(tmp_path.iterdir()) == {young, mine, another}
+    assert list(tmp_path.iterdir()) == [young]
