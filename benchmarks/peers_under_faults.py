@@ -33,7 +33,10 @@ from tests.faults import KINDS
 from tests.feed import Feed, money
 
 PEERS = Path(__file__).parent / "peers"
-PACKAGES = ("dlt[duckdb,parquet]==1.31.0", "duckdb<2", "httpx==0.28.1", "pyarrow")
+PACKAGES = (
+    "dlt[duckdb,parquet]==1.31.0", "httpx==0.28.1", "pyarrow",
+    f"duckdb=={duckdb.__version__}",  # whose files ours can read
+)  # fmt: skip
 DAYS = 10
 MOST_RUNS = 60
 KILLED_RUNS = 10
