@@ -96,7 +96,10 @@ def serving(feed: Feed, seed: int, share: float) -> Iterator[Served]:
         names = [kind.name for kind in KINDS]
 
         def answer(request: Request) -> Fault | None:
-            packed = body_of(feed, request)
+            try:
+                packed = body_of(feed, request)
+            except ValueError:
+                return Fault(status=400)  # a cursor, or an instant, that it never gave
             if packed is None:
                 return None
             faults.is_on = bool(is_broken.value)
