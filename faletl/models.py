@@ -33,7 +33,7 @@ from faletl.config import Settings
 from faletl.errors import CheckFailedError, SettingsError, TamperedError, WarehouseError
 from faletl.load import changed_days, fence
 from faletl.resources import RESOURCES
-from faletl.warehouse import Lease, Warehouse
+from faletl.warehouse import Lease, Warehouse, quoted
 from faletl.warehouse.tables import (
     BUILDS,
     RAW,
@@ -470,7 +470,7 @@ def _create(connection: sa.Connection, warehouse: Warehouse, model: Model) -> No
     for name, text in column_comments()[model.table].items():
         comments[f'column {model.table}."{name}"'] = text
     connection.exec_driver_sql(
-        "; ".join(f"comment on {on} is {_quoted(text)}" for on, text in comments.items())
+        "; ".join(f"comment on {on} is {quoted(text)}" for on, text in comments.items())
     )
 
 
@@ -487,10 +487,6 @@ def _fill(connection: sa.Connection, model: Model, dialect: str, days: Collectio
         )
         select = restricted(model.sql, span, dialect)
         connection.exec_driver_sql(f"insert into {model.table}\n{select}")
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
 
 
 def _check(connection: sa.Connection, check: Check, dialect: str, days: Collection[date] | None) -> None:

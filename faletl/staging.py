@@ -38,6 +38,7 @@ from faletl.money import DECIMAL_TYPE, DOUBLE_DIGITS, HALF_NANO, SCALE, exact_te
 from faletl.pages import UNREADABLE, as_json
 from faletl.places import room
 from faletl.resources import RESOURCES, WHOLE_SINCE, Column, Kind, Proof, Resource
+from faletl.warehouse import quoted
 from faletl.windows import Window, instant
 
 log = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ def _stage(
         landed, typed.breaches, typed.set_aside, tuple(_drifts(typed.contract, manifest.window))
     )
     held, inside = connection.execute(
-        f"select count(*), count(*) filter (where _is_inside) from {_quoted(path)} where _breach = ''"
+        f"select count(*), count(*) filter (where _is_inside) from {quoted(path)} where _breach = ''"
     ).fetchone() or (0, 0)
     dropped = held - inside
     if dropped:
@@ -131,7 +132,7 @@ def _stage(
                     resource.name, manifest.window, dropped)  # fmt: skip
     final = scratch / f"{manifest.load_id}.staged.parquet"
     connection.execute(
-        f"copy ({_final_rows(connection, landed, resource, path)}) to {_quoted(final)} (format parquet)"
+        f"copy ({_final_rows(connection, landed, resource, path)}) to {quoted(final)} (format parquet)"
     )
     path.unlink()
     try:
@@ -148,7 +149,7 @@ def _stage(
         ))  # fmt: skip
     cost = "sum(cost_total)" if any(c.name == "cost_total" for c in resource.columns) else "null"
     rows, total = connection.execute(
-        f"select count(*), coalesce({cost}, 0)::varchar from {_quoted(final)}"
+        f"select count(*), coalesce({cost}, 0)::varchar from {quoted(final)}"
     ).fetchone() or (0, "0")
     return Staged(
         path=final,
@@ -188,7 +189,7 @@ def _doubtful_rows(connection: duckdb.DuckDBPyConnection, resource: Resource, pa
     if not resource.expected:
         return 0
     odd = " or ".join(f"({predicate})" for predicate in resource.expected.values())
-    return _count(connection, f"select count(*) from {_quoted(path)} where {odd}")
+    return _count(connection, f"select count(*) from {quoted(path)} where {odd}")
 
 
 def _engine(settings: Settings, scratch: Path, landed: Landed) -> duckdb.DuckDBPyConnection:
@@ -212,7 +213,7 @@ def _endpoint_ids(
 ) -> frozenset[str]:
     if not any(column.name == "endpoint_id" for column in resource.columns):
         return frozenset()
-    found = connection.execute(f"select distinct endpoint_id from {_quoted(path)}").fetchall()
+    found = connection.execute(f"select distinct endpoint_id from {quoted(path)}").fetchall()
     return frozenset(endpoint for (endpoint,) in found)
 
 
@@ -249,7 +250,7 @@ def _typed(
     try:
         typed = _write_lines(landed, resource, label, lines, is_exact=False)
         _write_typed(connection, landed, resource, label, lines, path)
-        breached = _count(connection, f"select count(*) from {_quoted(path)} where _breach <> ''")
+        breached = _count(connection, f"select count(*) from {quoted(path)} where _breach <> ''")
     except duckdb.InvalidInputException:
         log.debug("%s: the records are read number by number", resource.name)
         breached = -1
@@ -270,7 +271,7 @@ def _set_breaches_aside(
     typed: Typed,
 ) -> None:
     """Set the rows aside whose values cannot be taken; their text is in the landed page."""
-    breached = f"from {_quoted(path)} where _breach <> ''"
+    breached = f"from {quoted(path)} where _breach <> ''"
     typed.breaches += _count(connection, f"select count(*) {breached}")
     found = connection.execute(
         f"select _page, _row, _breach {breached} order by _page, _row limit {_KEEP}"
@@ -372,7 +373,7 @@ def _write_typed(
         copy (
             select _page, _row, {typed}, concat_ws('; ', {breaches}) as _breach, {more}
             from (select _page, _row, {texts} from landed_records)
-        ) to {_quoted(path)} (format parquet)
+        ) to {quoted(path)} (format parquet)
     """)
 
 
@@ -621,7 +622,7 @@ def _told(typed: Typed, because: str) -> str:
 
 def _hash_expression(account: str, resource: Resource) -> str:
     """SQL for what tells a row from others where fal gives it no id."""
-    parts = [f"'{_escaped(account)}'"]
+    parts = [quoted(account)]
     for name in resource.identity:
         is_time = resource.column(name).kind is Kind.INSTANT
         text = f'epoch_us("{name}")' if is_time else f'"{name}"'
@@ -634,13 +635,13 @@ def _final_rows(
 ) -> str:
     """The rows that the window holds; where a key comes twice (a shifted page), the later one."""
     manifest = landed.manifest
-    lead = f"'{_escaped(manifest.account)}' as _account, '{manifest.load_id}' as _load_id, _page, _row"
+    lead = f"{quoted(manifest.account)} as _account, '{manifest.load_id}' as _load_id, _page, _row"
     if resource.window == "snapshot":
         lead += f", timestamptz '{instant(manifest.window_start)}' as _snapshot_at"
     names = ", ".join(f'"{column.name}"' for column in resource.columns)
     if resource.identity:
         lead += f", _hash, {_ordinal_expression(connection, names, path)} as _ordinal"
-    rows = f"select {lead}, {names} from {_quoted(path)} as rows where _is_inside and _breach = ''"
+    rows = f"select {lead}, {names} from {quoted(path)} as rows where _is_inside and _breach = ''"
     if resource.repeats or not resource.key:
         return rows
     key = ", ".join(resource.key)
@@ -649,7 +650,7 @@ def _final_rows(
 
 def _ordinal_expression(connection: duckdb.DuckDBPyConnection, names: str, path: Path) -> str:
     """SQL that numbers rows of the same `_hash`, in whatever order they came; 1 where there are none."""
-    twins = f"select _hash from {_quoted(path)} where _breach = '' group by _hash having count(*) > 1"
+    twins = f"select _hash from {quoted(path)} where _breach = '' group by _hash having count(*) > 1"
     if not _count(connection, f"select count(*) from ({twins})"):
         return "1"
     # Only twins are numbered: a window over millions of rows would have to sort them all.
@@ -658,14 +659,14 @@ def _ordinal_expression(connection: duckdb.DuckDBPyConnection, names: str, path:
         select
             _page, _row,
             cast(row_number() over (partition by _hash order by {names}, _page, _row) as integer) as n
-        from {_quoted(path)} where _is_inside and _breach = '' and _hash in ({twins})
+        from {quoted(path)} where _is_inside and _breach = '' and _hash in ({twins})
     """)
     return "coalesce((select n from twins where twins._page = rows._page and twins._row = rows._row), 1)"
 
 
 def _digest(connection: duckdb.DuckDBPyConnection, resource: Resource, path: Path) -> str:
     """A fingerprint of the multiset of rows: the same in whatever order and pages they came."""
-    sums = connection.execute(f"select {digest_sums(resource)} from {_quoted(path)}").fetchone()
+    sums = connection.execute(f"select {digest_sums(resource)} from {quoted(path)}").fetchone()
     return digest_of(sums)
 
 
@@ -764,7 +765,7 @@ def _moved(
     differs, _ = _compared(connection, landed, resource, proof, "before", rows, scratch)
     if differs:
         return f"fal's control total was another one before they were read: {'; '.join(differs[:_TELL])}"
-    among = f"from {_quoted(rows)}"
+    among = f"from {quoted(rows)}"
     if resource.identity:
         key, among = "_hash", f"{among} where _hash in (select _hash {among} where _ordinal > 1)"
     else:
@@ -789,7 +790,7 @@ def _compared(
     if typed.breaches:
         raise _refused(landed, label, typed, "they are of fal's control total")
     total = connection.execute(
-        f"select coalesce(sum(cost_total), 0)::varchar from {_quoted(totals)} where {proof.only}"
+        f"select coalesce(sum(cost_total), 0)::varchar from {quoted(totals)} where {proof.only}"
     ).fetchone()
     return _differences(connection, proof, rows, totals), str(total[0]) if total else "0"
 
@@ -808,7 +809,7 @@ def _digest_again(
     if found.breaches > typed.breaches:
         raise _refused(landed, "again", found, "the other walk had no such rows")
     rows = _final_rows(connection, landed, resource, again)
-    connection.execute(f"copy ({rows}) to {_quoted(kept)} (format parquet)")
+    connection.execute(f"copy ({rows}) to {quoted(kept)} (format parquet)")
     return _digest(connection, resource, kept)
 
 
@@ -832,9 +833,9 @@ def _differences(
     figures = ", ".join(f"coalesce(ours.{name}, 0), coalesce(fals.{name}, 0)" for name in proof.sums)
     whose = ", ".join(f"coalesce(ours.{name}, fals.{name})" for name in proof.key)
     found = connection.execute(f"""
-        with ours as (select {key}, count(*) as n, {ours} from {_quoted(rows)} group by {key}),
+        with ours as (select {key}, count(*) as n, {ours} from {quoted(rows)} group by {key}),
         fals as (
-            select {key}, count(*) as n, {ours} from {_quoted(totals)} where {proof.only} group by {key}
+            select {key}, count(*) as n, {ours} from {quoted(totals)} where {proof.only} group by {key}
         )
         select {whose}, {figures} from ours full join fals on {same} where {off} order by all
     """).fetchall()
@@ -863,11 +864,3 @@ def _tolerance(amount: str) -> str:
             f"greatest({HALF_NANO}, cast(coalesce(fals.quantity, 0) as decimal(26,0)) * 0.000000000001)"
         )
     return HALF_NANO
-
-
-def _escaped(text: str) -> str:
-    return text.replace("'", "''")
-
-
-def _quoted(path: Path) -> str:
-    return f"'{_escaped(str(path))}'"

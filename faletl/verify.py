@@ -30,7 +30,7 @@ from faletl.warehouse.tables import LOADS, RAW
 from faletl.windows import Window
 
 _TURN_SECONDS = 1.0
-"""For so long others may have to wait for the warehouse."""
+"""After so long, once the part at hand is done, others get at the warehouse."""
 
 
 @dataclass(slots=True)

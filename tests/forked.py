@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cache
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
@@ -95,16 +96,20 @@ def _warm() -> ForkServerContext:
 
 
 def _child(said: str, folder: Path, does: Callable[..., None], *given: object) -> None:
-    descriptor = os.open(said, os.O_WRONLY)
-    for stream in (1, 2):
-        os.dup2(descriptor, stream)
-    os.close(descriptor)
+    _print_to(said, 1, 2)
     os.chdir(folder)
     try:
         does(*given)
     except Exception:  # noqa: BLE001  # told to the parent, whatever it is
         traceback.print_exc()
         sys.exit(1)
+
+
+def _print_to(path: str, *streams: int) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT)
+    for stream in streams:
+        os.dup2(descriptor, stream)
+    os.close(descriptor)
 
 
 # --- What may happen to it ------------------------------------------------------------------------
@@ -190,20 +195,8 @@ def start(settings: Settings, *first: Callable[[], None], command: str = "run", 
 
     `more` is of its environment; CLOCK there sets the clock.
     """
-    return fork(_command, environment(settings, **more), command.split(), first)
-
-
-def _command(
-    environment: Mapping[str, str], words: Sequence[str], first: Sequence[Callable[[], None]]
-) -> None:
-    os.environ.clear()
-    os.environ.update(environment)
-    tempfile.tempdir = None  # that of its own environment
-    for one in first:
-        one()
-    sys.argv = ["faletl", *words]
-    with time_machine.travel(os.environ.get("CLOCK", NOW), tick=True):
-        cli.main()
+    clock = more.get("CLOCK", NOW)
+    return fork(_command, environment(settings, **more), command.split(), clock, first)
 
 
 def called(
@@ -212,7 +205,7 @@ def called(
     """What a command of faletl in that folder ended with and printed; CLOCK sets its clock."""
     with tempfile.TemporaryDirectory(prefix="faletl-called-") as name:
         printed = [Path(name) / "stdout", Path(name) / "stderr"]
-        child = fork(_called, list(words), dict(environment), folder, printed)
+        child = fork(_called, dict(environment), list(words), folder, printed)
         code, said = child.finish(180)
         assert not said
         out, err = (path.read_text("utf-8") for path in printed)
@@ -220,18 +213,26 @@ def called(
 
 
 def _called(
-    words: Sequence[str], environment: Mapping[str, str], folder: Path, printed: Sequence[Path]
+    environment: Mapping[str, str], words: Sequence[str], folder: Path, printed: Sequence[Path]
 ) -> None:
     for stream, path in enumerate(printed, start=1):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT)
-        os.dup2(descriptor, stream)
-        os.close(descriptor)
+        _print_to(str(path), stream)
     os.chdir(folder)
+    _command(environment, words, environment.get("CLOCK"))
+
+
+def _command(
+    environment: Mapping[str, str],
+    words: Sequence[str],
+    clock: datetime | str | None,
+    first: Sequence[Callable[[], None]] = (),
+) -> None:
     os.environ.clear()
     os.environ.update(environment)
-    tempfile.tempdir = None
+    tempfile.tempdir = None  # that of its own environment
+    for one in first:
+        one()
     sys.argv = ["faletl", *words]
-    clock = environment.get("CLOCK")
     with time_machine.travel(clock, tick=True) if clock else nullcontext():
         cli.main()
 

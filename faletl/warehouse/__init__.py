@@ -125,6 +125,11 @@ class Warehouse(Protocol):
         """
 
 
+def quoted(text: object) -> str:
+    """The text as a literal of SQL."""
+    return "'" + str(text).replace("'", "''") + "'"
+
+
 def open_warehouse(settings: Settings) -> Warehouse:
     """The warehouse that FALETL_WAREHOUSE names; raises SettingsError when there is no such kind."""
     try:

@@ -37,7 +37,7 @@ from faletl.errors import (
     WarehouseError,
 )
 from faletl.places import room, sync
-from faletl.warehouse import Lease, Warehouse, schema
+from faletl.warehouse import Lease, Warehouse, quoted, schema
 from faletl.warehouse.tables import BUILDS, WAREHOUSE
 from faletl.windows import instant
 
@@ -107,7 +107,7 @@ class DuckDBWarehouse:
         if not url.database or url.database.startswith(":"):
             raise SettingsError("FALETL_WAREHOUSE: a DuckDB warehouse needs a file, duckdb:///path")
         self._settings = settings
-        self._is_looked_at = False
+        self._is_looked_at = False  # whether its tables are ours as we made them: asked once
         self._path = Path(url.database)
         self._published = (
             Path(settings.publish) if settings.publish else self._path.with_name("spend.duckdb")
@@ -157,7 +157,7 @@ class DuckDBWarehouse:
             if connection is not None:
                 _refuse_all_but_selects(connection, None, query)
                 connection.exec_driver_sql(
-                    f"copy (\n{query.rstrip().rstrip(';')}\n) to {_quoted(path)} (format parquet)"
+                    f"copy (\n{query.rstrip().rstrip(';')}\n) to {quoted(path)} (format parquet)"
                 )
         return connection is not None
 
@@ -171,7 +171,7 @@ class DuckDBWarehouse:
             connection = _connect(self._published, self._settings, read_only=True)
             try:
                 if writable is not None:
-                    connection.exec_driver_sql(f"set allowed_paths = [{_quoted(writable)}]")
+                    connection.exec_driver_sql(f"set allowed_paths = [{quoted(writable)}]")
                 connection.exec_driver_sql("set enable_external_access = false")
                 connection.exec_driver_sql("set lock_configuration = true")
                 yield connection
@@ -236,13 +236,13 @@ class DuckDBWarehouse:
         """Insert a staged Parquet file; see the protocol."""
         names = ", ".join(f'"{column.name}"' for column in table.columns)
         connection.exec_driver_sql(
-            f"insert into {table.fullname} ({names}) select {names} from read_parquet({_quoted(rows)})"
+            f"insert into {table.fullname} ({names}) select {names} from read_parquet({quoted(rows)})"
         )
 
     def hand_out(self, connection: sa.Connection, query: sa.Select[Any], path: Path) -> None:
         """Write rows to a Parquet file; see the protocol."""
         select = query.compile(dialect=connection.dialect, compile_kwargs={"literal_binds": True})
-        connection.exec_driver_sql(f"copy ({select}) to {_quoted(path)} (format parquet)")
+        connection.exec_driver_sql(f"copy ({select}) to {quoted(path)} (format parquet)")
 
     def described(self, connection: sa.Connection, select: str) -> list[tuple[str, str]]:
         """Names and types of the columns of a select; see the protocol."""
@@ -608,10 +608,6 @@ def _size(path: Path) -> int:
     with suppress(OSError):
         return path.stat().st_size
     return 0
-
-
-def _quoted(path: Path) -> str:
-    return "'" + str(path).replace("'", "''") + "'"
 
 
 def _is_duckdb(path: Path) -> bool:

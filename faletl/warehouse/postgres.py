@@ -31,7 +31,7 @@ from faletl.errors import (
     WarehouseError,
 )
 from faletl.money import PRECISION, SCALE
-from faletl.warehouse import Lease, Warehouse, schema
+from faletl.warehouse import Lease, Warehouse, quoted, schema
 from faletl.warehouse.tables import BUILDS, METADATA, SCHEMAS, WAREHOUSE
 from faletl.windows import instant
 
@@ -136,7 +136,7 @@ class PostgresWarehouse:
         if not url.database:
             raise SettingsError("FALETL_WAREHOUSE: name the database, postgresql://host/database")
         self._settings = settings
-        self._is_looked_at = False
+        self._is_looked_at = False  # whether its tables are ours as we made them: asked once
         self._url = url.set(drivername="postgresql+psycopg")
         self._where = f"the database {url.database} on {url.host or 'this machine'}"
 
@@ -237,7 +237,7 @@ class PostgresWarehouse:
         names = ", ".join(f'"{column.name}"' for column in table.columns)
         with self._engine(rows.parent) as engine:
             engine.execute(
-                f"copy (select {names} from read_parquet({_quoted(rows)})) to {_quoted(lines)} "
+                f"copy (select {names} from read_parquet({quoted(rows)})) to {quoted(lines)} "
                 "(format csv, header false)"
             )
         try:
@@ -416,12 +416,12 @@ class PostgresWarehouse:
 
     def _as_parquet(self, lines: Path, columns: Sequence[tuple[str, str]], path: Path) -> None:
         """Make a Parquet file of CSV in which `_NULL` is null, if it is not quoted."""
-        types = ", ".join(f"{_quoted(name)}: {_quoted(kind)}" for name, kind in columns)
+        types = ", ".join(f"{quoted(name)}: {quoted(kind)}" for name, kind in columns)
         with self._engine(path.parent) as engine:
             engine.execute(
-                f"copy (select * from read_csv({_quoted(lines)}, columns = {{{types}}}, header = false, "
+                f"copy (select * from read_csv({quoted(lines)}, columns = {{{types}}}, header = false, "
                 f"auto_detect = false, nullstr = '{_NULL}', allow_quoted_nulls = false, delim = ',', "
-                f"quote = '\"', escape = '\"')) to {_quoted(path)} (format parquet)"
+                f"quote = '\"', escape = '\"')) to {quoted(path)} (format parquet)"
             )
         lines.unlink()
 
@@ -544,7 +544,3 @@ def _cell(value: object) -> str:
 
 def _said(error: object) -> str:
     return str(error).strip().splitlines()[0]
-
-
-def _quoted(text: object) -> str:
-    return "'" + str(text).replace("'", "''") + "'"

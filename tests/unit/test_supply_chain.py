@@ -147,13 +147,13 @@ KNOWN = {"info": {}, "vulnerabilities": [], "urls": [{"digests": {"sha256": DIGE
 @contextmanager
 def stand_in_for_pypi(certificates: trustme.CA) -> Iterator[str]:
     """A proxy behind which PyPI knows of the package `tiny` alone, and nothing bad of it; its URL."""
-    trusted = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    certificates.issue_cert("pypi.org").configure_cert(trusted)
 
     class Proxy(BaseHTTPRequestHandler):
         def do_CONNECT(self) -> None:
             self.send_response(200)
             self.end_headers()
+            trusted = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            certificates.issue_cert(self.path.partition(":")[0]).configure_cert(trusted)
             with trusted.wrap_socket(self.connection, server_side=True) as tunnel:
                 asked = tunnel.recv(65536).decode().partition("\r\n")[0]
                 is_known = "/tiny/" in asked
