@@ -253,9 +253,10 @@ class Chaos:
     """Days that were restated and may not have been read since."""
 
     def words(self) -> tuple[str, ...]:
-        """What to run: what is due, or, once all is loaded, a day that is restated first."""
+        """What to run: what is due, or some days of it; once all is loaded, a day that is restated first."""
         if not self.dirty and not self._is_loaded():
-            return ("run", *RESOURCES)
+            first = self.chance.randrange(self.served.feed.days)
+            return self.chance.choice([("run", *RESOURCES), self.again(first, 3)])
         number = self.chance.randrange(self.served.feed.days)
         if len(self.dirty) > 2:
             number = self.chance.choice(sorted(self.dirty))
@@ -265,10 +266,10 @@ class Chaos:
             self.count["restated days"] += 1
         return self.again(number)
 
-    def again(self, number: int) -> tuple[str, ...]:
-        """The command that reads this day again."""
+    def again(self, number: int, days: int = 1) -> tuple[str, ...]:
+        """The command that reads this day again, and those after it."""
         day = self.served.feed.day(number)
-        return ("run", "--start", str(day), "--end", str(day + timedelta(days=1)), *RESOURCES)
+        return ("run", "--start", str(day), "--end", str(day + timedelta(days=days)), *RESOURCES)
 
     def _is_loaded(self) -> bool:
         """Whether every day was loaded once; as far as the published copy tells."""
@@ -283,7 +284,7 @@ class Chaos:
 
     def moment(self) -> float:
         """How long to let a run go on; now and then long enough to build and publish."""
-        return self.chance.expovariate(1 / self.pace) * self.chance.choice((1, 1, 1, 1, 4))
+        return self.chance.expovariate(1 / self.pace) * self.chance.choice((0.3, 0.3, 1, 1, 8))
 
     def kill(self) -> None:
         """SIGKILL a run at a random moment."""
