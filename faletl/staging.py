@@ -34,7 +34,16 @@ from faletl.errors import (
 )
 from faletl.findings import Drift, Findings, SetAside
 from faletl.landing import Landed
-from faletl.money import DECIMAL_TYPE, DOUBLE_DIGITS, HALF_NANO, SCALE, exact_text, plain
+from faletl.money import (
+    DECIMAL_TYPE,
+    DOUBLE_DIGITS,
+    HALF_NANO,
+    SCALE,
+    decimal_of,
+    exact_text,
+    plain,
+    text_of,
+)
 from faletl.pages import UNREADABLE, as_json
 from faletl.places import room
 from faletl.resources import RESOURCES, WHOLE_SINCE, Column, Kind, Proof, Resource
@@ -47,6 +56,9 @@ log = logging.getLogger(__name__)
 LARGEST_RECORD = 4 * 2**20
 """Bytes of JSON in one record; DuckDB sets buffers aside for twice as much on each thread."""
 
+BESIDE = ("_is_inside", "_breach")
+"""Columns of a staged file that are none of the raw table."""
+
 _TELL = 3  # so many offenders are named in an error
 _KEEP = 1000  # so many are kept in ops.quarantine of one read; the landed pages have all
 _LITTLE = 2**20  # compressed bytes of pages
@@ -56,9 +68,10 @@ _LITTLE = 2**20  # compressed bytes of pages
 class Staged:
     """Typed rows of one window, ready to be loaded.
 
-    `path` is a Parquet file with the columns of the raw table. `digest` depends on the rows alone:
-    not on their order, their pages, or the load. `proof` says how completeness was shown: `summary`,
-    `two walks`, `none` (the resource has no control total) or `differs` (a day still open).
+    `path` is a Parquet file with the columns of the raw table, and those `BESIDE` them. `digest` depends
+    on the rows alone: not on their order, their pages, or the load. `proof` says how completeness was
+    shown: `summary`, `two walks`, `none` (the resource has no control total) or `differs` (a day still
+    open).
     `control_total` is fal's own sum of the window's cost, where it told one. `asked_ids` are the
     endpoints that the rows speak for; None where they speak for all.
     """
@@ -123,18 +136,16 @@ def _stage(
     findings = Findings(
         landed, typed.breaches, typed.set_aside, tuple(_drifts(typed.contract, manifest.window))
     )
-    held, inside = connection.execute(
-        f"select count(*), count(*) filter (where _is_inside) from {quoted(path)} where _breach = ''"
-    ).fetchone() or (0, 0)
+    read, held, inside = connection.execute(
+        "select count(*), count(*) filter (where _breach = ''), "
+        f"count(*) filter (where _breach = '' and _is_inside) from {quoted(path)}"
+    ).fetchone() or (0, 0, 0)
     dropped = held - inside
     if dropped:
         log.warning("%s, window %s: fal sent %d rows outside the window; they are dropped",
                     resource.name, manifest.window, dropped)  # fmt: skip
     final = scratch / f"{manifest.load_id}.staged.parquet"
-    connection.execute(
-        f"copy ({_final_rows(connection, landed, resource, path)}) to {quoted(final)} (format parquet)"
-    )
-    path.unlink()
+    _keep(connection, resource, path, final, is_all=inside == read)
     try:
         digest = _digest(connection, resource, final)
         doubtful = _doubtful_rows(connection, resource, final)
@@ -199,6 +210,7 @@ def _engine(settings: Settings, scratch: Path, landed: Landed) -> duckdb.DuckDBP
             # More threads only get in each other's way over little; windows run side by side anyway.
             **({"threads": "1"} if size < _LITTLE else {}),
             "memory_limit": settings.memory,
+            "preserve_insertion_order": "false",  # so that threads need not wait for each other
             "temp_directory": str(scratch / "spill"),
             "autoinstall_known_extensions": "false",
             "autoload_known_extensions": "false",
@@ -240,11 +252,10 @@ def _typed(
     label: str,
     path: Path,
 ) -> Typed:
-    """Write the records of the `label` calls as typed columns.
+    """Write the records of the `label` calls as the columns of their raw table.
 
-    Beside the resource's columns stand `_page`, `_row`, `_is_inside` (the window), `_breach` (why the
-    record cannot be taken, else empty) and, where fal gives rows no id, the `_hash` of their identity.
-    Records that are not even of the right JSON types are left out.
+    Beside them stand `_is_inside` (the window) and `_breach` (why the record cannot be taken, else
+    empty). Every `_ordinal` is 1 yet. Records that are not even of the right JSON types are left out.
     """
     lines = path.with_suffix(".ndjson")
     try:
@@ -345,16 +356,7 @@ def _write_typed(
     lines: Path,
     path: Path,
 ) -> None:
-    columns, window = _columns(resource, label), landed.manifest.window
-    time = None if label in _TOTALS else resource.time
-    more = (
-        f"\"{time}\" >= timestamptz '{instant(window.start)}' "
-        f"and \"{time}\" < timestamptz '{instant(window.end)}' as _is_inside"
-        if time
-        else "true as _is_inside"
-    )
-    if resource.identity and label not in _TOTALS:
-        more += f", {_hash_expression(landed.manifest.account, resource)} as _hash"
+    columns, manifest = _columns(resource, label), landed.manifest
     columns_read = {name: _read_type(tree) for name, tree in tree_of(columns).items()}
     source = connection.read_json(
         str(lines),
@@ -368,13 +370,38 @@ def _write_typed(
         for column in columns
     )
     typed = ", ".join(f'"{column.name}"' for column in columns)
-    breaches = ", ".join(_breach_expression(column) for column in columns)
+    breaches = [breach for column in columns for breach in _breaches(column)]
+    is_breach = " or ".join(f"({predicate})" for predicate, _ in breaches)
+    told = ", ".join(f"case when {predicate} then {reason} end" for predicate, reason in breaches)
     connection.execute(f"""
         copy (
-            select _page, _row, {typed}, concat_ws('; ', {breaches}) as _breach, {more}
+            select
+                {quoted(manifest.account)} as _account, '{manifest.load_id}' as _load_id, _page, _row,
+                {"".join(f"{more}, " for more in _more_columns(landed, resource, label))}
+                {typed},
+                case when {is_breach} then concat_ws('; ', {told}) else '' end as _breach
             from (select _page, _row, {texts} from landed_records)
         ) to {quoted(path)} (format parquet)
     """)
+
+
+def _more_columns(landed: Landed, resource: Resource, label: str) -> Iterator[str]:
+    """SQL for what stands beside the fields of a record."""
+    window = landed.manifest.window
+    if label in _TOTALS or resource.time is None:
+        yield "true as _is_inside"
+    else:
+        yield (
+            f"\"{resource.time}\" >= timestamptz '{instant(window.start)}' "
+            f"and \"{resource.time}\" < timestamptz '{instant(window.end)}' as _is_inside"
+        )
+    if label in _TOTALS:
+        return
+    if resource.window == "snapshot":
+        yield f"timestamptz '{instant(window.start)}' as _snapshot_at"
+    if resource.identity:
+        yield f"{_hash_expression(landed.manifest.account, resource)} as _hash"
+        yield "1 as _ordinal"
 
 
 def _columns(resource: Resource, label: str) -> tuple[Column, ...]:
@@ -382,7 +409,6 @@ def _columns(resource: Resource, label: str) -> tuple[Column, ...]:
 
 
 _DIGITS = bytes.maketrans(b"123456789", b"000000000")
-_DIGITS_AND_POINT = bytes.maketrans(b"123456789.", b"0000000000")
 
 
 def _has_long_number(body: bytes) -> bool:
@@ -391,7 +417,7 @@ def _has_long_number(body: bytes) -> bool:
     return (
         b"0" * (DOUBLE_DIGITS + 1) in digits
         or b"." + b"0" * (SCALE + 1) in digits
-        or b"0" * (DOUBLE_DIGITS + 2) in body.translate(_DIGITS_AND_POINT)
+        or b"0" * (DOUBLE_DIGITS + 2) in digits.replace(b".", b"0")
         or any(_has_number_before(digits, mark) for mark in (b"e-000", b"E-000"))
     )
 
@@ -446,19 +472,23 @@ def _raw_lines(
     levels = [_levels(rows_path, tuple(names)).decode(body)]
     for _ in rows_path[1:]:
         levels = [inner for level in levels for inner in level.rows]
+    in_one_line = bytes if b"\n" not in body and b"\r" not in body else _one_line
     lines, row = [], 0
     for level in levels:
         fields = b"".join(b',"%s":%s' % (name.encode(), bytes(getattr(level, name))) for name in names)
-        for record in level.rows:
-            row += 1
-            if row not in without:
-                lines.append(b'%s%s,"_row":%d,%s\n' % (lead, fields, row, _one_line(bytes(record))[1:]))
+        head = lead + fields + b',"_row":'
+        lines += [
+            b"%b%d,%b\n" % (head, row + n, in_one_line(record)[1:])
+            for n, record in enumerate(level.rows, start=1)
+            if row + n not in without
+        ]
+        row += len(level.rows)
     return b"".join(lines)
 
 
-def _one_line(record: bytes) -> bytes:
+def _one_line(record: bytes | msgspec.Raw) -> bytes:
     """A JSON object without line breaks, which can only stand between its tokens."""
-    return record.replace(b"\n", b" ").replace(b"\r", b" ").strip()
+    return bytes(record).replace(b"\n", b" ").replace(b"\r", b" ").strip()
 
 
 def _records(
@@ -551,13 +581,13 @@ def _cast(text: str, kind: Kind) -> str:
     match kind:
         case Kind.AMOUNT:
             is_good = f"{is_plain} and ({point} = 0 or length({text}) - {point} <= {SCALE})"
-            return f"case when {is_good} then try_cast({text} as {DECIMAL_TYPE}) end"
+            return f"case when {is_good} then {decimal_of(text)} end"
         case Kind.WHOLE:
             whole = f"split_part({text}, '.', 1)"
             is_good = f"{is_plain} and ({point} = 0 or ltrim(substr({text}, {point} + 1), '0') = '')"
             return f"case when {is_good} then try_cast({whole} as bigint) end"
         case Kind.SECONDS:
-            return f"case when {text} >= '0' then try_cast({text} as {DECIMAL_TYPE}) end"
+            return f"case when {text} >= '0' then {decimal_of(text)} end"
         case Kind.INSTANT:
             is_good = f"regexp_full_match({text}, '{_INSTANT_TEXT}')"
             return f"case when {is_good} then try_cast({text} as timestamptz) end"
@@ -575,31 +605,27 @@ def _typed_expression(column: Column) -> str:
     return f"case when {own} is null then {older} else {_cast(own, column.kind)} end"
 
 
-def _breach_expression(column: Column) -> str:
-    """SQL for why the field cannot be taken, null when it can."""
+def _breaches(column: Column) -> Iterator[tuple[str, str]]:
+    """Why the field cannot be taken: SQL for when, and for the sentence. No two hold of one field."""
     text, typed = f'"text of {column.name}"', f'"{column.name}"'
     shown = f"left({text}, 80)"
-    cases = []
     if column.required:
-        cases.append(f"when {text} is null then '{column.name} is missing'")
+        yield f"{text} is null", f"'{column.name} is missing'"
     if column.kind in (Kind.AMOUNT, Kind.WHOLE, Kind.SECONDS):
-        cases.append(f"when {text} < '0' then '{column.name} is negative: ' || {shown}")
+        yield f"{text} < '0'", f"'{column.name} is negative: ' || {shown}"
     if column.kind in _NEEDS:
-        cases.append(
-            f"when {typed} is null and {text} is not null "
-            f"then '{column.name} {_NEEDS[column.kind]}: ' || {shown}"
-        )
+        is_told = f"{text} is not null" if column.kind is Kind.INSTANT else f"{text} >= '0'"
+        yield f"{typed} is null and {is_told}", f"'{column.name} {_NEEDS[column.kind]}: ' || {shown}"
     if column.at_most is not None:
-        cases.append(
-            f"when {typed} > {column.at_most} "
-            f"then '{column.name} is more than {column.at_most}: ' || {shown}"
+        yield (
+            f"{typed} > {column.at_most}",
+            f"'{column.name} is more than {column.at_most}: ' || {shown}",
         )
-    if column.kind is Kind.TEXT and not column.may_be_empty:
-        cases.append(f"when {text} = '' then '{column.name} is empty'")
     if column.kind is Kind.TEXT:
+        if not column.may_be_empty:
+            yield f"{text} = ''", f"'{column.name} is empty'"
         too_long = f"{column.name} is longer than {column.longest:,} bytes"
-        cases.append(f"when strlen({text}) > {column.longest} then '{too_long}'")
-    return f"case {' '.join(cases)} end" if cases else "null"
+        yield f"strlen({text}) > {column.longest}", f"'{too_long}'"
 
 
 def _refused(landed: Landed, label: str, typed: Typed, because: str) -> DataRefusedError:
@@ -622,38 +648,65 @@ def _told(typed: Typed, because: str) -> str:
 
 def _hash_expression(account: str, resource: Resource) -> str:
     """SQL for what tells a row from others where fal gives it no id."""
-    parts = [quoted(account)]
-    for name in resource.identity:
-        is_time = resource.column(name).kind is Kind.INSTANT
-        text = f'epoch_us("{name}")' if is_time else f'"{name}"'
-        parts.append(f"coalesce(cast({text} as varchar), '')")
-    return f"md5(concat_ws(chr(31), {', '.join(parts)}))"
+    texts = [f"coalesce({_value_text(resource.column(name))}, '')" for name in resource.identity]
+    return f"md5(concat_ws(chr(31), {', '.join([quoted(account), *texts])}))"
 
 
-def _final_rows(
-    connection: duckdb.DuckDBPyConnection, landed: Landed, resource: Resource, path: Path
-) -> str:
-    """The rows that the window holds; where a key comes twice (a shifted page), the later one."""
-    manifest = landed.manifest
-    lead = f"{quoted(manifest.account)} as _account, '{manifest.load_id}' as _load_id, _page, _row"
-    if resource.window == "snapshot":
-        lead += f", timestamptz '{instant(manifest.window_start)}' as _snapshot_at"
-    names = ", ".join(f'"{column.name}"' for column in resource.columns)
+def _value_text(column: Column) -> str:
+    """SQL for the text of a typed value, the same in all time zones."""
+    match column.kind:
+        case Kind.AMOUNT | Kind.SECONDS:
+            return text_of(f'"{column.name}"')
+        case Kind.INSTANT:
+            return f'cast(epoch_us("{column.name}") as varchar)'
+        case Kind.TEXT:
+            return f'"{column.name}"'
+        case _:
+            return f'cast("{column.name}" as varchar)'
+
+
+def _keep(
+    connection: duckdb.DuckDBPyConnection,
+    resource: Resource,
+    path: Path,
+    final: Path,
+    *,
+    is_all: bool = False,
+) -> None:
+    """Leave in `final` the rows that the window holds, in place of those in `path`.
+
+    Where a key comes twice (a shifted page), that is the later one. `is_all`: all rows are right, and
+    inside the window.
+    """
+    rows = f"from {quoted(path)} as rows where _is_inside and _breach = ''"
     if resource.identity:
-        lead += f", _hash, {_ordinal_expression(connection, names, path)} as _ordinal"
-    rows = f"select {lead}, {names} from {quoted(path)} as rows where _is_inside and _breach = ''"
-    if resource.repeats or not resource.key:
-        return rows
-    key = ", ".join(resource.key)
-    return f"{rows} qualify row_number() over (partition by {key} order by _page desc, _row desc) = 1"
+        is_numbered = _number_twins(connection, resource, path)
+        number = "(select n from twins where twins._page = rows._page and twins._row = rows._row)"
+        kept = f"select * replace (coalesce({number}, 1) as _ordinal) {rows}" if is_numbered else ""
+    elif resource.repeats or not resource.key:
+        kept = ""
+    else:
+        key = ", ".join(resource.key)
+        order = "order by _page desc, _row desc"
+        kept = f"select * {rows} qualify row_number() over (partition by {key} {order}) = 1"
+    if kept or not is_all:
+        kept = kept or f"select * {rows}"
+        connection.execute(f"copy ({kept}) to {quoted(final)} (format parquet)")
+        path.unlink()
+    else:
+        path.rename(final)
 
 
-def _ordinal_expression(connection: duckdb.DuckDBPyConnection, names: str, path: Path) -> str:
-    """SQL that numbers rows of the same `_hash`, in whatever order they came; 1 where there are none."""
+def _number_twins(connection: duckdb.DuckDBPyConnection, resource: Resource, path: Path) -> bool:
+    """Number the rows of the same `_hash` in the table `twins`, whatever order they came in.
+
+    False if there are none. Only twins are numbered: a window over millions of rows would have to
+    sort them all.
+    """
     twins = f"select _hash from {quoted(path)} where _breach = '' group by _hash having count(*) > 1"
     if not _count(connection, f"select count(*) from ({twins})"):
-        return "1"
-    # Only twins are numbered: a window over millions of rows would have to sort them all.
+        return False
+    names = ", ".join(f'"{column.name}"' for column in resource.columns)
     connection.execute(f"""
         create or replace temp table twins as
         select
@@ -661,7 +714,7 @@ def _ordinal_expression(connection: duckdb.DuckDBPyConnection, names: str, path:
             cast(row_number() over (partition by _hash order by {names}, _page, _row) as integer) as n
         from {quoted(path)} where _is_inside and _breach = '' and _hash in ({twins})
     """)
-    return "coalesce((select n from twins where twins._page = rows._page and twins._row = rows._row), 1)"
+    return True
 
 
 def _digest(connection: duckdb.DuckDBPyConnection, resource: Resource, path: Path) -> str:
@@ -672,11 +725,14 @@ def _digest(connection: duckdb.DuckDBPyConnection, resource: Resource, path: Pat
 
 def digest_sums(resource: Resource) -> str:
     """SQL for the sums over all rows from which `digest_of` makes the digest; in DuckDB's dialect."""
-    names = [column.name for column in resource.columns]
-    names += ["_hash", "_ordinal"] if resource.identity else []
-    fields = ", ".join(f'"{name}" := "{name}"' for name in names)
-    row = f"cast(struct_pack({fields}) as varchar)"
-    return f"count(*), sum(cast(md5_number_lower({row}) as hugeint))"
+    amounts = (Kind.AMOUNT, Kind.SECONDS)
+    fields = {
+        column.name: text_of(f'"{column.name}"') if column.kind in amounts else f'"{column.name}"'
+        for column in resource.columns
+    }
+    fields |= {name: name for name in ("_hash", "_ordinal") if resource.identity}
+    row = ", ".join(f'"{name}" := {value}' for name, value in fields.items())
+    return f"count(*), sum(cast(md5_number_lower(cast(struct_pack({row}) as varchar)) as hugeint))"
 
 
 def digest_of(sums: Sequence[Any] | None) -> str:
@@ -808,8 +864,7 @@ def _digest_again(
     found = _typed(connection, landed, resource, "again", again)
     if found.breaches > typed.breaches:
         raise _refused(landed, "again", found, "the other walk had no such rows")
-    rows = _final_rows(connection, landed, resource, again)
-    connection.execute(f"copy ({rows}) to {quoted(kept)} (format parquet)")
+    _keep(connection, resource, again, kept)
     return _digest(connection, resource, kept)
 
 

@@ -253,7 +253,7 @@ class Chaos:
     """Days that were restated and may not have been read since."""
 
     def words(self) -> tuple[str, ...]:
-        """What to run: what is due, or some days of it; once all is loaded, a day that is restated first."""
+        """What to run: what is due or some days of it; once all is loaded, a day that is restated."""
         if not self.dirty and not self._is_loaded():
             first = self.chance.randrange(self.served.feed.days)
             return self.chance.choice([("run", *RESOURCES), self.again(first, 3)])

@@ -95,7 +95,7 @@ class Warehouse(Protocol):
     # What the core does under a lease.
 
     def take_in(self, connection: sa.Connection, table: sa.Table, rows: Path) -> None:
-        """Insert a staged Parquet file in bulk; its columns are columns of the table."""
+        """Insert the columns of the table from a staged Parquet file, in bulk."""
 
     def hand_out(self, connection: sa.Connection, query: sa.Select[Any], path: Path) -> None:
         """Write the rows of a select to a Parquet file, typed as in the warehouse."""
