@@ -28,6 +28,7 @@ from typing import Any
 
 import duckdb
 
+from benchmarks.measure import environment_of
 from tests.chaos import serving
 from tests.faults import KINDS
 from tests.feed import Feed, money
@@ -123,14 +124,6 @@ def trial(
         }
 
 
-def environment_of_peers(folder: Path) -> Path:
-    """Make it; its Python."""
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    python = folder / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", *PACKAGES], check=True)
-    return python
-
-
 def main(given: Sequence[str] | None = None) -> None:
     """Three tools, three trials; JSON lines, then a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -139,7 +132,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--python", type=Path, help="of an environment that has the peers already")
     asked = parser.parse_args(given)
     with tempfile.TemporaryDirectory() as folder:
-        python = asked.python or environment_of_peers(Path(folder) / "peers")
+        python = asked.python or environment_of(Path(folder) / "peers", PACKAGES)
         tools = {
             "faletl": (faletl, "marts.fct_billing_event", "spend.duckdb"),
             "dlt": (peer(python, "dlt_events.py"), "fal.billing_events", "warehouse.duckdb"),

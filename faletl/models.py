@@ -60,7 +60,13 @@ LARGEST_FACTOR = 1_000_000
 """Base units in one unit; more could overflow a quantity counted in them."""
 
 LONGEST_SPAN = 31
-"""Days that one statement builds: memory does not grow with the history."""
+"""Days that one statement adds up: memory does not grow with the history."""
+
+SPANS = {"": LONGEST_SPAN, "one at a time": 1, "row by row": 36_500}
+"""Days that one statement builds, by what the model's head says of its days."""
+
+CHECKED_SPAN = 7
+"""Days of which a statement compares the keys of all rows."""
 
 BY_WINDOW = ("ops.loads", "ops.restatements", "ops.quarantine")
 """Tables beside raw whose rows have a day: that of `window_start`."""
@@ -146,9 +152,8 @@ def models() -> tuple[Model, ...]:
             told = dict(line.split(": ", 1) for line in lines[:2] if ": " in line)
             keys = told["grain"].split(";")[0]
             key = () if keys == "none" else tuple(keys.split(", "))
-            day, *each = told["days"].split(";")[0].split(", ") if "days" in told else [None]
-            span = 1 if each == ["one at a time"] else LONGEST_SPAN
-            model = Model(layer, path.stem, sql, comment, key, day, span)
+            day, _, each = told.get("days", "").split(";")[0].partition(", ")
+            model = Model(layer, path.stem, sql, comment, key, day or None, SPANS[each])
             found[model.table] = model
     order = TopologicalSorter(
         {table: sorted(tables_read(model.sql) & found.keys()) for table, model in found.items()}
@@ -158,11 +163,20 @@ def models() -> tuple[Model, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A select that must return no rows. `is_by_day`: what holds for each day holds for all."""
+    """A select that must return no rows. `is_by_day`: what holds for each day holds for all.
+
+    `keys_of` is the model whose keys it compares: in memory, so that it looks at few days at a time.
+    """
 
     name: str
     sql: str
     is_by_day: bool
+    keys_of: Model | None = None
+
+    @property
+    def longest_span(self) -> int:
+        """How many days one statement looks at."""
+        return CHECKED_SPAN if self.keys_of else LONGEST_SPAN
 
 
 @cache
@@ -177,7 +191,7 @@ def checks() -> tuple[Check, ...]:
             sql = (
                 f"select {key}, count(*) as copies from {model.table} group by {key} having count(*) > 1"
             )
-            found.append(Check(f"grain of {model.table}", sql, model.day is not None))
+            found.append(Check(f"grain of {model.table}", sql, model.day is not None, model))
     for name, table in RAW.items():
         found.append(Check(f"loads of {table.fullname}", _ledger_check(name, table), is_by_day=True))
     return tuple(found)
@@ -399,7 +413,8 @@ def build(
                 days = _days_of(check.sql, changed)
                 if is_full or days:
                     checked += 1
-                    _check(connection, check, warehouse.dialect, None if is_full else days)
+                    is_whole = is_full and check.keys_of is None
+                    _check(connection, check, warehouse.dialect, None if is_whole else days)
             by_day = [days for name, days in changed.items() if RESOURCES[name].window == "day"]
             runaways, dearest = _new_runaways(connection, is_first=last is None)
             done = Build(
@@ -476,9 +491,15 @@ def _create(connection: sa.Connection, warehouse: Warehouse, model: Model) -> No
 
 def _fill(connection: sa.Connection, model: Model, dialect: str, days: Collection[date]) -> None:
     """Make the table hold what its select gives: on those days, where days stand for themselves."""
+    order = ""
+    if model.grain and model.longest_span <= LONGEST_SPAN:
+        # Sums, and so few rows. Without an order each of DuckDB's threads would leave rows of its own in
+        # memory until the commit, 256 KiB a column, for each statement.
+        order = f"\norder by {', '.join(model.grain)}"
     if not model.is_by_day:
         connection.exec_driver_sql(f"delete from {model.table}")
-        connection.exec_driver_sql(f"insert into {model.table}\n{translate(model.sql, dialect)}")
+        select = translate(model.sql, dialect)
+        connection.exec_driver_sql(f"insert into {model.table}\n{select}{order}")
         return
     for span in spans(days, model.longest_span):
         connection.exec_driver_sql(
@@ -486,13 +507,13 @@ def _fill(connection: sa.Connection, model: Model, dialect: str, days: Collectio
             f"and {model.day} < date '{span.end}'"
         )
         select = restricted(model.sql, span, dialect)
-        connection.exec_driver_sql(f"insert into {model.table}\n{select}")
+        connection.exec_driver_sql(f"insert into {model.table}\n{select}{order}")
 
 
 def _check(connection: sa.Connection, check: Check, dialect: str, days: Collection[date] | None) -> None:
     """Run a check: over those days alone, where days stand for themselves and not all are meant."""
     is_whole = days is None or not check.is_by_day
-    parts = [restricted(check.sql, span, dialect) for span in spans(days or ())]
+    parts = (restricted(check.sql, span, dialect) for span in spans(days or (), check.longest_span))
     for sql in [translate(check.sql, dialect)] if is_whole else parts:
         found = connection.exec_driver_sql(sql).mappings().fetchmany(3)
         if found:

@@ -239,15 +239,20 @@ def _checked_pages(landed: Landed) -> list[int]:
 
 
 def _failed_check(connection: sa.Connection, dialect: str, check: models.Check) -> Iterator[str]:
-    found = connection.exec_driver_sql(models.translate(check.sql, dialect)).mappings()
-    for row in found.fetchmany(3):
-        told = ", ".join(f"{key} {_plain(value)}" for key, value in row.items())
-        yield f"the check '{check.name}' finds {told}; faletl rebuild makes all anew"
+    model, whole = check.keys_of, models.translate(check.sql, dialect)
+    spans = _spans(connection, model, check.longest_span) if model and check.is_by_day else []
+    for sql in [models.restricted(check.sql, span, dialect) for span in spans] or [whole]:
+        found = connection.exec_driver_sql(sql).mappings().fetchmany(3)
+        for row in found:
+            told = ", ".join(f"{key} {_plain(value)}" for key, value in row.items())
+            yield f"the check '{check.name}' finds {told}; faletl rebuild makes all anew"
+        if found:
+            return
 
 
 def _changed_model(connection: sa.Connection, dialect: str, model: models.Model) -> Iterator[str]:
     """Where the table is not what its SQL makes of what it reads."""
-    for span in _spans(connection, model) if model.is_by_day else [None]:
+    for span in _spans(connection, model, model.longest_span) if model.is_by_day else [None]:
         made, held = (
             models.restricted(sql, span, dialect) if span else models.translate(sql, dialect)
             for sql in (model.sql, f"select * from {model.table}")
@@ -268,7 +273,7 @@ def _changed_model(connection: sa.Connection, dialect: str, model: models.Model)
             )
 
 
-def _spans(connection: sa.Connection, model: models.Model) -> Iterator[models.Span]:
+def _spans(connection: sa.Connection, model: models.Model, longest: int) -> list[models.Span]:
     """The days of the model's table and of the windows it is made of."""
     days = {
         start.astimezone(UTC).date()
@@ -279,7 +284,7 @@ def _spans(connection: sa.Connection, model: models.Model) -> Iterator[models.Sp
         )
     }
     held = connection.exec_driver_sql(f"select distinct {model.day} from {model.table}")
-    yield from models.spans(days | set(held.scalars()), model.longest_span)
+    return list(models.spans(days | set(held.scalars()), longest))
 
 
 def _plain(value: object) -> str:

@@ -21,7 +21,10 @@ os.environ |= {
 import dlt
 from dlt.sources.rest_api import rest_api_source
 
-AMOUNT = {"data_type": "decimal", "precision": 38, "scale": 12}
+AMOUNTS = (
+    "quantity", "output_units", "unit_price", "percent_discount", "cost_subtotal", "cost_discount",
+    "cost_total",
+)  # fmt: skip
 
 
 def events_of(url, day):
@@ -48,7 +51,9 @@ def events_of(url, day):
                     "write_disposition": {"disposition": "merge", "strategy": "delete-insert"},
                     "merge_key": "day",
                     "max_table_nesting": 0,
-                    "columns": {"cost_total": AMOUNT, "quantity": AMOUNT},
+                    "columns": {
+                        name: {"data_type": "decimal", "precision": 38, "scale": 12} for name in AMOUNTS
+                    },
                     "endpoint": {
                         "path": "models/billing-events",
                         "data_selector": "billing_events",

@@ -1,6 +1,6 @@
 -- Every single charge; fal gives it no id, so a hash and a number stand in. Model APIs only.
 -- grain: account, event_hash, event_ordinal
--- days: usage_date
+-- days: usage_date, row by row
 with
 
 events as (
@@ -42,8 +42,7 @@ select
 from events
 left join priced_units
     on
-        events.unit is null
-        and events.account = priced_units.account
+        events.account = priced_units.account
         and events.usage_date = priced_units.usage_date
         and events.endpoint_id = priced_units.endpoint_id
         and events.unit_price = priced_units.unit_price

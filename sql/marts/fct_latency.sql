@@ -1,6 +1,6 @@
 -- How long requests took, by day: percentiles, never to be added up or averaged.
 -- grain: account, usage_date, endpoint_id
--- days: usage_date
+-- days: usage_date, row by row
 select
     account,
     usage_date,

@@ -1,6 +1,6 @@
 -- Requests by outcome, by hour: also those that failed and cost nothing.
 -- grain: account, used_at, endpoint_id
--- days: usage_date
+-- days: usage_date, row by row
 select
     account,
     bucket_at as used_at,  -- start of the hour, UTC

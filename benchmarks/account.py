@@ -1,0 +1,75 @@
+"""A large account for benchmarks: its pages in a folder, and a server that sends them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import date
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+from tests.feed import Feed
+
+NOTHING = {
+    "usage": b'{"time_series":[],"summary":[],"next_cursor":null,"has_more":false}',
+    "billing-events": b'{"billing_events":[],"next_cursor":null,"has_more":false}',
+}
+
+
+def write_pages(feed: Feed, folder: Path) -> None:
+    """All answers: <day>/page-0.json and so on, <day>/usage.json."""
+    for number in range(feed.days):
+        day = folder / str(feed.day(number))
+        day.mkdir(parents=True)
+        (day / "usage.json").write_bytes(feed.usage(number))
+        for page in range(feed.pages_per_day):
+            (day / f"page-{page}.json").write_bytes(feed.page(number, page))
+
+
+@contextmanager
+def serving(folder: Path, latency_s: float = 0) -> Iterator[str]:
+    """Serve the folder from another process, each answer after so many seconds; the URL."""
+    context = multiprocessing.get_context("fork")
+    ready, told = context.Pipe()
+    process = context.Process(target=_serve, args=(folder, latency_s, told), daemon=True)
+    process.start()
+    try:
+        yield f"http://127.0.0.1:{ready.recv()}/v1"
+    finally:
+        process.terminate()
+        process.join()
+
+
+def _serve(folder: Path, latency_s: float, told: Any) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            time.sleep(latency_s)
+            body = _answer(folder, self.path)
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    told.send(server.server_address[1])
+    server.serve_forever()
+
+
+def _answer(folder: Path, path: str) -> bytes:
+    url = urlsplit(path)
+    query = parse_qs(url.query)
+    what = url.path.rpartition("/")[2]
+    day = date.fromisoformat(query["start"][0][:10])
+    name = "usage" if what == "usage" else query.get("cursor", ["page-0"])[0]
+    lies_at = folder / str(day) / f"{name}.json"
+    return lies_at.read_bytes() if lies_at.exists() else NOTHING[what]

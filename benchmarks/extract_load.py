@@ -1,0 +1,129 @@
+"""A day of billing events, extracted and loaded: ours beside DuckDB alone, dlt and pandas.
+
+    python -m benchmarks.extract_load --events 1000000
+
+Ours is `faletl run` without its build: all pages landed compressed, every amount exact, the day proven
+against fal's usage, one transaction. DuckDB alone reads the same records from the disk, without any of
+that: what no tool on DuckDB can beat. The peers ask the same server (benchmarks/peers). CPU counts;
+medians of five rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+import duckdb
+import msgspec
+
+from benchmarks.account import serving, write_pages
+from benchmarks.measure import ROUNDS, Spent, environment_of, figures, side_by_side, spent, tell
+from tests.feed import Feed
+
+DAY = date(2026, 11, 1)
+PEERS = Path(__file__).parent / "peers"
+PACKAGES = (
+    "dlt[duckdb,parquet]==1.31.0", "httpx==0.28.1", "pandas==3.1.1", "pyarrow",
+    f"duckdb=={duckdb.__version__}",
+)  # fmt: skip
+
+
+def environment_of_ours(url: str, folder: Path) -> dict[str, str]:
+    """Settings of a fresh warehouse in the folder."""
+    return {
+        "FAL_KEY": "bench:not-a-secret",
+        "FALETL_ACCOUNT": "bench",
+        "FALETL_API_URL": url,
+        "FALETL_WAREHOUSE": f"duckdb:///{folder / 'warehouse.duckdb'}",
+        "FALETL_LANDING": str(folder / "landing"),
+        "FALETL_RATE": "0",
+        "FALETL_GATE": "0",
+    }
+
+
+WITHOUT_BUILD = """
+from faletl import cli, pipeline
+pipeline.build_and_publish = lambda settings, report: None
+cli.main()
+"""
+
+
+def ours(url: str, folder: Path) -> Spent:
+    """A run of the day that ends when it is loaded."""
+    words = ["run", "--start", f"{DAY}", "--end", f"{DAY.replace(day=2)}"]
+    words += ["--resource", "usage", "--resource", "billing_events"]
+    return spent([sys.executable, "-c", WITHOUT_BUILD, *words], environment_of_ours(url, folder))
+
+
+def held(database: Path, table: str) -> tuple[int, str]:
+    """How many charges, and their sum."""
+    with duckdb.connect(str(database), read_only=True) as connection:
+        found = connection.execute(
+            f"select count(*), cast(cast(sum(cost_total) as decimal(38, 9)) as varchar) from {table}"
+        ).fetchone()
+    assert found is not None
+    return found[0], found[1]
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--events", type=int, default=1_000_000)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--python", type=Path, help="of an environment that has the peers already")
+    parser.add_argument("--without", nargs="*", default=[], help="peers to leave out")
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="faletl-bench-") as name:
+        root = Path(name)
+        python = asked.python or environment_of(root / "peers", PACKAGES)
+        feed = Feed(DAY, 1, asked.events)
+        write_pages(feed, root / "pages")
+        for page in (root / "pages").glob("*/page-*.json"):
+            records = msgspec.json.decode(page.read_bytes(), type=dict[str, msgspec.Raw])
+            page.with_name(f"records-{page.stem}.json").write_bytes(records["billing_events"])
+        nano = sum(one.nano for one in feed.events(0))
+        served = (asked.events, f"{nano // 10**9}.{nano % 10**9:09d}")
+        with serving(root / "pages") as url:
+
+            def fresh(run: Callable[[Path], Spent], table: str) -> Callable[[], Spent]:
+                def once() -> Spent:
+                    folder = root / "run"
+                    folder.mkdir()
+                    found = run(folder)
+                    assert held(folder / "warehouse.duckdb", table) == served, table
+                    shutil.rmtree(folder)
+                    return found
+
+                return once
+
+            def peer(script: str, *given: str) -> Callable[[Path], Spent]:
+                def run(folder: Path) -> Spent:
+                    words = [python, PEERS / script, *given[:1], folder / "warehouse.duckdb", *given[1:]]
+                    return spent(words, {"HOME": str(folder)})
+
+                return run
+
+            variants = {
+                "duckdb": fresh(peer("duckdb_pages.py", str(root / "pages")), "billing_events"),
+                "faletl": fresh(lambda folder: ours(url, folder), "raw.billing_events"),
+                "pandas": fresh(peer("pandas_events.py", url, str(DAY)), "billing_events"),
+                "dlt arrow": fresh(peer("dlt_arrow_events.py", url, str(DAY)), "fal.billing_events"),
+                "dlt rest": fresh(peer("dlt_events.py", url, str(DAY), "1"), "fal.billing_events"),
+            }
+            chosen = {name: run for name, run in variants.items() if name not in asked.without}
+            found = side_by_side(chosen, asked.rounds)
+    limit = found["duckdb"].cpu_s
+    tell(
+        {"work": "extract and load", "events": asked.events, "tool": name, **figures(one),
+         "times_duckdb": round(one.cpu_s / limit, 2)}
+        for name, one in found.items()
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())
