@@ -100,7 +100,7 @@ docs: setup
 bench: setup
 	$(BIN)/python benchmarks/load_events.py 1000000 5000000
 	$(BIN)/python -m benchmarks.extract_load
-	$(BIN)/python benchmarks/parse_dags.py
+	$(BIN)/python -m benchmarks.start
 	$(BIN)/python benchmarks/server_days.py 100000 50
 
 # Needs PostgreSQL and Redis servers, which it starts for itself.

@@ -115,7 +115,7 @@ def on_a_full_disk(folder: Path) -> None:
             ("faletl.landing.Attempt.land", "before", r"cannot write .*/before-.* bytes needed"),
             ("faletl.landing.Attempt.seal", "before", r"cannot write .*/manifest.json.* bytes needed"),
             ("faletl.staging._typed", "before", r"staging failed: .*; make room below .*/disk"),
-            ("faletl.staging._final_rows", "before", r"staging failed: .*; make room below .*/disk"),
+            ("faletl.staging._prove", "before", r"staging failed: .*; make room below .*/disk"),
             ("faletl.warehouse.duckdb._discard", "before", r"the warehouse .*\.new cannot be used"),
             ("faletl.warehouse.schema.create", "after", r"the warehouse .*\.new cannot be used"),
             ("faletl.load.fence", "after", r"the warehouse .*\.duckdb cannot be used"),
