@@ -98,8 +98,9 @@ docs: setup
 	$(BIN)/python -m docs
 
 bench: setup
-	$(BIN)/python benchmarks/load_events.py 1000000 5000000
+	$(BIN)/python -m benchmarks.whole_run 1000000 5000000
 	$(BIN)/python -m benchmarks.extract_load
+	$(BIN)/python -m benchmarks.history
 	$(BIN)/python -m benchmarks.start
 	$(BIN)/python benchmarks/server_days.py 100000 50
 

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from tests.feed import Feed
+import duckdb
+
+from tests.feed import Feed, money
 
 NOTHING = {
     "usage": b'{"time_series":[],"summary":[],"next_cursor":null,"has_more":false}',
@@ -28,6 +30,22 @@ def write_pages(feed: Feed, folder: Path) -> None:
         (day / "usage.json").write_bytes(feed.usage(number))
         for page in range(feed.pages_per_day):
             (day / f"page-{page}.json").write_bytes(feed.page(number, page))
+
+
+def total(feed: Feed) -> tuple[int, str]:
+    """How many charges are served, and their sum."""
+    charges = [one.nano for number in range(feed.days) for one in feed.events(number)]
+    return len(charges), money(sum(charges))
+
+
+def held(database: Path, table: str) -> tuple[int, str]:
+    """How many charges a table of a DuckDB file has, and their sum."""
+    with duckdb.connect(str(database), read_only=True) as connection:
+        found = connection.execute(
+            f"select count(*), cast(cast(sum(cost_total) as decimal(38, 9)) as varchar) from {table}"
+        ).fetchone()
+    assert found is not None
+    return found[0], found[1]
 
 
 @contextmanager

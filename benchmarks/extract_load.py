@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from datetime import date
@@ -21,7 +20,8 @@ from pathlib import Path
 import duckdb
 import msgspec
 
-from benchmarks.account import serving, write_pages
+from benchmarks import ours
+from benchmarks.account import held, serving, total, write_pages
 from benchmarks.measure import ROUNDS, Spent, environment_of, figures, side_by_side, spent, tell
 from tests.feed import Feed
 
@@ -31,43 +31,6 @@ PACKAGES = (
     "dlt[duckdb,parquet]==1.31.0", "httpx==0.28.1", "pandas==3.1.1", "pyarrow",
     f"duckdb=={duckdb.__version__}",
 )  # fmt: skip
-
-
-def environment_of_ours(url: str, folder: Path) -> dict[str, str]:
-    """Settings of a fresh warehouse in the folder."""
-    return {
-        "FAL_KEY": "bench:not-a-secret",
-        "FALETL_ACCOUNT": "bench",
-        "FALETL_API_URL": url,
-        "FALETL_WAREHOUSE": f"duckdb:///{folder / 'warehouse.duckdb'}",
-        "FALETL_LANDING": str(folder / "landing"),
-        "FALETL_RATE": "0",
-        "FALETL_GATE": "0",
-    }
-
-
-WITHOUT_BUILD = """
-from faletl import cli, pipeline
-pipeline.build_and_publish = lambda settings, report: None
-cli.main()
-"""
-
-
-def ours(url: str, folder: Path) -> Spent:
-    """A run of the day that ends when it is loaded."""
-    words = ["run", "--start", f"{DAY}", "--end", f"{DAY.replace(day=2)}"]
-    words += ["--resource", "usage", "--resource", "billing_events"]
-    return spent([sys.executable, "-c", WITHOUT_BUILD, *words], environment_of_ours(url, folder))
-
-
-def held(database: Path, table: str) -> tuple[int, str]:
-    """How many charges, and their sum."""
-    with duckdb.connect(str(database), read_only=True) as connection:
-        found = connection.execute(
-            f"select count(*), cast(cast(sum(cost_total) as decimal(38, 9)) as varchar) from {table}"
-        ).fetchone()
-    assert found is not None
-    return found[0], found[1]
 
 
 def main() -> None:
@@ -86,8 +49,7 @@ def main() -> None:
         for page in (root / "pages").glob("*/page-*.json"):
             records = msgspec.json.decode(page.read_bytes(), type=dict[str, msgspec.Raw])
             page.with_name(f"records-{page.stem}.json").write_bytes(records["billing_events"])
-        nano = sum(one.nano for one in feed.events(0))
-        served = (asked.events, f"{nano // 10**9}.{nano % 10**9:09d}")
+        served = total(feed)
         with serving(root / "pages") as url:
 
             def fresh(run: Callable[[Path], Spent], table: str) -> Callable[[], Spent]:
@@ -110,7 +72,10 @@ def main() -> None:
 
             variants = {
                 "duckdb": fresh(peer("duckdb_pages.py", str(root / "pages")), "billing_events"),
-                "faletl": fresh(lambda folder: ours(url, folder), "raw.billing_events"),
+                "faletl": fresh(
+                    lambda folder: ours.run(DAY, ours.environment(url, folder, GATE="0"), builds=False),
+                    "raw.billing_events",
+                ),
                 "pandas": fresh(peer("pandas_events.py", url, str(DAY)), "billing_events"),
                 "dlt arrow": fresh(peer("dlt_arrow_events.py", url, str(DAY)), "fal.billing_events"),
                 "dlt rest": fresh(peer("dlt_events.py", url, str(DAY), "1"), "fal.billing_events"),
@@ -126,4 +91,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,11 +1,22 @@
-"""A warehouse with a long history, filled by SQL: charges and usage as loads leave them."""
+"""What a full build of a long history costs.
+
+    python -m benchmarks.history --days 100 --rows 100000
+
+The warehouse is filled by SQL with charges and usage as loads leave them; `faletl build --full` is a
+process of its own, with the memory that is set by default.
+"""
 
 from __future__ import annotations
 
+import argparse
+import tempfile
 from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
 
 import sqlalchemy as sa
 
+from benchmarks import ours
+from benchmarks.measure import faletl, figures, spent, tell
 from faletl.config import Settings
 from faletl.warehouse import Lease, open_warehouse
 from faletl.warehouse.tables import LOADS, RAW, WAREHOUSE
@@ -101,3 +112,21 @@ def _fill_day(lease: Lease, account: str, day: date, rows: int) -> None:
                     data_version=version,
                 )
             )
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--days", type=int, default=100)
+    parser.add_argument("--rows", type=int, default=100_000, help="charges of each day")
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="faletl-bench-") as name:
+        environment = ours.environment("http://127.0.0.1:9", Path(name))
+        settings = Settings.isolated(warehouse=environment["FALETL_WAREHOUSE"])
+        fill(settings, environment["FALETL_ACCOUNT"], date(2026, 1, 1), asked.days, asked.rows)
+        built = spent(faletl("build", "--full"), environment)
+    tell([{"work": "build --full", "days": asked.days, "rows a day": asked.rows, **figures(built)}])
+
+
+if __name__ == "__main__":
+    main()

@@ -66,7 +66,7 @@ SPANS = {"": LONGEST_SPAN, "one at a time": 1, "row by row": 36_500}
 """Days that one statement builds, by what the model's head says of its days."""
 
 CHECKED_SPAN = 7
-"""Days of which a statement compares the keys of all rows."""
+"""Days of which a statement compares all rows with each other."""
 
 BY_WINDOW = ("ops.loads", "ops.restatements", "ops.quarantine")
 """Tables beside raw whose rows have a day: that of `window_start`."""
@@ -172,11 +172,6 @@ class Check:
     sql: str
     is_by_day: bool
     keys_of: Model | None = None
-
-    @property
-    def longest_span(self) -> int:
-        """How many days one statement looks at."""
-        return CHECKED_SPAN if self.keys_of else LONGEST_SPAN
 
 
 @cache
@@ -413,8 +408,7 @@ def build(
                 days = _days_of(check.sql, changed)
                 if is_full or days:
                     checked += 1
-                    is_whole = is_full and check.keys_of is None
-                    _check(connection, check, warehouse.dialect, None if is_whole else days)
+                    _check(connection, check, warehouse.dialect, None if is_full else days)
             by_day = [days for name, days in changed.items() if RESOURCES[name].window == "day"]
             runaways, dearest = _new_runaways(connection, is_first=last is None)
             done = Build(
@@ -510,11 +504,28 @@ def _fill(connection: sa.Connection, model: Model, dialect: str, days: Collectio
         connection.exec_driver_sql(f"insert into {model.table}\n{select}{order}")
 
 
+def statements(
+    connection: sa.Connection, check: Check, dialect: str, days: Collection[date] | None = None
+) -> Iterator[str]:
+    """The selects of a check: over those days, or all rows; keys are compared a few days at a time."""
+    if days is None and check.keys_of and check.is_by_day:
+        days = days_held(connection, check.keys_of)
+    if days is None or not check.is_by_day:
+        yield translate(check.sql, dialect)
+        return
+    for span in spans(days, CHECKED_SPAN if check.keys_of else LONGEST_SPAN):
+        yield restricted(check.sql, span, dialect)
+
+
+def days_held(connection: sa.Connection, model: Model) -> set[date]:
+    """The days on which the table or view has rows."""
+    days = f"select distinct {model.day} from {model.table} where {model.day} is not null"
+    return set(connection.exec_driver_sql(days).scalars())
+
+
 def _check(connection: sa.Connection, check: Check, dialect: str, days: Collection[date] | None) -> None:
     """Run a check: over those days alone, where days stand for themselves and not all are meant."""
-    is_whole = days is None or not check.is_by_day
-    parts = (restricted(check.sql, span, dialect) for span in spans(days or (), check.longest_span))
-    for sql in [translate(check.sql, dialect)] if is_whole else parts:
+    for sql in statements(connection, check, dialect, days):
         found = connection.exec_driver_sql(sql).mappings().fetchmany(3)
         if found:
             told = "; ".join(", ".join(f"{k} {v!a}" for k, v in row.items()) for row in found)

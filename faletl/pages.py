@@ -73,7 +73,7 @@ def as_json(body: bytes) -> bytes:
     right than a page that cannot be read.
     """
     body = body.removeprefix(_BOM)
-    # A single byte is found fifty times faster than a word.
+    # A byte that is not there is found missing much faster than a word.
     if (b"N" in body and b"NaN" in body) or (b"I" in body and b"Infinity" in body):
         return _TEXT_OR_NO_NUMBER.sub(lambda m: m[0] if m[0][:1] == b'"' else b'"%s"' % m[0], body)
     return body

@@ -71,8 +71,7 @@ class Staged:
     `path` is a Parquet file with the columns of the raw table, and those `BESIDE` them. `digest` depends
     on the rows alone: not on their order, their pages, or the load. `proof` says how completeness was
     shown: `summary`, `two walks`, `none` (the resource has no control total) or `differs` (a day still
-    open).
-    `control_total` is fal's own sum of the window's cost, where it told one. `asked_ids` are the
+    open). `control_total` is fal's own sum of the window's cost, where it told one. `asked_ids` are the
     endpoints that the rows speak for; None where they speak for all.
     """
 
@@ -360,7 +359,7 @@ def _write_typed(
     read = {name: _read_type(tree) for name, tree in tree_of(columns).items()}
     read = {"_page": "integer", "_row": "integer", **read}
     types = ", ".join(f"{quoted(name)}: {quoted(kind)}" for name, kind in read.items())
-    source = (  # as text: DuckDB's own method for it imports pandas, a second and 100 MB
+    source = (  # in SQL: DuckDB's method of that name imports pandas, which nothing here needs
         f"read_json({quoted(lines)}, format = 'newline_delimited', columns = {{{types}}}, "
         f"maximum_object_size = {LARGEST_RECORD})"
     )
@@ -658,8 +657,6 @@ def _value_text(column: Column) -> str:
             return text_of(f'"{column.name}"')
         case Kind.INSTANT:
             return f'cast(epoch_us("{column.name}") as varchar)'
-        case Kind.TEXT:
-            return f'"{column.name}"'
         case _:
             return f'cast("{column.name}" as varchar)'
 

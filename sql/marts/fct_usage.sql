@@ -1,6 +1,6 @@
 -- What was used and charged, by hour: the fact that every sum of spend comes from. Model APIs only.
 -- grain: account, used_at, endpoint_id, unit, unit_price, percent_discount, currency, credential_id
--- days: usage_date, row by row
+-- days: usage_date
 select
     account,
     used_at,

@@ -1,5 +1,6 @@
 -- Charges as fal reports them: instants in UTC, one id per credential.
 -- grain: account, event_hash, event_ordinal
+-- days: usage_date
 with
 
 events as (

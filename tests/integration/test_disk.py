@@ -516,4 +516,8 @@ def test_tables_that_somebody_altered_are_told_and_made_anew(loaded: Settings, t
     (found,) = verify(loaded).findings
     assert "marts.fct_usage: the column cost_total is of type double, not decimal(38,12)" in found
     pipeline.build(loaded, full=True)
+    with opened(loaded) as connection:
+        connection.execute("update marts.fct_usage set usage_date = null where rowid = 0")
+    assert "marts.fct_usage: 1 rows have no day" in "; ".join(verify(loaded).findings)
+    pipeline.build(loaded, full=True)
     check_runs(loaded)

@@ -609,17 +609,21 @@ def test_a_database_of_somebody_else_is_never_published_over(
 
 
 @pytest.mark.parametrize(
-    "damage",
+    ("damage", "found"),
     [
-        "delete from raw.prices",
-        "delete from raw.credits",
-        "delete from raw.models where endpoint_id = 'fal-ai/flux/dev'",
-        "update raw.usage set cost_total = cost_total + 1",
-        "update ops.loads set is_current = false where resource = 'usage'",
+        ("delete from raw.prices", "loads of raw"),
+        ("delete from raw.credits", "loads of raw"),
+        ("delete from raw.models where endpoint_id = 'fal-ai/flux/dev'", "loads of raw"),
+        ("update raw.usage set cost_total = cost_total + 1", "loads of raw"),
+        ("update ops.loads set is_current = false where resource = 'usage'", "loads of raw"),
+        (
+            "insert into raw.billing_events select * from raw.billing_events limit 1",
+            "grain of staging.stg_fal__billing_events",
+        ),
     ],
 )
 def test_a_warehouse_that_was_edited_by_hand_does_not_pass_its_checks(
-    damage: str, clock: time_machine.Traveller, settings: Settings
+    damage: str, found: str, clock: time_machine.Traveller, settings: Settings
 ) -> None:
     def shown() -> list[list[tuple[Any, ...]]]:
         tables = all_tables(settings).items()
@@ -629,7 +633,7 @@ def test_a_warehouse_that_was_edited_by_hand_does_not_pass_its_checks(
     before = shown()
     with opened(settings) as connection:
         connection.execute(damage)
-    with pytest.raises(CheckFailedError, match="loads of raw"):
+    with pytest.raises(CheckFailedError, match=found):
         pipeline.build(settings, full=True)
     assert shown() == before
 

@@ -96,6 +96,24 @@ def test_exact_twins_are_numbered_and_others_are_not(tmp_path: Path) -> None:
         assert len({(row["_hash"], row["_ordinal"]) for row in rows}) == len(rows)
 
 
+@pytest.mark.parametrize("column", ["quantity", "cost_total"])
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("0.000000000001", "0.000000000002"), ("999999.5", "1000000"), ("1000000", "1000001"),
+     ("12345678901234", "12345678901235")],
+)  # fmt: skip
+def test_an_amount_of_any_size_tells_rows_apart(
+    column: str, one: str, other: str, tmp_path: Path
+) -> None:
+    staged = []
+    for token in (one, other):
+        sent = page(charge(**{column: "amount"})).replace(b'"amount"', token.encode())
+        staged.append(stage(EVENTS, sent, tmp_path / token))
+    assert len({each.digest for each in staged}) == 2
+    hashes = {row["_hash"] for each in staged for row in staged_rows(each)}
+    assert len(hashes) == (2 if column in EVENTS.identity else 1)
+
+
 # --- Instants, and the edges of a day -------------------------------------------------------------
 
 DAY = "2026-11-22"

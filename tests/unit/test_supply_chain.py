@@ -115,7 +115,7 @@ def test_only_what_was_locked_is_installed(what: str, tmp_path: Path) -> None:
 
     words = [str(lock) if word == LOCK.name else word for word in recipe("setup", "--requirement")]
     out = tmp_path / "out"
-    done = run([*words, "--no-index", "--find-links", str(tmp_path), "--target", str(out)])
+    done = run([*words, "--target", str(out)], PIP_NO_INDEX="1", PIP_FIND_LINKS=str(tmp_path))
 
     assert (done.returncode == 0) == (out / "tiny.py").exists() == (what == "as locked"), done.stderr
     told = {"tampered with": "DO NOT MATCH THE HASHES", "without a hash": "Hashes are required"}
@@ -145,8 +145,8 @@ KNOWN = {"info": {}, "vulnerabilities": [], "urls": [{"digests": {"sha256": DIGE
 
 
 @contextmanager
-def stand_in_for_pypi(certificates: trustme.CA) -> Iterator[str]:
-    """A proxy behind which PyPI knows of the package `tiny` alone, and nothing bad of it; its URL."""
+def advisories(certificates: trustme.CA) -> Iterator[str]:
+    """A proxy behind which only the package `tiny` is known of, and nothing bad of it; its URL."""
 
     class Proxy(BaseHTTPRequestHandler):
         def do_CONNECT(self) -> None:
@@ -186,7 +186,7 @@ def test_an_audit_is_green_only_when_everything_was_looked_up(tmp_path: Path) ->
         done = run(words, HTTPS_PROXY=proxy, REQUESTS_CA_BUNDLE=str(tmp_path / "ca.pem"))
         return done.returncode, done.stderr
 
-    with stand_in_for_pypi(certificates) as proxy:
+    with advisories(certificates) as proxy:
         assert audited("tiny", proxy) == (0, "No known vulnerabilities found\n")
         code, told = audited("tiny unknown", proxy)
     assert (code, "not found on PyPI" in told) == (1, True)  # where pip-audit would only skip it

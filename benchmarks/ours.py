@@ -1,0 +1,36 @@
+"""Our command line, over a day of a large account that is served from a folder."""
+
+from __future__ import annotations
+
+import sys
+from datetime import date, timedelta
+from pathlib import Path
+
+from benchmarks.measure import Spent, spent
+
+WITHOUT_BUILD = """
+from faletl import cli, pipeline
+pipeline.build_and_publish = lambda settings, report: None
+cli.main()
+"""
+
+
+def environment(url: str, folder: Path, **more: str) -> dict[str, str]:
+    """Settings of a warehouse in the folder; `more` are others, without their prefix."""
+    return {
+        "FAL_KEY": "bench:not-a-secret",
+        "FALETL_ACCOUNT": "bench",
+        "FALETL_API_URL": url,
+        "FALETL_WAREHOUSE": f"duckdb:///{folder / 'warehouse.duckdb'}",
+        "FALETL_LANDING": str(folder / "landing"),
+        "FALETL_RATE": "0",
+        **{f"FALETL_{name}": value for name, value in more.items()},
+    }
+
+
+def run(day: date, settings: dict[str, str], *, builds: bool = True) -> Spent:
+    """`faletl run` of the day's usage and charges; without `builds` it ends when they are loaded."""
+    start = ["-m", "faletl"] if builds else ["-c", WITHOUT_BUILD]
+    words = ["run", "--start", f"{day}", "--end", f"{day + timedelta(days=1)}"]
+    words += ["--resource", "usage", "--resource", "billing_events"]
+    return spent([sys.executable, *start, *words], settings)
