@@ -579,7 +579,11 @@ def _cast(text: str, kind: Kind) -> str:
     match kind:
         case Kind.AMOUNT:
             is_good = f"{is_plain} and ({point} = 0 or length({text}) - {point} <= {SCALE})"
-            return f"case when {is_good} then {decimal_of(text)} end"
+            # What is below a ten-thousandth DuckDB writes as 1.5e-06: a digit, decimals, an exponent.
+            mantissa, exponent = (f"split_part({text}, 'e-', {part})" for part in (1, 2))
+            decimals = f"greatest(length({mantissa}) - 2, 0) + try_cast({exponent} as integer)"
+            is_tiny = f"{text} >= '0' and {text} < ':' and {decimals} <= {SCALE}"
+            return f"case when {is_good} or ({is_tiny}) then {decimal_of(text)} end"
         case Kind.WHOLE:
             whole = f"split_part({text}, '.', 1)"
             is_good = f"{is_plain} and ({point} = 0 or ltrim(substr({text}, {point} + 1), '0') = '')"
