@@ -18,7 +18,7 @@ from faletl.config import Settings
 from faletl.errors import SettingsError
 from faletl.plan import Asked
 from faletl.rebuild import rebuild
-from faletl.sandbox import BillingEvent, Sandbox
+from faletl.sandbox import BillingEvent, Sandbox, UsageLine
 from faletl.sandbox.world import runaways_of_hour
 from faletl.verify import verify
 from tests.conftest import all_tables, ask, settings_for
@@ -77,10 +77,22 @@ def charge(when: datetime, endpoint_id: str, cost: str) -> BillingEvent:
     return replace(whole, cost_total=Decimal(cost), request_id=f"{endpoint_id} {cost}")
 
 
+class Charged(Account):
+    """An account whose usage follows from its charges, so that one walk over them is proof enough."""
+
+    def usage(self, start: datetime, end: datetime) -> list[UsageLine]:
+        """A line for each charge, in its hour."""
+        return [
+            line(one.timestamp.replace(minute=0, second=0, microsecond=0), one.endpoint_id,
+                 "1", str(one.cost_total))
+            for one in self.billing_events(start, end)
+        ]  # fmt: skip
+
+
 @pytest.fixture
 def account() -> Account:
     """An account with 54 days of one endpoint, and charges of others that have little history."""
-    account = Account()
+    account = Charged()
     steady = [
         charge(at(day, hour), FLUX, f"0.{(day * 7 + hour * 3) % 40 + 1:02d}")
         for day in range(54)
@@ -144,7 +156,9 @@ def test_new_ones_are_told_once(
         caplog.clear()
         return sum(one.startswith("runaway charge: ") for one in lines)
 
-    first = pipeline.run(settings, EVENTS).build
+    begun = pipeline.run(settings, EVENTS)
+    assert begun.failures == []
+    first = begun.build
     assert first is not None
     assert first.runaways == everything > models.TELL_RUNAWAYS
     assert (
@@ -156,7 +170,9 @@ def test_new_ones_are_told_once(
     assert account.events is not None
     account.events.append(charge(at(52), FLUX, "800"))
     clock.shift(60)
-    again = pipeline.run(settings, Asked(at(52).date(), resources=["billing_events"])).build
+    second = pipeline.run(settings, Asked(at(52).date(), resources=["billing_events"]))
+    assert second.failures == [], second.outcomes
+    again = second.build
     assert again is not None
     assert again.runaways == 1
     assert "fal-ai/flux/dev was charged 800 USD" in caplog.text
