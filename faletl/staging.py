@@ -15,9 +15,8 @@ import logging
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import duckdb
 import msgspec
@@ -62,6 +61,9 @@ BESIDE = ("_is_inside", "_breach")
 _TELL = 3  # so many offenders are named in an error
 _KEEP = 1000  # so many are kept in ops.quarantine of one read; the landed pages have all
 _LITTLE = 2**20  # compressed bytes of pages
+
+Level: TypeAlias = tuple[Mapping[str, msgspec.Raw], list[msgspec.Raw]]
+"""An object of a page that holds records, and these, as bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,14 +327,16 @@ def _write_lines(
             try:
                 body = as_json(landed.body(page))
                 breaches = typed.contract.breaches(body)
-                if is_exact or _has_long_number(body) or _has_key_twice(body, rows_path):
+                levels = None if is_exact or _has_long_number(body) else _levels(body, rows_path)
+                if levels is None:
                     records, noise = _records(body, rows_path, columns, breaches)
                     typed.rounded += noise
                     lead = [outer | {"_row": row} for row in records]
                     whole = [r | more for r, more in zip(records.values(), lead, strict=True)]
                     file.write(msgspec.json.Encoder().encode_lines(whole))
                 else:
-                    file.write(_raw_lines(body, rows_path, columns, outer, breaches))
+                    is_one_line = b"\n" not in body and b"\r" not in body
+                    file.write(_raw_lines(levels, columns, outer, breaches, is_one_line=is_one_line))
                 _set_untyped_aside(typed, number, breaches, body)
             except FaletlError as error:
                 raise error.at(page=number, request_id=page.request_id) from None
@@ -406,25 +410,23 @@ def _columns(resource: Resource, label: str) -> tuple[Column, ...]:
     return _proof_columns(resource) if label in _TOTALS else resource.columns
 
 
-_DIGITS = bytes.maketrans(b"123456789", b"000000000")
+_DIGITS = bytes.maketrans(b".123456789E", b"0000000000e")
 
 
 def _has_long_number(body: bytes) -> bool:
-    """Whether the body may hold a number of more than 15 digits or 12 decimals, or one near zero."""
+    """Whether the body may hold a number that a double is not sure of: many digits, or near zero.
+
+    Decimals of few digits that are too many to be kept are seen when their text is cast.
+    """
     digits = body.translate(_DIGITS)
-    return (
-        b"0" * (DOUBLE_DIGITS + 1) in digits
-        or b"." + b"0" * (SCALE + 1) in digits
-        or b"0" * (DOUBLE_DIGITS + 2) in digits.replace(b".", b"0")
-        or any(_has_number_before(digits, mark) for mark in (b"e-000", b"E-000"))
-    )
+    return b"0" * (DOUBLE_DIGITS + 1) in digits or _has_number_before(digits, b"e-000")
 
 
 def _has_number_before(digits: bytes, mark: bytes) -> bool:
     """Whether a number token ends in the mark; in texts, as in ids in hexadecimal, it is frequent."""
     at = digits.find(mark)
     while at >= 0:
-        start = len(digits[max(0, at - 400) : at].rstrip(b"0."))
+        start = len(digits[max(0, at - 400) : at].rstrip(b"0"))
         before = digits[max(0, at - 400) : at][:start].removesuffix(b"-")
         if before[-1:] in (b":", b",", b"[", b" ", b"\n", b"\t", b"\r"):
             return True
@@ -432,23 +434,24 @@ def _has_number_before(digits: bytes, mark: bytes) -> bool:
     return False
 
 
-def _has_key_twice(body: bytes, rows_path: tuple[str, ...]) -> bool:
-    """Whether an object around the records may have a key twice; in records DuckDB sees to it."""
-    return _quotation_marks(body, rows_path) != body.count(b'"')
+def _levels(body: bytes, rows_path: tuple[str, ...]) -> list[Level] | None:
+    """The objects that hold records, and their records; None if one around them may have a key twice.
 
-
-def _quotation_marks(body: bytes, rows_path: tuple[str, ...]) -> int:
-    """How many there are, if each object on the way to the records has each of its keys once."""
+    In records DuckDB sees to it. Where no key comes twice, the quotation marks of what was decoded are
+    all that there are.
+    """
     if not rows_path:
-        return body.count(b'"')
-    count = 0
-    for key, value in _OBJECT.decode(body).items():
-        count += 2
-        if key == rows_path[0] and rows_path[1:]:
-            count += sum(_quotation_marks(bytes(one), rows_path[1:]) for one in _LIST.decode(value))
-        else:
-            count += bytes(value).count(b'"')
-    return count
+        return [({}, [msgspec.Raw(body)])]
+    marks, objects = 0, [msgspec.Raw(body)]
+    for step in rows_path:
+        fields = [_OBJECT.decode(one) for one in objects]
+        lists = [_LIST.decode(one[step]) for one in fields]
+        for one in fields:
+            is_last = step is rows_path[-1]
+            around = (bytes(value) for name, value in one.items() if is_last or name != step)
+            marks += 2 * len(one) + sum(value.count(b'"') for value in around)
+        objects = [inner for rows in lists for inner in rows]
+    return list(zip(fields, lists, strict=True)) if marks == body.count(b'"') else None
 
 
 _OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -456,31 +459,28 @@ _LIST = msgspec.json.Decoder(list[msgspec.Raw])
 
 
 def _raw_lines(
-    body: bytes,
-    rows_path: tuple[str, ...],
+    levels: Sequence[Level],
     columns: tuple[Column, ...],
     outer: Mapping[str, Any],
     without: Container[int],
+    *,
+    is_one_line: bool,
 ) -> bytes:
     """The records of a page as they are, one a line, each behind its page, row and outer fields."""
-    lead = msgspec.json.encode(outer)[:-1]
-    if not rows_path:
-        return b"" if 1 in without else lead + b',"_row":1,' + _one_line(body)[1:] + b"\n"
     names = [column.name for column in columns if column.is_outer]
-    levels = [_levels(rows_path, tuple(names)).decode(body)]
-    for _ in rows_path[1:]:
-        levels = [inner for level in levels for inner in level.rows]
-    in_one_line = bytes if b"\n" not in body and b"\r" not in body else _one_line
+    lead, in_one_line = msgspec.json.encode(outer)[:-1], bytes if is_one_line else _one_line
     lines, row = [], 0
-    for level in levels:
-        fields = b"".join(b',"%s":%s' % (name.encode(), bytes(getattr(level, name))) for name in names)
+    for level, records in levels:
+        fields = b"".join(
+            b',"%s":%s' % (name.encode(), bytes(level.get(name, b"null"))) for name in names
+        )
         head = lead + fields + b',"_row":'
         lines += [
             b"%b%d,%b\n" % (head, row + n, in_one_line(record)[1:])
-            for n, record in enumerate(level.rows, start=1)
+            for n, record in enumerate(records, start=1)
             if row + n not in without
         ]
-        row += len(level.rows)
+        row += len(records)
     return b"".join(lines)
 
 
@@ -530,17 +530,6 @@ def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ContractError(f"fal's answer has the key {twice[:80]!a} twice in one object")
     return record
-
-
-@cache
-def _levels(rows_path: tuple[str, ...], outer: tuple[str, ...]) -> msgspec.json.Decoder[Any]:
-    """A decoder of what is around the records; these, and what stands beside them, stay bytes."""
-    inner: Any = msgspec.Raw
-    for depth, step in enumerate(reversed(rows_path)):
-        fields: list[tuple[str, Any] | tuple[str, Any, Any]] = [("rows", list[inner])]
-        fields += [(name, msgspec.Raw, msgspec.Raw(b"null")) for name in outer if not depth]
-        inner = msgspec.defstruct("Level", fields, rename={"rows": step})
-    return msgspec.json.Decoder(inner)
 
 
 def _read_type(tree: Column | Tree | None) -> str:
@@ -725,14 +714,21 @@ def _digest(connection: duckdb.DuckDBPyConnection, resource: Resource, path: Pat
 
 def digest_sums(resource: Resource) -> str:
     """SQL for the sums over all rows from which `digest_of` makes the digest; in DuckDB's dialect."""
-    amounts = (Kind.AMOUNT, Kind.SECONDS)
-    fields = {
-        column.name: text_of(f'"{column.name}"') if column.kind in amounts else f'"{column.name}"'
-        for column in resource.columns
-    }
+    fields = {column.name: _digested(column) for column in resource.columns}
     fields |= {name: name for name in ("_hash", "_ordinal") if resource.identity}
     row = ", ".join(f'"{name}" := {value}' for name, value in fields.items())
     return f"count(*), sum(cast(md5_number_lower(cast(struct_pack({row}) as varchar)) as hugeint))"
+
+
+def _digested(column: Column) -> str:
+    """SQL for the text of a value as the digest has it."""
+    match column.kind:
+        case Kind.AMOUNT | Kind.SECONDS:
+            return text_of(f'"{column.name}"')
+        case Kind.INSTANT:  # as an instant is written in UTC, without asking for the zone of the session
+            return f"cast(make_timestamp(epoch_us(\"{column.name}\")) as varchar) || '+00'"
+        case _:
+            return f'"{column.name}"'
 
 
 def digest_of(sums: Sequence[Any] | None) -> str:

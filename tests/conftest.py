@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import hypothesis
 import psycopg
 import pytest
 import sqlglot
@@ -23,6 +24,10 @@ from tests import truth
 from tests.servers import shared_postgres
 
 Query = Callable[..., list[tuple[Any, ...]]]
+
+# No test fails because the machine is busy.
+hypothesis.settings.register_profile("unhurried", hypothesis.settings(), deadline=None)
+hypothesis.settings.load_profile("unhurried")
 
 
 @pytest.fixture(autouse=True)

@@ -48,7 +48,7 @@ DAY = Window.of_day(truth.day(21))
 SNAPSHOT = Window.snapshot(truth.NOW)
 BOM = b"\xef\xbb\xbf"
 
-few_requests = settings(deadline=None, max_examples=30)
+few_requests = settings(max_examples=30)
 
 
 @pytest.fixture(autouse=True)

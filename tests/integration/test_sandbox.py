@@ -709,7 +709,7 @@ def test_the_same_hour_has_the_same_lines_however_it_is_asked() -> None:
     assert sum(line.cost_total for line in whole) == Decimal("672.7167287")
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@settings(max_examples=25, derandomize=True, database=None)
 @given(
     day=st.integers(-1, 4 * 365),
     minutes=st.lists(st.integers(0, 2 * 24 * 60), min_size=2, max_size=5).map(sorted),

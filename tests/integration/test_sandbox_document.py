@@ -79,7 +79,6 @@ def test_every_answer_conforms_to_the_document(sandbox: Sandbox, path: str) -> N
         max_examples=80,
         derandomize=True,
         database=None,
-        deadline=None,
         suppress_health_check=list(HealthCheck),
     )
     @given(case=st.one_of(cases))

@@ -26,7 +26,6 @@ def reader() -> Iterator[Callable[[int], Target]]:
 
 @hypothesis_settings(
     max_examples=600,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(seed=st.integers(0, 2**64 - 1), number=st.integers(0, 10**6))

@@ -28,7 +28,6 @@ from tests.truth import FLUX, KEY, LOGIN, NOBODY, NOW, VIDEO, VOICE, Account, li
 # Every example is a whole run or several, over HTTP, into a warehouse of its own.
 a_few = hypothesis_settings(
     max_examples=4,  # the first is the simplest there is
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 

@@ -214,7 +214,6 @@ class Story(RuleBasedStateMachine):
 Story.TestCase.settings = hypothesis_settings(
     max_examples=STORIES,
     stateful_step_count=STEPS,
-    deadline=None,
     print_blob=True,
     suppress_health_check=list(HealthCheck),
 )

@@ -210,7 +210,7 @@ BROKEN_CHARGES = [document for _, document in broken(RESOURCES["billing_events"]
 
 
 @given(picks=st.lists(st.none() | st.sampled_from(BROKEN_CHARGES), min_size=1, max_size=12))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_exactly_the_rows_that_break_their_contract_are_set_aside(picks: list[Any]) -> None:
     document = first(RESOURCES["billing_events"])
     good = document["billing_events"][0]

@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from faletl.config import REDACTED, Settings
@@ -26,8 +26,6 @@ KEYS = st.builds(
     st.text(alphabet=PRINTABLE.replace(":", ""), min_size=8, max_size=48),
     st.text(alphabet=PRINTABLE, min_size=16, max_size=64),
 )
-
-unhurried = settings(deadline=None)
 
 
 def told_by(error: BaseException) -> str:
@@ -333,7 +331,6 @@ def base64_at(lead: int, text: str, tail: bytes) -> bytes:
     return base64.b64encode(b"\xfb" * lead + text.encode() + tail)
 
 
-@unhurried
 @given(key=KEYS, before=st.binary(max_size=20), after=st.binary(max_size=20))
 def test_the_whole_key_is_hidden_wherever_it_stands(key: str, before: bytes, after: bytes) -> None:
     made = Settings.isolated(key=key)
@@ -343,7 +340,6 @@ def test_the_whole_key_is_hidden_wherever_it_stands(key: str, before: bytes, aft
     assert made.redact(f"Authorization: Key {key}\n") == f"Authorization: Key {REDACTED}\n"
 
 
-@unhurried
 @given(key=KEYS)
 def test_the_secret_half_is_hidden_alone_and_percent_encoded(key: str) -> None:
     made, secret = Settings.isolated(key=key), key.split(":", 1)[1]
@@ -352,7 +348,6 @@ def test_the_secret_half_is_hidden_alone_and_percent_encoded(key: str) -> None:
     assert secret not in unquote(made.redact(f"?key={coded}&x"))
 
 
-@unhurried
 @given(
     key=KEYS,
     lead=st.integers(0, 2),
@@ -395,7 +390,6 @@ def test_a_basic_header_of_each_alignment_is_hidden(lead: int) -> None:
                 assert first < 8 or first > len(coded) - 28
 
 
-@unhurried
 @given(key=KEYS, metrics_key=KEYS, text=st.text(max_size=60))
 def test_both_keys_are_hidden_in_one_text(key: str, metrics_key: str, text: str) -> None:
     made = Settings.isolated(key=key, metrics_key=metrics_key)
@@ -404,7 +398,6 @@ def test_both_keys_are_hidden_in_one_text(key: str, metrics_key: str, text: str)
     assert metrics_key not in shown
 
 
-@unhurried
 @given(st.binary(max_size=200))
 def test_a_body_without_the_key_is_left_as_it_is(body: bytes) -> None:
     assert Settings.isolated(key=KEY, metrics_key=METRICS_KEY).redact_bytes(body) == body

@@ -10,7 +10,7 @@ from operator import add, mul
 from typing import Any
 
 import pytest
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from faletl.money import EXACT_TEXT, LONGEST, PRECISION, SCALE, exact_text, plain
@@ -19,8 +19,6 @@ HALF = Decimal(5).scaleb(-SCALE - 1)
 
 ATOMS = st.one_of(st.integers(0, 10**PRECISION - 1), st.integers(0, 10**15))
 """Amounts that a column can hold, counted in units of the twelfth decimal."""
-
-unhurried = settings(deadline=None)
 
 
 def exact(text: str) -> Decimal:
@@ -51,7 +49,6 @@ def notations(draw: st.DrawFn) -> tuple[Decimal, str]:
     return value, mantissa + exponent
 
 
-@unhurried
 @given(notations())
 def test_an_amount_that_fits_survives_exactly_whatever_its_notation(
     written: tuple[Decimal, str],
@@ -63,7 +60,6 @@ def test_an_amount_that_fits_survives_exactly_whatever_its_notation(
     assert not is_rounded
 
 
-@unhurried
 @given(ATOMS)
 def test_a_text_that_fits_already_is_left_as_it_is(atoms: int) -> None:
     with localcontext(prec=60):
@@ -89,7 +85,6 @@ def test_digits_beyond_those_of_a_double_are_kept(text: str) -> None:
     assert is_held(held)
 
 
-@unhurried
 @given(ATOMS.filter(bool), st.data())
 def test_noise_smaller_than_a_double_could_tell_is_rounded_off_and_counted(
     atoms: int, data: st.DataObject
@@ -128,7 +123,6 @@ def test_the_noise_of_a_servers_floats_is_rounded_off_and_counted(number: float,
 FEW_DECIMALS = st.tuples(st.integers(1, 10**6), st.integers(0, 6))
 
 
-@unhurried
 @given(FEW_DECIMALS, FEW_DECIMALS, st.sampled_from([add, mul]))
 @example((29, 2), (14, 2), add)
 @example((15229, 2), (36465, 5), mul)
@@ -159,7 +153,6 @@ def test_noise_in_the_middle_goes_to_the_even_digit(text: str, held: str) -> Non
     assert exact_text(text) == (held, True)
 
 
-@unhurried
 @given(st.integers(1, 10**15 - 1), st.integers(SCALE + 1, 60))
 @example(123456789012341, 13)
 def test_more_than_twelve_decimals_that_are_meant_are_given_back(digits: int, decimals: int) -> None:
@@ -217,7 +210,6 @@ def test_every_zero_is_zero(text: str) -> None:
     assert not held.startswith("-")
 
 
-@unhurried
 @given(st.floats(min_value=0, allow_nan=False, allow_infinity=False))
 def test_the_text_of_any_float_is_held_to_the_twelfth_decimal_or_given_back(number: float) -> None:
     text = repr(number)
@@ -232,7 +224,6 @@ def test_the_text_of_any_float_is_held_to_the_twelfth_decimal_or_given_back(numb
     assert is_rounded == (nearest != value)
 
 
-@unhurried
 @given(st.text(alphabet="0123456789.eE+-", max_size=50))
 def test_any_text_is_held_or_given_back_unchanged(text: str) -> None:
     held, is_rounded = exact_text(text)

@@ -35,7 +35,7 @@ def body(token: str) -> bytes:
     ) % token.encode()
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(token=tokens)
 @example("0.1")
 @example("1e-7")

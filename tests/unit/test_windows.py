@@ -7,7 +7,7 @@ from itertools import pairwise
 from zoneinfo import ZoneInfo
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from faletl.windows import (
@@ -36,8 +36,6 @@ INSTANTS = st.datetimes(
 )
 DATES = st.dates(date(2000, 1, 1), date(2100, 1, 1))
 
-unhurried = settings(deadline=None)
-
 
 # --- Windows --------------------------------------------------------------------------------------
 
@@ -59,7 +57,6 @@ def test_a_zone_that_is_utc_by_another_name_is_taken() -> None:
     assert Window(NOW.replace(tzinfo=ZoneInfo("Etc/UTC")), NOW).is_snapshot
 
 
-@unhurried
 @given(INSTANTS, st.timedeltas(timedelta(0), 3 * DAY))
 def test_a_window_is_a_snapshot_or_provisional_or_whole_and_never_two_of_them(
     start: datetime, length: timedelta
@@ -83,7 +80,6 @@ def test_a_window_is_named_as_short_as_it_is_exact(window: Window, text: str) ->
     assert str(window) == text
 
 
-@unhurried
 @given(INSTANTS, st.sampled_from(["UTC", "Asia/Kathmandu", "America/Los_Angeles"]))
 def test_an_instant_is_written_in_utc_and_reads_back_exactly(at: datetime, zone: str) -> None:
     text = instant(at.astimezone(ZoneInfo(zone)))
@@ -91,7 +87,6 @@ def test_an_instant_is_written_in_utc_and_reads_back_exactly(at: datetime, zone:
     assert datetime.fromisoformat(text) == at
 
 
-@unhurried
 @given(DATES, st.integers(0, 500))
 @example(date(2026, 3, 28), 4)  # where many clocks change
 @example(date(2028, 2, 28), 3)
@@ -110,7 +105,6 @@ def test_there_are_no_days_in_a_range_that_ends_before_it_starts() -> None:
 # --- Settled --------------------------------------------------------------------------------------
 
 
-@unhurried
 @given(DATES, INSTANTS | st.timedeltas(-DAY, 2 * DAY))
 def test_the_settled_part_ends_at_the_last_full_hour_that_ended_long_enough_ago(
     day: date, when: datetime | timedelta
@@ -172,7 +166,6 @@ def reads_of(window: Window, every: timedelta, first: timedelta, runs: int) -> l
     return times
 
 
-@unhurried
 @given(
     every=st.timedeltas(timedelta(minutes=20), 2 * DAY),
     first=st.timedeltas(SETTLE, 3 * DAY),
@@ -192,7 +185,6 @@ def test_a_closed_window_is_read_a_logarithmic_number_of_times_and_last_at_the_e
     assert all(after >= min(2 * before, WATCH) for before, after in pairwise(ages))
 
 
-@unhurried
 @given(every=st.timedeltas(timedelta(minutes=20), HOUR), late=st.timedeltas(HOUR, WATCH - HOUR))
 def test_late_data_is_read_before_it_is_much_older_than_it_was_when_it_came(
     every: timedelta, late: timedelta
@@ -206,20 +198,17 @@ def test_a_window_never_read_is_due_at_once() -> None:
     assert next_due(YESTERDAY, None) == YESTERDAY.start
 
 
-@unhurried
 @given(st.timedeltas(-DAY, 200 * DAY))
 def test_a_window_that_was_open_when_it_was_read_is_due_at_once(age: timedelta) -> None:
     read = Read(YESTERDAY.end + age, is_provisional=True)
     assert next_due(YESTERDAY, read) == YESTERDAY.start
 
 
-@unhurried
 @given(st.timedeltas(timedelta(0), 500 * DAY))
 def test_a_read_at_the_end_of_the_watch_or_later_is_the_last(later: timedelta) -> None:
     assert next_due(YESTERDAY, Read(YESTERDAY.end + WATCH + later, is_provisional=False)) is None
 
 
-@unhurried
 @given(st.timedeltas(-DAY, WATCH - SECOND))
 def test_a_read_before_the_end_of_the_watch_is_never_the_last(age: timedelta) -> None:
     due = next_due(YESTERDAY, Read(YESTERDAY.end + age, is_provisional=False))
@@ -228,14 +217,12 @@ def test_a_read_before_the_end_of_the_watch_is_never_the_last(age: timedelta) ->
     assert due > YESTERDAY.end + age
 
 
-@unhurried
 @given(st.integers(0, 400))
 def test_a_first_run_reads_every_day_from_the_first_one_to_today(first_days: int) -> None:
     first = TODAY - first_days * DAY
     assert list(due_days(NOW, {}, first)) == list(utc_days(first, TODAY + DAY))
 
 
-@unhurried
 @given(st.sets(st.integers(0, 29)))
 def test_every_day_that_was_not_loaded_is_due_and_those_just_read_are_not(gaps: set[int]) -> None:
     first = TODAY - 29 * DAY
@@ -262,7 +249,6 @@ def test_days_before_the_first_one_are_left_alone() -> None:
     assert [window.day for window in due_days(NOW, reads, TODAY)] == [TODAY]
 
 
-@unhurried
 @given(ahead=st.timedeltas(SECOND, 1000 * DAY), age=st.integers(0, 29), is_open=st.booleans())
 def test_a_clock_that_was_ahead_does_not_freeze_what_was_read_by_it(
     ahead: timedelta, age: int, is_open: bool
@@ -276,7 +262,6 @@ def test_a_clock_that_is_behind_reads_nothing_of_days_to_come() -> None:
     assert list(due_days(NOW, {}, TODAY + 5 * DAY)) == []
 
 
-@unhurried
 @given(
     st.dictionaries(
         st.integers(-5, 120),
