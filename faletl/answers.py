@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import sqlalchemy as sa
@@ -21,20 +21,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from faletl import landing
-from faletl.check import Checked
 from faletl.config import Settings
 from faletl.errors import UsageError, WarehouseBusyError
-from faletl.estimate import Estimates
 from faletl.money import plain
 from faletl.places import scratch_folder
-from faletl.plan import Forecast
-from faletl.rebuild import prune
 from faletl.resources import RESOURCES
-from faletl.validate import Verdict, failures
 from faletl.warehouse import open_warehouse
 from faletl.warehouse.tables import BUILDS, FAILURES, LOADS, QUARANTINE, RESTATEMENTS
 from faletl.windows import instant
+
+if TYPE_CHECKING:  # the client, the model and what they need take a second to import, and status none
+    from faletl.check import Checked
+    from faletl.estimate import Estimates
+    from faletl.plan import Forecast
+    from faletl.validate import Verdict
 
 COVERAGE = "Model APIs only: serverless and compute are not in these sums."
 
@@ -321,6 +321,9 @@ def _span(seconds: int) -> str:
 
 def print_landing(settings: Settings) -> None:
     """Reads and bytes per account folder and resource, and how many of them prune would drop."""
+    from faletl import landing
+    from faletl.rebuild import prune
+
     dropped, unknown = set[Path](), ""
     try:
         dropped = set(prune(settings, is_dry=True)[0])
@@ -393,7 +396,7 @@ def print_validations(verdict: Verdict) -> None:
     for name in RESOURCES:
         if mine := [one for one in verdict.judged if one.resource == name]:
             sums = (len(mine), sum(one.rows for one in mine), sum(len(o.validations) for o in mine))
-            failed = [sum(failures(one.validations, level) for one in mine) for level in severities]
+            failed = [sum(one.failures(level) for one in mine) for level in severities]
             lines.append((name, *map("{:,}".format, (*sums, *failed))))
     _print_table(names, lines, left=1)
 

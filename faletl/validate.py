@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +32,10 @@ class Judged:
     load_id: str
     rows: int
     validations: tuple[Validation, ...]
+
+    def failures(self, severity: str) -> int:
+        """How many expectations of that severity failed."""
+        return sum(not one.success and one.severity == severity for one in self.validations)
 
 
 @dataclass(slots=True)
@@ -109,8 +112,3 @@ def _keep(warehouse: Warehouse, verdict: Verdict) -> None:
                 "window_start": one.window.start,
             }
             keep_validations(lease.connection, read, one.validations)
-
-
-def failures(validations: Sequence[Validation], severity: str) -> int:
-    """How many expectations of that severity failed."""
-    return sum(not one.success and one.severity == severity for one in validations)

@@ -16,7 +16,7 @@ from faletl import __version__
 from faletl.errors import StorageError
 from faletl.findings import Validation
 from faletl.resources import RESOURCES
-from faletl.validate import Judged, Verdict, failures
+from faletl.validate import Judged, Verdict
 
 _SEVERITIES = ("critical", "warning", "info")
 
@@ -147,7 +147,7 @@ def _worst(judged: Judged) -> str:
 
 
 def _count(judged: Sequence[Judged], severity: str) -> str:
-    return _mark(sum(failures(one.validations, severity) for one in judged), severity)
+    return _mark(sum(one.failures(severity) for one in judged), severity)
 
 
 def _mark(count: int, severity: str) -> str:
