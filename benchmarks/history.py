@@ -1,28 +1,63 @@
-"""What a full build of a long history costs.
+"""What a long history costs: one more day, the same day again, builds, and a dashboard's queries.
 
-    python -m benchmarks.history --days 100 --rows 100000
+    python -m benchmarks.history 5000000 50000000
 
-The warehouse is filled by SQL with charges and usage as loads leave them; `faletl build --full` is a
-process of its own, with the memory that is set by default.
+The warehouse is filled by SQL with charges and usage as loads leave them, 100,000 of each day, and built
+once in full. Then five more days come from a server, a run for each; each is read once more, unchanged;
+a hundred queries are put to the published copy. Commands are processes of their own, with the memory
+that is set by default.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import tempfile
+import time
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
+import duckdb
 import sqlalchemy as sa
 
 from benchmarks import ours
-from benchmarks.measure import faletl, figures, spent, tell
+from benchmarks.account import serving, write_pages
+from benchmarks.measure import ROUNDS, Spent, faletl, figures, median, spent, tell
 from faletl.config import Settings
 from faletl.warehouse import Lease, open_warehouse
 from faletl.warehouse.tables import LOADS, RAW, WAREHOUSE
+from tests.feed import Feed
 
 KEYS = 7
 ENDPOINTS = 50
+A_DAY = 100_000
+NEXT = date(2026, 11, 1)
+
+# Each over many ranges of days; what they begin with is what dashboards group by.
+QUERIES = (
+    (
+        "select usage_date, sum(cost_total) from reports.rpt_spend_daily "
+        "where usage_date >= date '{since}' group by usage_date order by usage_date"
+    ),
+    (
+        "select endpoint_id, sum(cost_total) as cost from reports.rpt_spend_daily "
+        "where usage_date >= date '{since}' group by endpoint_id order by cost desc limit 10"
+    ),
+    (
+        "select unit, sum(quantity), sum(cost_total) from reports.rpt_spend_daily "
+        "where usage_date >= date '{since}' group by unit"
+    ),
+    (
+        "select credential_label, sum(cost_total) from reports.rpt_spend_by_credential "
+        "where usage_date >= date '{since}' group by credential_label"
+    ),
+    (
+        "select usage_month, endpoint_id, cost_total, cost_change from reports.rpt_spend_monthly "
+        "where usage_month >= date '{since}' order by usage_month, cost_total desc"
+    ),
+)
+LOOKS = 100
 
 _EVENTS = """
     with numbers as (select unnest(range({rows})) as i)
@@ -114,18 +149,71 @@ def _fill_day(lease: Lease, account: str, day: date, rows: int) -> None:
             )
 
 
+def measured(rows: int) -> list[dict[str, Any]]:
+    """The lines about a history of that many charges."""
+    days = rows // A_DAY
+    feed = Feed(NEXT, ROUNDS, A_DAY)
+    with tempfile.TemporaryDirectory(prefix="faletl-bench-") as name:
+        folder = Path(name)
+        write_pages(feed, folder / "pages")
+        with serving(folder / "pages") as url:
+            environment = ours.environment(url, folder)
+            settings = Settings.isolated(warehouse=environment["FALETL_WAREHOUSE"])
+            fill(settings, environment["FALETL_ACCOUNT"], NEXT - timedelta(days=days), days, A_DAY)
+            found = {"build --full": [spent(faletl("build", "--full"), environment)]}
+            spent(faletl("publish"), environment)
+            for number in range(ROUNDS):
+                one = _one_more_day(feed.day(number), environment)
+                for work, figure in one.items():
+                    found.setdefault(work, []).append(figure)
+        lines = [{"work": work, **figures(median(those))} for work, those in found.items()]
+        lines.append(dashboard(folder / "spend.duckdb"))
+        return [{"charges": rows, **line} for line in lines]
+
+
+def _one_more_day(day: date, environment: dict[str, str]) -> dict[str, Spent]:
+    loaded = ours.run(day, environment, builds=False)
+    before = _version(environment)
+    built, published = (spent(faletl(step), environment) for step in ("build", "publish"))
+    again = ours.run(day, environment)
+    assert before == _version(environment), "an unchanged day made a new version"
+    return {
+        "one more day": loaded + built + published, "its load": loaded, "its build": built,
+        "its publishing": published, "the day again": again,
+    }  # fmt: skip
+
+
+def _version(environment: dict[str, str]) -> int:
+    url = environment["FALETL_WAREHOUSE"].removeprefix("duckdb:///")
+    with duckdb.connect(url, read_only=True) as connection:
+        found = connection.execute("select data_version from ops.warehouse").fetchone()
+    assert found is not None
+    return int(found[0])
+
+
+def dashboard(path: Path) -> dict[str, Any]:
+    """A hundred queries, the warm ones of a tool that keeps its connection."""
+    taken = []
+    with duckdb.connect(str(path), read_only=True) as connection:
+        for look in range(-len(QUERIES), LOOKS):
+            since = NEXT - timedelta(days=7 * max(look, 0))
+            began = time.perf_counter()
+            connection.execute(QUERIES[look % len(QUERIES)].format(since=since)).fetchall()
+            if look >= 0:
+                taken.append(1000 * (time.perf_counter() - began))
+    cuts = statistics.quantiles(taken, n=20)
+    return {
+        "work": f"{LOOKS} queries", "p50_ms": round(statistics.median(taken), 1),
+        "p95_ms": round(cuts[-1], 1), "most_ms": round(max(taken), 1),
+    }  # fmt: skip
+
+
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--days", type=int, default=100)
-    parser.add_argument("--rows", type=int, default=100_000, help="charges of each day")
+    parser.add_argument("rows", type=int, nargs="+", help="charges that are there before")
     asked = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="faletl-bench-") as name:
-        environment = ours.environment("http://127.0.0.1:9", Path(name))
-        settings = Settings.isolated(warehouse=environment["FALETL_WAREHOUSE"])
-        fill(settings, environment["FALETL_ACCOUNT"], date(2026, 1, 1), asked.days, asked.rows)
-        built = spent(faletl("build", "--full"), environment)
-    tell([{"work": "build --full", "days": asked.days, "rows a day": asked.rows, **figures(built)}])
+    tell([line for rows in asked.rows for line in measured(rows)])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Our command line, over a day of a large account that is served from a folder."""
+"""Our command line, over days of a large account that is served from a folder."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def environment(url: str, folder: Path, **more: str) -> dict[str, str]:
     }
 
 
-def run(day: date, settings: dict[str, str], *, builds: bool = True) -> Spent:
-    """`faletl run` of the day's usage and charges; without `builds` it ends when they are loaded."""
+def run(first: date, settings: dict[str, str], *, days: int = 1, builds: bool = True) -> Spent:
+    """`faletl run` of the days' usage and charges; without `builds` it ends when they are loaded."""
     start = ["-m", "faletl"] if builds else ["-c", WITHOUT_BUILD]
-    words = ["run", "--start", f"{day}", "--end", f"{day + timedelta(days=1)}"]
+    words = ["run", "--start", f"{first}", "--end", f"{first + timedelta(days=days)}"]
     words += ["--resource", "usage", "--resource", "billing_events"]
     return spent([sys.executable, *start, *words], settings)

@@ -170,11 +170,14 @@ class Runs:
     gate: bool
     codes: Counter[str] = field(default_factory=Counter)
     peak_mib: int = 0
+    _code_of: dict[int, int] = field(default_factory=dict)
+    """Of those that ended."""
 
     def start(self, *words: str, lock_seconds: float = 600) -> int:
         """Run the command line in a child; its pid."""
         sys.stdout.flush()
         if pid := os.fork():
+            self._code_of.pop(pid, None)
             return pid
         code: Any = 1
         try:
@@ -210,16 +213,17 @@ class Runs:
     def ended(self, pid: int, seconds: float) -> int | None:
         """The exit code, minus a signal's number; None if it still runs after so long."""
         until = time.monotonic() + seconds
-        while True:
+        while pid not in self._code_of:
             done, status, used = os.wait4(pid, os.WNOHANG)
             if done:
-                code = os.waitstatus_to_exitcode(status)
+                code = self._code_of[pid] = os.waitstatus_to_exitcode(status)
                 self.codes[str(code)] += 1
                 self.peak_mib = max(self.peak_mib, used.ru_maxrss // 1024)
-                return code
-            if time.monotonic() >= until:
+            elif time.monotonic() >= until:
                 return None
-            time.sleep(0.01)
+            else:
+                time.sleep(0.01)
+        return self._code_of[pid]
 
     def kill(self, pid: int) -> bool:
         """SIGKILL; whether it was still running."""
