@@ -535,6 +535,7 @@ def trial(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
         figures["reader_looks"] = sum(looks for looks, _ in seen)
         figures["readers_who_saw_wrong"] = [wrong for _, wrong in seen if wrong]
         figures |= differences(mine.settings, feed)
+        sys.stderr.write(f"{figures}\n")  # whatever the laws say of it
         laws.check_laws(mine.settings, {str(feed.day(n)) for n in chance.sample(range(days), 5)})
         assert mine.whole("verify") == 0, mine.log.read_text()[-2000:]
     return figures

@@ -57,7 +57,8 @@ def check_ledger(settings: Settings) -> None:
     for resource in RECORDS:
         held = ask(
             settings,
-            f"select _load_id, count(*), coalesce(sum(cost_total), 0) from raw.{resource} group by all",
+            f"select _load_id, count(*), coalesce(sum(cost_total), 0) from raw.{resource} "
+            "group by _load_id",
             through=opened,
         )
         told = {load[3]: load[5:7] for load in loads if load[1] == resource and load[7] and load[5]}
@@ -67,14 +68,19 @@ def check_ledger(settings: Settings) -> None:
 def check_money(settings: Settings) -> None:
     """One sum in every layer; no column that could round."""
     sums = {
-        tuple(ask(settings, f"select currency, sum(cost_total) from {layer} group by all order by all"))
+        tuple(
+            ask(
+                settings, f"select currency, sum(cost_total) from {layer} group by currency order by all"
+            )
+        )
         for layer in LAYERS[1:]
     }
     assert len(sums) <= 1, sums
     floats = ask(
         settings,
         "select table_name, column_name from information_schema.columns "
-        "where lower(data_type) in ('double', 'float', 'real', 'double precision')",
+        "where table_schema in ('raw', 'staging', 'marts', 'reports', 'ops') "
+        "and lower(data_type) in ('double', 'float', 'real', 'double precision')",
     )
     assert floats == []
 

@@ -52,6 +52,10 @@ _LITTLE = 32 * 2**20  # bytes of a file
 # become whole numbers of 10^-12, which are divided by hand, six decimals at a time, so that nothing
 # overflows: the divisor may be up to 8 * 10^19.
 MACROS = (
+    # The clock of UTC at an instant, without the tables of time zones, which are slow to ask.
+    """
+    create or replace macro utc(instant) as make_timestamp(epoch_us(instant))
+    """,
     """
     create or replace macro trillionths(a) as
         cast(trunc(abs(cast(a as decimal(38,12)))) as hugeint) * 1000000000000

@@ -83,6 +83,11 @@ FUNCTIONS = (
         * div(2000000000000 * abs(amount) * abs(part) + whole, 2 * whole) * 0.000000000001
     """,
     """
+    create or replace function utc(instant timestamptz) returns timestamp
+    language sql immutable parallel safe
+    return instant at time zone 'UTC'
+    """,
+    """
     create or replace function currency_code(currency text) returns text
     language sql immutable parallel safe
     return coalesce(nullif(currency, ''), 'XXX')

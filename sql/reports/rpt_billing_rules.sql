@@ -6,7 +6,7 @@ with
 feeds as (
     select
         account,
-        cast(window_start at time zone 'UTC' as date) as usage_date,
+        cast(utc(window_start) as date) as usage_date,
         bool_or(resource = 'analytics') as has_requests,
         bool_or(resource = 'billing_events') as has_charges,
         bool_or(resource = 'usage') as has_usage,
@@ -16,7 +16,7 @@ feeds as (
         is_current
         and not is_provisional
         and resource in ('analytics', 'billing_events', 'usage')
-    group by account, cast(window_start at time zone 'UTC' as date)
+    group by account, cast(utc(window_start) as date)
 ),
 
 compute as (

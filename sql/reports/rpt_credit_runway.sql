@@ -23,7 +23,7 @@ balances as (
 full_days as (
     select
         account,
-        cast(window_start at time zone 'UTC' as date) as usage_date
+        cast(utc(window_start) as date) as usage_date
     from ops.loads
     where resource = 'usage' and is_current and not is_provisional
 ),

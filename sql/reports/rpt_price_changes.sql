@@ -13,7 +13,7 @@ changes as (
 newest as (
     select
         account,
-        cast(max(window_start) at time zone 'UTC' as date) as last_date
+        cast(utc(max(window_start)) as date) as last_date
     from ops.loads
     where resource = 'usage' and is_current
     group by account

@@ -6,32 +6,32 @@ with
 feeds as (
     select
         account,
-        cast(window_start at time zone 'UTC' as date) as usage_date,
+        cast(utc(window_start) as date) as usage_date,
         bool_or(resource = 'usage') as is_usage_loaded,
         bool_or(resource = 'billing_events') as is_events_loaded,
         count(*) = 2 and not bool_or(is_provisional) as is_closed,
         bool_and(is_settled) as is_settled
     from ops.loads
     where is_current and resource in ('usage', 'billing_events')
-    group by account, cast(window_start at time zone 'UTC' as date)
+    group by account, cast(utc(window_start) as date)
 ),
 
 -- A window may have been refused for such rows, so they speak for all of its endpoints.
 quarantined as (
     select
         account,
-        cast(window_start at time zone 'UTC' as date) as usage_date,
+        cast(utc(window_start) as date) as usage_date,
         bool_or(resource = 'usage') as is_usage_quarantined,
         bool_or(resource = 'billing_events') as is_events_quarantined
     from ops.quarantine
     where resolved_at is null and resource in ('usage', 'billing_events')
-    group by account, cast(window_start at time zone 'UTC' as date)
+    group by account, cast(utc(window_start) as date)
 ),
 
 restated as (
     select distinct
         account,
-        cast(window_start at time zone 'UTC' as date) as usage_date,
+        cast(utc(window_start) as date) as usage_date,
         endpoint_id
     from ops.restatements
     where resource in ('usage', 'billing_events')

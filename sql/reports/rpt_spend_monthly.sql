@@ -21,7 +21,7 @@ months as (
 months_read as (
     select distinct
         account,
-        cast(date_trunc('month', window_start at time zone 'UTC') as date) as usage_month
+        cast(date_trunc('month', utc(window_start)) as date) as usage_month
     from ops.loads
     where resource = 'usage' and is_current
 ),

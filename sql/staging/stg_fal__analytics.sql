@@ -3,8 +3,8 @@
 select
     _account as account,  -- account label: fal's username, or FALETL_ACCOUNT
     timeframe,
-    bucket at time zone 'UTC' as bucket_at,  -- start of the hour or day, UTC
-    cast(bucket at time zone 'UTC' as date) as usage_date,  -- UTC day
+    utc(bucket) as bucket_at,  -- start of the hour or day, UTC
+    cast(utc(bucket) as date) as usage_date,  -- UTC day
     endpoint_id,
     request_count,
     success_count,

@@ -14,8 +14,8 @@ select
     _account as account,  -- account label: fal's username, or FALETL_ACCOUNT
     _hash as event_hash,
     _ordinal as event_ordinal,
-    timestamp at time zone 'UTC' as requested_at,  -- time of the request, UTC
-    cast(timestamp at time zone 'UTC' as date) as usage_date,  -- UTC day
+    utc(timestamp) as requested_at,  -- time of the request, UTC
+    cast(utc(timestamp) as date) as usage_date,  -- UTC day
     request_id,
     endpoint_id,
     unit,

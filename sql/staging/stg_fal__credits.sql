@@ -2,7 +2,7 @@
 -- grain: account, read_at
 select
     _account as account,  -- account label: fal's username, or FALETL_ACCOUNT
-    _snapshot_at at time zone 'UTC' as read_at,  -- when the balance was read, UTC
+    utc(_snapshot_at) as read_at,  -- when the balance was read, UTC
     current_balance,
     currency_code(currency) as currency,  -- ISO 4217 code of every amount; XXX when fal gave none
     _load_id as load_id  -- the load that brought the row; see ops.loads

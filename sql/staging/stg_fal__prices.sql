@@ -2,7 +2,7 @@
 -- grain: account, snapshot_at, endpoint_id
 select
     _account as account,  -- account label: fal's username, or FALETL_ACCOUNT
-    _snapshot_at at time zone 'UTC' as snapshot_at,  -- instant of the snapshot, UTC
+    utc(_snapshot_at) as snapshot_at,  -- instant of the snapshot, UTC
     endpoint_id,
     unit,
     unit_price,

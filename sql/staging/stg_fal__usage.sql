@@ -11,8 +11,8 @@ usage_rows as (
 
 select
     _account as account,  -- account label: fal's username, or FALETL_ACCOUNT
-    bucket at time zone 'UTC' as used_at,  -- start of the hour, UTC
-    cast(bucket at time zone 'UTC' as date) as usage_date,  -- UTC day
+    utc(bucket) as used_at,  -- start of the hour, UTC
+    cast(utc(bucket) as date) as usage_date,  -- UTC day
     endpoint_id,
     unit,
     unit_price,

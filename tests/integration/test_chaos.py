@@ -7,14 +7,22 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.conftest import needs_root
 
 
 @needs_root
-def test_chaos_loses_doubles_and_bends_nothing() -> None:
-    words = (
-        "--events 100000 --kills 30 --takeovers 4 --fills 3 --share 0.3 --pace 0.5 --readers 2 --seed 8"
-    )
+@pytest.mark.parametrize(
+    ("events", "kills", "more"),
+    [
+        (100_000, 30, "--takeovers 4 --fills 3 --share 0.3 --readers 2"),
+        (20_000, 8, "--takeovers 2 --fills 1 --share 0.5 --readers 1 --postgres --server-kills 3"),
+    ],
+    ids=["on_file", "on_server"],
+)
+def test_chaos_loses_doubles_and_bends_nothing(events: int, kills: int, more: str) -> None:
+    words = f"--events {events} --kills {kills} --pace 0.5 --seed 8 {more}"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, "-m", "tests.chaos", *words.split()],
@@ -22,6 +30,6 @@ def test_chaos_loses_doubles_and_bends_nothing() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads(done.stdout.splitlines()[0])
-    assert figures["events"] == 100_000
-    assert figures["kills"] >= 30
+    assert figures["events"] == events
+    assert figures["kills"] >= kills
     assert not any(figures[name] for name in ("lost", "doubled", "wrong", "readers_who_saw_wrong"))
