@@ -16,7 +16,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -328,7 +328,9 @@ def test_an_answer_that_is_never_whole_json_breaks_the_contract(fault: Fault) ->
         with pytest.raises(ContractError) as caught:
             ask(sandbox.url)
         assert len(sandbox.requests) == client_module.TRIES
+        assert caught.value.facts["request_id"] == sandbox.requests[-1].request_id
     assert (caught.value.exit_code, caught.value.is_retryable) == (3, False)
+    assert caught.value.facts["status"] == (fault.status or 200)
 
 
 def test_a_gateways_refusal_in_html_is_no_refusal_of_the_key() -> None:
@@ -760,10 +762,12 @@ def test_an_authority_is_trusted_only_where_it_was_given(authority: trustme.CA) 
 def test_an_encoding_that_was_not_asked_for_is_refused(coding: str) -> None:
     fault = Fault(headers={"content-encoding": coding}, body=GZIPPED)
     with served(always(fault)) as sandbox:
-        with pytest.raises(ContractError, match="encoding"):
+        with pytest.raises(ContractError, match="encoding") as caught:
             ask(sandbox.url)
         assert len(sandbox.requests) == 1
+        assert caught.value.facts["request_id"] == sandbox.requests[0].request_id
         assert sandbox.requests[0].headers["accept-encoding"] == "gzip"
+    assert caught.value.facts["status"] == 200
 
 
 @pytest.mark.parametrize("coding", ["gzip", "x-gzip", "GZip", "identity", "Identity"])
@@ -887,10 +891,29 @@ def test_a_drip_is_ended_by_the_deadline_of_the_whole_request(
     monkeypatch.setattr(client_module, "TRIES", 2)
     with RawServer(speak) as server:
         begun = time.monotonic()
-        with pytest.raises(ApiUnavailableError):
+        with pytest.raises(ApiUnavailableError, match=r"no whole answer within 0 s|timed out"):
             ask(server.url)
         assert time.monotonic() - begun < LONG
         assert len(server.heads) == 2
+
+
+def test_a_connection_that_is_never_taken_is_ended_by_the_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(client_module, "DEADLINE_SECONDS", 0.3)
+    monkeypatch.setattr(client_module, "TRIES", 2)
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
+        address = full.getsockname()
+        with ExitStack() as waiting:
+            for _ in range(4):  # more than the queue takes: the others are never answered
+                one = waiting.enter_context(socket.socket())
+                one.setblocking(False)
+                one.connect_ex(address)
+            begun = time.monotonic()
+            with pytest.raises(ApiUnavailableError) as caught:
+                ask(f"http://{address[0]}:{address[1]}/v1")
+            assert time.monotonic() - begun < LONG
+    assert caught.value.facts["cause"] == "timeout"
 
 
 @pytest.mark.parametrize("speak", [hang, hang_in_the_body])

@@ -26,7 +26,15 @@ from faletl.plan import Asked
 from faletl.resources import ANALYTICS, CREDITS, MODELS, PRICES, USAGE, Resource
 from faletl.staging import Staged, stage_window
 from faletl.warehouse import Lease, Warehouse, open_warehouse
-from faletl.warehouse.tables import FAILURES, HORIZONS, LOADS, RAW, RESTATEMENTS, UNKNOWN_ENDPOINTS
+from faletl.warehouse.tables import (
+    FAILURES,
+    HORIZONS,
+    LOADS,
+    RAW,
+    RESTATEMENTS,
+    UNKNOWN_ENDPOINTS,
+    WAREHOUSE,
+)
 from faletl.windows import DAY, HOUR, Read, Window
 from tests import truth
 from tests.conftest import IS_ON_POSTGRES, settings_for
@@ -39,9 +47,19 @@ LINE = {"endpoint_id": FLUX, "unit": "images", "quantity": 4, "unit_price": 0.02
         "currency": "USD"}  # fmt: skip
 
 
+NO_CALLS = b'{"time_series":[],"next_cursor":null,"has_more":false}'
+
+
 def usage(*lines: dict[str, Any], day: int = 22) -> bytes:
     """A page of usage in the third hour of a day."""
     series = [{"bucket": f"2026-11-{day}T03:00:00Z", "results": [LINE | line for line in lines]}]
+    return json.dumps({"time_series": series, "next_cursor": None, "has_more": False}).encode()
+
+
+def calls(*records: dict[str, Any]) -> bytes:
+    """A page of requests in the third hour of the 22nd."""
+    counts = {"request_count": 1, "success_count": 1, "user_error_count": 0, "error_count": 0}
+    series = [{"bucket": "2026-11-22T03:00:00Z", "results": [counts | one for one in records]}]
     return json.dumps({"time_series": series, "next_cursor": None, "has_more": False}).encode()
 
 
@@ -170,6 +188,11 @@ def test_the_ledger_tells_all_of_a_load_and_of_later_reads_that_found_the_same(d
         "last_fencing_token": later.token,
     }
     told = landing.receipt_of(again.landed.folder)
+    with desk.warehouse.reading() as connection:
+        assert connection is not None
+        receipts = load.read_ledger(connection).receipts
+    assert receipts[first.landed.manifest.load_id] == receipt
+    assert receipts[again.landed.manifest.load_id] == Receipt(later.token, NOON, "unchanged")
     assert told is not None
     assert (told.fencing_token, told.outcome) == (later.token, "unchanged")
     assert receipt.loaded_at < told.loaded_at <= datetime.now(UTC)
@@ -204,6 +227,16 @@ def test_what_a_closed_day_was_and_is_now_is_kept_line_by_line(desk: Desk) -> No
              "cost_total_before", "cost_total_after")  # fmt: skip
     assert lines == [of_all | dict(zip(names, line, strict=True)) for line in sorted(expected)]
     assert landing.receipt_of(first.landed.folder) is not None
+
+
+def test_a_day_may_become_again_what_it_was(desk: Desk) -> None:
+    bodies = [usage({"quantity": quantity}) for quantity in (4, 5, 4, 4)]
+    with desk.lease() as lease:
+        desk.load(lease, desk.read(ANALYTICS, NO_CALLS, ids=[FLUX]))  # another resource's, of the day
+        outcomes = [desk.load(lease, desk.read(USAGE, body)) for body in bodies]
+        loads = [one for one in desk.loads(lease) if one["resource"] == "usage"]
+    assert outcomes == ["loaded", "loaded", "loaded", "unchanged"]
+    assert sorted(one["is_current"] for one in loads) == [False, False, True]
 
 
 def test_an_open_day_leaves_no_restatements_and_that_it_closed_is_news(desk: Desk) -> None:
@@ -302,10 +335,7 @@ def test_a_load_that_is_not_what_was_staged_is_undone(
 
 def test_what_was_not_asked_for_stays(desk: Desk) -> None:
     def asked(ids: Sequence[str], *records: dict[str, Any], at: datetime) -> Staged:
-        counts = {"request_count": 1, "success_count": 1, "user_error_count": 0, "error_count": 0}
-        series = [{"bucket": "2026-11-22T03:00:00Z", "results": [counts | one for one in records]}]
-        body = json.dumps({"time_series": series, "next_cursor": None, "has_more": False}).encode()
-        return desk.read(ANALYTICS, body, at=at, ids=ids)
+        return desk.read(ANALYTICS, calls(*records), at=at, ids=ids)
 
     with desk.lease() as lease:
         first = asked([FLUX, VIDEO], {"endpoint_id": FLUX}, {"endpoint_id": VIDEO}, at=MORNING)
@@ -370,9 +400,10 @@ def test_the_horizon_only_widens_and_failures_go_with_a_load(desk: Desk) -> None
             assert first == {"usage": truth.day(min(day, 21))}
         desk.load(lease, desk.read(MODELS, listed("models"), Window.snapshot(NOW)))
         assert len(desk.rows(lease, sa.select(HORIZONS))) == 1
+        version = desk.rows(lease, sa.select(WAREHOUSE.c.data_version))
         for resource, failed, number in (
             ("usage", window, 1), ("usage", window, 2), ("usage", DAY_21, 3),
-            ("models", window, 4),
+            ("models", window, 4), ("usage", Window.of_day(truth.day(23)), 5),
         ):  # fmt: skip
             error = UnprovenError(f"number {number}").at(resource=resource, window=str(failed))
             load.record_failure(
@@ -386,13 +417,13 @@ def test_the_horizon_only_widens_and_failures_go_with_a_load(desk: Desk) -> None
             "window_start": window.start, "error": "UnprovenError",
             "message": "models, window 2026-11-22: number 4",
         }  # fmt: skip
-        assert [one["message"][-1] for one in found] == ["4", "3", "2"]
+        assert [one["message"][-1] for one in found] == ["4", "3", "2", "5"]
+        assert desk.rows(lease, sa.select(WAREHOUSE.c.data_version)) == version  # nothing to build
         desk.load(lease, desk.read(USAGE, usage({})))
         found = desk.rows(lease, sa.select(FAILURES))
         assert {(one["resource"], one["window_start"].day) for one in found} == {
-            ("models", 22),
-            ("usage", 21),
-        }
+            ("models", 22), ("usage", 21), ("usage", 23),
+        }  # fmt: skip
 
 
 def test_ids_that_are_worth_asking_for_are_those_used_or_held_and_those_unknown_rest(desk: Desk) -> None:
@@ -436,6 +467,14 @@ def test_ids_that_are_worth_asking_for_are_those_used_or_held_and_those_unknown_
         desk.load(lease, priced(VIDEO, "gone", asked=[VIDEO, "gone"], at=NOON))
         assert known(lease, PRICES, snapshot, NOON).unknown == {"lost"}
         assert len(desk.rows(lease, sa.select(UNKNOWN_ENDPOINTS))) == 1
+        desk.load(lease, desk.read(ANALYTICS, NO_CALLS, ids=["lost"]))  # known to another resource
+        assert known(lease, PRICES, snapshot, NOON).unknown == {"lost"}
+        # What is held of the day, of this account.
+        for account, one in (("acme", VOICE), ("other", VIDEO)):
+            desk.load(
+                lease, desk.read(ANALYTICS, calls({"endpoint_id": one}), ids=[one], account=account)
+            )
+        assert known(lease, ANALYTICS, DAY_22, NOON).used_or_held == {FLUX, VOICE}
         # Usage of the window or of the 90 days before, and nothing later.
         for days, is_used in ((0, True), (90, True), (91, False), (-1, False)):
             window = Window.of_day(truth.day(22) + timedelta(days=days))
