@@ -21,7 +21,7 @@ help:
 	@echo "make exclusion  many processes at once, killed and frozen, on both warehouses (an hour or two)"
 	@echo "make soak    long invented stories of an account, its faults and its runs (an hour)"
 	@echo "make docs    what docs/ and README repeat of the code anew: dictionary, star, outputs"
-	@echo "make bench   what 1 and 5 million billing events of a day cost (some minutes)"
+	@echo "make bench   what runs, builds, queries and starts cost, beside other tools (hours)"
 	@echo "make lock    resolve requirements.lock anew (needs uv)"
 	@echo "make audit   look up what is locked in PyPI's advisories; fails where it cannot"
 	@echo "make sbom    what is locked as a bill of materials, dist/faletl.cdx.json"
@@ -100,7 +100,8 @@ docs: setup
 bench: setup
 	$(BIN)/python -m benchmarks.whole_run 1000000 5000000
 	$(BIN)/python -m benchmarks.extract_load
-	$(BIN)/python -m benchmarks.history
+	$(BIN)/python -m benchmarks.history 5000000 50000000
+	$(BIN)/python -m benchmarks.latency
 	$(BIN)/python -m benchmarks.start
 	$(BIN)/python benchmarks/server_days.py 100000 50
 
