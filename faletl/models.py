@@ -193,21 +193,22 @@ def checks() -> tuple[Check, ...]:
 
 
 def _ledger_check(resource: str, table: sa.Table) -> str:
-    """What the ledger calls current stands in the raw table, row for row, and nothing else does."""
+    """What the ledger calls current stands in the raw table, row for row, and nothing else does.
+
+    Without functions of ours: it is asked of older warehouses, too.
+    """
     time = RESOURCES[resource].time
-    start = f"date_trunc('day', utc(\"{time}\"))" if time else "utc(_snapshot_at)"
+    start = f"date_trunc('day', \"{time}\" at time zone 'UTC') at time zone 'UTC'" if time else None
     cost = "sum(cost_total)" if "cost_total" in table.c else "0"
     return f"""
         with held as (
             select
-                _account, {start} as held_start, count(*) as held_rows,
+                _account, {start or "_snapshot_at"} as held_start, count(*) as held_rows,
                 {cost} as held_cost
             from {table.fullname} group by 1, 2
         ),
         entered as (
-            select
-                account, utc(window_start) as window_start, rows as entered_rows,
-                cost_total as entered_cost
+            select account, window_start, rows as entered_rows, cost_total as entered_cost
             from ops.loads where resource = '{resource}' and is_current
         )
         select

@@ -145,10 +145,13 @@ def plan(
 ) -> list[Task]:
     """The windows to extract: the days named, else those that are due, by the ledger."""
     reads: dict[str, Mapping[date, Read]] = {name: {} for name in RESOURCES}
-    first_days = dict.fromkeys(RESOURCES, now.date() - timedelta(settings.first_days))
+    recent = now.date() - timedelta(settings.first_days)
+    first_days = dict.fromkeys(RESOURCES, recent)
     if connection is not None:
         reads = {name: reads_by_day(connection, account, name) for name in RESOURCES}
-        first_days |= horizons(connection, account)
+        known = horizons(connection, account)
+        # Named days may have been loaded first, or the first run may have died before it could load.
+        first_days = {name: min(recent, known.get(name, recent)) for name in RESOURCES}
     return tasks_of(reads, first_days, asked, now)
 
 

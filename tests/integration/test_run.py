@@ -654,3 +654,17 @@ def test_a_key_that_may_not_read_the_account_skips_the_credits(
     )
     assert spent == {label or "default": sum(one.cost_total for one in account.lines)}
     assert named.exit_code == 2
+
+
+def test_days_that_were_named_first_leave_no_hole_before_them(
+    clock: time_machine.Traveller, settings: Settings
+) -> None:
+    assert pipeline.run(settings, Asked(truth.day(22), truth.day(23))).exit_code == 0
+    assert pipeline.run(settings).exit_code == 0
+    loaded = ask(
+        settings,
+        "select distinct resource, cast(window_start as date) from ops.loads "
+        "where resource in ('usage', 'billing_events') order by all",
+    )
+    days = [truth.day(number) for number in (21, 22, 23)]
+    assert loaded == [(name, day) for name in ("billing_events", "usage") for day in days]
