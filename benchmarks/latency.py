@@ -20,8 +20,8 @@ from benchmarks.measure import Spent, figures, tell
 from tests.feed import Feed
 
 FIRST = date(2026, 9, 1)
-BESIDE_PAGES = 3
-"""Requests for a window of charges with many pages beside these: two control totals, usage itself."""
+BESIDE_PAGES = 5
+"""Requests for a day beside its pages: two totals, the first page once more, usage and its total."""
 
 
 def main() -> None:

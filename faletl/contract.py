@@ -104,10 +104,10 @@ class Contract:
             known |= {c.name for c in self.columns if c.is_outer} if is_last else set()
             inner: list[bytes] = []
             for one in around:
-                fields = _decoded(_OBJECT, one)
+                fields = _decoded(OBJECT, one)
                 for name in sorted(fields.keys() - known):
                     self._note_new((*place, name), bytes(fields[name]))
-                listed = list(map(bytes, _decoded(_LIST, bytes(fields.get(step, b"null")))))
+                listed = list(map(bytes, _decoded(LIST, bytes(fields.get(step, b"null")))))
                 if is_last:
                     yield one, listed
                 inner += listed
@@ -141,8 +141,9 @@ class Contract:
         return sentence
 
 
-_OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_LIST = msgspec.json.Decoder(list[msgspec.Raw])
+OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])
+LIST = msgspec.json.Decoder(list[msgspec.Raw])
+"""What they hold stays bytes."""
 
 
 def records_of(body: bytes, rows_path: tuple[str, ...]) -> list[bytes]:
@@ -153,7 +154,7 @@ def records_of(body: bytes, rows_path: tuple[str, ...]) -> list[bytes]:
 def _fields_of(text: bytes) -> Mapping[str, msgspec.Raw]:
     """The fields of an object, unread; of anything else none, as that is another breach."""
     try:
-        return _OBJECT.decode(text)
+        return OBJECT.decode(text)
     except msgspec.ValidationError:
         return {}
     except UNREADABLE as error:

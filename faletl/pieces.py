@@ -118,7 +118,7 @@ def make_plan(settings: Settings, asked: Asked, *, is_first_due: bool = False) -
     """Write down what `faletl run` would read now; returns the path, None if nothing is due.
 
     With `is_first_due` the first read ever of a resource is of what is due, recent days asked for or
-    not: it would else be complete from these days on only (docs/architecture.md).
+    not: who tries a new DAG by hand has its history at once, and not with the next run that is due.
 
     Raises:
         UsageError: settings that cannot mean anything; no key.

@@ -22,7 +22,7 @@ import duckdb
 import msgspec
 
 from faletl.config import Settings
-from faletl.contract import Contract, Tree, records_of, tree_of
+from faletl.contract import LIST, OBJECT, Contract, Tree, records_of, tree_of
 from faletl.errors import (
     ContractError,
     DataRefusedError,
@@ -441,21 +441,16 @@ def _levels(body: bytes, rows_path: tuple[str, ...]) -> list[Level] | None:
     all that there are.
     """
     if not rows_path:
-        return [({}, [msgspec.Raw(body)])]
+        return [({}, [msgspec.Raw(body.strip())])]
     marks, objects = 0, [msgspec.Raw(body)]
     for step in rows_path:
-        fields = [_OBJECT.decode(one) for one in objects]
-        lists = [_LIST.decode(one[step]) for one in fields]
-        for one in fields:
-            is_last = step is rows_path[-1]
-            around = (bytes(value) for name, value in one.items() if is_last or name != step)
-            marks += 2 * len(one) + sum(value.count(b'"') for value in around)
+        fields = [OBJECT.decode(one) for one in objects]
+        lists = [LIST.decode(one[step]) for one in fields]
+        beside = (value for one in fields for name, value in one.items() if name != step)
+        marks += sum(bytes(value).count(b'"') for value in beside) + sum(2 * len(one) for one in fields)
         objects = [inner for rows in lists for inner in rows]
+    marks += sum(bytes(one[step]).count(b'"') for one in fields)
     return list(zip(fields, lists, strict=True)) if marks == body.count(b'"') else None
-
-
-_OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_LIST = msgspec.json.Decoder(list[msgspec.Raw])
 
 
 def _raw_lines(

@@ -52,10 +52,6 @@ _LITTLE = 32 * 2**20  # bytes of a file
 # become whole numbers of 10^-12, which are divided by hand, six decimals at a time, so that nothing
 # overflows: the divisor may be up to 8 * 10^19.
 MACROS = (
-    # The clock of UTC at an instant, without the tables of time zones, which are slow to ask.
-    """
-    create or replace macro utc(instant) as make_timestamp(epoch_us(instant))
-    """,
     """
     create or replace macro trillionths(a) as
         cast(trunc(abs(cast(a as decimal(38,12)))) as hugeint) * 1000000000000
@@ -85,6 +81,10 @@ MACROS = (
                 + trillionths(part) % trillionths(whole) * (trillionths(amount) % 1000000000)
             ) + trillionths(whole)) // (2 * trillionths(whole))
         as decimal(38,0)) * 0.000000000001
+    """,
+    # The clock of UTC at an instant, without the tables of time zones, which are slow to ask.
+    """
+    create or replace macro utc(instant) as make_timestamp(epoch_us(instant))
     """,
     # ISO 4217 has a code for no currency.
     """
