@@ -213,14 +213,14 @@ def test_a_damaged_manifest_of_a_run_is_told_and_not_passed_over(settings: Setti
 @pytest.fixture
 def left(settings: Settings) -> Iterator[dict[str, Path]]:
     """Reads in each state, in the order of their beginning."""
-    interrupted, done = read(settings), sealed(read(settings, NOW + timedelta(seconds=1)))
-    at_work, fresh = (read(settings, NOW + timedelta(seconds=n)) for n in (2, 3))
+    done = sealed(read(settings))
+    at_work, interrupted, fresh = (read(settings, NOW + timedelta(seconds=n)) for n in (1, 2, 3))
     interrupted.close()
     fresh.close()
     yield {
-        "interrupted": interrupted.folder,
         "done": done.folder,
         "at work": at_work.folder,
+        "interrupted": interrupted.folder,
         "fresh": fresh.folder,
     }
     at_work.close()
@@ -229,10 +229,11 @@ def left(settings: Settings) -> Iterator[dict[str, Path]]:
 def test_interrupted_is_what_began_before_and_is_neither_done_nor_at_work(
     settings: Settings, left: dict[str, Path]
 ) -> None:
-    found = list(landing.interrupted_reads(settings, NOW + timedelta(seconds=3)))
+    def found(before: int) -> list[Path]:
+        return list(landing.interrupted_reads(settings, NOW + timedelta(seconds=before)))
 
-    assert found == [left["interrupted"]]
-    assert list(landing.interrupted_reads(settings, NOW)) == []
+    assert found(3) == [left["interrupted"]]
+    assert found(2) == []
     assert list(landing.all_reads(settings)) == list(left.values())
     assert list(landing.complete_reads(settings)) == [left["done"]]
     assert list(landing.complete_reads(settings, DAY.day)) == [left["done"]]
@@ -302,7 +303,27 @@ def test_a_read_that_is_given_up_leaves_nothing(settings: Settings) -> None:
     assert landing.resume(settings, "acme", "usage", DAY, NOW) is None
 
 
-def test_a_read_that_cannot_be_read_is_told_with_its_path(settings: Settings) -> None:
+def test_what_is_in_the_way_of_a_read_is_told_with_its_path(settings: Settings) -> None:
+    load_id = landing.new_load_id(NOW)
+    day = settings.landing / Path("acme", "usage", "2026-11-22")
+    day.mkdir(parents=True)
+    (day / load_id).write_bytes(b"")
+
+    with pytest.raises(StorageError, match=f"{day / load_id}"):
+        landing.open_ahead(settings, "acme", "usage", DAY, load_id)
+
+
+def test_a_page_that_was_changed_is_told_with_what_to_do(settings: Settings) -> None:
+    done = sealed(read(settings))
+    (kept,) = done.manifest.pages("rows")
+    (done.folder / kept.file).write_bytes(b"")
+
+    told = "is not the one that fal sent; restore it, or read the window again with faletl run --start"
+    with pytest.raises(TamperedError, match=f"{kept.file} {told}"):
+        done.body(kept)
+
+
+def test_a_receipt_that_cannot_be_read_is_told_with_its_path(settings: Settings) -> None:
     done = sealed(read(settings))
     (done.folder / landing.RECEIPT).mkdir()
 
