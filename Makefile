@@ -69,7 +69,7 @@ test-postgres: setup
 # Needs root, or user namespaces: the disk that fills is one of its own.
 chaos: setup
 	$(BIN)/python -m tests.chaos --pace 2 --seed $(SEED)
-	$(BIN)/python -m tests.chaos --pace 2 --seed $(SEED) --postgres
+	$(BIN)/python -m tests.chaos --pace 3 --seed $(SEED) --postgres
 
 # Rounds of processes over one warehouse.
 ROUNDS ?= 200
