@@ -102,6 +102,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.extract_load
 	$(BIN)/python -m benchmarks.history 5000000 50000000
 	$(BIN)/python -m benchmarks.latency
+	$(BIN)/python -m benchmarks.usage_year
 	$(BIN)/python -m benchmarks.start
 	$(BIN)/python benchmarks/server_days.py 100000 50
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from datetime import date, timedelta
 from pathlib import Path
 
@@ -28,9 +29,16 @@ def environment(url: str, folder: Path, **more: str) -> dict[str, str]:
     }
 
 
-def run(first: date, settings: dict[str, str], *, days: int = 1, builds: bool = True) -> Spent:
-    """`faletl run` of the days' usage and charges; without `builds` it ends when they are loaded."""
+def run(
+    first: date,
+    settings: dict[str, str],
+    *,
+    days: int = 1,
+    builds: bool = True,
+    resources: Sequence[str] = ("usage", "billing_events"),
+) -> Spent:
+    """`faletl run` of the days; without `builds` it ends when they are loaded."""
     start = ["-m", "faletl"] if builds else ["-c", WITHOUT_BUILD]
     words = ["run", "--start", f"{first}", "--end", f"{first + timedelta(days=days)}"]
-    words += ["--resource", "usage", "--resource", "billing_events"]
+    words += [f"--resource={name}" for name in resources]
     return spent([sys.executable, *start, *words], settings)

@@ -1,0 +1,129 @@
+"""A year of hourly usage of many endpoints and keys: its first load, and one of its days once more.
+
+    python -m benchmarks.usage_year --days 365
+
+600 endpoints, used by three keys in each hour of each day: 43,200 lines a day, in pages of two hours.
+The first load is `faletl run` without its build; then one day is read again, unchanged. Beside it, over
+fewer days, dlt's REST source reads the same pages (benchmarks/peers). The gate is on, as by default. One
+round: a year takes minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from datetime import date, timedelta
+from pathlib import Path
+
+from benchmarks import ours
+from benchmarks.account import held, serving
+from benchmarks.extract_load import PACKAGES, PEERS
+from benchmarks.measure import Spent, environment_of, figures, spent, tell
+from tests.feed import money
+
+FIRST = date(2025, 11, 1)
+ENDPOINTS, KEYS = 600, 3
+HOURS_A_PAGE = 2
+"""Each of 3,600 lines."""
+NANO_PRICE = 25_000_000
+
+
+def write_usage(folder: Path, days: int) -> tuple[int, str]:
+    """The answers of so many days, as `benchmarks.account` serves them; their lines and sum."""
+    units = 0
+    for number in range(days):
+        day = folder / str(FIRST + timedelta(days=number))
+        day.mkdir(parents=True)
+        for page in range(24 // HOURS_A_PAGE):
+            name = f"usage-{page}" if page else "usage"
+            (day / f"{name}.json").write_text(_page(number, page))
+        used = [
+            sum(quantity(number, hour, endpoint, key) for hour in range(24) for key in range(KEYS))
+            for endpoint in range(ENDPOINTS)
+        ]
+        summary = ",".join(line(endpoint, None, many) for endpoint, many in enumerate(used))
+        (day / "summary.json").write_text(
+            f'{{"summary":[{summary}],"next_cursor":null,"has_more":false}}'
+        )
+        units += sum(used)
+    return days * 24 * ENDPOINTS * KEYS, money(units * NANO_PRICE)
+
+
+def _page(number: int, page: int) -> str:
+    day, last = FIRST + timedelta(days=number), 24 // HOURS_A_PAGE - 1
+    buckets = ",".join(
+        f'{{"bucket":"{day}T{hour:02d}:00:00Z","results":[{",".join(lines(number, hour))}]}}'
+        for hour in range(page * HOURS_A_PAGE, (page + 1) * HOURS_A_PAGE)
+    )
+    cursor = f'"usage-{page + 1}"' if page < last else "null"
+    more = "true" if page < last else "false"
+    return f'{{"time_series":[{buckets}],"next_cursor":{cursor},"has_more":{more}}}'
+
+
+def lines(number: int, hour: int) -> Iterator[str]:
+    """The lines of an hour."""
+    for endpoint in range(ENDPOINTS):
+        for key in range(KEYS):
+            yield line(endpoint, key, quantity(number, hour, endpoint, key))
+
+
+def quantity(number: int, hour: int, endpoint: int, key: int) -> int:
+    """What a key used of an endpoint in an hour."""
+    return 1 + (number + hour + endpoint + key) % 7
+
+
+def line(endpoint: int, key: int | None, many: int) -> str:
+    """As fal writes it; of all keys together where none is named."""
+    cost = money(many * NANO_PRICE)
+    structured = f'{{"detail":"key {key}","api_key_id":"key-{key}"}}'
+    who = f',"auth_method":"key {key}","auth_method_structured":{structured}' if key is not None else ""
+    return (
+        f'{{"endpoint_id":"bench/endpoint-{endpoint:03d}","unit":"images","quantity":{many},'
+        f'"unit_price":{money(NANO_PRICE)},"percent_discount":null,"cost_subtotal":{cost},'
+        f'"cost_discount":0,"cost_total":{cost},"cost":{cost},"currency":"USD"{who}}}'
+    )
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--days", type=int, default=365)
+    parser.add_argument("--peer-days", type=int, default=20)
+    parser.add_argument("--python", type=Path, help="of an environment that has the peers already")
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="faletl-bench-") as name:
+        root = Path(name)
+        python = asked.python or environment_of(root / "peers", PACKAGES)
+        found = []
+        for days in (asked.peer_days, asked.days):
+            pages = root / f"pages-{days}"
+            served = write_usage(pages, days)
+            with serving(pages) as url:
+
+                def load(folder: Path, url: str = url, days: int = days) -> Spent:
+                    settings = ours.environment(url, folder)
+                    return ours.run(FIRST, settings, days=days, builds=False, resources=("usage",))
+
+                def by_dlt(folder: Path, url: str = url, days: int = days) -> Spent:
+                    words = [url, folder / "warehouse.duckdb", FIRST, days]
+                    return spent(
+                        [python, PEERS / "dlt_usage.py", *map(str, words)], {"HOME": str(folder)}
+                    )
+
+                if days == asked.peer_days:
+                    (folder := root / "dlt").mkdir()
+                    found.append(("dlt rest", days, "first load", by_dlt(folder)))
+                    assert held(folder / "warehouse.duckdb", "fal.usage") == served
+                (folder := root / f"faletl-{days}").mkdir()
+                found.append(("faletl", days, "first load", load(folder)))
+                assert held(folder / "warehouse.duckdb", "raw.usage") == served
+                found.append(("faletl", days, "a day once more", load(folder, days=1)))
+    tell(
+        {"tool": tool, "days": days, "lines": days * 24 * ENDPOINTS * KEYS, "work": work, **figures(one)}
+        for tool, days, work, one in found
+    )
+
+
+if __name__ == "__main__":
+    main()
