@@ -37,7 +37,7 @@ from tests.forked import Child, Trap, start
 from tests.property.test_laws import check_against_truth, hours
 from tests.truth import FLUX, KEY, LOGIN, NOBODY, NOW, VIDEO, VOICE, line
 
-STORIES, STEPS = (int(number) for number in os.environ.get("STORIES", "3x8").split("x"))
+STORIES, STEPS = (int(number) for number in os.environ.get("STORIES", "3x6").split("x"))
 """How many stories are told, and of how many steps."""
 
 TOLD: Counter[str] = Counter()
