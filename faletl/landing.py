@@ -329,9 +329,11 @@ def _once_more(folder: Path) -> Attempt | None:
     another = _beside(folder)
     try:
         at(another).make(another)
+        attempt = Attempt(another)
+    except filelock.Timeout:
+        return None  # another run took the folder up before we locked it; it may have it
     except OSError as error:
         raise storage_error(error, another) from None
-    attempt = Attempt(another)
     attempt.earlier = earlier
     return attempt
 

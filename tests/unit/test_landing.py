@@ -179,6 +179,21 @@ def test_a_read_that_is_complete_is_not_asked_ahead_again(settings: Settings) ->
     assert landing.resume(settings, "acme", "usage", DAY, NOW) is not None  # as another read
 
 
+def test_a_folder_that_another_run_took_up_first_is_left_to_it(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sealed(read(settings))
+    theirs = read(settings)
+    ids = iter([theirs.load_id, landing.new_load_id(NOW)])
+    monkeypatch.setattr(landing, "new_load_id", lambda _: next(ids))
+    monkeypatch.setattr(landing, "_beside", lambda _: theirs.folder)
+
+    assert landing.resume(settings, "acme", "usage", DAY, NOW) is None
+    ours = landing.begin(settings, "acme", "usage", DAY, NOW)
+    assert ours.folder != theirs.folder
+    assert len(names(theirs.folder)) == 1
+
+
 # --- Reads of a run -------------------------------------------------------------------------------
 
 
