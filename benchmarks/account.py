@@ -88,7 +88,7 @@ def _answer(folder: Path, path: str) -> bytes:
     query = parse_qs(url.query)
     what = url.path.rpartition("/")[2]
     day = date.fromisoformat(query["start"][0][:10])
-    first = ["summary", "usage"] if query["expand"][0] == "summary" else ["usage"]
+    first = ["summary", "usage"] if query.get("expand") == ["summary"] else ["usage"]
     names = query.get("cursor", first if what == "usage" else ["page-0"])
     pages = (folder / str(day) / f"{name}.json" for name in names)
     return next((page.read_bytes() for page in pages if page.exists()), NOTHING[what])

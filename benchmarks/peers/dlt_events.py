@@ -27,13 +27,8 @@ AMOUNTS = (
 )  # fmt: skip
 
 
-def events_of(url, day):
-    """The source of one day."""
-
-    def with_day(row):
-        row["day"] = str(day)
-        return row
-
+def day_of(url, day, table, selector, amounts, params, steps):
+    """The source of one day of a resource, which replaces that day."""
     return rest_api_source(
         {
             "client": {
@@ -47,23 +42,23 @@ def events_of(url, day):
             },
             "resources": [
                 {
-                    "name": "billing_events",
+                    "name": table,
                     "write_disposition": {"disposition": "merge", "strategy": "delete-insert"},
                     "merge_key": "day",
                     "max_table_nesting": 0,
                     "columns": {
-                        name: {"data_type": "decimal", "precision": 38, "scale": 12} for name in AMOUNTS
+                        name: {"data_type": "decimal", "precision": 38, "scale": 12} for name in amounts
                     },
                     "endpoint": {
-                        "path": "models/billing-events",
-                        "data_selector": "billing_events",
+                        "path": f"models/{table.replace('_', '-')}",
+                        "data_selector": selector,
                         "params": {
                             "start": f"{day}T00:00:00Z",
                             "end": f"{day + timedelta(days=1)}T00:00:00Z",
-                            "limit": 10000,
+                            **params,
                         },
                     },
-                    "processing_steps": [{"map": with_day}],
+                    "processing_steps": [steps],
                 }
             ],
         },
@@ -71,15 +66,32 @@ def events_of(url, day):
     )
 
 
-def main():
-    """Load what is not loaded yet."""
-    url, database, first, days = sys.argv[1:]
-    pipeline = dlt.pipeline(
+def pipeline_to(database):
+    """Into a DuckDB file."""
+    return dlt.pipeline(
         "fal",
         destination=dlt.destinations.duckdb(database),
         dataset_name="fal",
         pipelines_dir=f"{database}.pipelines",
     )
+
+
+def events_of(url, day):
+    """The source of one day."""
+
+    def with_day(row):
+        row["day"] = str(day)
+        return row
+
+    return day_of(
+        url, day, "billing_events", "billing_events", AMOUNTS, {"limit": 10000}, {"map": with_day}
+    )
+
+
+def main():
+    """Load what is not loaded yet."""
+    url, database, first, days = sys.argv[1:]
+    pipeline = pipeline_to(database)
     pipeline.run()  # what an earlier process left
     loaded = set()
     if pipeline.default_schema_name and "billing_events" in pipeline.default_schema.tables:
