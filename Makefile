@@ -53,8 +53,8 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/sqlfluff lint sql
 
-# Warnings are errors; dates must not depend on where the machine stands, nor sums on the warehouse; the wheel must
-# hold all. test-postgres is the whole of what is a part here.
+# Warnings are errors; dates must not depend on where the machine stands, nor sums on the warehouse (here a part of
+# what test-postgres tries); the wheel must hold all.
 check: lint test
 	TZ=America/Los_Angeles TEST_WAREHOUSE=postgres $(BIN)/python -m pytest -n 2 \
 		tests/unit/test_windows.py tests/unit/test_staging.py tests/integration/test_run.py \

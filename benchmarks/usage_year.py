@@ -85,6 +85,26 @@ def line(endpoint: int, key: int | None, many: int) -> str:
     )
 
 
+def loaded(url: str, folder: Path, days: int, served: tuple[int, str]) -> Iterator[tuple[str, Spent]]:
+    """What the first load costs, and then one day of it once more."""
+    folder.mkdir()
+    settings = ours.environment(url, folder)
+    for work, many in (("first load", days), ("a day once more", 1)):
+        yield work, ours.run(FIRST, settings, days=many, builds=False, resources=("usage",))
+        assert held(folder / "warehouse.duckdb", "raw.usage") == served
+
+
+def loaded_by_dlt(
+    python: Path, url: str, folder: Path, days: int, served: tuple[int, str]
+) -> Iterator[tuple[str, Spent]]:
+    """What the first load costs by dlt."""
+    folder.mkdir()
+    database = folder / "warehouse.duckdb"
+    words = [python, PEERS / "dlt_usage.py", url, database, str(FIRST), str(days)]
+    yield "first load", spent(words, {"HOME": str(folder)})
+    assert held(database, "fal.usage") == served
+
+
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -92,33 +112,20 @@ def main() -> None:
     parser.add_argument("--peer-days", type=int, default=20)
     parser.add_argument("--python", type=Path, help="of an environment that has the peers already")
     asked = parser.parse_args()
+    found = []
     with tempfile.TemporaryDirectory(prefix="faletl-bench-") as name:
         root = Path(name)
         python = asked.python or environment_of(root / "peers", PACKAGES)
-        found = []
-        for days in (asked.peer_days, asked.days):
-            pages = root / f"pages-{days}"
-            served = write_usage(pages, days)
-            with serving(pages) as url:
-
-                def load(folder: Path, url: str = url, days: int = days) -> Spent:
-                    settings = ours.environment(url, folder)
-                    return ours.run(FIRST, settings, days=days, builds=False, resources=("usage",))
-
-                def by_dlt(folder: Path, url: str = url, days: int = days) -> Spent:
-                    words = [url, folder / "warehouse.duckdb", FIRST, days]
-                    return spent(
-                        [python, PEERS / "dlt_usage.py", *map(str, words)], {"HOME": str(folder)}
-                    )
-
-                if days == asked.peer_days:
-                    (folder := root / "dlt").mkdir()
-                    found.append(("dlt rest", days, "first load", by_dlt(folder)))
-                    assert held(folder / "warehouse.duckdb", "fal.usage") == served
-                (folder := root / f"faletl-{days}").mkdir()
-                found.append(("faletl", days, "first load", load(folder)))
-                assert held(folder / "warehouse.duckdb", "raw.usage") == served
-                found.append(("faletl", days, "a day once more", load(folder, days=1)))
+        served = write_usage(root / "few", asked.peer_days)
+        with serving(root / "few") as url:
+            few = (url, root / "dlt", asked.peer_days, served)
+            found += [("dlt rest", asked.peer_days, *one) for one in loaded_by_dlt(python, *few)]
+            few = (url, root / "faletl", asked.peer_days, served)
+            found += [("faletl", asked.peer_days, *one) for one in loaded(*few)]
+        served = write_usage(root / "year", asked.days)
+        with serving(root / "year") as url:
+            year = (url, root / "faletl-year", asked.days, served)
+            found += [("faletl", asked.days, *one) for one in loaded(*year)]
     tell(
         {"tool": tool, "days": days, "lines": days * 24 * ENDPOINTS * KEYS, "work": work, **figures(one)}
         for tool, days, work, one in found

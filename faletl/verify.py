@@ -260,7 +260,7 @@ def _changed_model(connection: sa.Connection, dialect: str, model: models.Model)
             models.restricted(sql, span, dialect) if span else models.translate(sql, dialect)
             for sql in (model.sql, f"select * from {model.table}")
         )  # fmt: skip
-        # Each table is made once for that, where EXCEPT ALL in both directions would make it twice.
+        # EXCEPT ALL in both directions would make each side twice.
         differing = f"""
             select coalesce(sum(abs(surplus)), 0) from (
                 select sum(side) as surplus from (

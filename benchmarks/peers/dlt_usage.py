@@ -1,4 +1,4 @@
-"""Hourly usage by dlt, tuned as in dlt_events.py: a bucket of results becomes a row for each.
+"""Hourly usage by dlt, tuned as in dlt_rest.py: a bucket of results becomes a row for each.
 
 dlt_usage.py URL DATABASE FIRST_DAY DAYS
 """
@@ -6,7 +6,7 @@ dlt_usage.py URL DATABASE FIRST_DAY DAYS
 import sys
 from datetime import date, timedelta
 
-from dlt_events import day_of, pipeline_to
+from dlt_rest import day_of, pipeline_to
 
 AMOUNTS = (
     "quantity", "unit_price", "percent_discount", "cost_subtotal", "cost_discount", "cost_total", "cost",

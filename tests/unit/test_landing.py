@@ -12,7 +12,7 @@ import pytest
 from faletl import landing
 from faletl.config import Settings
 from faletl.errors import StorageError, TamperedError
-from faletl.landing import Attempt, Call, Landed, Manifest
+from faletl.landing import Attempt, Call, Landed, LandedPage, Manifest
 from faletl.pages import Page
 from faletl.windows import Window
 from tests.conftest import settings_for
@@ -30,11 +30,9 @@ def settings(tmp_path: Path) -> Settings:
     return settings_for("http://127.0.0.1:1", tmp_path)
 
 
-def read(
-    settings: Settings, at: datetime = NOW, window: Window = DAY, resource: str = "usage"
-) -> Attempt:
+def read(settings: Settings, at: datetime = NOW, window: Window = DAY) -> Attempt:
     """A read of acme's window that began then, with one page so far."""
-    attempt = landing.begin(settings, "acme", resource, window, at)
+    attempt = landing.begin(settings, "acme", "usage", window, at)
     attempt.land("rows", ASKED, page(1))
     return attempt
 
@@ -46,14 +44,18 @@ def page(number: int) -> Page:
 
 def sealed(attempt: Attempt, run_id: str = "a-run", window: Window = DAY) -> Landed:
     """The read, made complete with the page that it has."""
-    record = attempt.described("rows", ASKED, page(1))
-    return attempt.seal(
-        Manifest(
-            load_id=attempt.load_id, run_id=run_id, account="acme", resource="usage",
-            window_start=window.start, window_end=window.end, started_at=attempt.started_at,
-            finished_at=NOW, planned_from=DAY.day, fencing_token=0,
-            calls=[Call("rows", "/models/usage", {"endpoint_id": ["fal-ai/flux/dev"]}, [record])],
-        )
+    return attempt.seal(manifest_of(attempt, attempt.described("rows", ASKED, page(1)), run_id, window))
+
+
+def manifest_of(
+    attempt: Attempt, record: LandedPage, run_id: str = "a-run", window: Window = DAY
+) -> Manifest:
+    """The paper of a read of that one page."""
+    return Manifest(
+        load_id=attempt.load_id, run_id=run_id, account="acme", resource="usage",
+        window_start=window.start, window_end=window.end, started_at=attempt.started_at,
+        finished_at=NOW, planned_from=DAY.day, fencing_token=0,
+        calls=[Call("rows", "/models/usage", {"endpoint_id": ["fal-ai/flux/dev"]}, [record])],
     )  # fmt: skip
 
 
@@ -279,17 +281,11 @@ def test_a_sealed_read_holds_the_pages_of_its_manifest_and_nothing_else(settings
 
 def test_a_read_whose_pages_were_deleted_is_never_complete(settings: Settings) -> None:
     attempt = read(settings)
-    (attempt.folder / landing.page_name("rows", ASKED, 1)).rename(attempt.folder / "elsewhere")
-    record = landing.LandedPage(landing.page_name("rows", ASKED, 1), 0, 1, "0" * 64)
-    call = Call("rows", "/models/usage", {}, [record])
-    manifest = Manifest(
-        load_id=attempt.load_id, run_id="a-run", account="acme", resource="usage",
-        window_start=DAY.start, window_end=DAY.end, started_at=NOW, finished_at=NOW,
-        planned_from=DAY.day, fencing_token=0, calls=[call],
-    )  # fmt: skip
+    record = attempt.described("rows", ASKED, page(1))
+    (attempt.folder / record.file).unlink()
 
     with pytest.raises(StorageError, match=f"{record.file} was deleted while the window was read"):
-        attempt.seal(manifest)
+        attempt.seal(manifest_of(attempt, record))
     assert not landing.is_complete(attempt.folder)
 
 
