@@ -19,7 +19,7 @@ import psycopg
 import sqlalchemy as sa
 
 from faletl.config import Settings
-from faletl.warehouse import Warehouse, open_warehouse
+from faletl.warehouse import Warehouse, open_warehouse, quoted
 from faletl.warehouse.tables import RAW
 from tests.servers import shared_postgres
 
@@ -49,7 +49,7 @@ def main() -> None:
                 for number in range(days):
                     write_day(day, LAST - timedelta(number), rows)
                     with connection.begin():
-                        warehouse.take_in(connection, TABLE, day)
+                        warehouse.take_in(connection, TABLE, quoted(day), day.parent)
                 filled = time.perf_counter() - began
                 write_day(day, LAST, rows)
                 for name, index in INDEXES.items():
@@ -75,7 +75,7 @@ def replaced(warehouse: Warehouse, connection: sa.Connection, day: Path) -> floa
         connection.execute(
             sa.delete(TABLE).where(TABLE.c.timestamp >= datetime(2026, 11, 1, tzinfo=UTC))
         )
-        warehouse.take_in(connection, TABLE, day)
+        warehouse.take_in(connection, TABLE, quoted(day), day.parent)
     return time.perf_counter() - began
 
 

@@ -28,7 +28,7 @@ from faletl.findings import Validation
 from faletl.models import known_units
 from faletl.money import plain
 from faletl.resources import Resource
-from faletl.staging import BESIDE, Staged
+from faletl.staging import Staged
 from faletl.warehouse.tables import LOADS, RAW
 from faletl.windows import DAY, WEEK, Window
 
@@ -45,12 +45,12 @@ _SAMPLE = 3  # rows whose keys are kept
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A window to be looked at: its rows as a Parquet file (see `Staged`)."""
+    """A window to be looked at; `source` is the SQL of DuckDB for its rows (see `Staged`)."""
 
     account: str
     resource: Resource
     window: Window
-    rows: Path
+    source: str
     expected_rows: int
     control_total: Decimal | None
     read_at: datetime
@@ -63,7 +63,7 @@ class Subject:
             account=manifest.account,
             resource=staged.resource,
             window=manifest.window,
-            rows=staged.path,
+            source=staged.source,
             expected_rows=(
                 staged.landed_rows
                 - staged.findings.breaches
@@ -118,15 +118,11 @@ class Gate:
             },
             create_temp_table=False,
         )
-        self._window = scratch / "window.parquet"
         # One asset for all windows: Great Expectations writes its configuration anew for each.
-        of_the_table = f"columns(name -> name not in {BESIDE})"
-        asset = source.add_query_asset(
-            "window",
-            query=f"select {of_the_table} from '{self._window}'",  # noqa: S608
-        )
+        asset = source.add_query_asset("window", query="select * from staged_window")
         self._batches = asset.add_batch_definition_whole_table("window")
-        with source.get_execution_engine().engine.connect() as connection:
+        self._engine = source.get_execution_engine().engine
+        with self._engine.connect() as connection:
             for setting in ("TimeZone = 'UTC'", "enable_external_file_cache = false"):
                 connection.execute(sa.text(f"set global {setting}"))
 
@@ -159,8 +155,10 @@ class Gate:
 
         facts = self._facts(connection, subject)
         suite = suite_of(facts, self._own.get(subject.resource.name, ()))
-        self._window.unlink(missing_ok=True)
-        self._window.symlink_to(subject.rows)
+        with self._engine.connect() as engine:
+            engine.exec_driver_sql(
+                f"create or replace view staged_window as select * from {subject.source}"  # noqa: S608
+            )
         batch, at = self._batches.get_batch(), datetime.now(UTC)
         keys = key_columns(subject.resource)
         return tuple(

@@ -314,7 +314,7 @@ def _delete_window(connection: sa.Connection, staged: Staged) -> None:
 def _insert(warehouse: Warehouse, lease: Lease, staged: Staged) -> None:
     """Insert in bulk, then read back what the database now holds: a count and a sum."""
     table = RAW[staged.resource.name]
-    warehouse.take_in(lease.connection, table, staged.path)
+    warehouse.take_in(lease.connection, table, staged.source, staged.files[0].parent)
     cost = sa.func.sum(table.c.cost_total) if "cost_total" in table.c else sa.literal(0)
     rows, total = lease.connection.execute(
         sa.select(sa.func.count(), sa.func.coalesce(cost, 0)).where(

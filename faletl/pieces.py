@@ -240,7 +240,7 @@ def extract_piece(settings: Settings, piece: Piece) -> Report:
         for batch, _ in worked(client, settings, tasks, work, report):
             for staged in batch:
                 report.outcomes.append(outcome_of(staged, "landed"))
-                staged.path.unlink()
+                staged.discard()
     record_failures(settings, report)
     return report
 

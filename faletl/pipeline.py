@@ -185,7 +185,7 @@ def load_reads(
                 report.failures.append((task, error.at(account=landed.manifest.account)))
                 continue
             load([staged])
-            staged.path.unlink()
+            staged.discard()
         progress("loading", len(reads), len(reads))
     record_failures(settings, report)
 
@@ -318,7 +318,7 @@ def _extract_all(
             for batch in extracted:
                 take(batch)
                 for staged in batch:
-                    staged.path.unlink(missing_ok=True)
+                    staged.discard()
     except FaletlError as error:
         report.failures.append((None, error))
         return isinstance(error, KeyRefusedError)

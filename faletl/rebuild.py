@@ -92,7 +92,7 @@ def _rebuild_all(settings: Settings, report: Report, progress: Progress) -> None
             if staged := _staged_again(settings, one, needed, scratch):
                 outcomes, lease = replay(settings, fresh, lease, [(staged, one.receipt)])
                 report.outcomes.append(pipeline.outcome_of(staged, outcomes[0]))
-                staged.path.unlink()
+                staged.discard()
         report.build = models.build(settings, fresh, lease, run_id=report.run_id)
         pipeline.warn_of_runaways(report.build)
     _complete_receipts(past)

@@ -1,10 +1,10 @@
 """Staging: landed pages → typed, proven rows of one window, set-wise in DuckDB.
 
-Records go to DuckDB as they are, one a line, and every number is cast from its text to DECIMAL. DuckDB
-reads a JSON number through a double, which keeps 15 digits for certain: where a page holds a longer
-one, or anything at all cannot be taken that way, the texts of its numbers are taken from the landed
-bytes (faletl/money.py). The result is one Parquet file with the columns of the raw table, which any
-warehouse can take in.
+Records go to DuckDB as they are, one a line, and every amount is cast to DECIMAL. DuckDB reads a JSON
+number as a double, which keeps 15 digits for certain: where a page holds a longer one, or anything at
+all cannot be taken that way, the texts of its numbers are taken from the landed bytes
+(faletl/money.py). The result is a Parquet file of all records and a query over it for the rows of the
+window, with the columns of the raw table, which any warehouse can take in.
 """
 
 from __future__ import annotations
@@ -55,12 +55,10 @@ log = logging.getLogger(__name__)
 LARGEST_RECORD = 4 * 2**20
 """Bytes of JSON in one record; DuckDB sets buffers aside for twice as much on each thread."""
 
-BESIDE = ("_is_inside", "_breach")
-"""Columns of a staged file that are none of the raw table."""
-
 _TELL = 3  # so many offenders are named in an error
 _KEEP = 1000  # so many are kept in ops.quarantine of one read; the landed pages have all
 _LITTLE = 2**20  # compressed bytes of pages
+_ENOUGH = 200  # bytes of a list, to find where in its object it stands
 
 Level: TypeAlias = tuple[Mapping[str, msgspec.Raw], list[msgspec.Raw]]
 """An object of a page that holds records, and these, as bytes."""
@@ -70,14 +68,16 @@ Level: TypeAlias = tuple[Mapping[str, msgspec.Raw], list[msgspec.Raw]]
 class Staged:
     """Typed rows of one window, ready to be loaded.
 
-    `path` is a Parquet file with the columns of the raw table, and those `BESIDE` them. `digest` depends
-    on the rows alone: not on their order, their pages, or the load. `proof` says how completeness was
+    `source` is the SQL of DuckDB for them, to stand behind `from`: a query over Parquet `files`, with
+    the columns of the raw table. `digest` depends on the rows alone: not on their order, their pages, or
+    the load. `proof` says how completeness was
     shown: `summary`, `two walks`, `none` (the resource has no control total) or `differs` (a day still
     open). `control_total` is fal's own sum of the window's cost, where it told one. `asked_ids` are the
     endpoints that the rows speak for; None where they speak for all.
     """
 
-    path: Path
+    source: str
+    files: tuple[Path, ...]
     landed: Landed
     resource: Resource
     rows: int
@@ -94,9 +94,14 @@ class Staged:
     endpoint_ids: frozenset[str]
     asked_ids: frozenset[str] | None
 
+    def discard(self) -> None:
+        """Delete the files; the rows are loaded, or nobody will."""
+        for file in self.files:
+            file.unlink(missing_ok=True)
+
 
 def stage_window(settings: Settings, landed: Landed, scratch: Path) -> Staged:
-    """Type, check and prove the rows of a complete read; the Parquet file goes to `scratch`.
+    """Type, check and prove the rows of a complete read; Parquet files go to `scratch`.
 
     Raises:
         TamperedError: a landed page is not the one that was landed.
@@ -137,20 +142,17 @@ def _stage(
     findings = Findings(
         landed, typed.breaches, typed.set_aside, tuple(_drifts(typed.contract, manifest.window))
     )
-    read, held, inside = connection.execute(
-        "select count(*), count(*) filter (where _breach = ''), "
-        f"count(*) filter (where _breach = '' and _is_inside) from {quoted(path)}"
-    ).fetchone() or (0, 0, 0)
+    held, inside = connection.execute(
+        f"select count(*), count(*) filter (where _is_inside) from {quoted(path)} where _breach = ''"
+    ).fetchone() or (0, 0)
     dropped = held - inside
     if dropped:
         log.warning("%s, window %s: fal sent %d rows outside the window; they are dropped",
                     resource.name, manifest.window, dropped)  # fmt: skip
-    final = scratch / f"{manifest.load_id}.staged.parquet"
-    _keep(connection, resource, path, final, is_all=inside == read)
+    source, files = _source(connection, resource, path)
     try:
-        digest = _digest(connection, resource, final)
-        doubtful = _doubtful_rows(connection, resource, final)
-        proof, control_total = _prove(connection, landed, resource, final, digest, typed, scratch)
+        digest = _digest(connection, resource, source)
+        proof, control_total = _prove(connection, landed, resource, source, digest, typed, scratch)
     except FaletlError as error:
         error.findings = findings
         raise
@@ -159,12 +161,12 @@ def _stage(
             typed, "fal's control total says that nothing of value is missing without them, so the "
             "window is loaded and they are set aside in ops.quarantine"
         ))  # fmt: skip
-    cost = "sum(cost_total)" if any(c.name == "cost_total" for c in resource.columns) else "null"
-    rows, total = connection.execute(
-        f"select count(*), coalesce({cost}, 0)::varchar from {quoted(final)}"
-    ).fetchone() or (0, "0")
+    rows, doubtful, total = connection.execute(
+        f"select count(*), {_doubtful_rows(resource)}, {_cost_total(resource)} from {source}"
+    ).fetchone() or (0, 0, "0")
     return Staged(
-        path=final,
+        source=source,
+        files=files,
         landed=landed,
         resource=resource,
         rows=rows,
@@ -178,7 +180,7 @@ def _stage(
         rounded_amounts=typed.rounded,
         cost_total=total,
         findings=findings,
-        endpoint_ids=_endpoint_ids(connection, resource, final),
+        endpoint_ids=_endpoint_ids(connection, resource, source),
         asked_ids=manifest.asked_ids if resource.ids_per_call else None,
     )
 
@@ -196,12 +198,16 @@ def _drifts(contract: Contract, window: Window) -> Iterator[Drift]:
         yield Drift(".".join(steps), "missing", None)
 
 
-def _doubtful_rows(connection: duckdb.DuckDBPyConnection, resource: Resource, path: Path) -> int:
-    """Count the rows that are kept as fal sent them though something is odd about them."""
-    if not resource.expected:
-        return 0
-    odd = " or ".join(f"({predicate})" for predicate in resource.expected.values())
-    return _count(connection, f"select count(*) from {quoted(path)} where {odd}")
+def _doubtful_rows(resource: Resource) -> str:
+    """SQL for the number of rows that are kept as fal sent them though something is odd about them."""
+    odd = " or ".join(f"({predicate})" for predicate in resource.expected.values()) or "false"
+    return f"count(*) filter (where {odd})"
+
+
+def _cost_total(resource: Resource) -> str:
+    """SQL for the text of what all rows cost, "0" where they cost nothing."""
+    has_cost = any(column.name == "cost_total" for column in resource.columns)
+    return f"cast(coalesce({'sum(cost_total)' if has_cost else 'null'}, 0) as varchar)"
 
 
 def _engine(settings: Settings, scratch: Path, landed: Landed) -> duckdb.DuckDBPyConnection:
@@ -222,11 +228,11 @@ def _engine(settings: Settings, scratch: Path, landed: Landed) -> duckdb.DuckDBP
 
 
 def _endpoint_ids(
-    connection: duckdb.DuckDBPyConnection, resource: Resource, path: Path
+    connection: duckdb.DuckDBPyConnection, resource: Resource, source: str
 ) -> frozenset[str]:
     if not any(column.name == "endpoint_id" for column in resource.columns):
         return frozenset()
-    found = connection.execute(f"select distinct endpoint_id from {quoted(path)}").fetchall()
+    found = connection.execute(f"select distinct endpoint_id from {source}").fetchall()
     return frozenset(endpoint for (endpoint,) in found)
 
 
@@ -237,10 +243,12 @@ def _endpoint_ids(
 class Typed:
     """What became of the records of one walk: those that broke their contract were set aside.
 
-    `breaches` counts all of them, `set_aside` holds the first ones.
+    `breaches` counts all of them, `set_aside` holds the first ones. `has_texts`: of some page, numbers
+    were written as texts.
     """
 
     contract: Contract
+    has_texts: bool = False
     rounded: int = 0
     breaches: int = 0
     set_aside: tuple[SetAside, ...] = ()
@@ -261,14 +269,14 @@ def _typed(
     lines = path.with_suffix(".ndjson")
     try:
         typed = _write_lines(landed, resource, label, lines, is_exact=False)
-        _write_typed(connection, landed, resource, label, lines, path)
+        _write_typed(connection, landed, resource, label, lines, path, as_texts=typed.has_texts)
         breached = _count(connection, f"select count(*) from {quoted(path)} where _breach <> ''")
     except duckdb.InvalidInputException:
         log.debug("%s: the records are read number by number", resource.name)
         breached = -1
     if breached:
         typed = _write_lines(landed, resource, label, lines, is_exact=True)
-        _write_typed(connection, landed, resource, label, lines, path)
+        _write_typed(connection, landed, resource, label, lines, path, as_texts=True)
         _set_breaches_aside(connection, landed, resource, label, path, typed)
     lines.unlink()
     return typed
@@ -308,7 +316,7 @@ def _rows_path(resource: Resource, label: str) -> tuple[str, ...]:
 def _write_lines(
     landed: Landed, resource: Resource, label: str, lines: Path, *, is_exact: bool
 ) -> Typed:
-    """Write each record on a line, with its page and row."""
+    """Write each record on a line, behind its page, row, and what stood around it."""
     rows_path, columns = _rows_path(resource, label), _columns(resource, label)
     known = frozenset(tuple(path.split(".")) for path in resource.not_kept)
     if label in _TOTALS and resource.proof:  # of a total only what is compared is looked at
@@ -329,11 +337,10 @@ def _write_lines(
                 breaches = typed.contract.breaches(body)
                 levels = None if is_exact or _has_long_number(body) else _levels(body, rows_path)
                 if levels is None:
-                    records, noise = _records(body, rows_path, columns, breaches)
+                    numbered, noise = _exact_lines(body, rows_path, columns, breaches)
                     typed.rounded += noise
-                    lead = [outer | {"_row": row} for row in records]
-                    whole = [r | more for r, more in zip(records.values(), lead, strict=True)]
-                    file.write(msgspec.json.Encoder().encode_lines(whole))
+                    typed.has_texts = True
+                    file.write(msgspec.json.Encoder().encode_lines([outer | one for one in numbered]))
                 else:
                     is_one_line = b"\n" not in body and b"\r" not in body
                     file.write(_raw_lines(levels, columns, outer, breaches, is_one_line=is_one_line))
@@ -358,33 +365,45 @@ def _write_typed(
     label: str,
     lines: Path,
     path: Path,
+    *,
+    as_texts: bool,
 ) -> None:
+    """Read the lines into typed columns, numbers as texts or as doubles; of these no breach is told."""
     columns, manifest = _columns(resource, label), landed.manifest
-    read = {name: _read_type(tree) for name, tree in tree_of(columns).items()}
-    read = {"_page": "integer", "_row": "integer", **read}
+    outer = [column for column in columns if column.is_outer or column.is_asked]
+    inner = tuple(column for column in columns if column not in outer)
+    read = {"_page": "integer", "_row": "integer", **{column.name: "varchar" for column in outer}}
+    read["record"] = _read_type(tree_of(inner), as_texts=as_texts)
     types = ", ".join(f"{quoted(name)}: {quoted(kind)}" for name, kind in read.items())
     source = (  # in SQL: DuckDB's method of that name imports pandas, which nothing here needs
         f"read_json({quoted(lines)}, format = 'newline_delimited', columns = {{{types}}}, "
         f"maximum_object_size = {LARGEST_RECORD})"
     )
-    texts = ", ".join(
-        f'{_text(column)} as "text of {column.name}", {_typed_expression(column)} as "{column.name}"'
+    fields = ", ".join(
+        f'{_sent(column)} as "sent as {column.name}", '
+        f'{_typed_expression(column, as_texts=as_texts)} as "{column.name}"'
         for column in columns
     )
     typed = ", ".join(f'"{column.name}"' for column in columns)
-    breaches = [breach for column in columns for breach in _breaches(column)]
-    is_breach = " or ".join(f"({predicate})" for predicate, _ in breaches)
-    told = ", ".join(f"case when {predicate} then {reason} end" for predicate, reason in breaches)
     connection.execute(f"""
         copy (
             select
                 {quoted(manifest.account)} as _account, '{manifest.load_id}' as _load_id, _page, _row,
                 {"".join(f"{more}, " for more in _more_columns(landed, resource, label))}
                 {typed},
-                case when {is_breach} then concat_ws('; ', {told}) else '' end as _breach
-            from (select _page, _row, {texts} from {source})
+                {_breach_expression(columns, is_told=as_texts)} as _breach
+            from (select _page, _row, {fields} from {source})
         ) to {quoted(path)} (format parquet)
     """)
+
+
+def _breach_expression(columns: tuple[Column, ...], *, is_told: bool) -> str:
+    """SQL for why a record cannot be taken; empty where it can."""
+    breaches = [breach for column in columns for breach in _breaches(column)]
+    is_breach = " or ".join(f"({predicate})" for predicate, _ in breaches)
+    told = ", ".join(f"case when {predicate} then {reason} end" for predicate, reason in breaches)
+    why = f"concat_ws('; ', {told})" if is_told else "'yes'"
+    return f"case when {is_breach} then {why} else '' end"
 
 
 def _more_columns(landed: Landed, resource: Resource, label: str) -> Iterator[str]:
@@ -437,20 +456,28 @@ def _has_number_before(digits: bytes, mark: bytes) -> bool:
 def _levels(body: bytes, rows_path: tuple[str, ...]) -> list[Level] | None:
     """The objects that hold records, and their records; None if one around them may have a key twice.
 
-    In records DuckDB sees to it. Where no key comes twice, the quotation marks of what was decoded are
-    all that there are.
+    In records DuckDB sees to it.
     """
     if not rows_path:
         return [({}, [msgspec.Raw(body.strip())])]
-    marks, objects = 0, [msgspec.Raw(body)]
+    objects: list[bytes | msgspec.Raw] = [body]
     for step in rows_path:
         fields = [OBJECT.decode(one) for one in objects]
+        if any(_may_have_twice(*each, step) for each in zip(objects, fields, strict=True)):
+            return None
         lists = [LIST.decode(one[step]) for one in fields]
-        beside = (value for one in fields for name, value in one.items() if name != step)
-        marks += sum(bytes(value).count(b'"') for value in beside) + sum(2 * len(one) for one in fields)
         objects = [inner for rows in lists for inner in rows]
-    marks += sum(bytes(one[step]).count(b'"') for one in fields)
-    return list(zip(fields, lists, strict=True)) if marks == body.count(b'"') else None
+    return list(zip(fields, lists, strict=True))
+
+
+def _may_have_twice(text: bytes | msgspec.Raw, fields: Mapping[str, msgspec.Raw], step: str) -> bool:
+    """Whether an object, beside its list, has quotation marks that are not of these fields."""
+    body, rows = bytes(text), fields[step]  # a page may be large: it is not copied
+    start = body.find(memoryview(rows)[:_ENOUGH])
+    is_there = start >= 0 and body.startswith(rows, start)
+    around = body[:start] + body[start + len(bytes(rows)) :] if is_there else body
+    others = (bytes(value) for name, value in fields.items() if name != step)
+    return around.count(b'"') != 2 * len(fields) + sum(value.count(b'"') for value in others)
 
 
 def _raw_lines(
@@ -463,31 +490,33 @@ def _raw_lines(
 ) -> bytes:
     """The records of a page as they are, one a line, each behind its page, row and outer fields."""
     names = [column.name for column in columns if column.is_outer]
-    lead, in_one_line = msgspec.json.encode(outer)[:-1], bytes if is_one_line else _one_line
-    lines, row = [], 0
+    lead, lines, rows = msgspec.json.encode(outer)[:-1], list[bytes](), 0
     for level, records in levels:
         fields = b"".join(
             b',"%s":%s' % (name.encode(), bytes(level.get(name, b"null"))) for name in names
         )
         head = lead + fields + b',"_row":'
         lines += [
-            b"%b%d,%b\n" % (head, row + n, in_one_line(record)[1:])
-            for n, record in enumerate(records, start=1)
-            if row + n not in without
+            b'%b%d,"record":%b}\n' % (head, row, record if is_one_line else _one_line(record))
+            for row, record in enumerate(records, start=rows + 1)
+            if row not in without
         ]
-        row += len(records)
+        rows += len(records)
     return b"".join(lines)
 
 
-def _one_line(record: bytes | msgspec.Raw) -> bytes:
+def _one_line(record: msgspec.Raw) -> bytes:
     """A JSON object without line breaks, which can only stand between its tokens."""
-    return bytes(record).replace(b"\n", b" ").replace(b"\r", b" ").strip()
+    return bytes(record).replace(b"\n", b" ").replace(b"\r", b" ")
 
 
-def _records(
+def _exact_lines(
     body: bytes, rows_path: tuple[str, ...], columns: tuple[Column, ...], without: Container[int]
-) -> tuple[dict[int, dict[str, Any]], int]:
-    """The records of a page by their rows, amounts as exact text; and how many were rounded."""
+) -> tuple[list[dict[str, Any]], int]:
+    """The records of a page, each with its row and outer fields; and how many numbers were rounded.
+
+    Numbers with decimals or an exponent are exact text.
+    """
     outer = [column.name for column in columns if column.is_outer]
     rounded = texts = 0
 
@@ -510,11 +539,11 @@ def _records(
         levels = [inner for level in levels for inner in level[step]]
     last = rows_path[-1] if rows_path else ""
     found = ((level, record) for level in levels for record in (level[last] if last else [level]))
-    return {
-        row: {**record, **{name: level[name] for name in outer}}
+    return [
+        {"_row": row, "record": record, **{name: level[name] for name in outer}}
         for row, (level, record) in enumerate(found, start=1)
         if row not in without
-    }, rounded
+    ], rounded
 
 
 def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -527,12 +556,16 @@ def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
-def _read_type(tree: Column | Tree | None) -> str:
-    """The type in which DuckDB reads a JSON field: every scalar as its text."""
-    if not isinstance(tree, dict):
-        return "varchar"
-    inner = ", ".join(f'"{name}" {_read_type(child)}' for name, child in tree.items())
-    return f"struct({inner})"
+_READ_AS_DOUBLE = (Kind.AMOUNT, Kind.WHOLE)
+
+
+def _read_type(tree: Column | Tree | None, *, as_texts: bool) -> str:
+    """The type in which DuckDB reads a JSON field: a scalar as its text, or a number as a double."""
+    if isinstance(tree, dict):
+        inner = (f'"{name}" {_read_type(child, as_texts=as_texts)}' for name, child in tree.items())
+        return f"struct({', '.join(inner)})"
+    is_number = isinstance(tree, Column) and tree.kind in _READ_AS_DOUBLE
+    return "double" if is_number and not as_texts else "varchar"
 
 
 # An instant without an offset could mean any zone, so it is not one. No clock is 15 hours off UTC.
@@ -546,10 +579,16 @@ _NEEDS = {
 }
 
 
-def _text(column: Column) -> str:
-    """The SQL for the text of a field, or of the one that carried its value before."""
-    own = ".".join(f'"{step}"' for step in column.steps)
-    return f'coalesce({own}, "{column.fallback}")' if column.fallback else own
+def _field(column: Column) -> str:
+    """The SQL for a field as it was read."""
+    steps = ".".join(f'"{step}"' for step in column.steps)
+    return steps if column.is_outer or column.is_asked else f"record.{steps}"
+
+
+def _sent(column: Column) -> str:
+    """The SQL for what was sent: the field, or the one that carried its value before."""
+    own = _field(column)
+    return f'coalesce({own}, record."{column.fallback}")' if column.fallback else own
 
 
 def _cast(text: str, kind: Kind) -> str:
@@ -581,19 +620,39 @@ def _cast(text: str, kind: Kind) -> str:
             return text
 
 
-def _typed_expression(column: Column) -> str:
-    own = ".".join(f'"{step}"' for step in column.steps)
+def _cast_double(number: str, kind: Kind) -> str:
+    """The same for a double of at most 15 digits: by its text only where there is no faster way.
+
+    Below a million, doubles are closer together than 10^-9: of the decimals with nine places only one
+    is this very double, so it is what was sent.
+    """
+    by_text = _cast(f"cast({number} as varchar)", kind)
+    if kind is Kind.WHOLE:
+        is_easy, easy = (
+            f"{number} >= 0 and {number} < 1000000000 and {number} = trunc({number})",
+            (f"cast({number} as bigint)"),
+        )
+    else:
+        nano = f"cast({number} as decimal(18,9))"
+        is_easy = f"{number} >= 0 and {number} < 1000000 and cast({nano} as double) = {number}"
+        easy = f"cast({nano} as {DECIMAL_TYPE})"
+    return f"case when {number} is null then null when {is_easy} then {easy} else {by_text} end"
+
+
+def _typed_expression(column: Column, *, as_texts: bool) -> str:
+    cast = _cast if as_texts or column.kind not in _READ_AS_DOUBLE else _cast_double
+    own = _field(column)
     if not column.fallback:
-        return _cast(own, column.kind)
-    older = _cast(f'"{column.fallback}"', column.kind)
+        return cast(own, column.kind)
+    older = cast(f'record."{column.fallback}"', column.kind)
     if column.fallback_scale != "1":
         older = f"cast({older} * {column.fallback_scale} as {DECIMAL_TYPE})"
-    return f"case when {own} is null then {older} else {_cast(own, column.kind)} end"
+    return f"case when {own} is null then {older} else {cast(own, column.kind)} end"
 
 
 def _breaches(column: Column) -> Iterator[tuple[str, str]]:
     """Why the field cannot be taken: SQL for when, and for the sentence. No two hold of one field."""
-    text, typed = f'"text of {column.name}"', f'"{column.name}"'
+    text, typed = f'"sent as {column.name}"', f'"{column.name}"'
     shown = f"left({text}, 80)"
     if column.required:
         yield f"{text} is null", f"'{column.name} is missing'"
@@ -634,96 +693,88 @@ def _told(typed: Typed, because: str) -> str:
 
 def _hash_expression(account: str, resource: Resource) -> str:
     """SQL for what tells a row from others where fal gives it no id."""
-    texts = [f"coalesce({_value_text(resource.column(name))}, '')" for name in resource.identity]
-    return f"md5(concat_ws(chr(31), {', '.join([quoted(account), *texts])}))"
+    values = [quoted(account), *(_value(resource.column(name)) for name in resource.identity)]
+    return f"md5(concat({', chr(31), '.join(values)}))"  # to concat, null is an empty text
 
 
-def _value_text(column: Column) -> str:
-    """SQL for the text of a typed value, the same in all time zones."""
+def _value(column: Column) -> str:
+    """SQL for a typed value whose text is the same in all time zones, and for any width of decimals."""
     match column.kind:
         case Kind.AMOUNT | Kind.SECONDS:
             return text_of(f'"{column.name}"')
         case Kind.INSTANT:
-            return f'cast(epoch_us("{column.name}") as varchar)'
+            return f'epoch_us("{column.name}")'
         case _:
-            return f'cast("{column.name}" as varchar)'
+            return f'"{column.name}"'
 
 
-def _keep(
-    connection: duckdb.DuckDBPyConnection,
-    resource: Resource,
-    path: Path,
-    final: Path,
-    *,
-    is_all: bool = False,
-) -> None:
-    """Leave in `final` the rows that the window holds, in place of those in `path`.
+def _source(
+    connection: duckdb.DuckDBPyConnection, resource: Resource, path: Path
+) -> tuple[str, tuple[Path, ...]]:
+    """The SQL of DuckDB for the rows that the window holds (see `Staged`), and the files it reads.
 
-    Where a key comes twice (a shifted page), that is the later one. `is_all`: all rows are right, and
-    inside the window.
+    Where a key comes twice (a shifted page), that is the later row.
     """
-    rows = f"from {quoted(path)} as rows where _is_inside and _breach = ''"
-    if resource.identity:
-        is_numbered = _number_twins(connection, resource, path)
-        number = "(select n from twins where twins._page = rows._page and twins._row = rows._row)"
-        kept = f"select * replace (coalesce({number}, 1) as _ordinal) {rows}" if is_numbered else ""
-    elif resource.repeats or not resource.key:
-        kept = ""
-    else:
+    twins, files = path.with_suffix(".twins.parquet"), [path]
+    columns, rows, latest = "* exclude (_is_inside, _breach)", f"{quoted(path)} as rows", ""
+    if resource.identity and _number_twins(connection, resource, path, twins):
+        columns = "* exclude (_is_inside, _breach, n) replace (coalesce(n, 1) as _ordinal)"
+        rows += f" left join {quoted(twins)} as twins using (_page, _row)"
+        files.append(twins)
+    elif resource.key and not resource.repeats:
         key = ", ".join(resource.key)
         order = "order by _page desc, _row desc"
-        kept = f"select * {rows} qualify row_number() over (partition by {key} {order}) = 1"
-    if kept or not is_all:
-        kept = kept or f"select * {rows}"
-        connection.execute(f"copy ({kept}) to {quoted(final)} (format parquet)")
-        path.unlink()
-    else:
-        path.rename(final)
+        latest = f"qualify row_number() over (partition by {key} {order}) = 1"
+    return f"(select {columns} from {rows} where _is_inside and _breach = '' {latest})", tuple(files)
 
 
-def _number_twins(connection: duckdb.DuckDBPyConnection, resource: Resource, path: Path) -> bool:
-    """Number the rows of the same `_hash` in the table `twins`, whatever order they came in.
+def _number_twins(
+    connection: duckdb.DuckDBPyConnection, resource: Resource, path: Path, twins: Path
+) -> bool:
+    """Number the rows of the same `_hash` in a file, whatever order they came in; false without any.
 
-    False if there are none. Only twins are numbered: a window over millions of rows would have to
-    sort them all.
+    Only twins are numbered: a window over millions of rows would have to sort them all.
     """
-    twins = f"select _hash from {quoted(path)} where _breach = '' group by _hash having count(*) > 1"
-    if not _count(connection, f"select count(*) from ({twins})"):
+    rows = f"from {quoted(path)} where _is_inside and _breach = ''"
+    connection.execute(
+        "create or replace temp table twin_hashes as "
+        f"select _hash {rows} group by _hash having count(*) > 1"
+    )
+    if not _count(connection, "select count(*) from twin_hashes"):
         return False
     names = ", ".join(f'"{column.name}"' for column in resource.columns)
-    connection.execute(f"""
-        create or replace temp table twins as
-        select
-            _page, _row,
-            cast(row_number() over (partition by _hash order by {names}, _page, _row) as integer) as n
-        from {quoted(path)} where _is_inside and _breach = '' and _hash in ({twins})
-    """)
+    order = f"over (partition by _hash order by {names}, _page, _row)"
+    connection.execute(
+        f"copy (select _page, _row, cast(row_number() {order} as integer) as n {rows} "
+        f"and _hash in (from twin_hashes)) to {quoted(twins)} (format parquet)"
+    )
     return True
 
 
-def _digest(connection: duckdb.DuckDBPyConnection, resource: Resource, path: Path) -> str:
+def _digest(connection: duckdb.DuckDBPyConnection, resource: Resource, source: str) -> str:
     """A fingerprint of the multiset of rows: the same in whatever order and pages they came."""
-    sums = connection.execute(f"select {digest_sums(resource)} from {quoted(path)}").fetchone()
+    sums = connection.execute(f"select {digest_sums(resource)} from {source}").fetchone()
     return digest_of(sums)
 
 
 def digest_sums(resource: Resource) -> str:
-    """SQL for the sums over all rows from which `digest_of` makes the digest; in DuckDB's dialect."""
-    fields = {column.name: _digested(column) for column in resource.columns}
-    fields |= {name: name for name in ("_hash", "_ordinal") if resource.identity}
-    row = ", ".join(f'"{name}" := {value}' for name, value in fields.items())
-    return f"count(*), sum(cast(md5_number_lower(cast(struct_pack({row}) as varchar)) as hugeint))"
+    """SQL for the sums over all rows from which `digest_of` makes the digest; in DuckDB's dialect.
+
+    Of each row that is 64 bits of the MD5 of its values, of which no other row has the same text: first
+    the numbers, then the lengths of texts, then these.
+    """
+    columns, numbers = resource.columns, list[str]()
+    if resource.identity:  # whose values are in the hash
+        columns = tuple(column for column in columns if column.name not in resource.identity)
+        numbers = ["_hash", "_ordinal"]
+    texts = [f'"{column.name}"' for column in columns if column.kind in _TEXTS]
+    numbers += [_value(column) for column in columns if column.kind not in _TEXTS]
+    numbers += [f"strlen({text})" for text in texts]
+    values = ", ',', ".join([*numbers, ", ".join(texts)])
+    return f"count(*), sum(cast(md5_number(concat({values})) >> 64 as hugeint))"
 
 
-def _digested(column: Column) -> str:
-    """SQL for the text of a value as the digest has it."""
-    match column.kind:
-        case Kind.AMOUNT | Kind.SECONDS:
-            return text_of(f'"{column.name}"')
-        case Kind.INSTANT:  # as an instant is written in UTC, without asking for the zone of the session
-            return f"cast(make_timestamp(epoch_us(\"{column.name}\")) as varchar) || '+00'"
-        case _:
-            return f'"{column.name}"'
+_TEXTS = (Kind.TEXT, Kind.LIST)
 
 
 def digest_of(sums: Sequence[Any] | None) -> str:
@@ -749,7 +800,7 @@ def _prove(
     connection: duckdb.DuckDBPyConnection,
     landed: Landed,
     resource: Resource,
-    rows: Path,
+    source: str,
     digest: str,
     typed: Typed,
     scratch: Path,
@@ -761,9 +812,11 @@ def _prove(
     """
     manifest, differs, total, moved = landed.manifest, list[str](), None, ""
     if resource.proof is not None and manifest.has("proof"):
-        differs, total = _compared(connection, landed, resource, resource.proof, "proof", rows, scratch)
+        differs, total = _compared(
+            connection, landed, resource, resource.proof, "proof", source, scratch
+        )
         if not differs and manifest.has("before"):
-            moved = _moved(connection, landed, resource, resource.proof, rows, scratch)
+            moved = _moved(connection, landed, resource, resource.proof, source, scratch)
         if not differs and not moved:
             return "summary", total
     if typed.breaches and not moved:
@@ -800,7 +853,7 @@ def _moved(
     landed: Landed,
     resource: Resource,
     proof: Proof,
-    rows: Path,
+    source: str,
     scratch: Path,
 ) -> str:
     """What shows that rows moved between the pages of a walk, though their sum is right; else nothing.
@@ -809,10 +862,10 @@ def _moved(
     total was asked for in front of the rows as well, and no row comes on two pages: but for charges
     that are exact twins, and a second walk tells these.
     """
-    differs, _ = _compared(connection, landed, resource, proof, "before", rows, scratch)
+    differs, _ = _compared(connection, landed, resource, proof, "before", source, scratch)
     if differs:
         return f"fal's control total was another one before they were read: {'; '.join(differs[:_TELL])}"
-    among = f"from {quoted(rows)}"
+    among = f"from {source}"
     if resource.identity:
         key, among = "_hash", f"{among} where _hash in (select _hash {among} where _ordinal > 1)"
     else:
@@ -828,7 +881,7 @@ def _compared(
     resource: Resource,
     proof: Proof,
     label: str,
-    rows: Path,
+    source: str,
     scratch: Path,
 ) -> tuple[list[str], str]:
     """Where our sums are not fal's, as sentences; and fal's sum of all costs."""
@@ -839,7 +892,7 @@ def _compared(
     total = connection.execute(
         f"select coalesce(sum(cost_total), 0)::varchar from {quoted(totals)} where {proof.only}"
     ).fetchone()
-    return _differences(connection, proof, rows, totals), str(total[0]) if total else "0"
+    return _differences(connection, proof, source, totals), str(total[0]) if total else "0"
 
 
 def _digest_again(
@@ -851,16 +904,15 @@ def _digest_again(
 ) -> str:
     """The digest of the rows of the other walk; of this one `typed` is what became of them."""
     again = scratch / f"{landed.manifest.load_id}.again.parquet"
-    kept = again.with_suffix(".kept.parquet")
     found = _typed(connection, landed, resource, "again", again)
     if found.breaches > typed.breaches:
         raise _refused(landed, "again", found, "the other walk had no such rows")
-    _keep(connection, resource, again, kept)
-    return _digest(connection, resource, kept)
+    source, _ = _source(connection, resource, again)
+    return _digest(connection, resource, source)
 
 
 def _differences(
-    connection: duckdb.DuckDBPyConnection, proof: Proof, rows: Path, totals: Path
+    connection: duckdb.DuckDBPyConnection, proof: Proof, source: str, totals: Path
 ) -> list[str]:
     """Where our sums per key are not fal's, as sentences.
 
@@ -879,7 +931,7 @@ def _differences(
     figures = ", ".join(f"coalesce(ours.{name}, 0), coalesce(fals.{name}, 0)" for name in proof.sums)
     whose = ", ".join(f"coalesce(ours.{name}, fals.{name})" for name in proof.key)
     found = connection.execute(f"""
-        with ours as (select {key}, count(*) as n, {ours} from {quoted(rows)} group by {key}),
+        with ours as (select {key}, count(*) as n, {ours} from {source} group by {key}),
         fals as (
             select {key}, count(*) as n, {ours} from {quoted(totals)} where {proof.only} group by {key}
         )

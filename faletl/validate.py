@@ -17,7 +17,7 @@ from faletl.pipeline import DUE, Progress, silent
 from faletl.places import scratch_folder
 from faletl.plan import Asked
 from faletl.resources import RESOURCES
-from faletl.warehouse import Warehouse, open_warehouse
+from faletl.warehouse import Warehouse, open_warehouse, quoted
 from faletl.warehouse.tables import LOADS
 from faletl.windows import Window
 
@@ -90,7 +90,7 @@ def _judged(warehouse: Warehouse, gate: Gate, load: sa.RowMapping, scratch: Path
             account=load["account"],
             resource=resource,
             window=window,
-            rows=path,
+            source=quoted(path),
             expected_rows=load["rows"],
             control_total=load["control_total"],
             read_at=load["last_read_at"],

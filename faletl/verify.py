@@ -191,7 +191,7 @@ def _are_landed(
         with duckdb.connect() as engine:
             engine.execute("set TimeZone = 'UTC'")
             ours = ", ".join(f'"{name}"' for name in ("_page", "_row", *names))
-            rows = set(engine.execute(f"select {ours} from '{staged.path}'").fetchall())
+            rows = set(engine.execute(f"select {ours} from {staged.source}").fetchall())
     held = sa.select(table.c["_page"], table.c["_row"], *(table.c[name] for name in names)).where(
         table.c["_load_id"] == landed.manifest.load_id
     )

@@ -94,8 +94,8 @@ class Warehouse(Protocol):
 
     # What the core does under a lease.
 
-    def take_in(self, connection: sa.Connection, table: sa.Table, rows: Path) -> None:
-        """Insert the columns of the table from a staged Parquet file, in bulk."""
+    def take_in(self, connection: sa.Connection, table: sa.Table, source: str, scratch: Path) -> None:
+        """Insert the columns of the table from staged rows (`Staged.source`), in bulk."""
 
     def hand_out(self, connection: sa.Connection, query: sa.Select[Any], path: Path) -> None:
         """Write the rows of a select to a Parquet file, typed as in the warehouse."""

@@ -236,14 +236,13 @@ class PostgresWarehouse:
                 self._create(connection, token)
             yield _Renewed(self, connection, told), answer
 
-    def take_in(self, connection: sa.Connection, table: sa.Table, rows: Path) -> None:
-        """Send a staged Parquet file as CSV, block by block; see the protocol."""
-        lines = rows.with_suffix(".csv")
+    def take_in(self, connection: sa.Connection, table: sa.Table, source: str, scratch: Path) -> None:
+        """Send staged rows as CSV, block by block; see the protocol."""
+        lines = scratch / f"{table.name}.csv"
         names = ", ".join(f'"{column.name}"' for column in table.columns)
-        with self._engine(rows.parent) as engine:
+        with self._engine(scratch) as engine:
             engine.execute(
-                f"copy (select {names} from read_parquet({quoted(rows)})) to {quoted(lines)} "
-                "(format csv, header false)"
+                f"copy (select {names} from {source}) to {quoted(lines)} (format csv, header false)"
             )
         try:
             with (

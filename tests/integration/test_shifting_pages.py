@@ -81,7 +81,7 @@ def held(staged: Staged) -> Rows:
     }
     with duckdb.connect() as connection:
         connection.execute("set TimeZone = 'UTC'")
-        rows = connection.execute(f"select {columns[staged.resource.name]} from '{staged.path}'")
+        rows = connection.execute(f"select {columns[staged.resource.name]} from {staged.source}")
         return Counter((at.astimezone(UTC), *others) for at, *others in rows.fetchall())
 
 
@@ -345,7 +345,7 @@ def test_charges_that_are_exact_twins_are_kept_on_whatever_pages_they_come(
     assert held(staged) == told(BILLING_EVENTS, account.lines)
     assert staged.proof == ("summary" if page_size == 100 else "two walks")
     with duckdb.connect() as connection:
-        rows = connection.execute(f"select count(distinct (_hash, _ordinal)) from '{staged.path}'")
+        rows = connection.execute(f"select count(distinct (_hash, _ordinal)) from {staged.source}")
         assert rows.fetchone() == (8,)
     # What was taken proves itself again from its landed pages.
     again = stage_window(settings_for(server.url, tmp_path), staged.landed, tmp_path)

@@ -25,7 +25,7 @@ from faletl.landing import Call, Landed, Manifest
 from faletl.models import column_comments, models
 from faletl.pages import Page, read_envelope
 from faletl.resources import RESOURCES, Kind, Resource
-from faletl.staging import BESIDE, Staged, stage_window
+from faletl.staging import Staged, stage_window
 from faletl.warehouse.tables import RAW
 from faletl.windows import Window
 from tests import truth
@@ -69,7 +69,7 @@ def staged_rows(staged: Staged) -> list[dict[str, Any]]:
     """The staged rows by column name."""
     with duckdb.connect() as connection:
         connection.execute("set TimeZone = 'UTC'")
-        found = connection.execute(f"from '{staged.path}' order by _page, _row")
+        found = connection.execute(f"from {staged.source} order by _page, _row")
         names = [column[0] for column in found.description or ()]
         return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
 
@@ -118,9 +118,9 @@ def test_the_staged_file_has_the_columns_and_types_of_the_raw_table(
 ) -> None:
     staged = stage(resource, (FIXTURES / resource.name / "first.json").read_bytes(), tmp_path)
     with duckdb.connect() as connection:
-        described = connection.execute(f"describe from '{staged.path}'").fetchall()
+        described = connection.execute(f"describe from {staged.source}").fetchall()
     held = {column.name for column in RAW[resource.name].columns}
-    assert {name for name, *_ in described} == held.union(BESIDE)
+    assert {name for name, *_ in described} == held
     for name, kind, *_ in described:
         column = next((c for c in resource.columns if c.name == name), None)
         if column is not None and column.kind in (Kind.AMOUNT, Kind.SECONDS):
