@@ -106,7 +106,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.latency
 	$(BIN)/python -m benchmarks.usage_year
 	$(BIN)/python -m benchmarks.start
-	$(BIN)/python benchmarks/server_days.py 100000 50
+	$(BIN)/python -m benchmarks.server_days
 
 # Needs PostgreSQL and Redis servers, which it starts for itself.
 airflow-e2e: setup

@@ -1,82 +1,88 @@
-"""What one more day costs on PostgreSQL, by the index over days: `server_days.py ROWS_A_DAY DAYS…`.
+"""What one more day costs on PostgreSQL, by how many are there before; and beside SQLAlchemy's own way.
 
-For each number of days a table of charges is filled on a private server; then the last day is replaced
-as a load does it (delete, COPY, count), five times, with each kind of index. Prints medians of wall
-seconds, and what the index takes.
+    python -m benchmarks.server_days --rows 100000 --days 50 500
+
+A private server. For each number of days a table of charges is filled; then the last day is replaced as
+a load does it (delete, COPY), five times. Beside it, the same rows by SQLAlchemy's bulk insert. With
+--indexes, each kind of index over days. Wall seconds, as most of the work is the server's; medians.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
-import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import psycopg
 import sqlalchemy as sa
 
+from benchmarks.measure import ROUNDS, tell
 from faletl.config import Settings
-from faletl.warehouse import Warehouse, open_warehouse, quoted
+from faletl.warehouse import open_warehouse, quoted
 from faletl.warehouse.tables import RAW
 from tests.servers import shared_postgres
 
 TABLE = RAW["billing_events"]
 INDEXES = {
+    "ours": "create index days on raw.billing_events (timestamp)",
     "none": None,
     "brin": "create index days on raw.billing_events using brin (timestamp)",
-    "btree": "create index days on raw.billing_events (timestamp)",
 }
 LAST = date(2026, 11, 1)
 
 
-def main() -> None:
-    """Measure and print."""
-    rows, *many = (int(word) for word in sys.argv[1:])
-    print(f"{'rows':>12} {'index':>6} {'index MiB':>10} {'fill s':>8} {'a day s':>8}")
-    with tempfile.TemporaryDirectory() as folder:
-        for days in many:
-            settings = Settings.isolated(warehouse=shared_postgres().new_database(f"days_{days}"))
-            day = Path(folder) / "day.parquet"
-            warehouse = open_warehouse(settings)
-            with warehouse.lease("a benchmark") as lease:
-                connection = lease.connection
-                connection.exec_driver_sql("drop index raw.billing_events_timestamp")
+def measured(days: int, rows: int, indexes: list[str], folder: Path) -> Iterator[dict[str, Any]]:
+    """The lines about a table of so many days."""
+    settings = Settings.isolated(warehouse=shared_postgres().new_database(f"days_{days}"))
+    day, warehouse = folder / "day.parquet", open_warehouse(settings)
+    with warehouse.lease("a benchmark") as lease:
+        connection = lease.connection
+        connection.exec_driver_sql("drop index raw.billing_events_timestamp")
+        connection.commit()
+
+        def copy() -> None:
+            warehouse.take_in(connection, TABLE, quoted(day), folder)
+
+        def insert() -> None:
+            connection.execute(sa.insert(TABLE), values)
+
+        for number in range(days):
+            write_day(day, LAST - timedelta(number), rows)
+            with connection.begin():
+                copy()
+        write_day(day, LAST, rows)
+        values = [dict(row) for row in _read(day)]
+        for name in indexes:
+            if index := INDEXES[name]:
+                connection.exec_driver_sql(index)
                 connection.commit()
-                began = time.perf_counter()
-                for number in range(days):
-                    write_day(day, LAST - timedelta(number), rows)
-                    with connection.begin():
-                        warehouse.take_in(connection, TABLE, quoted(day), day.parent)
-                filled = time.perf_counter() - began
-                write_day(day, LAST, rows)
-                for name, index in INDEXES.items():
-                    if index:
-                        connection.exec_driver_sql(index)
-                        connection.commit()
-                    with psycopg.connect(settings.warehouse, autocommit=True) as settled:
-                        settled.execute("vacuum (analyze) raw.billing_events")
-                    taken = statistics.median(replaced(warehouse, connection, day) for _ in range(5))
-                    found = connection.exec_driver_sql(
-                        "select pg_relation_size(to_regclass('raw.days'))"
-                    )
-                    size = (found.scalar() or 0) / 2**20
-                    print(f"{rows * days:>12,} {name:>6} {size:>10.1f} {filled:>8.1f} {taken:>8.2f}")
-                    connection.exec_driver_sql("drop index if exists raw.days")
-                    connection.commit()
+            with psycopg.connect(settings.warehouse, autocommit=True) as settled:
+                settled.execute("vacuum (analyze) raw.billing_events")
+            line = {"work": "a day replaced", "charges": rows * days, "index": name}
+            yield {**line, "how": "COPY", "wall_s": replaced(connection, copy)}
+            if name == indexes[0]:
+                yield {**line, "how": "SQLAlchemy bulk insert", "wall_s": replaced(connection, insert)}
+            connection.exec_driver_sql("drop index if exists raw.days")
+            connection.commit()
 
 
-def replaced(warehouse: Warehouse, connection: sa.Connection, day: Path) -> float:
-    """Seconds that it takes to delete the last day and to copy it in."""
-    began = time.perf_counter()
-    with connection.begin():
-        connection.execute(
-            sa.delete(TABLE).where(TABLE.c.timestamp >= datetime(2026, 11, 1, tzinfo=UTC))
-        )
-        warehouse.take_in(connection, TABLE, quoted(day), day.parent)
-    return time.perf_counter() - began
+def replaced(connection: sa.Connection, fill: Callable[[], None]) -> float:
+    """Seconds that it takes to delete the last day and to fill it: the median."""
+    taken = []
+    for _ in range(ROUNDS):
+        began = time.perf_counter()
+        with connection.begin():
+            since = datetime(LAST.year, LAST.month, LAST.day, tzinfo=UTC)
+            connection.execute(sa.delete(TABLE).where(TABLE.c.timestamp >= since))
+            fill()
+        taken.append(time.perf_counter() - began)
+    return round(statistics.median(taken), 2)
 
 
 def write_day(path: Path, day: date, rows: int) -> None:
@@ -99,6 +105,26 @@ def write_day(path: Path, day: date, rows: int) -> None:
     columns = ", ".join(f'{values.get(c.name, "null")} as "{c.name}"' for c in TABLE.columns)
     with duckdb.connect() as engine:
         engine.execute(f"copy (select {columns} from range({rows}) t(i)) to '{path}' (format parquet)")
+
+
+def _read(path: Path) -> Iterator[dict[str, Any]]:
+    with duckdb.connect() as engine:
+        found = engine.execute(f"from '{path}'")
+        names = [column[0] for column in found.description or ()]
+        yield from (dict(zip(names, row, strict=True)) for row in found.fetchall())
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rows", type=int, default=100_000, help="charges of a day")
+    parser.add_argument("--days", type=int, nargs="+", default=[50, 500], help="that are there before")
+    parser.add_argument("--indexes", action="store_true", help="try each kind of index over days")
+    asked = parser.parse_args()
+    indexes = list(INDEXES) if asked.indexes else ["ours"]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tell([line for days in asked.days for line in measured(days, asked.rows, indexes, folder)])
 
 
 if __name__ == "__main__":

@@ -52,6 +52,9 @@ from faletl.windows import Window, instant
 log = logging.getLogger(__name__)
 
 
+_ROW_GROUP = 100_000
+"""Rows of a group in a file: below the 122,880 of DuckDB's tables, so that an insert fills these."""
+
 LARGEST_RECORD = 4 * 2**20
 """Bytes of JSON in one record; DuckDB sets buffers aside for twice as much on each thread."""
 
@@ -393,7 +396,7 @@ def _write_typed(
                 {typed},
                 {_breach_expression(columns, is_told=as_texts)} as _breach
             from (select _page, _row, {fields} from {source})
-        ) to {quoted(path)} (format parquet)
+        ) to {quoted(path)} (format parquet, row_group_size {_ROW_GROUP})
     """)
 
 

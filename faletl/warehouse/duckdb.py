@@ -449,8 +449,6 @@ def _connect(path: Path, settings: Settings, *, read_only: bool = False) -> sa.C
                 # More threads only get in each other's way over little.
                 **({"threads": "1"} if _size(path) < _LITTLE else {}),
                 "memory_limit": settings.memory,
-                # No table has an order. To keep one, inserts take twice the time, and more room.
-                "preserve_insertion_order": "false",
                 "autoinstall_known_extensions": "false",
                 "autoload_known_extensions": "false",
             },

@@ -1,0 +1,82 @@
+"""What a run costs depends on what changed, not on what is there: counts of requests and statements."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+import time_machine
+
+from faletl import pipeline
+from faletl.plan import Asked
+from faletl.sandbox import Sandbox
+from tests import truth
+from tests.conftest import settings_for
+from tests.truth import FLUX, VIDEO, Account, line
+
+DAY = Asked(truth.day(22), truth.day(23), ["usage", "billing_events"])
+_CHANGED = re.compile(r"(insert into|update|delete from)\s+(\w+)\.", re.IGNORECASE)
+
+
+@contextmanager
+def counting() -> Iterator[Counter[str]]:
+    """How often the warehouse was asked: in all, and to change something in each schema."""
+    found = Counter[str]()
+
+    def count(*given: Any) -> None:
+        changed = _CHANGED.match(given[2].strip())
+        found["statements"] += 1
+        found[f"{changed[1]} {changed[2]}".lower() if changed else "others"] += 1
+
+    sa.event.listen(sa.Engine, "after_cursor_execute", count)
+    try:
+        yield found
+    finally:
+        sa.event.remove(sa.Engine, "after_cursor_execute", count)
+
+
+def history_of(days: int) -> Account:
+    """An account with two lines on each of so many days before today."""
+    at = truth.NOW.replace(hour=5, minute=0) - timedelta(days=1)
+    return Account(
+        lines=[
+            line(at - timedelta(days=ago), endpoint) for ago in range(days) for endpoint in (FLUX, VIDEO)
+        ]
+    )
+
+
+def costs(days: int, folder: Path, clock: time_machine.Traveller) -> dict[str, Counter[str]]:
+    """What it takes to read a day once more, as it is and restated, in a history of so many days."""
+    account, found = history_of(days), {}
+    with Sandbox(account) as sandbox:
+        settings = settings_for(sandbox.url, folder, first_days=days)
+        assert pipeline.run(settings).exit_code == 0
+        for work in ("unchanged", "restated"):
+            clock.shift(60)
+            if work == "restated":
+                account.lines[0] = line(account.lines[0].hour, FLUX, "7")
+            asked = len(sandbox.requests)
+            with counting() as statements:
+                report = pipeline.run(settings, DAY)
+            outcomes = {outcome.outcome for outcome in report.outcomes}
+            assert outcomes == {"unchanged" if work == "unchanged" else "loaded"}
+            statements["requests"] = len(sandbox.requests) - asked
+            found[work] = statements
+    return found
+
+
+def test_a_day_takes_the_same_requests_and_statements_in_any_history(
+    tmp_path: Path, clock: time_machine.Traveller
+) -> None:
+    short, long = (costs(days, tmp_path / f"{days}", clock) for days in (3, 12))
+    assert short == long
+    for found in short.values():
+        assert found["requests"] == 5  # the account's label, both resources, their control totals
+    assert not [name for name in short["unchanged"] if re.search("raw|marts|reports|staging", name)]
+    assert short["restated"]["insert into raw"] == 2
