@@ -1,10 +1,10 @@
 """Staging: landed pages → typed, proven rows of one window, set-wise in DuckDB.
 
-Records go to DuckDB as they are, one a line, and every amount is cast to DECIMAL. DuckDB reads a JSON
-number as a double, which keeps 15 digits for certain: where a page holds a longer one, or anything at
-all cannot be taken that way, the texts of its numbers are taken from the landed bytes
-(faletl/money.py). The result is a Parquet file of all records and a query over it for the rows of the
-window, with the columns of the raw table, which any warehouse can take in.
+Records go to DuckDB as they are, one a line, and every number is cast from its text to DECIMAL. DuckDB
+reads a JSON number through a double, which keeps 15 digits for certain: where a page holds a longer
+one, or anything at all cannot be taken that way, the texts of its numbers are taken from the landed
+bytes (faletl/money.py). The result is a Parquet file of all records, written once, and a query over it
+for the rows of the window, with the columns of the raw table, which any warehouse can take in.
 """
 
 from __future__ import annotations
@@ -73,10 +73,10 @@ class Staged:
 
     `source` is the SQL of DuckDB for them, to stand behind `from`: a query over Parquet `files`, with
     the columns of the raw table. `digest` depends on the rows alone: not on their order, their pages, or
-    the load. `proof` says how completeness was
-    shown: `summary`, `two walks`, `none` (the resource has no control total) or `differs` (a day still
-    open). `control_total` is fal's own sum of the window's cost, where it told one. `asked_ids` are the
-    endpoints that the rows speak for; None where they speak for all.
+    the load. `proof` says how completeness was shown: `summary`, `two walks`, `none` (the resource has
+    no control total) or `differs` (a day still open). `control_total` is fal's own sum of the window's
+    cost, where it told one. `asked_ids` are the endpoints that the rows speak for; None where they speak
+    for all.
     """
 
     source: str
@@ -246,12 +246,10 @@ def _endpoint_ids(
 class Typed:
     """What became of the records of one walk: those that broke their contract were set aside.
 
-    `breaches` counts all of them, `set_aside` holds the first ones. `has_texts`: of some page, numbers
-    were written as texts.
+    `breaches` counts all of them, `set_aside` holds the first ones.
     """
 
     contract: Contract
-    has_texts: bool = False
     rounded: int = 0
     breaches: int = 0
     set_aside: tuple[SetAside, ...] = ()
@@ -272,14 +270,14 @@ def _typed(
     lines = path.with_suffix(".ndjson")
     try:
         typed = _write_lines(landed, resource, label, lines, is_exact=False)
-        _write_typed(connection, landed, resource, label, lines, path, as_texts=typed.has_texts)
+        _write_typed(connection, landed, resource, label, lines, path)
         breached = _count(connection, f"select count(*) from {quoted(path)} where _breach <> ''")
     except duckdb.InvalidInputException:
         log.debug("%s: the records are read number by number", resource.name)
         breached = -1
     if breached:
         typed = _write_lines(landed, resource, label, lines, is_exact=True)
-        _write_typed(connection, landed, resource, label, lines, path, as_texts=True)
+        _write_typed(connection, landed, resource, label, lines, path)
         _set_breaches_aside(connection, landed, resource, label, path, typed)
     lines.unlink()
     return typed
@@ -342,7 +340,6 @@ def _write_lines(
                 if levels is None:
                     numbered, noise = _exact_lines(body, rows_path, columns, breaches)
                     typed.rounded += noise
-                    typed.has_texts = True
                     file.write(msgspec.json.Encoder().encode_lines([outer | one for one in numbered]))
                 else:
                     is_one_line = b"\n" not in body and b"\r" not in body
@@ -368,23 +365,19 @@ def _write_typed(
     label: str,
     lines: Path,
     path: Path,
-    *,
-    as_texts: bool,
 ) -> None:
-    """Read the lines into typed columns, numbers as texts or as doubles; of these no breach is told."""
     columns, manifest = _columns(resource, label), landed.manifest
     outer = [column for column in columns if column.is_outer or column.is_asked]
     inner = tuple(column for column in columns if column not in outer)
     read = {"_page": "integer", "_row": "integer", **{column.name: "varchar" for column in outer}}
-    read["record"] = _read_type(tree_of(inner), as_texts=as_texts)
+    read["record"] = _read_type(tree_of(inner))
     types = ", ".join(f"{quoted(name)}: {quoted(kind)}" for name, kind in read.items())
     source = (  # in SQL: DuckDB's method of that name imports pandas, which nothing here needs
         f"read_json({quoted(lines)}, format = 'newline_delimited', columns = {{{types}}}, "
         f"maximum_object_size = {LARGEST_RECORD})"
     )
     fields = ", ".join(
-        f'{_sent(column)} as "sent as {column.name}", '
-        f'{_typed_expression(column, as_texts=as_texts)} as "{column.name}"'
+        f'{_text(column)} as "text of {column.name}", {_typed_expression(column)} as "{column.name}"'
         for column in columns
     )
     typed = ", ".join(f'"{column.name}"' for column in columns)
@@ -394,19 +387,18 @@ def _write_typed(
                 {quoted(manifest.account)} as _account, '{manifest.load_id}' as _load_id, _page, _row,
                 {"".join(f"{more}, " for more in _more_columns(landed, resource, label))}
                 {typed},
-                {_breach_expression(columns, is_told=as_texts)} as _breach
+                {_breach_expression(columns)} as _breach
             from (select _page, _row, {fields} from {source})
         ) to {quoted(path)} (format parquet, row_group_size {_ROW_GROUP})
     """)
 
 
-def _breach_expression(columns: tuple[Column, ...], *, is_told: bool) -> str:
+def _breach_expression(columns: tuple[Column, ...]) -> str:
     """SQL for why a record cannot be taken; empty where it can."""
     breaches = [breach for column in columns for breach in _breaches(column)]
     is_breach = " or ".join(f"({predicate})" for predicate, _ in breaches)
     told = ", ".join(f"case when {predicate} then {reason} end" for predicate, reason in breaches)
-    why = f"concat_ws('; ', {told})" if is_told else "'yes'"
-    return f"case when {is_breach} then {why} else '' end"
+    return f"case when {is_breach} then concat_ws('; ', {told}) else '' end"
 
 
 def _more_columns(landed: Landed, resource: Resource, label: str) -> Iterator[str]:
@@ -559,16 +551,12 @@ def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
-_READ_AS_DOUBLE = (Kind.AMOUNT, Kind.WHOLE)
-
-
-def _read_type(tree: Column | Tree | None, *, as_texts: bool) -> str:
-    """The type in which DuckDB reads a JSON field: a scalar as its text, or a number as a double."""
-    if isinstance(tree, dict):
-        inner = (f'"{name}" {_read_type(child, as_texts=as_texts)}' for name, child in tree.items())
-        return f"struct({', '.join(inner)})"
-    is_number = isinstance(tree, Column) and tree.kind in _READ_AS_DOUBLE
-    return "double" if is_number and not as_texts else "varchar"
+def _read_type(tree: Column | Tree | None) -> str:
+    """The type in which DuckDB reads a JSON field: every scalar as its text."""
+    if not isinstance(tree, dict):
+        return "varchar"
+    inner = ", ".join(f'"{name}" {_read_type(child)}' for name, child in tree.items())
+    return f"struct({inner})"
 
 
 # An instant without an offset could mean any zone, so it is not one. No clock is 15 hours off UTC.
@@ -588,8 +576,8 @@ def _field(column: Column) -> str:
     return steps if column.is_outer or column.is_asked else f"record.{steps}"
 
 
-def _sent(column: Column) -> str:
-    """The SQL for what was sent: the field, or the one that carried its value before."""
+def _text(column: Column) -> str:
+    """The SQL for the text of a field, or of the one that carried its value before."""
     own = _field(column)
     return f'coalesce({own}, record."{column.fallback}")' if column.fallback else own
 
@@ -623,39 +611,19 @@ def _cast(text: str, kind: Kind) -> str:
             return text
 
 
-def _cast_double(number: str, kind: Kind) -> str:
-    """The same for a double of at most 15 digits: by its text only where there is no faster way.
-
-    Below a million, doubles are closer together than 10^-9: of the decimals with nine places only one
-    is this very double, so it is what was sent.
-    """
-    by_text = _cast(f"cast({number} as varchar)", kind)
-    if kind is Kind.WHOLE:
-        is_easy, easy = (
-            f"{number} >= 0 and {number} < 1000000000 and {number} = trunc({number})",
-            (f"cast({number} as bigint)"),
-        )
-    else:
-        nano = f"cast({number} as decimal(18,9))"
-        is_easy = f"{number} >= 0 and {number} < 1000000 and cast({nano} as double) = {number}"
-        easy = f"cast({nano} as {DECIMAL_TYPE})"
-    return f"case when {number} is null then null when {is_easy} then {easy} else {by_text} end"
-
-
-def _typed_expression(column: Column, *, as_texts: bool) -> str:
-    cast = _cast if as_texts or column.kind not in _READ_AS_DOUBLE else _cast_double
+def _typed_expression(column: Column) -> str:
     own = _field(column)
     if not column.fallback:
-        return cast(own, column.kind)
-    older = cast(f'record."{column.fallback}"', column.kind)
+        return _cast(own, column.kind)
+    older = _cast(f'record."{column.fallback}"', column.kind)
     if column.fallback_scale != "1":
         older = f"cast({older} * {column.fallback_scale} as {DECIMAL_TYPE})"
-    return f"case when {own} is null then {older} else {cast(own, column.kind)} end"
+    return f"case when {own} is null then {older} else {_cast(own, column.kind)} end"
 
 
 def _breaches(column: Column) -> Iterator[tuple[str, str]]:
     """Why the field cannot be taken: SQL for when, and for the sentence. No two hold of one field."""
-    text, typed = f'"sent as {column.name}"', f'"{column.name}"'
+    text, typed = f'"text of {column.name}"', f'"{column.name}"'
     shown = f"left({text}, 80)"
     if column.required:
         yield f"{text} is null", f"'{column.name} is missing'"
