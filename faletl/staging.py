@@ -517,7 +517,7 @@ def _exact_lines(
 
     def exact(number: str) -> str:
         nonlocal rounded, texts
-        text, is_rounded = exact_text(number)
+        text, is_rounded = exact_text(number.lower())  # an exponent is found by its small letter
         rounded += is_rounded
         texts += 1
         return text
@@ -585,23 +585,31 @@ def _text(column: Column) -> str:
 def _cast(text: str, kind: Kind) -> str:
     """The SQL for a field's text as its type; null where it cannot be kept whole.
 
-    A database rounds what has more decimals than fit, so these are counted. Measured seconds may be
-    rounded.
+    A database rounds what has more decimals than fit, so these are counted where a text is long enough
+    to have them. Measured seconds may be rounded.
     """
     point = f"strpos({text}, '.')"
-    is_plain = f"{text} >= '0' and {text} < ':' and not contains(lower({text}), 'e')"
+    is_plain = f"{text} >= '0' and {text} < ':' and not contains({text}, 'e')"
     match kind:
         case Kind.AMOUNT:
-            is_good = f"{is_plain} and ({point} = 0 or length({text}) - {point} <= {SCALE})"
+            is_short = f"strlen({text}) <= {len('0.') + SCALE}"
+            is_good = (
+                f"{is_plain} and ({is_short} or {point} = 0 or strlen({text}) - {point} <= {SCALE})"
+            )
             # What is below a ten-thousandth DuckDB writes as 1.5e-06: a digit, decimals, an exponent.
             mantissa, exponent = (f"split_part({text}, 'e-', {part})" for part in (1, 2))
-            decimals = f"greatest(length({mantissa}) - 2, 0) + try_cast({exponent} as integer)"
+            decimals = f"greatest(strlen({mantissa}) - 2, 0) + try_cast({exponent} as integer)"
             is_tiny = f"{text} >= '0' and {text} < ':' and {decimals} <= {SCALE}"
-            return f"case when {is_good} or ({is_tiny}) then {decimal_of(text)} end"
+            decimal = decimal_of(text)
+            return f"case when {is_good} then {decimal} when {is_tiny} then {decimal} end"
         case Kind.WHOLE:
-            whole = f"split_part({text}, '.', 1)"
-            is_good = f"{is_plain} and ({point} = 0 or ltrim(substr({text}, {point} + 1), '0') = '')"
-            return f"case when {is_good} then try_cast({whole} as bigint) end"
+            is_digits = f"{is_plain} and not contains({text}, '.')"
+            is_whole = f"{is_plain} and ltrim(substr({text}, {point} + 1), '0') = ''"
+            before = f"split_part({text}, '.', 1)"
+            return (
+                f"case when {is_digits} then try_cast({text} as bigint) "
+                f"when {is_whole} then try_cast({before} as bigint) end"
+            )
         case Kind.SECONDS:
             return f"case when {text} >= '0' then {decimal_of(text)} end"
         case Kind.INSTANT:
