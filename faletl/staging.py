@@ -58,6 +58,9 @@ _ROW_GROUP = 100_000
 LARGEST_RECORD = 4 * 2**20
 """Bytes of JSON in one record; DuckDB sets buffers aside for twice as much on each thread."""
 
+DIGEST_FORM = "-2"
+"""How a digest ends that is made as it is now: one of another faletl cannot be compared with it."""
+
 _TELL = 3  # so many offenders are named in an error
 _KEEP = 1000  # so many are kept in ops.quarantine of one read; the landed pages have all
 _LITTLE = 2**20  # compressed bytes of pages
@@ -757,8 +760,8 @@ _TEXTS = (Kind.TEXT, Kind.LIST)
 
 
 def digest_of(sums: Sequence[Any] | None) -> str:
-    """The digest of rows whose sums are these."""
-    return hashlib.sha256(repr(tuple(sums or ())).encode()).hexdigest()
+    """The digest of rows whose sums are these, with its form at the end."""
+    return hashlib.sha256(repr(tuple(sums or ())).encode()).hexdigest() + DIGEST_FORM
 
 
 def _count(connection: duckdb.DuckDBPyConnection, query: str) -> int:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import duckdb
 import sqlalchemy as sa
@@ -24,7 +26,7 @@ from faletl.landing import Landed
 from faletl.load import read_ledger
 from faletl.places import scratch_folder
 from faletl.resources import RESOURCES, Resource
-from faletl.staging import digest_of, digest_sums, stage_window
+from faletl.staging import DIGEST_FORM, Staged, digest_of, digest_sums, stage_window
 from faletl.warehouse import Warehouse, open_warehouse, schema
 from faletl.warehouse.tables import LOADS, RAW
 from faletl.windows import Window
@@ -152,7 +154,7 @@ def _changed_rows(
         yield f"{table}: rows of load {load_id!a}, which ops.loads does not know; faletl rebuild"
     for load_id, load in sorted(loads.items()):
         day = load.window_start.astimezone(UTC).date()
-        is_same = held.get(load_id, digest_of((0, None))) == load.digest
+        is_same = held.get(load_id, digest_of((0, None))) == _digest_now(settings, load)
         if not load.is_current and load_id in held and not is_same:  # a part of its rows, then
             is_same = _are_landed(settings, connection, RESOURCES[resource], load.landing_path)
         if (load.is_current or load_id in held) and not is_same:
@@ -174,6 +176,28 @@ def _held_digests(warehouse: Warehouse, connection: sa.Connection, resource: str
             return {load_id: digest_of(sums) for load_id, *sums in found.fetchall()}
 
 
+def _digest_now(settings: Settings, load: sa.Row[Any]) -> str | None:
+    """The digest of what was loaded; where another faletl made that of the ledger, of the landed pages.
+
+    None where these cannot be staged any more.
+    """
+    if load.digest.endswith(DIGEST_FORM):
+        return str(load.digest)
+    with scratch_folder() as scratch:
+        staged = _staged(settings, load.landing_path, scratch)
+        return None if staged is None else staged.digest
+
+
+def _staged(settings: Settings, landing_path: str, scratch: Path) -> Staged | None:
+    """The rows of a read, from its landed pages; None where these are not as they were loaded."""
+    try:
+        return stage_window(settings, landing.open_read(landing.root(settings) / landing_path), scratch)
+    except StorageError:
+        raise  # nobody knows what lies there
+    except FaletlError:
+        return None
+
+
 def _are_landed(
     settings: Settings, connection: sa.Connection, resource: Resource, landing_path: str
 ) -> bool:
@@ -181,19 +205,15 @@ def _are_landed(
     names = [column.name for column in resource.columns]
     table = RAW[resource.name]
     with scratch_folder() as scratch:
-        try:
-            landed = landing.open_read(landing.root(settings) / landing_path)
-            staged = stage_window(settings, landed, scratch)
-        except StorageError:
-            raise  # nobody knows what lies there
-        except FaletlError:
+        staged = _staged(settings, landing_path, scratch)
+        if staged is None:
             return False
         with duckdb.connect() as engine:
             engine.execute("set TimeZone = 'UTC'")
             ours = ", ".join(f'"{name}"' for name in ("_page", "_row", *names))
             rows = set(engine.execute(f"select {ours} from {staged.source}").fetchall())
     held = sa.select(table.c["_page"], table.c["_row"], *(table.c[name] for name in names)).where(
-        table.c["_load_id"] == landed.manifest.load_id
+        table.c["_load_id"] == staged.landed.manifest.load_id
     )
     return all(tuple(row) in rows for row in connection.execute(held))
 

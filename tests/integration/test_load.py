@@ -317,7 +317,7 @@ def test_who_lost_the_lease_writes_nothing_and_is_told_who_has_it(desk: Desk) ->
     [
         ({"rows": 2}, "holds 1 rows and 0.1.* after loading 2 rows"),
         ({"cost_total": "0.100000000001"}, "and 0.100000000001; the load was undone"),
-        ({"path": Path("gone.parquet")}, "the warehouse refused the load: .*gone.parquet"),
+        ({"source": "'gone.parquet'"}, "the warehouse refused the load: .*gone.parquet"),
     ],
 )
 def test_a_load_that_is_not_what_was_staged_is_undone(

@@ -49,7 +49,7 @@ def test_every_figure_of_a_run_is_that_of_the_served_account(
     assert hourly == truth.spend_by_hour(account)
 
 
-RECORDED = "25eb083616aec1b2954e23b0b2932f52f1b775e95378cb42c16274a8f8e612cf"
+RECORDED = "82728e614e953385bbda7c4f5cf869b4f5dbe3b9365d44d097492f9d11ae75bf"
 """Of what raw holds of the served account, with the digests in its ledger."""
 
 
