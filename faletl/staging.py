@@ -59,7 +59,8 @@ LARGEST_RECORD = 4 * 2**20
 """Bytes of JSON in one record; DuckDB sets buffers aside for twice as much on each thread."""
 
 DIGEST_FORM = "-2"
-"""How a digest ends that is made as it is now: one of another faletl cannot be compared with it."""
+"""How a digest ends that is made as it is now. One of another form is never equal to it: such a window
+is loaded once more when it is read again."""
 
 _TELL = 3  # so many offenders are named in an error
 _KEEP = 1000  # so many are kept in ops.quarantine of one read; the landed pages have all
@@ -473,7 +474,7 @@ def _may_have_twice(text: bytes | msgspec.Raw, fields: Mapping[str, msgspec.Raw]
     body, rows = bytes(text), fields[step]  # a page may be large: it is not copied
     start = body.find(memoryview(rows)[:_ENOUGH])
     is_there = start >= 0 and body.startswith(rows, start)
-    around = body[:start] + body[start + len(bytes(rows)) :] if is_there else body
+    around = body[:start] + body[start + len(memoryview(rows)) :] if is_there else body
     others = (bytes(value) for name, value in fields.items() if name != step)
     return around.count(b'"') != 2 * len(fields) + sum(value.count(b'"') for value in others)
 
@@ -745,12 +746,9 @@ def digest_sums(resource: Resource) -> str:
     Of each row that is 64 bits of the MD5 of its values, of which no other row has the same text: first
     the numbers, then the lengths of texts, then these.
     """
-    columns, numbers = resource.columns, list[str]()
-    if resource.identity:  # whose values are in the hash
-        columns = tuple(column for column in columns if column.name not in resource.identity)
-        numbers = ["_hash", "_ordinal"]
-    texts = [f'"{column.name}"' for column in columns if column.kind in _TEXTS]
-    numbers += [_value(column) for column in columns if column.kind not in _TEXTS]
+    numbers = ["_hash", "_ordinal"] if resource.identity else []
+    numbers += [_value(column) for column in resource.columns if column.kind not in _TEXTS]
+    texts = [f'"{column.name}"' for column in resource.columns if column.kind in _TEXTS]
     numbers += [f"strlen({text})" for text in texts]
     values = ", ',', ".join([*numbers, ", ".join(texts)])
     return f"count(*), sum(cast(md5_number(concat({values})) >> 64 as hugeint))"
@@ -874,7 +872,9 @@ def _compared(
     total = connection.execute(
         f"select coalesce(sum(cost_total), 0)::varchar from {quoted(totals)} where {proof.only}"
     ).fetchone()
-    return _differences(connection, proof, source, totals), str(total[0]) if total else "0"
+    differs = _differences(connection, proof, source, totals)
+    totals.unlink()
+    return differs, str(total[0]) if total else "0"
 
 
 def _digest_again(
@@ -889,8 +889,11 @@ def _digest_again(
     found = _typed(connection, landed, resource, "again", again)
     if found.breaches > typed.breaches:
         raise _refused(landed, "again", found, "the other walk had no such rows")
-    source, _ = _source(connection, resource, again)
-    return _digest(connection, resource, source)
+    source, files = _source(connection, resource, again)
+    digest = _digest(connection, resource, source)
+    for file in files:
+        file.unlink()
+    return digest
 
 
 def _differences(

@@ -27,7 +27,7 @@ from faletl.load import read_ledger
 from faletl.places import scratch_folder
 from faletl.resources import RESOURCES, Resource
 from faletl.staging import DIGEST_FORM, Staged, digest_of, digest_sums, stage_window
-from faletl.warehouse import Warehouse, open_warehouse, schema
+from faletl.warehouse import Warehouse, open_warehouse, quoted, schema
 from faletl.warehouse.tables import LOADS, RAW
 from faletl.windows import Window
 
@@ -154,10 +154,19 @@ def _changed_rows(
         yield f"{table}: rows of load {load_id!a}, which ops.loads does not know; faletl rebuild"
     for load_id, load in sorted(loads.items()):
         day = load.window_start.astimezone(UTC).date()
-        is_same = held.get(load_id, digest_of((0, None))) == _digest_now(settings, load)
-        if not load.is_current and load_id in held and not is_same:  # a part of its rows, then
+        if not load.is_current and load_id not in held:
+            continue
+        digest = _digest_now(settings, load)
+        if digest is None:
+            yield (
+                f"{table}, window {day}: the rows of load {load_id} cannot be compared, as an older "
+                "faletl made its digest and its landed pages cannot be read"
+            )
+            continue
+        is_same = held.get(load_id, digest_of((0, None))) == digest
+        if not is_same and not load.is_current:  # a part of its rows, then
             is_same = _are_landed(settings, connection, RESOURCES[resource], load.landing_path)
-        if (load.is_current or load_id in held) and not is_same:
+        if not is_same:
             yield (
                 f"{table}, window {day}: its rows are not those of load {load_id}, in number or "
                 f"content; {_repair(day)}"
@@ -172,7 +181,7 @@ def _held_digests(warehouse: Warehouse, connection: sa.Connection, resource: str
         with duckdb.connect() as engine:
             engine.execute("set TimeZone = 'UTC'")
             sums = digest_sums(RESOURCES[resource])
-            found = engine.execute(f"select _load_id, {sums} from '{path}' group by _load_id")
+            found = engine.execute(f"select _load_id, {sums} from {quoted(path)} group by _load_id")
             return {load_id: digest_of(sums) for load_id, *sums in found.fetchall()}
 
 

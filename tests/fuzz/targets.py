@@ -262,7 +262,9 @@ def check_records(resource: Resource, label: str, body: bytes) -> bool:
         for row, one in written.items():
             around, record = held[row - 1]
             outer = {c.name: around[c.name] for c in resource.columns if c.is_outer and label == "rows"}
-            asked = {c.name: one[c.name] for c in resource.columns if c.is_asked and label == "rows"}
+            query = landed.manifest.calls[0].query
+            names = [c.name for c in resource.columns if c.is_asked and label == "rows"]
+            asked = {name: query[name][0] for name in names}
             lead = {"_page": one["_page"], "_row": one["_row"], **asked, **outer}
             assert is_same(one, {**lead, "record": record})
         is_taken = is_taken or bool(written)

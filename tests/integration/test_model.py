@@ -13,6 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pytest
 import sqlalchemy as sa
 import time_machine
@@ -22,9 +23,12 @@ from faletl.config import Settings
 from faletl.errors import TamperedError, UnprovenError
 from faletl.plan import Asked
 from faletl.rebuild import prune, rebuild
+from faletl.resources import BILLING_EVENTS, RESOURCES, Kind, Resource
 from faletl.sandbox import BILLING_KEY, READONLY_KEY, Calls, Fault, Request, Sandbox
+from faletl.staging import digest_sums
 from faletl.verify import verify
 from faletl.warehouse import open_warehouse
+from faletl.warehouse.tables import RAW
 from tests import truth
 from tests.conftest import Query, all_tables, ask, opened, settings_for, total
 from tests.integration.test_rebuild import forget, history
@@ -751,6 +755,54 @@ def test_raw_rows_that_were_edited_are_found_and_a_day_is_made_anew(
         rebuild(settings, truth.day(22))
         assert verify(settings).findings == []
         assert all_tables(settings) == before
+
+
+@pytest.mark.duckdb_only("the digest is DuckDB's in both warehouses")
+@pytest.mark.parametrize("resource", RESOURCES.values(), ids=RESOURCES)
+def test_the_digest_is_of_every_column(
+    clock: time_machine.Traveller, settings: Settings, resource: Resource
+) -> None:
+    pipeline.run(settings)
+    digests = f"select {digest_sums(resource)} from {resource.table}"
+    with duckdb.connect(settings.warehouse.removeprefix("duckdb:///")) as connection:
+        connection.execute("set TimeZone = 'UTC'")
+        before = connection.execute(digests).fetchone()
+        for column in RAW[resource.name].columns:
+            if column.name in ("_account", "_load_id", "_page", "_row", "_snapshot_at"):
+                continue  # which say where a row comes from
+            for other in (f'case when "{column.name}" is null then {{}} end', "{}"):
+                value = {
+                    sa.DateTime: "timestamptz '1999-01-01 00:00:00Z'", sa.Text: "'other'",
+                }.get(type(column.type), "7")  # fmt: skip
+                connection.execute("begin")
+                change = f'update {resource.table} set "{column.name}" = {other.format(value)}'
+                connection.execute(change)
+                assert connection.execute(digests).fetchone() != before, change
+                connection.execute("rollback")
+
+
+def test_texts_that_run_into_each_other_have_digests_of_their_own() -> None:
+    first, second, *others = (c.name for c in BILLING_EVENTS.columns if c.kind is Kind.TEXT)
+    given = (("a\x1fb", "c"), ("a", "b\x1fc"), ("ab", "c"), ("a", "bc"), ("", "abc"), ("abc", ""))
+    found = set()
+    with duckdb.connect() as connection:
+        connection.execute(
+            "create table charges (_hash text, _ordinal int, "
+            + ", ".join(f'"{name}" text' for name in (first, second, *others))
+            + ", "
+            + ", ".join(
+                f'"{c.name}" {"timestamptz" if c.kind is Kind.INSTANT else "decimal(38, 12)"}'
+                for c in BILLING_EVENTS.columns
+                if c.kind is not Kind.TEXT
+            )
+            + ")"
+        )
+        for texts in given:
+            connection.execute("delete from charges")
+            connection.execute(f"insert into charges ({first}, {second}) values (?, ?)", texts)
+            sums = connection.execute(f"select {digest_sums(BILLING_EVENTS)} from charges").fetchone()
+            found.add(sums)
+    assert len(found) == len(given)
 
 
 def test_landed_pages_that_are_gone_are_found_and_refuse_a_rebuild(

@@ -49,7 +49,7 @@ def test_every_figure_of_a_run_is_that_of_the_served_account(
     assert hourly == truth.spend_by_hour(account)
 
 
-RECORDED = "82728e614e953385bbda7c4f5cf869b4f5dbe3b9365d44d097492f9d11ae75bf"
+RECORDED = "c39b5fe5863d48322e3b8d4ee798074caf56bef910bfd0de89eb07202ed81690"
 """Of what raw holds of the served account, with the digests in its ledger."""
 
 
