@@ -64,7 +64,10 @@ def measured(days: int, rows: int, indexes: list[str], folder: Path) -> Iterator
                 connection.commit()
             with psycopg.connect(settings.warehouse, autocommit=True) as settled:
                 settled.execute("vacuum (analyze) raw.billing_events")
-            line = {"work": "a day replaced", "charges": rows * days, "index": name}
+            size = connection.exec_driver_sql(
+                "select pg_relation_size(to_regclass('raw.days'))"
+            ).scalar()
+            line = {"charges": rows * days, "index": name, "index_mib": round((size or 0) / 2**20, 1)}
             yield {**line, "how": "COPY", "wall_s": replaced(connection, copy)}
             if name == indexes[0]:
                 yield {**line, "how": "SQLAlchemy bulk insert", "wall_s": replaced(connection, insert)}
