@@ -67,6 +67,7 @@ def measured(days: int, rows: int, indexes: list[str], folder: Path) -> Iterator
             size = connection.exec_driver_sql(
                 "select pg_relation_size(to_regclass('raw.days'))"
             ).scalar()
+            connection.commit()
             line = {"charges": rows * days, "index": name, "index_mib": round((size or 0) / 2**20, 1)}
             yield {**line, "how": "COPY", "wall_s": replaced(connection, copy)}
             if name == indexes[0]:
