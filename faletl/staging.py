@@ -62,6 +62,7 @@ DIGEST_FORM = "-2"
 """How a digest ends that is made as it is now. One of another form is never equal to it: such a window
 is loaded once more when it is read again."""
 
+_TEXTS = (Kind.TEXT, Kind.LIST)
 _TELL = 3  # so many offenders are named in an error
 _KEEP = 1000  # so many are kept in ops.quarantine of one read; the landed pages have all
 _LITTLE = 2**20  # compressed bytes of pages
@@ -752,9 +753,6 @@ def digest_sums(resource: Resource) -> str:
     numbers += [f"strlen({text})" for text in texts]
     values = ", ',', ".join([*numbers, ", ".join(texts)])
     return f"count(*), sum(cast(md5_number(concat({values})) >> 64 as hugeint))"
-
-
-_TEXTS = (Kind.TEXT, Kind.LIST)
 
 
 def digest_of(sums: Sequence[Any] | None) -> str:

@@ -95,7 +95,10 @@ class Warehouse(Protocol):
     # What the core does under a lease.
 
     def take_in(self, connection: sa.Connection, table: sa.Table, source: str, scratch: Path) -> None:
-        """Insert the columns of the table from staged rows (`Staged.source`), in bulk."""
+        """Insert the columns of the table from staged rows (`Staged.source`), in bulk.
+
+        `scratch` is a folder for what has to be written on the way.
+        """
 
     def hand_out(self, connection: sa.Connection, query: sa.Select[Any], path: Path) -> None:
         """Write the rows of a select to a Parquet file, typed as in the warehouse."""

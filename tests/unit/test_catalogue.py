@@ -113,7 +113,7 @@ def test_a_recorded_answer_is_staged_field_by_field(resource: Resource, tmp_path
 
 
 @every_resource
-def test_the_staged_file_has_the_columns_and_types_of_the_raw_table(
+def test_staged_rows_have_the_columns_and_types_of_the_raw_table(
     resource: Resource, tmp_path: Path
 ) -> None:
     staged = stage(resource, (FIXTURES / resource.name / "first.json").read_bytes(), tmp_path)
