@@ -90,11 +90,21 @@ def replace_window(settings: Settings, warehouse: Warehouse, lease: Lease, stage
 def is_held(connection: sa.Connection, staged: Staged) -> bool:
     """Whether the warehouse holds these very rows already, so that loading them would change nothing."""
     held = connection.execute(_current(staged.resource, staged.landed.manifest)).mappings().first()
-    return held is not None and _is_same(held, staged)
+    return held is not None and _is_same(connection, held, staged)
 
 
-def _is_same(held: sa.RowMapping, staged: Staged) -> bool:
-    return (held["digest"], held["asked_digest"]) == (staged.digest, _digest_of_ids(staged))
+def _is_same(connection: sa.Connection, held: sa.RowMapping, staged: Staged) -> bool:
+    """Whether the read brought the rows of the load that holds its window, and no others would go.
+
+    Rows of an endpoint that this read asked for, and that load did not, are still of an earlier one.
+    """
+    if held["digest"] != staged.digest:
+        return False
+    if held["asked_digest"] == _digest_of_ids(staged):
+        return True
+    table = RAW[staged.resource.name]
+    others = sa.exists().where(_replaced_by(staged), table.c["_load_id"] != held["load_id"])
+    return not connection.execute(sa.select(others)).scalar_one()
 
 
 def replay(
@@ -182,7 +192,7 @@ def _replace(
     """
     manifest, connection = staged.landed.manifest, lease.connection
     held = connection.execute(_current(staged.resource, manifest)).mappings().first()
-    is_same = held is not None and _is_same(held, staged)
+    is_same = held is not None and _is_same(connection, held, staged)
     if held is not None and is_same and held["load_id"] == manifest.load_id:
         return _Done("unchanged", Receipt(held["fencing_token"], held["loaded_at"], "loaded"))
     if held is not None and then is None and _is_newer(held, manifest):
@@ -282,6 +292,14 @@ def _rows_of(staged: Staged) -> sa.ColumnElement[bool]:
     return _is_of(staged.resource, manifest.account, manifest.window)
 
 
+def _replaced_by(staged: Staged) -> sa.ColumnElement[bool]:
+    """The rows of the window that the staged ones take the place of: those of the endpoints asked for."""
+    if staged.asked_ids is None:
+        return _rows_of(staged)
+    asked = RAW[staged.resource.name].c.endpoint_id.in_(sorted(staged.asked_ids))
+    return sa.and_(_rows_of(staged), asked)
+
+
 def _is_of(resource: Resource, account: str, window: Window) -> sa.ColumnElement[bool]:
     table = RAW[resource.name]
     mine = table.c["_account"] == account
@@ -294,10 +312,7 @@ def _is_of(resource: Resource, account: str, window: Window) -> sa.ColumnElement
 def _delete_window(connection: sa.Connection, staged: Staged) -> None:
     """Make room for the staged rows. What was not asked for stays, under the load that brought it."""
     table, manifest = RAW[staged.resource.name], staged.landed.manifest
-    is_replaced = _rows_of(staged)
-    if staged.asked_ids is not None:
-        is_replaced = sa.and_(is_replaced, table.c.endpoint_id.in_(sorted(staged.asked_ids)))
-    connection.execute(sa.delete(table).where(is_replaced))
+    connection.execute(sa.delete(table).where(_replaced_by(staged)))
     connection.execute(sa.delete(LOADS).where(LOADS.c.load_id == manifest.load_id))  # it is read anew
     connection.execute(
         sa.update(LOADS)

@@ -18,10 +18,14 @@ from faletl.plan import Asked
 from faletl.sandbox import Sandbox
 from tests import truth
 from tests.conftest import settings_for
-from tests.truth import FLUX, VIDEO, Account, line
+from tests.truth import FLUX, VIDEO, VOICE, Account, line
 
-DAY = Asked(truth.day(22), truth.day(23), ["usage"])  # one window: several may be loaded together or not
 _CHANGED = re.compile(r"(insert into|update|delete from)\s+(\w+)\.", re.IGNORECASE)
+
+
+def day_of(resource: str) -> Asked:
+    """One window: several may be loaded together or not."""
+    return Asked(truth.day(22), truth.day(23), [resource])
 
 
 @contextmanager
@@ -42,12 +46,13 @@ def counting() -> Iterator[Counter[str]]:
 
 
 def history_of(days: int) -> Account:
-    """An account with two lines on each of so many days before today."""
+    """An account with two lines on each of so many days before today, and an endpoint it never used."""
     at = truth.NOW.replace(hour=5, minute=0) - timedelta(days=1)
     return Account(
         lines=[
             line(at - timedelta(days=ago), endpoint) for ago in range(days) for endpoint in (FLUX, VIDEO)
-        ]
+        ],
+        catalogue=[{"endpoint_id": VOICE}],
     )
 
 
@@ -57,17 +62,21 @@ def costs(days: int, folder: Path, clock: time_machine.Traveller) -> dict[str, C
     with Sandbox(account) as sandbox:
         settings = settings_for(sandbox.url, folder, first_days=days)
         assert pipeline.run(settings).exit_code == 0
-        for work in ("unchanged", "restated"):
+        for work, resource in (
+            ("unchanged", "usage"),
+            ("unchanged", "analytics"),  # asked of all endpoints before, of those that were used now
+            ("restated", "usage"),
+        ):
             clock.shift(60)
             if work == "restated":
                 account.lines[0] = line(account.lines[0].hour, FLUX, "7")
             asked = len(sandbox.requests)
             with counting() as statements:
-                report = pipeline.run(settings, DAY)
+                report = pipeline.run(settings, day_of(resource))
             outcomes = {outcome.outcome for outcome in report.outcomes}
             assert outcomes == {"unchanged" if work == "unchanged" else "loaded"}
             statements["requests"] = len(sandbox.requests) - asked
-            found[work] = statements
+            found[f"{work} {resource}"] = statements
     return found
 
 
@@ -77,6 +86,8 @@ def test_a_day_takes_the_same_requests_and_statements_in_any_history(
     short, long = (costs(days, tmp_path / f"{days}", clock) for days in (3, 9))
     assert short == long
     for found in short.values():
-        assert found["requests"] == 3  # the account's label, the rows, their control total
-    assert not [name for name in short["unchanged"] if re.search("raw|marts|reports|staging", name)]
-    assert short["restated"]["insert into raw"] == 1
+        assert found["requests"] == 3  # the account's label; rows and their control total, or two questions
+    for resource in ("usage", "analytics"):
+        unchanged = short[f"unchanged {resource}"]
+        assert not [name for name in unchanged if re.search("raw|marts|reports|staging", name)]
+    assert short["restated usage"]["insert into raw"] == 1

@@ -343,17 +343,21 @@ def test_what_was_not_asked_for_stays(desk: Desk) -> None:
         again = asked([VIDEO, FLUX], {"endpoint_id": VIDEO}, {"endpoint_id": FLUX}, at=MORNING)
         assert desk.load(lease, again) == "unchanged"
         more = asked([FLUX, VIDEO, VOICE], {"endpoint_id": FLUX}, {"endpoint_id": VIDEO}, at=MORNING)
-        assert desk.load(lease, more) == "loaded"  # none of them is news, too
+        assert desk.load(lease, more) == "unchanged"  # there was nothing of it, and there is nothing
         second = asked([FLUX], {"endpoint_id": FLUX, "request_count": 9}, at=NOON)
         assert desk.load(lease, second) == "loaded"
         raw = desk.rows(lease, load.rows_of_window(ANALYTICS, "acme", DAY_22))
         assert [one["rows"] for one in desk.loads(lease) if one["is_current"]] == [2]
         standing = load.read_ledger(lease.connection).needed
         lease.connection.rollback()
+        gone = asked([FLUX, VIDEO], {"endpoint_id": FLUX, "request_count": 9}, at=NOON)
+        assert desk.load(lease, gone) == "loaded"  # the same row, but now it speaks of the other, too
+        left = desk.rows(lease, load.rows_of_window(ANALYTICS, "acme", DAY_22))
     found = {row["endpoint_id"]: (row["request_count"], row["_load_id"]) for row in raw}
-    ids = [one.landed.manifest.load_id for one in (more, second)]
+    ids = [one.landed.manifest.load_id for one in (first, second)]
     assert found == {FLUX: (9, ids[1]), VIDEO: (1, ids[0])}
     assert standing >= set(ids)
+    assert [row["endpoint_id"] for row in left] == [FLUX]
 
 
 def test_snapshots_of_a_day_follow_one_another_and_levels_stand_for_themselves(desk: Desk) -> None:
