@@ -65,6 +65,7 @@ def serving(folder: Path, latency_s: float = 0) -> Iterator[str]:
 def _serve(folder: Path, latency_s: float, told: Any) -> None:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # or a body waits 40 ms for the acknowledgement of its headers
 
         def do_GET(self) -> None:
             time.sleep(latency_s)

@@ -101,6 +101,9 @@ class StoppedError(Exception):
 class FalClient:
     """One keep-alive connection pool to fal, shared by all threads of a run.
 
+    It has as many connections as FALETL_PARALLEL says: a thread takes one of the `turns` before it asks
+    for the pages of a window.
+
     Raises from every request: KeyRefusedError (401, 403), NotFoundError (404), ContractError (any
     other refusal, a redirect, an answer that is not what was asked), ApiUnavailableError (network,
     429, 5xx, after `TRIES` tries, or those of a `patience` of one's own).
@@ -115,6 +118,7 @@ class FalClient:
         self._settings = settings
         self._patience = patience or Patience(TRIES, DEADLINE_SECONDS, RETRY_AFTER_SECONDS)
         self._rate = _Rate(settings.rate)
+        self.turns = threading.BoundedSemaphore(settings.parallel)
         self._stop = threading.Event()
         self._backend = _DeadlineBackend(self._stop)
         self._http = httpx.Client(

@@ -293,7 +293,7 @@ def _rows_of(staged: Staged) -> sa.ColumnElement[bool]:
 
 
 def _replaced_by(staged: Staged) -> sa.ColumnElement[bool]:
-    """The rows of the window that the staged ones take the place of: those of the endpoints asked for."""
+    """The rows of the window whose place the staged ones take: those of the endpoints asked for."""
     if staged.asked_ids is None:
         return _rows_of(staged)
     asked = RAW[staged.resource.name].c.endpoint_id.in_(sorted(staged.asked_ids))

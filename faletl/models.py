@@ -182,7 +182,8 @@ def checks() -> tuple[Check, ...]:
         sql = path.read_text("utf-8")
         found.append(Check(path.stem, sql, sql.splitlines()[1] == "-- days: each by itself"))
     for model in models():
-        if key := ", ".join(model.grain):
+        key = ", ".join(model.grain)
+        if key and not _has_fact(model):
             sql = (
                 f"select {key}, count(*) as copies from {model.table} group by {key} having count(*) > 1"
             )
@@ -192,19 +193,28 @@ def checks() -> tuple[Check, ...]:
     return tuple(found)
 
 
+def _has_fact(model: Model) -> bool:
+    """Whether a fact of the same key holds the rows of the view: what came twice is found there."""
+    return model.is_view and any(
+        fact.layer == "marts" and fact.grain == model.grain and model.table in tables_read(fact.sql)
+        for fact in models()
+    )
+
+
 def _ledger_check(resource: str, table: sa.Table) -> str:
     """What the ledger calls current stands in the raw table, row for row, and nothing else does.
 
-    Without functions of ours: it is asked of older warehouses, too.
+    Without functions of ours: it is asked of older warehouses, too. By the number of the day, as
+    DuckDB takes a microsecond to find in a calendar when it began.
     """
     time = RESOURCES[resource].time
-    start = f"date_trunc('day', \"{time}\" at time zone 'UTC') at time zone 'UTC'" if time else None
+    day = f'floor(extract(epoch from "{time}") / 86400)'
+    start = f"to_timestamp(86400 * {day})" if time else "_snapshot_at"
     cost = "sum(cost_total)" if "cost_total" in table.c else "0"
     return f"""
         with held as (
             select
-                _account, {start or "_snapshot_at"} as held_start, count(*) as held_rows,
-                {cost} as held_cost
+                _account, {start} as held_start, count(*) as held_rows, {cost} as held_cost
             from {table.fullname} group by 1, 2
         ),
         entered as (

@@ -9,7 +9,9 @@ others: what can be done is done, and the failures are told in the report.
 from __future__ import annotations
 
 import logging
+import os
 import secrets
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -63,6 +65,10 @@ log = logging.getLogger(__name__)
 
 _READY = 16
 """So many windows may wait to be loaded: the more do, the less often the warehouse is opened."""
+
+_PROCESSORS = os.cpu_count() or 1
+_staging = threading.BoundedSemaphore(_PROCESSORS)
+"""So many windows are staged at the same time: more would only take memory from each other."""
 
 Progress = Callable[[str, int, int], None]
 """Told what is under way, how many of its windows are done, and of how many."""
@@ -402,10 +408,12 @@ def worked(
 ) -> Iterator[tuple[list[Staged], int]]:
     """Work on several tasks at a time; yield what finished, with how many tasks ended.
 
-    Only a few tasks are begun ahead of what was taken, so that finished windows do not pile up.
+    Only a few tasks are begun ahead of what was taken, so that finished windows do not pile up. Others
+    are fetched while some are staged, so there are threads for both.
     """
     waiting, running = deque(tasks), dict[Future[Staged | None], Task]()
-    pool = ThreadPoolExecutor(settings.parallel, thread_name_prefix="extract")
+    threads = settings.parallel + min(settings.parallel, _PROCESSORS)
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="extract")
     try:
         while waiting or running:
             while waiting and len(running) < settings.parallel + _READY:
@@ -447,13 +455,16 @@ def prove_or_reread(
     """
     unproven: Landed | None = None
     while True:
-        landed = landed or fetch_window(
-            client, settings, task.resource, task.window,
-            origin=origin, ids=task.ids, is_whole_catalogue=task.is_whole_catalogue,
-            ahead=task.ahead, unproven=unproven,
-        )  # fmt: skip
+        if landed is None:
+            with client.turns:
+                landed = fetch_window(
+                    client, settings, task.resource, task.window,
+                    origin=origin, ids=task.ids, is_whole_catalogue=task.is_whole_catalogue,
+                    ahead=task.ahead, unproven=unproven,
+                )  # fmt: skip
         try:
-            return stage_window(settings, landed, scratch)
+            with _staging:
+                return stage_window(settings, landed, scratch)
         except UnprovenError as error:
             if unproven is not None:
                 landing.refuse(landed.folder)

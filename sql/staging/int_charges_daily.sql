@@ -12,8 +12,8 @@ charges as (
         count(distinct request_id) as charged_request_count,
         count(distinct case
             when
-                requested_at < usage_date + interval '10 minutes'
-                or requested_at >= usage_date + interval '1430 minutes'
+                cast(requested_at as time) < time '00:10:00'
+                or cast(requested_at as time) >= time '23:50:00'
                 then request_id
         end) as edge_request_count,
         count(*) - count(unit) as charges_without_unit,

@@ -618,7 +618,7 @@ def test_a_database_of_somebody_else_is_never_published_over(
         ("update ops.loads set is_current = false where resource = 'usage'", "loads of raw"),
         (
             "insert into raw.billing_events select * from raw.billing_events limit 1",
-            "grain of staging.stg_fal__billing_events",
+            "grain of marts.fct_billing_event",
         ),
     ],
 )
