@@ -205,7 +205,8 @@ def _ledger_check(resource: str, table: sa.Table) -> str:
     """What the ledger calls current stands in the raw table, row for row, and nothing else does.
 
     Without functions of ours: it is asked of older warehouses, too. By the number of the day, as
-    DuckDB takes a microsecond to find in a calendar when it began.
+    DuckDB takes a microsecond to find in a calendar when it began; a double tells the last microsecond
+    of a day from the next one.
     """
     time = RESOURCES[resource].time
     day = f'floor(extract(epoch from "{time}") / 86400)'

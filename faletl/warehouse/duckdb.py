@@ -50,7 +50,8 @@ _LITTLE = 32 * 2**20  # bytes of a file
 
 # Exact to 12 decimals, half away from zero; DECIMAL / DECIMAL would be a DOUBLE in DuckDB. Amounts
 # become whole numbers of 10^-12, which are divided by hand, six decimals at a time, so that nothing
-# overflows: the divisor may be up to 8 * 10^19.
+# overflows: the divisor may be up to 8 * 10^19. Divided by zero they are null to DuckDB, too: a case
+# that asked for it would have each of these terms computed anew.
 MACROS = (
     """
     create or replace macro trillionths(a) as
@@ -58,14 +59,13 @@ MACROS = (
         + cast((abs(cast(a as decimal(38,12))) % 1) * 1000000000000 as hugeint)
     """,
     """
-    create or replace macro quotient(a, b) as case when b <> 0 then
+    create or replace macro quotient(a, b) as
         sign(a) * sign(b) * cast(
             trillionths(a) // trillionths(b) * 1000000000000
             + (trillionths(a) % trillionths(b) * 1000000) // trillionths(b) * 1000000
             + (2 * ((trillionths(a) % trillionths(b) * 1000000) % trillionths(b)) * 1000000
                 + trillionths(b)) // (2 * trillionths(b))
         as decimal(38,0)) * 0.000000000001
-    end
     """,
     # amount * part / whole, for a whole above zero: again exact, half away from zero. The product of two
     # amounts would not fit, so the amount is taken nine decimals at a time.
