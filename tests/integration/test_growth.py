@@ -85,10 +85,8 @@ def test_a_day_takes_the_same_requests_and_statements_in_any_history(
 ) -> None:
     short, long = (costs(days, tmp_path / f"{days}", clock) for days in (3, 9))
     assert short == long
-    for found in short.values():
-        assert (
-            found["requests"] == 3
-        )  # the account's label; rows and their control total, or two questions
+    # The account's label; rows and their control total, or two questions.
+    assert {found["requests"] for found in short.values()} == {3}
     for resource in ("usage", "analytics"):
         unchanged = short[f"unchanged {resource}"]
         assert not [name for name in unchanged if re.search("raw|marts|reports|staging", name)]
