@@ -36,7 +36,7 @@ from faletl.errors import (
     WarehouseBusyError,
     WarehouseError,
 )
-from faletl.places import room, sync
+from faletl.places import copy_file, room, sync
 from faletl.warehouse import Lease, Warehouse, quoted, schema
 from faletl.warehouse.tables import BUILDS, WAREHOUSE
 from faletl.windows import instant
@@ -226,7 +226,7 @@ class DuckDBWarehouse:
             aside = self._path.with_name(f"{self._path.name}.damaged")
             log.warning("%s; it is kept as %s", error, aside)
             try:
-                shutil.copyfile(self._path, aside)
+                copy_file(self._path, aside)
             except OSError as refused:
                 raise self._refused("keep a copy of", refused) from None
             return token, None
@@ -289,7 +289,7 @@ class DuckDBWarehouse:
         try:
             _make_readable(self._published.parent)
             part.unlink(missing_ok=True)
-            shutil.copyfile(self._path, part)
+            copy_file(self._path, part)
             part.chmod(0o440)
             sync(part)
             part.replace(self._published)
@@ -360,7 +360,7 @@ class DuckDBWarehouse:
         part = self._path.with_name(f".{self._path.name}.upgrade")
         try:
             _discard(part)
-            shutil.copyfile(self._path, part)
+            copy_file(self._path, part)
             with _closing(_connect(part, self._settings)) as connection:
                 with connection.begin():
                     schema.upgrade(connection, str(self._path))

@@ -122,7 +122,7 @@ def on_a_full_disk(folder: Path) -> None:
             ("faletl.landing.leave_receipt", "before", r"cannot write .*/loaded.json.* bytes needed"),
             ("faletl.models.fence", "after", r"the warehouse .*\.duckdb cannot be used"),
             ("faletl.warehouse.schema.build_to_publish", "after", r"the warehouse .* cannot be used"),
-            ("shutil.copyfile", "before", r"cannot publish .* bytes needed"),
+            ("faletl.warehouse.duckdb.copy_file", "before", r"cannot publish .* bytes needed"),
         ):
             Trap(function, when, springs=disk.fill)()
             told = "; ".join(map(str, failed(settings)))
@@ -217,7 +217,7 @@ def test_too_few_descriptors_are_said_and_spoil_nothing(landed: Settings) -> Non
 
 
 def test_too_little_memory_is_said_and_spoils_nothing(sandbox: Sandbox, landed: Settings) -> None:
-    short = Trap("faletl.staging._write_typed", "before", springs=partial(limit_memory, 24 * MIB))
+    short = Trap("faletl.staging._write_typed", "before", springs=partial(limit_memory, 36 * MIB))
     code, said = start(landed, short, command="load").finish()
     assert code == 1, said
     assert re.search(r"staging ran out of memory .*; raise the limit, or lower FALETL_PARALLEL", said)

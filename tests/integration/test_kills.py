@@ -200,7 +200,7 @@ def test_readers_have_the_old_tables_or_the_new_whenever_a_build_or_publication_
     account.lines[0] = line(account.lines[0].hour, quantity="9")
     load_days()
     publishing = [] if IS_ON_POSTGRES else [
-        Trap("shutil.copyfile", "before", springs=partial(half_copied, one_by_one)),
+        Trap("faletl.warehouse.duckdb.copy_file", "before", springs=partial(half_copied, one_by_one)),
         Trap("pathlib.Path.replace", "before"),
     ]  # fmt: skip
     for kill in BUILDING:
@@ -333,7 +333,9 @@ def test_a_signal_stops_any_step_in_good_order_and_a_second_one_at_once(
         ("build", "faletl.models._fill"),
         (
             "publish",
-            "shutil.copyfile" if not IS_ON_POSTGRES else "faletl.warehouse.schema.build_to_publish",
+            "faletl.warehouse.duckdb.copy_file"
+            if not IS_ON_POSTGRES
+            else "faletl.warehouse.schema.build_to_publish",
         ),
     ]
     for command, function in steps:

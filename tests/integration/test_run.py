@@ -49,7 +49,7 @@ def test_every_figure_of_a_run_is_that_of_the_served_account(
     assert hourly == truth.spend_by_hour(account)
 
 
-RECORDED = "c39b5fe5863d48322e3b8d4ee798074caf56bef910bfd0de89eb07202ed81690"
+RECORDED = "712df75ae3f4da77a53f85799f07ec82ca44fcfe331568f4990403b0c075b4d8"
 """Of what raw holds of the served account, with the digests in its ledger."""
 
 

@@ -103,7 +103,7 @@ def test_a_killed_upgrade_leaves_the_older_warehouse(older: Settings) -> None:
     path = Path(older.warehouse.removeprefix("duckdb:///"))
     before = path.read_bytes()
     for kill in (
-        Trap("shutil.copyfile"),  # a copy is there
+        Trap("faletl.warehouse.duckdb.copy_file"),  # a copy is there
         Trap("faletl.warehouse.schema.upgrade"),  # altered, not committed
         Trap("pathlib.Path.replace", "before"),  # committed, not in its place
     ):

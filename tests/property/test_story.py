@@ -70,7 +70,7 @@ traps = st.builds(
             "faletl.models._fill",
             "faletl.models._check",
             "faletl.models.build",
-            "shutil.copyfile",
+            "faletl.warehouse.duckdb.copy_file",
         ]
     ),
     st.sampled_from(["before", "after"]),
