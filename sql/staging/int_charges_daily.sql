@@ -10,12 +10,10 @@ charges as (
         endpoint_id,
         count(*) as charge_count,
         count(distinct request_id) as charged_request_count,
-        count(distinct case
-            when
-                cast(requested_at as time) < time '00:10:00'
-                or cast(requested_at as time) >= time '23:50:00'
-                then request_id
-        end) as edge_request_count,
+        count(distinct request_id) filter (
+            where cast(requested_at as time) < time '00:10:00'
+            or cast(requested_at as time) >= time '23:50:00'
+        ) as edge_request_count,
         count(*) - count(unit) as charges_without_unit,
         count(case when event_ordinal > 1 then 1 end) as repeated_charge_count,
         sum(cost_total) as cost_total
