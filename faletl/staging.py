@@ -59,7 +59,7 @@ the 122,880 rows of DuckDB's own takes twice as long."""
 LARGEST_RECORD = 4 * 2**20
 """Bytes of JSON in one record; DuckDB sets buffers aside for twice as much on each thread."""
 
-DIGEST_FORM = "-3"
+DIGEST_FORM = "-2"
 """How a digest ends that is made as it is now. One of another form is never equal to it: such a window
 is loaded once more when it is read again."""
 
@@ -746,12 +746,11 @@ def digest_sums(resource: Resource) -> str:
     """SQL for the sums over all rows from which `digest_of` makes the digest; in DuckDB's dialect.
 
     Of each row that is 64 bits of the MD5 of its values, of which no other row has the same text: first
-    the numbers, then the lengths of texts, then these. What `_hash` is made of is not looked at again.
+    the numbers, then the lengths of texts, then these.
     """
-    own = [column for column in resource.columns if column.name not in resource.identity]
     numbers = ["_hash", "_ordinal"] if resource.identity else []
-    numbers += [_value(column) for column in own if column.kind not in _TEXTS]
-    texts = [f'"{column.name}"' for column in own if column.kind in _TEXTS]
+    numbers += [_value(column) for column in resource.columns if column.kind not in _TEXTS]
+    texts = [f'"{column.name}"' for column in resource.columns if column.kind in _TEXTS]
     numbers += [f"strlen({text})" for text in texts]
     values = ", ',', ".join([*numbers, ", ".join(texts)])
     return f"count(*), sum(cast(md5_number(concat({values})) >> 64 as hugeint))"

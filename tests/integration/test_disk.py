@@ -285,12 +285,12 @@ def test_what_has_its_name_has_been_flushed_and_so_has_the_name(
     """What a power cut may lose of a run is what it did not flush: nothing that later steps stand on."""
     settings, log = settings_for(sandbox.url, tmp_path, parallel=1), tmp_path / "calls.log"
     child = start(settings, be_traced, command=RUN)
-    with traced(child, "trace=write,pwrite64,sendfile,fsync,rename,mkdir", log=log):
+    with traced(child, "trace=write,pwrite64,copy_file_range,fsync,rename,mkdir", log=log):
         check(child)
     unflushed, unnamed, renamed = set[str](), set[str](), list[str]()
     for call, paths in calls(log, tmp_path):
-        if call in ("write", "pwrite64", "sendfile"):
-            unflushed.add(paths[0])
+        if call in ("write", "pwrite64", "copy_file_range"):
+            unflushed.add(paths[-1])
         elif call == "fsync":
             unflushed.discard(paths[0])
             unnamed = {name for name in unnamed if str(Path(name).parent) != paths[0]}

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
+from collections import Counter
 from collections.abc import Callable
-from datetime import datetime, timedelta
+from dataclasses import replace
+from datetime import UTC, datetime, time, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -20,8 +23,10 @@ from faletl.errors import CheckFailedError, DataRefusedError, UnprovenError
 from faletl.plan import Asked
 from faletl.resources import RESOURCES
 from faletl.sandbox import BILLING_KEY, READONLY_KEY, Fault, Request, Sandbox
+from faletl.verify import verify
 from tests import truth
 from tests.conftest import Query, all_tables, ask, opened, settings_for, total
+from tests.faults import PROVEN
 from tests.truth import FLUX, VIDEO, VOICE, Account, line, rounded
 
 
@@ -49,7 +54,7 @@ def test_every_figure_of_a_run_is_that_of_the_served_account(
     assert hourly == truth.spend_by_hour(account)
 
 
-RECORDED = "712df75ae3f4da77a53f85799f07ec82ca44fcfe331568f4990403b0c075b4d8"
+RECORDED = "c39b5fe5863d48322e3b8d4ee798074caf56bef910bfd0de89eb07202ed81690"
 """Of what raw holds of the served account, with the digests in its ledger."""
 
 
@@ -303,6 +308,47 @@ def test_an_account_without_usage_is_loaded_with_nothing(
     loads = "select proof, count(*), sum(rows) from ops.loads where resource = 'usage' group by 1"
     assert query(loads) == [("summary", 3, 0)]
     assert query("select count(*) from reports.rpt_spend_daily") == [(0,)]
+
+
+def test_the_first_and_the_last_microsecond_of_a_day_are_of_that_day(
+    clock: time_machine.Traveller, account: Account, settings: Settings, query: Query
+) -> None:
+    edges = (time.min, time.max)
+    account.events = [
+        replace(event, timestamp=datetime.combine(event.timestamp, edges[number % 2], UTC))
+        for number, event in enumerate(truth.charges(account.lines))
+    ]
+    assert pipeline.run(settings).exit_code == 0
+    days = Counter(event.timestamp.date() for event in account.events)
+    assert query("select usage_date, count(*) from marts.fct_billing_event group by 1 order by 1") == (
+        sorted(days.items())
+    )
+    assert verify(settings).findings == []
+
+
+def test_as_many_windows_are_read_at_once_as_asked_for_and_no_more(
+    clock: time_machine.Traveller, sandbox: Sandbox, tmp_path: Path
+) -> None:
+    settings = settings_for(sandbox.url, tmp_path, parallel=2)
+    both, lock = threading.Barrier(2), threading.Lock()
+    at_once = most = seen = 0
+
+    def wait_for_the_other(request: Request) -> None:
+        nonlocal at_once, most, seen
+        if request.path not in PROVEN:
+            return
+        with lock:
+            at_once, seen = at_once + 1, seen + 1
+            most, is_first = max(most, at_once), seen <= 2
+        if is_first:
+            both.wait(60)
+        with lock:
+            at_once -= 1
+
+    sandbox.fault = wait_for_the_other
+    assert pipeline.run(settings).exit_code == 0
+    assert seen > 4
+    assert most == 2
 
 
 def test_a_refused_key_ends_at_once_with_2_and_leaves_no_warehouse(
