@@ -6,7 +6,8 @@ says what the column holds. A column that passes through unchanged keeps the com
 defined, in an earlier model or in the catalogue.
 
 A build makes anew what changed since the last one: of a model whose rows all come from rows of the
-same day, the days that were loaded; any other model as a whole, if anything that it reads changed.
+same day, the days that were loaded; any other model as a whole, if anything that it reads changed. A
+model that beside that looks things up in dimensions is made by day as long as these say the same.
 """
 
 from __future__ import annotations
@@ -101,15 +102,15 @@ class Model:
     @property
     def is_by_day(self) -> bool:
         """Whether a row depends on rows of its own day alone, so that days can be built one by one."""
-        known = {model.table: model for model in models()}
-        return self.day is not None and all(
-            RESOURCES[table.removeprefix("raw.")].window == "day"
-            if table.startswith("raw.")
-            else table in BY_WINDOW
-            or table.startswith("staging.seed_")
-            or (table in known and (known[table].is_view or known[table].is_by_day))
-            for table in _all_read(self.sql)
-        )
+        return self.day is not None and all(_has_days(table) for table in _all_read(self.sql))
+
+    @property
+    def lookups(self) -> Mapping[str, frozenset[str] | None]:
+        """Where rows of a day look things up: marts without days, and their columns (None: all).
+
+        Empty for a model that reads nothing but days, and for one that cannot be built by day at all.
+        """
+        return _lookups(self.sql) if self.day is not None and not self.is_by_day else {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,6 +293,33 @@ def sources(sql: str) -> frozenset[str]:
     return frozenset(own).union(*(sources(known[table]) for table in read & known.keys()))
 
 
+def _has_days(table: str) -> bool:
+    """Whether the table's rows are of days; what stands behind a view is another question."""
+    if table.startswith("raw."):
+        return RESOURCES[table.removeprefix("raw.")].window == "day"
+    model = next((model for model in models() if model.table == table), None)
+    if model is not None:
+        return model.is_view or model.is_by_day
+    return table in BY_WINDOW or table.startswith("staging.seed_")
+
+
+@cache
+def _lookups(sql: str) -> Mapping[str, frozenset[str] | None]:
+    others = {table for table in _all_read(sql) if not _has_days(table)}
+    if not all(table.startswith("marts.") for table in others):
+        return {}
+    tree = sqlglot.parse_one(sql, read=SOURCE_DIALECT)
+    named = frozenset(column.name for column in tree.find_all(exp.Column))
+    found: dict[str, frozenset[str] | None] = dict.fromkeys(others, named)
+    for select in tree.find_all(exp.Select):
+        stars = {one.text("table") for one in select.selects if one.is_star}
+        for table in tree.find_all(exp.Table):
+            is_read = table.parent_select is select and f"{table.db}.{table.name}" in found
+            if is_read and stars & {"", table.alias_or_name}:
+                found[f"{table.db}.{table.name}"] = None
+    return found
+
+
 def restricted(sql: str, span: Span, dialect: str = SOURCE_DIALECT) -> str:
     """The select over those rows alone that fall on the days of the span, where rows have a day."""
     some = _restricted(sql, dialect)
@@ -411,12 +439,7 @@ def build(
                 connection.exec_driver_sql(_REMEMBER_RUNAWAYS)
             if is_full:
                 _make_room(connection, warehouse, seeds)
-            for model in models():
-                days = _days_of(model.sql, changed)
-                if (is_full or days) and not model.is_view:
-                    _fill(connection, model, warehouse.dialect, days)
-                    if is_full:  # nothing is known yet of what it holds
-                        warehouse.analyze(connection, model.table)
+            _fill_all(connection, warehouse, changed, is_full=is_full)
             checked = 0
             for check in checks():
                 days = _days_of(check.sql, changed)
@@ -497,14 +520,61 @@ def _create(connection: sa.Connection, warehouse: Warehouse, model: Model) -> No
     )
 
 
-def _fill(connection: sa.Connection, model: Model, dialect: str, days: Collection[date]) -> None:
-    """Make the table hold what its select gives: on those days, where days stand for themselves."""
+def _fill_all(
+    connection: sa.Connection,
+    warehouse: Warehouse,
+    changed: Mapping[str, Collection[date]],
+    *,
+    is_full: bool,
+) -> None:
+    """Make every table hold what its select gives, or those that changed, in build order."""
+    looked_up = {table for model in models() for table in model.lookups}
+    renewed = set[str]()
+    for model in models():
+        days = _days_of(model.sql, changed)
+        if model.is_view or not (days or is_full):
+            continue
+        if model.table in looked_up and not is_full:
+            before = _before(model.table)
+            connection.exec_driver_sql(f"create temporary table {before} as select * from {model.table}")
+            renewed.add(model.table)
+        is_by_day = model.is_by_day or (
+            not is_full and _says_the_same(connection, model.lookups, renewed)
+        )
+        _fill(connection, model, warehouse.dialect, days if is_by_day else None)
+        if is_full:  # nothing is known yet of what it holds
+            warehouse.analyze(connection, model.table)
+    for table in renewed:
+        connection.exec_driver_sql(f"drop table {_before(table)}")
+
+
+def _before(table: str) -> str:
+    """The temporary table that keeps what the table held before this build."""
+    return f"before_{table.replace('.', '_')}"
+
+
+def _says_the_same(
+    connection: sa.Connection, lookups: Mapping[str, frozenset[str] | None], renewed: Collection[str]
+) -> bool:
+    """Whether what is looked up did not change when it was made anew; false where nothing is."""
+    for table in lookups.keys() & renewed:
+        held, asked = connection.exec_driver_sql(f"select * from {table} limit 0").keys(), lookups[table]
+        names = ", ".join(name for name in held if asked is None or name in asked)
+        now, then = (f"select {names} from {one}" for one in (table, _before(table)))
+        differs = f"(({now}) except ({then})) union all (({then}) except ({now})) limit 1"
+        if connection.exec_driver_sql(differs).first() is not None:
+            return False
+    return bool(lookups)
+
+
+def _fill(connection: sa.Connection, model: Model, dialect: str, days: Collection[date] | None) -> None:
+    """Make the table hold what its select gives: on those days, or (None) on all."""
     order = ""
     if model.grain and model.longest_span <= LONGEST_SPAN:
         # Sums, and so few rows. Without an order each of DuckDB's threads would leave rows of its own in
         # memory until the commit, 256 KiB a column, for each statement.
         order = f"\norder by {', '.join(model.grain)}"
-    if not model.is_by_day:
+    if days is None:
         connection.exec_driver_sql(f"delete from {model.table}")
         select = translate(model.sql, dialect)
         connection.exec_driver_sql(f"insert into {model.table}\n{select}{order}")

@@ -679,6 +679,37 @@ def test_a_build_touches_only_the_days_that_changed(
     assert verify(settings).findings == []
 
 
+def test_reports_stay_as_they_are_on_other_days_until_what_they_look_up_changes(
+    clock: time_machine.Traveller, account: Account, settings: Settings
+) -> None:
+    reports = ("rpt_spend_daily", "rpt_spend_by_credential")
+    other_days = "from reports.{} where usage_date = '2026-11-22' and quantity <> 77"
+
+    def run(hour: int) -> list[int]:
+        """A late line of the 21st; how many rows of the 22nd were made anew, after they were edited."""
+        for report in reports:
+            with opened(settings) as connection:
+                connection.execute(f"update reports.{report} set quantity = 77")
+        account.lines.append(line(at(f"21T{hour:02d}"), VIDEO, "4"))
+        clock.shift(60)
+        asked = Asked(start=truth.day(21), resources=["usage", "models", "prices"])
+        assert pipeline.run(settings, asked).exit_code == 0
+        return [ask(settings, "select count(*) " + other_days.format(one))[0][0] for one in reports]
+
+    pipeline.run(settings)
+    assert run(5) == [0, 0]
+    account.catalogue[0]["metadata"]["display_name"] = "FLUX, renamed"
+    clock.shift(timedelta(days=1))  # the catalogue is read once a day
+    assert min(run(6)) > 0
+    assert run(7) == [0, 0]
+    account.list_price(FLUX, "0.5")
+    clock.shift(timedelta(days=1))
+    daily, by_credential = run(8)
+    assert daily > 0 == by_credential
+    pipeline.build(settings, full=True)
+    assert verify(settings).findings == []
+
+
 def test_days_of_a_select_are_its_select_of_those_days(
     clock: time_machine.Traveller, account: Account, settings: Settings
 ) -> None:
@@ -688,7 +719,7 @@ def test_days_of_a_select_are_its_select_of_those_days(
     with warehouse.reading() as connection:
         assert connection is not None
         for model in models.models():
-            if not model.is_by_day:
+            if not (model.is_by_day or model.lookups):
                 continue
             all_days = models.translate(model.sql, warehouse.dialect)
             spans = [models.Span(truth.day(day), truth.day(day + 1)) for day in (21, 22, 23)]

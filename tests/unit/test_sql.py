@@ -171,6 +171,21 @@ def test_what_is_built_day_by_day_is_what_has_the_size_of_hours_or_charges() -> 
     }
 
 
+def test_reports_of_days_are_built_by_day_while_what_they_look_up_says_the_same() -> None:
+    looking = {model.table: model.lookups for model in models() if model.lookups}
+    assert {table: set(found) for table, found in looking.items()} == {
+        "reports.rpt_spend_daily": {"marts.dim_endpoint", "marts.dim_price", "marts.dim_unit"},
+        "reports.rpt_spend_by_credential": {"marts.dim_credential", "marts.dim_endpoint"},
+    }
+    for found in looking.values():
+        for table, columns in found.items():
+            if columns is None:  # by a star
+                assert table == "marts.dim_price"
+            else:  # a dimension of which each build says another thing would be of no use
+                assert "endpoint_id" in columns
+                assert not {"first_seen_at", "last_seen_at"} & columns
+
+
 @every_model
 def test_a_select_cut_to_days_reads_only_rows_of_these_days(model: Model) -> None:
     cut = restricted(model.sql, Span(date(2026, 11, 21), date(2026, 11, 23)))
