@@ -39,6 +39,7 @@ from faletl.warehouse.tables import (
     BUILDS,
     RAW,
     SCHEMA_VERSION,
+    SCHEMAS,
     SEED_CREDENTIAL_OWNER,
     SEED_THRESHOLD,
     SEED_UNIT,
@@ -269,11 +270,14 @@ def column_comments() -> dict[str, dict[str, str]]:
 # --- What depends on what -------------------------------------------------------------------------
 
 
+_COMMENT = re.compile(r"--.*")
+_TABLE = re.compile(rf"\b(?:{'|'.join(SCHEMAS)})\.\w+")
+
+
 @cache
 def tables_read(sql: str) -> frozenset[str]:
-    """The tables that a select names, with their schemas."""
-    tree = sqlglot.parse_one(sql, read=SOURCE_DIALECT)
-    return frozenset(f"{table.db}.{table.name}" for table in tree.find_all(exp.Table) if table.db)
+    """The tables that a select names, with their schemas. Without a parser, which takes longer."""
+    return frozenset(_TABLE.findall(_COMMENT.sub("", sql)))
 
 
 @cache

@@ -24,16 +24,6 @@ sightings as (
     from staging.int_billing_events_daily
 ),
 
-ranked as (
-    select
-        *,
-        row_number() over (
-            partition by account, credential_id
-            order by last_seen_at desc, credential_label desc nulls last
-        ) as recency
-    from sightings
-),
-
 seen as (
     select
         account,
@@ -42,6 +32,22 @@ seen as (
         max(last_seen_at) as last_seen_at
     from sightings
     group by account, credential_id
+),
+
+-- Of the last instant there may be several, but few: to put all sightings in order would take longer.
+ranked as (
+    select
+        sightings.*,
+        row_number() over (
+            partition by sightings.account, sightings.credential_id
+            order by sightings.credential_label desc nulls last
+        ) as recency
+    from sightings
+    inner join seen
+        on
+            sightings.account = seen.account
+            and sightings.credential_id = seen.credential_id
+            and sightings.last_seen_at = seen.last_seen_at
 ),
 
 -- A line for one account goes before one for all accounts.

@@ -27,6 +27,7 @@ from faletl.models import (
     restricted,
     spans,
     sql_folder,
+    tables_read,
     translate,
 )
 from faletl.warehouse.duckdb import MACROS
@@ -169,6 +170,12 @@ def test_what_is_built_day_by_day_is_what_has_the_size_of_hours_or_charges() -> 
         "reports.rpt_reconciliation",
         "reports.rpt_billing_rules",
     }
+
+
+@pytest.mark.parametrize("select", [*models(), *checks()], ids=lambda one: one.name)
+def test_the_tables_of_a_select_are_those_that_a_parser_finds(select: Model | Check) -> None:
+    tables = sqlglot.parse_one(select.sql, read="duckdb").find_all(exp.Table)
+    assert tables_read(select.sql) == {f"{one.db}.{one.name}" for one in tables if one.db} != set()
 
 
 def test_reports_of_days_are_built_by_day_while_what_they_look_up_says_the_same() -> None:
