@@ -314,6 +314,7 @@ def _lookups(sql: str) -> Mapping[str, frozenset[str] | None]:
         return {}
     tree = sqlglot.parse_one(sql, read=SOURCE_DIALECT)
     named = frozenset(column.name for column in tree.find_all(exp.Column))
+    named |= {one.name for join in tree.find_all(exp.Join) for one in join.args.get("using") or ()}
     found: dict[str, frozenset[str] | None] = dict.fromkeys(others, named)
     for select in tree.find_all(exp.Select):
         stars = {one.text("table") for one in select.selects if one.is_star}
@@ -563,7 +564,7 @@ def _says_the_same(
     """Whether what is looked up did not change when it was made anew; false where nothing is."""
     for table in lookups.keys() & renewed:
         held, asked = connection.exec_driver_sql(f"select * from {table} limit 0").keys(), lookups[table]
-        names = ", ".join(name for name in held if asked is None or name in asked)
+        names = ", ".join(f'"{name}"' for name in held if asked is None or name in asked)
         now, then = (f"select {names} from {one}" for one in (table, _before(table)))
         differs = f"(({now}) except ({then})) union all (({then}) except ({now})) limit 1"
         if connection.exec_driver_sql(differs).first() is not None:

@@ -265,13 +265,17 @@ def sync(path: Path) -> None:
 def copy_file(source: Path, target: Path) -> None:
     """Copy a file; where the file system can, both share their blocks until one of them changes.
 
-    XFS and Btrfs can: a large file is copied at once and takes no more room.
+    XFS and Btrfs can: hardly any time then, and room only for what changes later.
     """
-    with source.open("rb") as old, target.open("wb") as new, suppress(OSError):
-        while os.copy_file_range(old.fileno(), new.fileno(), _CHUNK):
-            pass
-    if target.stat().st_size != source.stat().st_size:  # not between these file systems
-        shutil.copyfile(source, target)
+    target.unlink(missing_ok=True)  # it may be another name of the source
+    copy_range = getattr(os, "copy_file_range", None)  # not on every system, nor in every Python
+    if copy_range is not None:
+        with source.open("rb") as old, target.open("wb") as new, suppress(OSError):
+            while copy_range(old.fileno(), new.fileno(), _CHUNK):
+                pass
+            if new.seek(0, os.SEEK_END) == old.seek(0, os.SEEK_END):
+                return
+    shutil.copyfile(source, target)  # the system could not, or would not: this copies, or says why
 
 
 def write_durably(path: Path, content: bytes) -> None:

@@ -288,7 +288,6 @@ class DuckDBWarehouse:
         part = self._published.with_name(f".{self._published.name}.part")
         try:
             _make_readable(self._published.parent)
-            part.unlink(missing_ok=True)
             copy_file(self._path, part)
             part.chmod(0o440)
             sync(part)

@@ -40,7 +40,10 @@ ranked as (
         sightings.*,
         row_number() over (
             partition by sightings.account, sightings.credential_id
-            order by sightings.credential_label desc nulls last
+            order by
+                sightings.credential_label desc nulls last,
+                sightings.api_key_id desc nulls last,
+                sightings.login_username desc nulls last
         ) as recency
     from sightings
     inner join seen

@@ -217,6 +217,7 @@ def test_too_few_descriptors_are_said_and_spoil_nothing(landed: Settings) -> Non
 
 
 def test_too_little_memory_is_said_and_spoils_nothing(sandbox: Sandbox, landed: Settings) -> None:
+    # With less, a thread that cannot have its own few bytes would end the process where it stands.
     short = Trap("faletl.staging._write_typed", "before", springs=partial(limit_memory, 36 * MIB))
     code, said = start(landed, short, command="load").finish()
     assert code == 1, said
@@ -285,12 +286,15 @@ def test_what_has_its_name_has_been_flushed_and_so_has_the_name(
     """What a power cut may lose of a run is what it did not flush: nothing that later steps stand on."""
     settings, log = settings_for(sandbox.url, tmp_path, parallel=1), tmp_path / "calls.log"
     child = start(settings, be_traced, command=RUN)
-    with traced(child, "trace=write,pwrite64,copy_file_range,fsync,rename,mkdir", log=log):
+    with traced(child, "trace=write,pwrite64,sendfile,copy_file_range,fsync,rename,mkdir", log=log):
         check(child)
-    unflushed, unnamed, renamed = set[str](), set[str](), list[str]()
+    unflushed, unnamed, renamed, copied = set[str](), set[str](), list[str](), list[str]()
     for call, paths in calls(log, tmp_path):
-        if call in ("write", "pwrite64", "copy_file_range"):
-            unflushed.add(paths[-1])
+        if call in ("write", "pwrite64", "sendfile"):
+            unflushed.add(paths[0])
+        elif call == "copy_file_range":
+            unflushed.add(paths[1])
+            copied.append(Path(paths[1]).name)
         elif call == "fsync":
             unflushed.discard(paths[0])
             unnamed = {name for name in unnamed if str(Path(name).parent) != paths[0]}
@@ -306,6 +310,7 @@ def test_what_has_its_name_has_been_flushed_and_so_has_the_name(
     assert sum(name.startswith("rows-") for name in renamed) == 4
     assert renamed.index("manifest.json") < renamed.index("loaded.json")
     assert {"warehouse.duckdb", "spend.duckdb"} <= set(renamed)
+    assert ".spend.duckdb.part" in copied
 
 
 def calls(log: Path, below: Path) -> Iterator[tuple[str, list[str]]]:

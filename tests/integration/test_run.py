@@ -330,25 +330,25 @@ def test_as_many_windows_are_read_at_once_as_asked_for_and_no_more(
     clock: time_machine.Traveller, sandbox: Sandbox, tmp_path: Path
 ) -> None:
     settings = settings_for(sandbox.url, tmp_path, parallel=2)
-    both, lock = threading.Barrier(2), threading.Lock()
-    at_once = most = seen = 0
+    both, third, lock = threading.Barrier(2), threading.Event(), threading.Lock()
+    seen, saw_a_third = list[str](), list[bool]()
 
-    def wait_for_the_other(request: Request) -> None:
-        nonlocal at_once, most, seen
+    def hold_two_and_look_for_a_third(request: Request) -> None:
         if request.path not in PROVEN:
             return
         with lock:
-            at_once, seen = at_once + 1, seen + 1
-            most, is_first = max(most, at_once), seen <= 2
-        if is_first:
-            both.wait(60)
-        with lock:
-            at_once -= 1
+            seen.append(request.path)
+            number = len(seen)
+        if number > 2:
+            third.set()
+        else:
+            both.wait(60)  # one alone would break it
+            saw_a_third.append(third.wait(1))
 
-    sandbox.fault = wait_for_the_other
+    sandbox.fault = hold_two_and_look_for_a_third
     assert pipeline.run(settings).exit_code == 0
-    assert seen > 4
-    assert most == 2
+    assert len(seen) > 4
+    assert saw_a_third == [False, False]
 
 
 def test_a_refused_key_ends_at_once_with_2_and_leaves_no_warehouse(
