@@ -1,4 +1,4 @@
-"""A small chaos: what `make chaos` does to ten million charges, done to fifty thousand."""
+"""A small chaos: what `make chaos` does to ten million charges, done to thirty thousand."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tests.conftest import needs_root
 @pytest.mark.parametrize(
     ("events", "kills", "more"),
     [
-        (50_000, 16, "--takeovers 3 --fills 2 --share 0.3 --readers 2"),
-        (20_000, 8, "--takeovers 2 --fills 1 --share 0.5 --readers 1 --postgres --server-kills 3"),
+        (30_000, 10, "--takeovers 2 --fills 2 --share 0.3 --readers 2"),
+        (20_000, 6, "--takeovers 2 --fills 1 --share 0.5 --readers 1 --postgres --server-kills 3"),
     ],
     ids=["on_file", "on_server"],
 )
