@@ -316,12 +316,11 @@ def _lookups(sql: str) -> Mapping[str, frozenset[str] | None]:
     named = frozenset(column.name for column in tree.find_all(exp.Column))
     named |= {one.name for join in tree.find_all(exp.Join) for one in join.args.get("using") or ()}
     found: dict[str, frozenset[str] | None] = dict.fromkeys(others, named)
-    for select in tree.find_all(exp.Select):
-        stars = {one.text("table") for one in select.selects if one.is_star}
-        for table in tree.find_all(exp.Table):
-            is_read = table.parent_select is select and f"{table.db}.{table.name}" in found
-            if is_read and stars & {"", table.alias_or_name}:
-                found[f"{table.db}.{table.name}"] = None
+    for table in tree.find_all(exp.Table):
+        name, select = f"{table.db}.{table.name}", table.parent_select
+        stars = {one.text("table") for one in select.selects if one.is_star} if select else set()
+        if name in found and stars & {"", table.alias_or_name}:
+            found[name] = None
     return found
 
 
