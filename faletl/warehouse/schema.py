@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import Collection, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -51,6 +52,7 @@ def initialise(connection: sa.Connection, token: int) -> None:
             faletl_version=__version__,
             fencing_token=token,
             data_version=0,
+            warehouse_id=secrets.token_hex(8),
         )
     )
 
@@ -97,8 +99,11 @@ def upgrade(connection: sa.Connection, where: str) -> None:
                 connection.exec_driver_sql(f"alter table {table.fullname} add column {told}")
             connection.execute(sa.schema.SetColumnComment(column))
         connection.execute(sa.schema.SetTableComment(table))
+    known_id = sa.func.coalesce(WAREHOUSE.c.warehouse_id, secrets.token_hex(8))
     connection.execute(
-        sa.update(WAREHOUSE).values(schema_version=SCHEMA_VERSION, faletl_version=__version__)
+        sa.update(WAREHOUSE).values(
+            schema_version=SCHEMA_VERSION, faletl_version=__version__, warehouse_id=known_id
+        )
     )
     log.warning("%s was upgraded from schema %d to %d", where, before, SCHEMA_VERSION)
 

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from faletl.money import PRECISION, SCALE
 from faletl.resources import RESOURCES, Kind, Resource
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 """Grows when a table here changes: an older warehouse is upgraded, a newer one refused."""
 
 SCHEMAS: Mapping[str, str] = {
@@ -166,6 +166,7 @@ WAREHOUSE = _ops_table(
     holder=(_TEXT, "who took the newest lease"),
     held_since=(_AT, "when"),
     data_version=(_COUNT, "grows with every change of a raw table"),
+    warehouse_id=(_TEXT, "the warehouse among those that share a landing folder; receipts carry it"),
 )
 
 LOADS = _ops_table(
@@ -201,6 +202,7 @@ LOADS = _ops_table(
     last_load_id=(_TEXT, "id of the newest read that found the same rows"),
     read_at=(_AT, "when the read began that brought the rows"),
     last_read_at=(_AT, "when the newest read began that found the same rows"),
+    changed_at=(_AT, "when the extract began that changed the closed window last; null if none did"),
     loaded_at=(_AT, "when the rows were loaded"),
     whole_catalogue_at=(_AT, "when the window was last asked for all endpoints, not only those used"),
     data_version=(_COUNT, "version of the raw tables that the load made; see ops.warehouse"),
@@ -310,6 +312,71 @@ FAILURES = _ops_table(
     error=(_TEXT, "kind of the error"),
     message=(_TEXT, "the error in one sentence"),
     failed_at=(_AT, "when"),
+)
+
+ACCOUNTS = _ops_table(
+    "accounts",
+    "Account labels, each bound to fal's usernames and to the keys that were seen with it.",
+    ("account",),
+    account=(_TEXT, "account label"),
+    usernames=(_TEXT, "fal's usernames of the account, as a JSON array; the newest is the last"),
+    key_ids=(_TEXT, "salted SHA-256 of the id of each of its keys, as a JSON array"),
+    is_sandbox=(_FLAG, "whether a sandbox invented the account"),
+    bound_at=(_AT, "when the label was bound first"),
+)
+
+HOLDS = _ops_table(
+    "holds",
+    "Extracts that are not loaded, because loading them would remove rows that were proven before.",
+    ("account", "resource", "window_start"),
+    account=(_TEXT, "account label"),
+    resource=(_TEXT, "collection of the fal API"),
+    window_start=(_AT, "start of the window"),
+    load_id=(_TEXT, "id of the newest held extract; the folder of its pages has that name"),
+    landing_path=(_TEXT, "folder of its landed pages, below the landing folder"),
+    rows_loaded=(_COUNT, "rows that are loaded"),
+    rows_extracted=(_COUNT, "rows of the held extract"),
+    cost_total_loaded=(sa.Numeric(PRECISION, SCALE), "sum over the rows that are loaded"),
+    cost_total_extracted=(sa.Numeric(PRECISION, SCALE), "sum over the rows of the held extract"),
+    rows_digest=(_TEXT, "fingerprint of the loaded rows that the held extract lacks"),
+    is_final=(_FLAG, "whether the window is too old to be served for certain; not extracted again"),
+    held_since=(_AT, "when the first extract began that was held"),
+    last_extracted_at=(_AT, "when the newest extract began that was held"),
+)
+
+ACCEPTANCES = _ops_table(
+    "acceptances",
+    "What people accepted with faletl accept: windows that were held, or refused by a contract rule.",
+    ("acceptance_id",),
+    acceptance_id=(_TEXT, "id of the acceptance"),
+    account=(_TEXT, "account label"),
+    resource=(_TEXT, "collection of the fal API"),
+    window_start=(_AT, "start of the window"),
+    load_id=(_TEXT, "id of the extract that was accepted"),
+    accepted=(_TEXT, "held: the held extract; kept: what is loaded; refused: refused rows"),
+    rows_digest=(_TEXT, "fingerprint of the missing or refused rows; holds for later extracts as well"),
+    reason=(_TEXT, "why, in the words of who accepted"),
+    rows_before=(_COUNT, "rows that were loaded"),
+    rows_after=(_COUNT, "rows of the extract"),
+    cost_total_before=(sa.Numeric(PRECISION, SCALE), "sum over the rows that were loaded"),
+    cost_total_after=(sa.Numeric(PRECISION, SCALE), "sum over the rows of the extract"),
+    accepted_by=(_TEXT, "user of the operating system"),
+    accepted_at=(_AT, "when"),
+)
+
+ALERTS = _ops_table(
+    "alerts",
+    "What people should look at: one row from its first sight on, resolved when it is over.",
+    ("alert_key",),
+    alert_key=(_TEXT, "fingerprint of kind and subject"),
+    kind=(_TEXT, "held, refused, locked or runaway"),
+    account=(_TEXT, "account label; null where it is not known"),
+    subject=(_TEXT, "what it is about: a window, a request, or the account"),
+    detail=(_TEXT, "the sentence for people"),
+    first_seen_at=(_AT, "when it was noticed first"),
+    announced_at=(_AT, "when it was sent; null as long as it was not"),
+    resolved_at=(_AT, "when it was over; null while it is open"),
+    resolution_announced_at=(_AT, "when the end was sent; null as long as it was not"),
 )
 
 BUILDS = _ops_table(
