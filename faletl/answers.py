@@ -21,13 +21,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from faletl.alerts import open_alerts
 from faletl.config import Settings
 from faletl.errors import UsageError, WarehouseBusyError
 from faletl.money import plain
 from faletl.places import scratch_folder
 from faletl.resources import RESOURCES
 from faletl.warehouse import open_warehouse
-from faletl.warehouse.tables import BUILDS, FAILURES, LOADS, QUARANTINE, RESTATEMENTS
+from faletl.warehouse.tables import BUILDS, FAILURES, HOLDS, LOADS, QUARANTINE, RESTATEMENTS
 from faletl.windows import instant
 
 if TYPE_CHECKING:  # the client, the model and what they need take a second to import, and status none
@@ -156,19 +157,24 @@ def print_status(settings: Settings, *, as_json: bool) -> None:
     if not found["resources"]:
         sys.stdout.write("Nothing is loaded yet; run faletl run.\n")
         return
-    names = ("account", "resource", "newest window", "lag", "windows", "rows", "quarantine",
+    names = ("account", "resource", "newest window", "lag", "windows", "rows", "held", "quarantine",
              "open failures")  # fmt: skip
     lines = []
     for line in found["resources"]:
         lag = "" if line["lag_seconds"] is None else _span(line["lag_seconds"])
         lines.append(
             (line["account"], line["resource"], line["newest_window"] or "", lag,
-             f"{line['windows']:,}", f"{line['rows']:,}", f"{line['quarantine']:,}",
+             f"{line['windows']:,}", f"{line['rows']:,}", f"{line['held']:,}", f"{line['quarantine']:,}",
              str(line["open_failures"]))
         )  # fmt: skip
     _print_table(names, lines, left=4)
     for restated in found["restatements"]:
         sys.stdout.write(_restated_sentence(restated) + "\n")
+    for alert in found["alerts"]:
+        sys.stdout.write(
+            f"{alert['kind']} since {alert['first_seen_at']}: {_shown(alert['subject'])} of "
+            f"{_shown(alert['account'])}: {_shown(alert['detail'])}\n"
+        )
     for failure in found["failures"]:
         sys.stdout.write(f"failed {failure['failed_at']}: {_shown(failure['message'])}\n")
     if found["last_build"]:
@@ -193,7 +199,7 @@ def status(settings: Settings) -> dict[str, Any]:
 
 def _status(connection: sa.Connection | None, *, is_published_copy: bool) -> dict[str, Any]:
     empty: dict[str, Any] = {
-        "resources": [], "failures": [], "restatements": [], "last_build": None,
+        "resources": [], "failures": [], "alerts": [], "restatements": [], "last_build": None,
     }  # fmt: skip
     if connection is None:
         return {**empty, "is_published_copy": is_published_copy, "coverage": COVERAGE}
@@ -214,13 +220,13 @@ def _status(connection: sa.Connection | None, *, is_published_copy: bool) -> dic
         .where(LOADS.c.is_current)
         .group_by(LOADS.c.account, LOADS.c.resource)
     )
-    held = {(row.account, row.resource): row for row in loads}
+    loaded = {(row.account, row.resource): row for row in loads}
     order = list(RESOURCES)
-    set_aside = _set_aside(connection)
-    keys = held.keys() | {(failure["account"], failure["resource"]) for failure in failures}
+    set_aside, held = _set_aside(connection), _held(connection)
+    keys = loaded.keys() | {(failure["account"], failure["resource"]) for failure in failures}
     lines = []
     for account, resource in sorted(keys, key=lambda key: (key[0], order.index(key[1]))):
-        row = held.get((account, resource))
+        row = loaded.get((account, resource))
         mine = [f for f in failures if (f["account"], f["resource"]) == (account, resource)]
         lines.append(
             {
@@ -231,6 +237,7 @@ def _status(connection: sa.Connection | None, *, is_published_copy: bool) -> dic
                 "lag_seconds": max(0, int((now - row.until).total_seconds())) if row else None,
                 "windows": row.windows if row else 0,
                 "rows": int(row.rows) if row else 0,
+                "held": held.get((account, resource), 0),
                 "quarantine": set_aside.get((account, resource), 0),
                 "open_failures": len(mine),
             }
@@ -249,6 +256,7 @@ def _status(connection: sa.Connection | None, *, is_published_copy: bool) -> dic
     return {
         "resources": lines,
         "failures": failures,
+        "alerts": _alerts(connection),
         "restatements": _restatements(connection),
         "last_build": last_build,
         "is_published_copy": is_published_copy,
@@ -265,6 +273,24 @@ def _set_aside(connection: sa.Connection) -> dict[tuple[str, str], int]:
         .group_by(rows.account, rows.resource)
     )
     return {(account, resource): count for account, resource, count in found}
+
+
+def _held(connection: sa.Connection) -> dict[tuple[str, str], int]:
+    """How many windows are held now, per account and resource."""
+    holds = HOLDS.c
+    found = connection.execute(
+        sa.select(holds.account, holds.resource, sa.func.count()).group_by(holds.account, holds.resource)
+    )
+    return {(account, resource): count for account, resource, count in found}
+
+
+def _alerts(connection: sa.Connection) -> list[dict[str, Any]]:
+    """The alerts that are open."""
+    shown = ("kind", "account", "subject", "detail")
+    return [
+        {"first_seen_at": _utc(alert["first_seen_at"]), **{name: alert[name] for name in shown}}
+        for alert in open_alerts(connection)
+    ]
 
 
 def _restatements(connection: sa.Connection) -> list[dict[str, Any]]:

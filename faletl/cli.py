@@ -284,6 +284,27 @@ def grant(
     typer.echo(f"{reader} reads marts and reports now, and after every build")
 
 
+@app.command(epilog='Example: faletl accept usage 2026-11-20 --reason "fal confirmed it in ticket 4711"')
+def accept(
+    resource: Annotated[
+        str, typer.Argument(parser=_resource, metavar="RESOURCE", help=f"One of {', '.join(RESOURCES)}.")
+    ],
+    day: Annotated[date, typer.Argument(parser=_day, metavar="DAY", help="The UTC day.")],
+    reason: Annotated[str, typer.Option(metavar="TEXT", help="Why; kept in ops.acceptances.")],
+    account: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Account label, where several have such a day.")
+    ] = None,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Confirm what is loaded instead of the held extract.")
+    ] = False,
+) -> None:
+    """Load a held extract, or a day that a contract rule refused; --keep confirms what is loaded."""
+    from faletl.accept import accept as accepted
+    from faletl.config import Settings
+
+    _finish(accepted(Settings.load(), resource, day, reason=reason, account=account, is_kept=keep))
+
+
 @quarantine_app.command("list", epilog="Example: faletl quarantine list --all")
 def list_quarantine(
     with_resolved: Annotated[

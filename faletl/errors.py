@@ -123,6 +123,12 @@ class DataRefusedError(FaletlError):
     exit_code = 3
 
 
+class HeldError(FaletlError):
+    """An extract lacks rows that were proven before, so what is loaded stays. Exit 3."""
+
+    exit_code = 3
+
+
 class WarehouseError(FaletlError):
     """The warehouse cannot be used right now: gone, broken or full. Exit 1."""
 

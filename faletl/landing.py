@@ -2,7 +2,7 @@
 
     <landing>/<account>/<resource>/<window start>/<load id>/<call>-<page>.json.zst
                                                            /manifest.json
-                                                           /loaded.json
+                                                           /loaded.json (and loaded-<warehouse>.json)
 
 A read of a window lands in a folder of its own, which nobody changes once its manifest is there. A
 page that has its name is whole (faletl/places.py). Without a manifest the read is not complete, but its
@@ -43,6 +43,7 @@ _DISCARDED = "discarded"
 _PAGE = ".json.zst"
 _STAMP = "%Y%m%dT%H%M%S%fZ"
 _LOAD_ID = re.compile(r"(?P<read>\d{8}T\d{12}Z-[0-9a-f]{6})(-[0-9a-f]{6})?", re.ASCII)
+_RECEIPT_FILE = re.compile(r"loaded(-[0-9a-f]+)?\.json")
 _PAGE_FILE = re.compile(r"[a-z0-9-]{1,100}" + re.escape(_PAGE))
 
 Instant = Annotated[datetime, msgspec.Meta(tz=True)]
@@ -83,6 +84,7 @@ class Manifest(msgspec.Struct, frozen=True):
     `planned_from` is the first day that the run meant to read of this resource. `fencing_token` is
     the newest one that was known when the read was planned: whatever was loaded under a greater one
     may be newer than this read. `is_whole_catalogue`: all of fal's endpoints were asked for.
+    `fal_started_at` is when it began by fal's clock; an older faletl did not keep it.
     """
 
     load_id: str
@@ -98,6 +100,7 @@ class Manifest(msgspec.Struct, frozen=True):
     calls: list[Call]
     unknown_ids: list[str] = []
     is_whole_catalogue: bool = False
+    fal_started_at: Instant | None = None
     redacted_pages: int = 0
     faletl_version: str = ""
     format: int = FORMAT
@@ -131,12 +134,21 @@ class Manifest(msgspec.Struct, frozen=True):
         )
 
 
-class Receipt(msgspec.Struct, frozen=True, order=True):
-    """That a read was loaded: under which token, when, and whether its rows were news or known."""
+class Receipt(msgspec.Struct, frozen=True):
+    """What became of an extract in one warehouse: under which token, when, and how it ended.
+
+    An older faletl wrote no id of the warehouse.
+    """
 
     fencing_token: int
     loaded_at: Instant
-    outcome: Literal["loaded", "unchanged"]
+    outcome: Literal["loaded", "unchanged", "held"]
+    warehouse_id: str = ""
+
+    @property
+    def is_taken_on_trust(self) -> bool:
+        """Whether it is loaded again as it was then, though it may be held by today's rules."""
+        return not self.warehouse_id
 
 
 class Landed(msgspec.Struct, frozen=True):
@@ -457,8 +469,17 @@ def is_intact(folder: Path) -> bool:
 
 
 def receipt_of(folder: Path) -> Receipt | None:
-    """The receipt for a read that was loaded; None without a whole one; raises StorageError."""
-    path = folder / RECEIPT
+    """The first receipt of an extract; None without a whole one; raises StorageError."""
+    return _receipt(folder / RECEIPT)
+
+
+def receipts(folder: Path) -> list[Receipt]:
+    """The receipts of an extract, one for each warehouse that took it; raises StorageError."""
+    names = filter(_RECEIPT_FILE.fullmatch, sorted(at(folder).names(folder)))
+    return [receipt for name in names if (receipt := _receipt(folder / name))]
+
+
+def _receipt(path: Path) -> Receipt | None:
     try:
         return msgspec.json.decode(at(path).read(path), type=Receipt)
     except (FileNotFoundError, *UNREADABLE):
@@ -473,13 +494,23 @@ def refuse(folder: Path) -> None:
 
 
 def leave_receipt(folder: Path, receipt: Receipt) -> None:
-    """Write down that the read is loaded now; raises StorageError."""
-    write_durably(folder / RECEIPT, msgspec.json.encode(receipt))
+    """Write down what became of the extract in a warehouse; raises StorageError.
+
+    A receipt stays as it is, but for that of a held extract that is loaded after all. Where several
+    warehouses share the landing folder, each later one has a file of its own.
+    """
+    path, known = folder / RECEIPT, receipt_of(folder)
+    if known is not None and known.warehouse_id != receipt.warehouse_id:
+        path = folder / f"loaded-{receipt.warehouse_id}.json"
+        known = _receipt(path)
+    if known is None or (known.outcome == "held" and receipt.outcome != "held"):
+        write_durably(path, msgspec.json.encode(receipt))
 
 
-def take_receipt(folder: Path) -> None:
-    """Forget that the read was loaded: another one stands in for it."""
-    at(folder).delete(folder / RECEIPT)
+def take_receipts(folder: Path) -> None:
+    """Forget that the extract was loaded: another one stands in for it."""
+    for name in filter(_RECEIPT_FILE.fullmatch, at(folder).names(folder)):
+        at(folder).delete(folder / name)
 
 
 def open_read(folder: Path) -> Landed:

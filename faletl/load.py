@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import sqlalchemy as sa
 
-from faletl import landing
+from faletl import alerts, decisions, holds, landing
 from faletl.config import Settings
+from faletl.decisions import WindowAccepted
 from faletl.errors import FaletlError, LeaseLostError, UsageError, WarehouseError
 from faletl.findings import keep_findings
+from faletl.holds import Loss, loss_of
 from faletl.landing import Manifest, Receipt, relative_path
 from faletl.resources import RESOURCES, Resource
 from faletl.staging import Staged
@@ -29,6 +31,7 @@ from faletl.warehouse import Lease, Warehouse
 from faletl.warehouse.schema import columns_of
 from faletl.warehouse.tables import (
     FAILURES,
+    HOLDS,
     HORIZONS,
     LOADS,
     QUARANTINE,
@@ -37,13 +40,17 @@ from faletl.warehouse.tables import (
     UNKNOWN_ENDPOINTS,
     WAREHOUSE,
 )
-from faletl.windows import DAY, HOUR, Read, Window
+from faletl.windows import DAY, HOUR, Hold, Read, Window
 
 if TYPE_CHECKING:
     from faletl.plan import Asked
 
-Outcome = Literal["loaded", "unchanged", "superseded"]
-"""What became of a window: replaced; found to hold the same rows; or left as a later run had it."""
+Outcome = Literal["loaded", "unchanged", "superseded", "held"]
+"""What became of a window: replaced; found to hold the same rows; left as a later run had it; or left as
+it was, because the extract lacks rows that were proven before (faletl/holds.py)."""
+
+REFUSED = 3
+"""The exit code of what a check refused (README, "Exit codes")."""
 
 UNKNOWN_FOR = timedelta(days=7)
 """For how long an endpoint id that fal does not know is not asked again."""
@@ -69,41 +76,74 @@ def fence(lease: Lease, *, changes_data: bool) -> int:
     return int(kept)
 
 
-def replace_window(settings: Settings, warehouse: Warehouse, lease: Lease, staged: Staged) -> Outcome:
+@dataclass(frozen=True, slots=True)
+class Replaced:
+    """What became of a window, and what it lost, or would have lost, by the extract."""
+
+    outcome: Outcome
+    loss: Loss | None = None
+
+
+def replace_window(
+    settings: Settings,
+    warehouse: Warehouse,
+    lease: Lease,
+    staged: Staged,
+    acceptance: WindowAccepted | None = None,
+) -> Replaced:
     """Make the raw table hold exactly the staged rows for their window; all or nothing.
+
+    An extract that lacks rows which were proven before is held instead, unless an `acceptance`, this one
+    or an earlier one, says that they are rightly missing.
 
     Raises:
         LeaseLostError: a newer run took over; nothing is changed.
         WarehouseError: the database did not keep what it was given; nothing is changed.
     """
-    folder = staged.landed.folder
     with _written(staged):
         with lease.transaction():
+            if acceptance is not None:
+                holds.enter(lease.connection, acceptance)
             done = _replace(settings, warehouse, lease, staged)
-        if done.receipt is not None and landing.receipt_of(folder) is None:
-            landing.leave_receipt(folder, done.receipt)
+            if acceptance is not None:
+                decisions.record(settings, acceptance)
+        if done.receipt is not None:
+            landing.leave_receipt(staged.landed.folder, done.receipt)
         if done.stood_in_for is not None:
-            landing.take_receipt(done.stood_in_for)
-    return done.outcome
+            landing.take_receipts(done.stood_in_for)
+    return Replaced(done.outcome, done.loss)
 
 
-def is_held(connection: sa.Connection, staged: Staged) -> bool:
-    """Whether the warehouse holds these very rows already, so that loading them would change nothing."""
-    held = connection.execute(_current(staged.resource, staged.landed.manifest)).mappings().first()
-    return held is not None and _is_same(connection, held, staged)
+def confirm_window(settings: Settings, lease: Lease, acceptance: WindowAccepted) -> None:
+    """What is loaded of a held window is right: it is not held any longer; raises LeaseLostError."""
+    account, resource = acceptance.account, acceptance.resource
+    day = acceptance.window_start.date()
+    with lease.transaction():
+        connection, data_version = lease.connection, fence(lease, changes_data=True)
+        holds.enter(connection, acceptance)
+        holds.release(connection, account, resource, day, acceptance.decided_at)
+        loaded = sa.and_(holds.of_window(LOADS, account, resource, day), LOADS.c.is_current)
+        connection.execute(sa.update(LOADS).where(loaded).values(data_version=data_version))
+        decisions.record(settings, acceptance)
 
 
-def _is_same(connection: sa.Connection, held: sa.RowMapping, staged: Staged) -> bool:
-    """Whether the read brought the rows of the load that holds its window, and no others would go.
+def is_already_loaded(connection: sa.Connection, staged: Staged) -> bool:
+    """Whether the window holds these very rows already, so that loading them would change nothing."""
+    current = _current_load(connection, staged)
+    return current is not None and _is_same(connection, current, staged)
 
-    Rows of an endpoint that this read asked for, and that load did not, are still of an earlier one.
+
+def _is_same(connection: sa.Connection, current: sa.RowMapping, staged: Staged) -> bool:
+    """Whether the extract has the rows of the current load of its window, and no others would go.
+
+    Rows of an endpoint that this extract asked for, and that load did not, are still of an earlier one.
     """
-    if held["digest"] != staged.digest:
+    if current["digest"] != staged.digest:
         return False
-    if held["asked_digest"] == _digest_of_ids(staged):
+    if current["asked_digest"] == _digest_of_ids(staged):
         return True
     table = RAW[staged.resource.name]
-    others = sa.exists().where(_replaced_by(staged), table.c["_load_id"] != held["load_id"])
+    others = sa.exists().where(_replaced_by(staged), table.c["_load_id"] != current["load_id"])
     return not connection.execute(sa.select(others)).scalar_one()
 
 
@@ -170,11 +210,12 @@ def _forget_day(lease: Lease, day: Window) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Done:
-    """What became of a window, the receipt for its read, and the damaged read it stands in for."""
+    """What became of a window, the receipt for its extract, and the damaged one it stands in for."""
 
     outcome: Outcome
     receipt: Receipt | None = None
     stood_in_for: Path | None = None
+    loss: Loss | None = None
 
 
 def _replace(
@@ -186,72 +227,174 @@ def _replace(
     then: Receipt | None = None,
     is_all: bool = True,
 ) -> _Done:
-    """Replace the window; `then` is the receipt of a read that is loaded once more.
+    """Replace the window; `then` is the receipt of an extract that is loaded once more.
 
     Where not all is loaded once more, failures and unknown ids stay as they are known now.
     """
     manifest, connection = staged.landed.manifest, lease.connection
-    held = connection.execute(_current(staged.resource, manifest)).mappings().first()
-    is_same = held is not None and _is_same(connection, held, staged)
-    if held is not None and is_same and held["load_id"] == manifest.load_id:
-        return _Done("unchanged", Receipt(held["fencing_token"], held["loaded_at"], "loaded"))
-    if held is not None and then is None and _is_newer(held, manifest):
+    current = _current_load(connection, staged)
+    is_same = current is not None and _is_same(connection, current, staged)
+    if current is not None and is_same and current["load_id"] == manifest.load_id:
+        receipt = _receipt(connection, current["fencing_token"], current["loaded_at"], "loaded")
+        return _Done("unchanged", receipt)
+    if current is not None and then is None and _is_newer(current, manifest):
         return _Done("superseded")
+    at = then.loaded_at if then else datetime.now(UTC)
+    loss, is_kept = None, False
+    if current is not None and not is_same and not (then and then.is_taken_on_trust):
+        loss, is_kept = _judged_loss(warehouse, connection, staged, current)
+        if loss is not None and loss.rows_digest is not None:
+            return _hold(settings, lease, staged, loss, at, is_all=is_all)
     lost = None
-    if held is not None and is_same and then is None:
-        folder = landing.root(settings) / held["landing_path"]
-        if not landing.is_intact(folder):  # these pages are what a rebuild can stand on from now on
-            connection.execute(sa.delete(LOADS).where(LOADS.c.load_id == held["load_id"]))
-            is_same, lost = False, folder
-    is_settled = manifest.window.has_settled(manifest.started_at)
-    # That a day has closed or settled is news to a report, even if it brought no more rows.
-    is_news = held is not None and (held["is_provisional"], held["is_settled"]) != (
-        manifest.window.is_provisional, is_settled
-    )  # fmt: skip
-    data_version = fence(lease, changes_data=is_news or not is_same)
+    if current is not None and is_same and then is None:
+        lost = _damaged_pages(settings, current)
+        if lost is not None:  # the new pages are what a rebuild can depend on from now on
+            connection.execute(sa.delete(LOADS).where(LOADS.c.load_id == current["load_id"]))
+            is_same = False
+    is_news = current is not None and _is_news(connection, manifest, current)
+    data_version = fence(lease, changes_data=is_news or not (is_same or is_kept))
     _widen_horizon(connection, manifest)
-    if is_all:
-        _forget_failure(connection, manifest)
-        _remember_unknown(connection, manifest)
-    loaded_at = then.loaded_at if then else datetime.now(UTC)
-    keep_findings(settings, lease, staged.findings, "unchanged" if is_same else "loaded", at=loaded_at)
-    read: dict[str, Any] = {
+    _close_what_was_open(connection, manifest, at, is_all=is_all)
+    outcome: Literal["loaded", "unchanged"] = "unchanged" if is_same or is_kept else "loaded"
+    keep_findings(settings, lease, staged.findings, outcome, at=at)
+    extract = _columns_of_extract(staged, lease.token, current)
+    if current is not None and outcome == "unchanged":
+        if is_kept:  # the rows are still those of the load, and so are their proof and their pages
+            extract = {name: extract[name] for name in ("last_read_at", "is_settled")}
+        if is_news:
+            extract["data_version"] = data_version
+        same = LOADS.c.load_id == current["load_id"]
+        connection.execute(sa.update(LOADS).where(same).values(extract))
+    else:
+        extract |= {"loaded_at": at, "data_version": data_version}
+        _load_rows(settings, warehouse, lease, staged, current, extract)
+    return _Done(outcome, _receipt(connection, lease.token, at, outcome), lost, loss)
+
+
+def _load_rows(
+    settings: Settings,
+    warehouse: Warehouse,
+    lease: Lease,
+    staged: Staged,
+    current: sa.RowMapping | None,
+    extract: Mapping[str, Any],
+) -> None:
+    """Put the staged rows in place of those of the `current` load; keep what that changed."""
+    manifest, connection = staged.landed.manifest, lease.connection
+    is_restating = current is not None and not current["is_provisional"]
+    before = _lines(connection, staged) if is_restating else {}
+    _delete_window(connection, staged)
+    _insert(warehouse, lease, staged)
+    is_changed = current is not None and current["digest"] != staged.digest
+    changed_at = current["changed_at"] if current is not None else None
+    if is_restating and is_changed:
+        changed_at = manifest.started_at
+    _enter(settings, lease, staged, {**extract, "changed_at": changed_at})
+    if is_restating:
+        _restate(connection, manifest, before, _lines(connection, staged))
+
+
+def _judged_loss(
+    warehouse: Warehouse, connection: sa.Connection, staged: Staged, current: sa.RowMapping
+) -> tuple[Loss | None, bool]:
+    """What the window would lose by the extract, and whether a person said that it keeps its rows.
+
+    A loss that a person accepted is none.
+    """
+    loss = loss_of(warehouse, connection, staged, current, _replaced_by(staged))
+    if loss is None or loss.rows_digest is None:
+        return loss, False
+    accepted = holds.acceptance_of(connection, staged.landed.manifest, loss.rows_digest)
+    return (loss, False) if accepted is None else (None, accepted == "kept")
+
+
+def _damaged_pages(settings: Settings, current: sa.RowMapping) -> Path | None:
+    """The folder of the load's landed pages, if they are not as they were landed."""
+    folder = landing.root(settings) / current["landing_path"]
+    return None if landing.is_intact(folder) else folder
+
+
+def _is_news(connection: sa.Connection, manifest: Manifest, current: sa.RowMapping) -> bool:
+    """Whether reports say something else of the window now, even if it has the same rows.
+
+    That is so when a day has closed or settled, and when it was held or refused until now.
+    """
+    is_settled = manifest.window.has_settled(manifest.started_at)
+    was, now = (
+        (current["is_provisional"], current["is_settled"]),
+        (manifest.window.is_provisional, is_settled),
+    )
+    failed = sa.select(sa.func.count()).select_from(FAILURES).where(
+        _failures_of(manifest), FAILURES.c.exit_code == REFUSED
+    )  # fmt: skip
+    return (
+        was != now or holds.is_held(connection, manifest) or connection.execute(failed).scalar_one() > 0
+    )
+
+
+def _columns_of_extract(staged: Staged, token: int, current: sa.RowMapping | None) -> dict[str, Any]:
+    """What ops.loads says of the newest extract that has the rows of a load."""
+    manifest = staged.landed.manifest
+    whole_catalogue_at = current["whole_catalogue_at"] if current is not None else None
+    return {
         "last_load_id": manifest.load_id,
         "last_read_at": manifest.started_at,
-        "last_fencing_token": lease.token,
+        "last_fencing_token": token,
         "window_end": manifest.window_end,
         "proof": staged.proof,
         "control_total": None if staged.control_total is None else Decimal(staged.control_total),
         "quarantined_rows": staged.findings.breaches,
         "is_provisional": manifest.window.is_provisional,
-        "is_settled": is_settled,
+        "is_settled": manifest.window.has_settled(manifest.started_at),
         "whole_catalogue_at": (
-            manifest.started_at if manifest.is_whole_catalogue
-            else held["whole_catalogue_at"] if held else None
+            manifest.started_at if manifest.is_whole_catalogue else whole_catalogue_at
         ),
-    }  # fmt: skip
-    if held is not None and is_same:
-        if is_news:
-            read["data_version"] = data_version
-        connection.execute(sa.update(LOADS).where(LOADS.c.load_id == held["load_id"]).values(read))
-        return _Done("unchanged", Receipt(lease.token, loaded_at, "unchanged"))
-    is_restating = held is not None and not held["is_provisional"]
-    before = _lines(connection, staged) if is_restating else {}
-    _delete_window(connection, staged)
-    _insert(warehouse, lease, staged)
-    _enter(settings, lease, staged, {**read, "loaded_at": loaded_at, "data_version": data_version})
-    if is_restating:
-        _restate(connection, manifest, before, _lines(connection, staged))
-    return _Done("loaded", Receipt(lease.token, loaded_at, "loaded"), lost)
+    }
 
 
-def _is_newer(held: sa.RowMapping, manifest: Manifest) -> bool:
-    """Whether the window was loaded under a lease that this read did not know when it was planned.
+def _hold(
+    settings: Settings, lease: Lease, staged: Staged, loss: Loss, at: datetime, *, is_all: bool
+) -> _Done:
+    """Leave the window as it is, and say so in ops.holds; the extract stays where it landed."""
+    manifest, connection = staged.landed.manifest, lease.connection
+    data_version = fence(lease, changes_data=not holds.is_held(connection, manifest))
+    if is_all:
+        _forget_failure(connection, manifest)
+    keep_findings(settings, lease, staged.findings, "refused", at=at)
+    holds.hold(settings, lease, staged, loss, data_version)
+    return _Done("held", _receipt(connection, lease.token, at, "held"), loss=loss)
 
-    The read that holds the window may be loaded anew: rows of it had been set aside (quarantine.py).
+
+def _receipt(
+    connection: sa.Connection,
+    token: int,
+    at: datetime,
+    outcome: Literal["loaded", "unchanged", "held"],
+) -> Receipt:
+    warehouse_id = connection.execute(sa.select(WAREHOUSE.c.warehouse_id)).scalar_one()
+    return Receipt(token, at, outcome, warehouse_id)
+
+
+def _close_what_was_open(
+    connection: sa.Connection, manifest: Manifest, at: datetime, *, is_all: bool
+) -> None:
+    """The window is loaded: neither held nor refused any longer."""
+    if holds.is_held(connection, manifest):
+        holds.release(connection, manifest.account, manifest.resource, manifest.window.day, at)
+    if is_all:
+        _forget_failure(connection, manifest)
+        _remember_unknown(connection, manifest)
+        subject = f"{manifest.resource} {manifest.window.day}"
+        alerts.resolve(connection, "refused", manifest.account, subject, at)
+
+
+def _is_newer(current: sa.RowMapping, manifest: Manifest) -> bool:
+    """Whether the window was loaded under a lease that this extract did not know when it was planned.
+
+    The extract of the current load may be loaded again: rows of it were quarantined (quarantine.py).
     """
-    is_own = manifest.load_id in (held["load_id"], held["last_load_id"])
-    return not is_own and held["last_fencing_token"] > manifest.fencing_token
+    is_own = manifest.load_id in (current["load_id"], current["last_load_id"])
+    return not is_own and current["last_fencing_token"] > manifest.fencing_token
 
 
 def _digest_of_ids(staged: Staged) -> str | None:
@@ -261,8 +404,9 @@ def _digest_of_ids(staged: Staged) -> str | None:
     return hashlib.sha256(repr(sorted(staged.asked_ids)).encode()).hexdigest()
 
 
-def _current(resource: Resource, manifest: Manifest) -> sa.Select[Any]:
-    """The load that holds this window now; for a snapshot, the newest one of the same UTC day."""
+def _current_load(connection: sa.Connection, staged: Staged) -> sa.RowMapping | None:
+    """The load whose rows the window has now; for a snapshot, the newest one of the same UTC day."""
+    resource, manifest = staged.resource, staged.landed.manifest
     start = manifest.window_start.replace(hour=0, minute=0, second=0, microsecond=0)
     is_same_window = sa.and_(
         LOADS.c.account == manifest.account,
@@ -273,12 +417,9 @@ def _current(resource: Resource, manifest: Manifest) -> sa.Select[Any]:
     )
     if resource.every_run:  # a level: each instant of it stands for itself
         is_same_window = sa.and_(is_same_window, LOADS.c.window_start == manifest.window_start)
-    return (
-        sa.select(LOADS)
-        .where(is_same_window)
-        .order_by(LOADS.c.last_fencing_token.desc(), LOADS.c.window_start.desc())
-        .limit(1)
-    )
+    newest = sa.select(LOADS).where(is_same_window).limit(1)
+    newest = newest.order_by(LOADS.c.last_fencing_token.desc(), LOADS.c.window_start.desc())
+    return connection.execute(newest).mappings().first()
 
 
 def rows_of_window(resource: Resource, account: str, window: Window) -> sa.Select[Any]:
@@ -441,14 +582,11 @@ def _widen_horizon(connection: sa.Connection, manifest: Manifest) -> None:
 
 
 def _forget_failure(connection: sa.Connection, manifest: Manifest) -> None:
-    connection.execute(
-        sa.delete(FAILURES).where(
-            FAILURES.c.account == manifest.account,
-            FAILURES.c.resource == manifest.resource,
-            FAILURES.c.window_start >= Window.of_day(manifest.window.day).start,
-            FAILURES.c.window_start < Window.of_day(manifest.window.day).end,
-        )
-    )
+    connection.execute(sa.delete(FAILURES).where(_failures_of(manifest)))
+
+
+def _failures_of(manifest: Manifest) -> sa.ColumnElement[bool]:
+    return holds.of_window(FAILURES, manifest.account, manifest.resource, manifest.window.day)
 
 
 def _remember_unknown(connection: sa.Connection, manifest: Manifest) -> None:
@@ -481,54 +619,92 @@ def record_failure(
     window: Window,
     run_id: str,
 ) -> None:
-    """Keep a window's failure for `faletl status`, in place of an older one, and what was noticed."""
+    """Keep a window's failure for `faletl status`, in place of an older one, and what was noticed.
+
+    A window that is refused (exit code 3) raises an alert, and is news to reports when it first is.
+    """
+    same = sa.and_(
+        FAILURES.c.account == account,
+        FAILURES.c.resource == resource,
+        FAILURES.c.window_start == window.start,
+    )
+    is_refused = error.exit_code == REFUSED
     with lease.transaction():
-        fence(lease, changes_data=False)
-        lease.connection.execute(
-            sa.delete(FAILURES).where(
-                FAILURES.c.account == account,
-                FAILURES.c.resource == resource,
-                FAILURES.c.window_start == window.start,
-            )
-        )
-        lease.connection.execute(
+        connection, now = lease.connection, datetime.now(UTC)
+        known = connection.execute(
+            sa.select(FAILURES.c.data_version).where(same, FAILURES.c.error == type(error).__name__)
+        ).scalar()
+        data_version = fence(lease, changes_data=is_refused and known is None)
+        connection.execute(sa.delete(FAILURES).where(same))
+        connection.execute(
             sa.insert(FAILURES).values(
                 run_id=run_id,
                 account=account,
                 resource=resource,
                 window_start=window.start,
                 error=type(error).__name__,
+                exit_code=error.exit_code,
                 message=str(error),
-                failed_at=datetime.now(UTC),
+                failed_at=now,
+                data_version=data_version if known is None else known,
             )
         )
         if error.findings is not None:
-            keep_findings(settings, lease, error.findings, "refused", at=datetime.now(UTC))
+            keep_findings(settings, lease, error.findings, "refused", at=now)
+        if is_refused:
+            alerts.raise_alert(
+                connection,
+                alerts.Alert(
+                    "refused", account, f"{resource} {window.day}", str(error),
+                    (resource, window.start.isoformat(), run_id),
+                ),
+                now,
+            )  # fmt: skip
 
 
 # --- What a run asks of the ledger ----------------------------------------------------------------
 
 
 def reads_by_day(connection: sa.Connection, account: str, resource: str) -> Mapping[date, Read]:
-    """The newest read of each loaded day (or day with a snapshot)."""
-    loads = LOADS.c
+    """The newest extract of each loaded day (or day with a snapshot)."""
+    loads, held = LOADS.c, HOLDS.c
+    held_days = {
+        start.astimezone(UTC).date(): Hold(*hold)
+        for start, *hold in connection.execute(
+            sa.select(held.window_start, held.held_since, held.last_extracted_at, held.is_final).where(
+                held.account == account, held.resource == resource
+            )
+        )
+    }
     found = connection.execute(
-        sa.select(loads.window_start, loads.last_read_at, loads.is_provisional, loads.whole_catalogue_at)
+        sa.select(
+            loads.window_start, loads.last_read_at, loads.is_provisional, loads.whole_catalogue_at,
+            loads.changed_at,
+        )
         .where(loads.account == account, loads.resource == resource, loads.is_current)
         .order_by(loads.last_fencing_token, loads.window_start)
-    )
-    return {start.astimezone(UTC).date(): Read(*read) for start, *read in found}
+    )  # fmt: skip
+    return {
+        (day := start.astimezone(UTC).date()): Read(
+            read_at, is_provisional, whole_catalogue_at, changed_at, held_days.get(day)
+        )
+        for start, read_at, is_provisional, whole_catalogue_at, changed_at in found
+    }
 
 
 def changed_days(connection: sa.Connection, since: int, token: int) -> Mapping[str, set[date]]:
     """Per resource the UTC days whose rows changed after that version of the raw tables.
 
-    With them those of which rows were set aside, or resolved, under a later lease than `token`.
+    With them those that were held or refused since, and those of which rows were quarantined, or
+    resolved, under a later lease than `token`.
     """
-    loads, aside = LOADS.c, QUARANTINE.c
+    aside = QUARANTINE.c
     found = connection.execute(
         sa.union(
-            sa.select(loads.resource, loads.window_start).where(loads.data_version > since),
+            *(
+                sa.select(table.c.resource, table.c.window_start).where(table.c.data_version > since)
+                for table in (LOADS, HOLDS, FAILURES)
+            ),
             sa.select(aside.resource, aside.window_start).where(aside.fencing_token > token),
         )
     )
@@ -584,13 +760,16 @@ def current_loads(warehouse: Warehouse, asked: Asked) -> list[sa.RowMapping]:
 
 
 def loaded_reads(connection: sa.Connection) -> Mapping[tuple[str, str, date], datetime]:
-    """When each loaded window (account, resource, UTC day) was last read."""
-    found = connection.execute(
-        sa.select(LOADS.c.account, LOADS.c.resource, LOADS.c.window_start, LOADS.c.last_read_at)
-        .where(LOADS.c.is_current)
-        .order_by(LOADS.c.last_fencing_token, LOADS.c.window_start)
-    )
-    return {(a, r, start.astimezone(UTC).date()): read for a, r, start, read in found}
+    """When each window (account, resource, UTC day) was last extracted: for what is loaded, or held."""
+    columns = (LOADS.c.account, LOADS.c.resource, LOADS.c.window_start, LOADS.c.last_read_at)
+    loads = sa.select(*columns).where(LOADS.c.is_current)
+    found = connection.execute(loads.order_by(LOADS.c.last_fencing_token, LOADS.c.window_start))
+    last = {(a, r, start.astimezone(UTC).date()): read for a, r, start, read in found}
+    columns = (HOLDS.c.account, HOLDS.c.resource, HOLDS.c.window_start, HOLDS.c.last_extracted_at)
+    for account, resource, start, extracted_at in connection.execute(sa.select(*columns)):
+        key = (account, resource, start.astimezone(UTC).date())
+        last[key] = max(last.get(key, extracted_at), extracted_at)
+    return last
 
 
 @dataclass(frozen=True, slots=True)
@@ -647,18 +826,21 @@ def _newest_snapshot_ids(table: sa.Table, account: str) -> sa.Select[Any]:
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """What ops.loads tells of landed reads; of a warehouse that cannot be read, nothing.
+    """What ops says of landed extracts; of a warehouse that cannot be read, nothing.
 
-    `receipts` are by the ids of reads: of loads, and of the newest read that found the rows of one.
-    `needed` are the loads without whose landed pages rows or restatements would be lost.
+    `receipts` are by the ids of extracts: of loads, and of the newest extract that found the rows of
+    one. `needed` are the loads without whose landed pages rows or restatements would be lost, `held` the
+    extracts that are held.
     """
 
+    warehouse_id: str = ""
     receipts: Mapping[str, Receipt] = field(default_factory=dict)
     needed: frozenset[str] = frozenset()
+    held: frozenset[str] = frozenset()
 
 
 def read_ledger(connection: sa.Connection, day: date | None = None) -> Ledger:
-    """The ledger, or that of one UTC day. Raw stands on what is needed, and so do restatements."""
+    """The ledger, or that of one UTC day. Raw depends on what is needed, and so do restatements."""
     loads = LOADS.c
     is_older = loads.last_load_id.name not in columns_of(connection, LOADS)
     query = sa.select(
@@ -672,17 +854,24 @@ def read_ledger(connection: sa.Connection, day: date | None = None) -> Ledger:
         query = query.where(loads.window_start >= window.start, loads.window_start < window.end)
     found = connection.execute(query).all()
     standing = _standing_loads(connection)
+    own_id, held = "", frozenset[str]()
+    if columns_of(connection, HOLDS):  # a warehouse of schema 5
+        own_id = connection.execute(sa.select(WAREHOUSE.c.warehouse_id)).scalar_one()
+        held = frozenset(connection.execute(sa.select(HOLDS.c.load_id)).scalars())
     confirmed = {
-        one.last_load_id: Receipt(one.last_fencing_token, one.last_read_at, "unchanged") for one in found
+        one.last_load_id: Receipt(one.last_fencing_token, one.last_read_at, "unchanged", own_id)
+        for one in found
     }
-    loaded = {one.load_id: Receipt(one.fencing_token, one.loaded_at, "loaded") for one in found}
+    loaded = {one.load_id: Receipt(one.fencing_token, one.loaded_at, "loaded", own_id) for one in found}
     return Ledger(
+        warehouse_id=own_id,
         receipts=confirmed | loaded,
         needed=frozenset(
             one.load_id
             for one in found
             if one.is_current or not one.is_provisional or one.load_id in standing
         ),
+        held=held,
     )
 
 

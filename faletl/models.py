@@ -70,7 +70,7 @@ SPANS = {"": LONGEST_SPAN, "one at a time": 1, "row by row": 36_500}
 CHECKED_SPAN = 7
 """Days of which a statement compares all rows with each other."""
 
-BY_WINDOW = ("ops.loads", "ops.restatements", "ops.quarantine")
+BY_WINDOW = ("ops.loads", "ops.restatements", "ops.quarantine", "ops.holds", "ops.failures")
 """Tables beside raw whose rows have a day: that of `window_start`."""
 
 
@@ -79,7 +79,7 @@ class Model:
     """One select of sql/. `grain` is empty where rows need not be unique.
 
     `day` is the column that puts a row on a day, if there is one; `longest_span` is how many of its
-    days one statement builds.
+    days one statement builds. `is_of_now`: it is never out of date, even if nothing was built.
     """
 
     layer: str
@@ -89,6 +89,7 @@ class Model:
     grain: tuple[str, ...]
     day: str | None
     longest_span: int = LONGEST_SPAN
+    is_of_now: bool = False
 
     @property
     def table(self) -> str:
@@ -97,8 +98,8 @@ class Model:
 
     @property
     def is_view(self) -> bool:
-        """Whether it only renames and casts, row by row, and is kept as a view."""
-        return self.name.startswith("stg_")
+        """Whether it is kept as a view: it only renames and casts, or says what ops says now."""
+        return self.name.startswith("stg_") or self.is_of_now
 
     @property
     def is_by_day(self) -> bool:
@@ -155,7 +156,7 @@ def models() -> tuple[Model, ...]:
             keys = told["grain"].split(";")[0]
             key = () if keys == "none" else tuple(keys.split(", "))
             day, _, each = told.get("days", "").split(";")[0].partition(", ")
-            model = Model(layer, path.stem, sql, comment, key, day or None, SPANS[each])
+            model = Model(layer, path.stem, sql, comment, key, day or None, SPANS[each], "view" in told)
             found[model.table] = model
     order = TopologicalSorter(
         {table: sorted(tables_read(model.sql) & found.keys()) for table, model in found.items()}

@@ -23,20 +23,22 @@ from typing import TYPE_CHECKING, Literal
 
 import sqlalchemy as sa
 
-from faletl import landing, models
+from faletl import holds, landing, models
 from faletl.client import FalClient, StoppedError
 from faletl.config import Settings
 from faletl.errors import (
     ContractError,
     DataRefusedError,
     FaletlError,
+    HeldError,
     KeyRefusedError,
     UnprovenError,
 )
 from faletl.extract import Origin, fetch_window
 from faletl.landing import Landed
 from faletl.load import (
-    is_held,
+    Replaced,
+    is_already_loaded,
     loaded_reads,
     record_failure,
     replace_window,
@@ -84,7 +86,7 @@ def silent(_what: str, _done: int, _of: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one window: landed, loaded, unchanged (the same rows again) or superseded."""
+    """What became of one window: landed, loaded, unchanged (the same rows again), superseded or held."""
 
     resource: str
     window: Window
@@ -525,7 +527,7 @@ def _loader(
 
 def _has_news(warehouse: Warehouse, batch: list[Staged]) -> bool:
     with warehouse.reading() as connection:
-        return connection is None or not all(is_held(connection, staged) for staged in batch)
+        return connection is None or not all(is_already_loaded(connection, staged) for staged in batch)
 
 
 def _load_batch(
@@ -541,16 +543,36 @@ def _load_batch(
             judged = staged
             try:
                 with lease.transaction():
-                    if settings.gate and not is_held(lease.connection, staged):
+                    if settings.gate and not is_already_loaded(lease.connection, staged):
                         judged = gate().passed(lease.connection, staged)
             except DataRefusedError as error:
                 landing.refuse(staged.landed.folder)
                 report.failures.append((Task(resource, window), error))
                 continue
-            outcome = replace_window(settings, warehouse, lease, judged)
-            report.outcomes.append(outcome_of(staged, outcome))
-            told = f"{staged.rows:,} rows, {outcome}, proof {staged.proof}"
-            log.info("%s, window %s: %s", resource.name, window, told)
+            replaced = replace_window(settings, warehouse, lease, judged)
+            note_outcome(report, staged, replaced)
+
+
+def note_outcome(report: Report, staged: Staged, replaced: Replaced) -> None:
+    """Enter what became of a window; what it lost is a warning, and a failure if a person must look."""
+    manifest = staged.landed.manifest
+    name, window = manifest.resource, manifest.window
+    report.outcomes.append(outcome_of(staged, replaced.outcome))
+    log.info("%s, window %s: %s rows, %s, proof %s", name, window, f"{staged.rows:,}", replaced.outcome,
+             staged.proof)  # fmt: skip
+    loss = replaced.loss
+    if loss is None:
+        return
+    if replaced.outcome != "held":
+        log.warning("%s, window %s: fal took rows or charges back: there were %s, and now %s are loaded "
+                    "(see ops.restatements)", name, window, loss.before, loss.after)  # fmt: skip
+        return
+    sentence = holds.sentence(manifest, loss)
+    if loss.is_final:
+        log.warning("%s, window %s: %s", name, window, sentence)
+        return
+    error = HeldError(sentence, resource=name, window=str(window), account=manifest.account)
+    report.failures.append((Task(RESOURCES[name], window), error))
 
 
 def outcome_of(staged: Staged, outcome: str) -> Outcome:
@@ -564,7 +586,9 @@ def record_failures(settings: Settings, report: Report) -> None:
     failed = [
         (task, error, str(account))
         for task, error in report.failures
-        if task is not None and (account := error.facts.get("account") or report.account)
+        if not isinstance(error, HeldError)  # ops.holds has it
+        and task is not None
+        and (account := error.facts.get("account") or report.account)
     ]
     if not failed:
         return

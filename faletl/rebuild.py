@@ -1,19 +1,23 @@
 """Rebuild and prune: the warehouse anew from the landed pages, and which of these that needs.
 
-A load leaves a receipt beside the pages it loaded. The receipts, in their order, are the history of
-the warehouse: loading these reads once more gives the same rows, ledger and restatements.
+A load leaves a receipt next to the pages it loaded. The extracts with a receipt, in the order in which
+fal gave them, are the history: loading them once more gives the newest figures, their ledger and
+restatements, whichever warehouse had loaded them.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from pathlib import Path
 
-from faletl import landing, models, pipeline
+import sqlalchemy as sa
+
+from faletl import decisions, holds, landing, models, pipeline
 from faletl.config import Settings
+from faletl.decisions import WindowAccepted
 from faletl.errors import (
     ContractError,
     DataRefusedError,
@@ -30,17 +34,28 @@ from faletl.load import Ledger, read_ledger, replay
 from faletl.pipeline import Progress, Report
 from faletl.places import scratch_folder
 from faletl.staging import Staged, stage_window
-from faletl.warehouse import open_warehouse
+from faletl.warehouse import Lease, open_warehouse
+from faletl.warehouse.tables import WAREHOUSE
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A complete read that was loaded, or that found the rows which were loaded before it."""
+    """A complete extract that a warehouse took: its rows were loaded, known already, or held.
+
+    `receipts` has one for each warehouse that took it, ours first. `began_at` is when it began, by fal's
+    clock where the manifest has it.
+    """
 
     landed: Landed
-    receipt: Receipt
+    receipts: tuple[Receipt, ...]
+    began_at: datetime
+
+    @property
+    def receipt(self) -> Receipt:
+        """The receipt by which it is loaded again."""
+        return self.receipts[0]
 
     @property
     def load_id(self) -> str:
@@ -87,6 +102,8 @@ def _rebuild_all(settings: Settings, report: Report, progress: Progress) -> None
         past = _history(settings, ledger)
         _refuse_gaps(ledger, past)
         needed = _needed(past, ledger)
+        with lease.transaction():
+            _restore_what_was_decided(settings, lease, ledger)
         for done, one in enumerate(past):
             progress("loading", done, len(past))
             if staged := _staged_again(settings, one, needed, scratch):
@@ -96,6 +113,15 @@ def _rebuild_all(settings: Settings, report: Report, progress: Progress) -> None
         report.build = models.build(settings, fresh, lease, run_id=report.run_id)
         pipeline.warn_of_runaways(report.build)
     _complete_receipts(past)
+
+
+def _restore_what_was_decided(settings: Settings, lease: Lease, ledger: Ledger) -> None:
+    """The warehouse keeps its id, and knows what people accepted, before anything is loaded."""
+    if ledger.warehouse_id:
+        lease.connection.execute(sa.update(WAREHOUSE).values(warehouse_id=ledger.warehouse_id))
+    for decision in decisions.recorded(settings):
+        if isinstance(decision, WindowAccepted):
+            holds.enter(lease.connection, decision)
 
 
 def _rebuild_day(settings: Settings, report: Report, day: date) -> None:
@@ -161,54 +187,100 @@ def prune(settings: Settings, *, is_dry: bool = False) -> tuple[list[Path], int]
 
 
 def _history(settings: Settings, ledger: Ledger, day: date | None = None) -> list[Loaded]:
-    """What was loaded (of one UTC day), in the order of that time.
+    """What a warehouse took (of one UTC day), in the order in which fal gave it.
 
-    Where a run was killed between a load and its receipt, the ledger knows.
+    Where a run was killed between a load and its receipt, the ledger knows. A receipt without the id of
+    a warehouse counts as ours: an older faletl wrote it.
     """
     past = []
+    for landed in _complete(settings, ledger, day):
+        found = landing.receipts(landed.folder)
+        if landed.folder.name in ledger.receipts:
+            found.append(ledger.receipts[landed.folder.name])
+        if found:
+            found.sort(key=lambda one: one.warehouse_id not in ("", ledger.warehouse_id))
+            past.append(Loaded(landed, tuple(found), _began_at(landed.manifest)))
+    return sorted(
+        _in_order_of_tokens(past), key=lambda one: (one.began_at, one.receipt.fencing_token, one.load_id)
+    )
+
+
+def _complete(settings: Settings, ledger: Ledger, day: date | None) -> Iterator[Landed]:
     for folder in landing.complete_reads(settings, day):
         try:
-            landed = landing.open_read(folder)
+            yield landing.open_read(folder)
         except TamperedError as error:
             if folder.name in ledger.needed:
                 raise
-            log.warning("%s; nothing stands on it", error)
+            log.warning("%s; no row depends on it", error)
+
+
+def _began_at(manifest: Manifest) -> datetime:
+    return manifest.fal_started_at or manifest.started_at
+
+
+def _in_order_of_tokens(past: Sequence[Loaded]) -> Iterator[Loaded]:
+    """The same extracts; those without fal's clock began no later than what was loaded after them.
+
+    Their own clocks may have been wrong, but tokens only grow, unless an older state of the warehouse
+    was restored: then these clocks are all there is.
+    """
+    by_warehouse: dict[str, list[Loaded]] = {}
+    for one in past:
+        if one.landed.manifest.fal_started_at is None:
+            by_warehouse.setdefault(one.receipt.warehouse_id, []).append(one)
+        else:
+            yield one
+    for loads in by_warehouse.values():
+        in_time = sorted(loads, key=lambda one: (one.receipt.loaded_at, one.receipt.fencing_token))
+        tokens = [one.receipt.fencing_token for one in in_time]
+        if tokens != sorted(tokens):
+            yield from loads
             continue
-        if receipt := landing.receipt_of(folder) or ledger.receipts.get(folder.name):
-            past.append(Loaded(landed, receipt))
-    return sorted(past, key=lambda one: (one.receipt, one.landed.manifest.started_at))
+        latest = datetime.max.replace(tzinfo=UTC)
+        for one in reversed(in_time):
+            latest = min(latest, one.began_at)
+            yield replace(one, began_at=latest)
 
 
 def _needed(past: Sequence[Loaded], ledger: Ledger) -> set[str]:
-    """The reads without which a rebuild would give other rows, restatements or times of reading.
+    """The extracts without which a rebuild would give other rows, restatements or times of extracts.
 
-    Of a day these are each that replaced what was known of it after it had closed, what it stands on
-    now, the first read that found it closed, and the last one. Of snapshots, all that were news.
+    Of a day these are each that replaced what was known of it after it had closed, what is loaded now,
+    the first extract that found it closed, the last one, and those that are held now. Of snapshots, all
+    that were news. Every warehouse that shares the landing folder has a history of its own.
     """
-    needed = set(ledger.needed)
+    needed = set(ledger.needed | ledger.held)
     by_window: dict[tuple[str, ...], list[Loaded]] = {}
     for one in past:
-        by_window.setdefault(_window_of(one.landed.manifest), []).append(one)
-    for reads in by_window.values():
-        news = [one for one in reads if one.receipt.outcome == "loaded"]
-        closed = [one for one in reads if not one.landed.manifest.window.is_provisional]
-        needed |= {one.load_id for one in [*news[-1:], *closed[:1], *reads[-1:]]}
+        for receipt in one.receipts:
+            key = (receipt.warehouse_id, *_window_of(one.landed.manifest))
+            by_window.setdefault(key, []).append(replace(one, receipts=(receipt,)))
+    for extracts in by_window.values():
+        taken = [one for one in extracts if one.receipt.outcome != "held"]
+        news = [one for one in taken if one.receipt.outcome == "loaded"]
+        closed = [one for one in taken if not one.landed.manifest.window.is_provisional]
+        held = extracts[extracts.index(taken[-1]) + 1 :] if taken else extracts
+        needed |= {one.load_id for one in [*news[-1:], *closed[:1], *taken[-1:], *held[:1], *held[-1:]]}
         needed |= {one.load_id for one in news if one in closed}
     return needed
 
 
 def _loadable(complete: Iterable[Path], past: Sequence[Loaded]) -> set[str]:
-    """The reads that were not loaded and could be: no later run has loaded their window since."""
-    newest: dict[tuple[str, ...], int] = {}
+    """The extracts that were not loaded and could be: none of their window was taken later."""
+    newest: dict[tuple[str, ...], tuple[int, datetime]] = {}
     for one in past:
         window = _window_of(one.landed.manifest)
-        newest[window] = max(newest.get(window, 0), one.receipt.fencing_token)
+        token, began_at = newest.get(window, (0, one.began_at))
+        newest[window] = max(token, one.receipt.fencing_token), max(began_at, one.began_at)
     loaded = {one.load_id for one in past}
-    return {
-        manifest.load_id
-        for manifest in _manifests(folder for folder in complete if folder.name not in loaded)
-        if newest.get(_window_of(manifest), 0) <= manifest.fencing_token
-    }
+    found = set()
+    for manifest in _manifests(folder for folder in complete if folder.name not in loaded):
+        began_at = _began_at(manifest)
+        token, last = newest.get(_window_of(manifest), (0, began_at))
+        if token <= manifest.fencing_token or last <= began_at:
+            found.add(manifest.load_id)
+    return found
 
 
 def _manifests(folders: Iterable[Path]) -> Iterator[Manifest]:
@@ -217,7 +289,7 @@ def _manifests(folders: Iterable[Path]) -> Iterator[Manifest]:
         try:
             yield landing.open_read(folder).manifest
         except TamperedError as error:
-            log.warning("%s; nothing stands on it", error)
+            log.warning("%s; no row depends on it", error)
 
 
 def _window_of(manifest: Manifest) -> tuple[str, ...]:
@@ -262,7 +334,7 @@ def _staged_again(
     except TamperedError as error:
         if one.load_id in needed:
             raise
-        log.warning("%s; nothing stands on it", error)
+        log.warning("%s; no row depends on it", error)
     except (ContractError, DataRefusedError, UnprovenError) as error:
         if is_strict and one.load_id in needed:
             raise
@@ -273,5 +345,4 @@ def _staged_again(
 def _complete_receipts(past: Iterable[Loaded]) -> None:
     """Write down what only the ledger knew."""
     for one in past:
-        if landing.receipt_of(one.landed.folder) is None:
-            landing.leave_receipt(one.landed.folder, one.receipt)
+        landing.leave_receipt(one.landed.folder, one.receipt)

@@ -120,6 +120,12 @@ class Resource:
         return f"raw.{self.name}"
 
     @property
+    def identifying(self) -> tuple[str, ...]:
+        """The columns that say when and for what a row was charged or counted: no amount, no label."""
+        names = ("request_id", "endpoint_id", "unit", "timeframe", self.time)
+        return tuple(column.name for column in self.columns if column.name in names)
+
+    @property
     def needs(self) -> str:
         """What a key needs to read it, as a person sets it up."""
         return f"{self.permission} (preset {self.presets})"

@@ -91,30 +91,52 @@ def utc_days(first: date, end: date) -> Iterator[Window]:
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
-    """When a loaded window was last read, and whether it was still open then.
+class Hold:
+    """Since when a window is held, when it was last extracted, and whether that is the end of it."""
 
-    `whole_catalogue_at` is when all of fal's endpoints were last asked for, where only some are.
+    since: datetime
+    last_extracted_at: datetime
+    is_final: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """When a loaded window was last extracted, and whether it was still open then.
+
+    `whole_catalogue_at` is when all of fal's endpoints were last asked for, where only some are;
+    `changed_at` when the extract began that changed the window last after it had ended.
     """
 
     read_at: datetime
     is_provisional: bool
     whole_catalogue_at: datetime | None = None
+    changed_at: datetime | None = None
+    hold: Hold | None = None
 
 
 def next_due(window: Window, read: Read | None) -> datetime | None:
-    """When the window should be read (again); None when it has been watched long enough.
+    """When the window should be extracted (again); None when it has been watched long enough.
 
-    A window never read, or read while it was open, is due at once. A closed one is due when its age
-    has doubled since the last read, and once more at the end of the watch: late and restated data
-    is found for 90 days at a logarithmic number of calls.
+    A window never extracted, or extracted while it was open, is due at once. A closed one is due when
+    its age since its end, or since the extract that last changed it, has doubled since the last extract,
+    and once more at the end of the watch: late and restated data is found for 90 days at a logarithmic
+    number of calls. A held window is due 1, 2, 4 … hours after it was first held, unless fal may no
+    longer serve it.
     """
+    if read is not None and read.hold is not None:
+        hold = read.hold
+        return None if hold.is_final else _doubled(hold.since, hold.last_extracted_at)
     if read is None or read.is_provisional:
         return window.start
     last_look = window.end + WATCH
     if read.read_at >= last_look:
         return None
-    return min(window.end + max(HOUR, 2 * (read.read_at - window.end)), last_look)
+    return min(_doubled(max(window.end, read.changed_at or window.end), read.read_at), last_look)
+
+
+def _doubled(anchor: datetime, last: datetime) -> datetime:
+    """When as much time has gone since `anchor` twice as had gone by `last`; an hour at least."""
+    return anchor + max(HOUR, 2 * (last - anchor))
 
 
 def asks_whole_catalogue(window: Window, read: Read | None, now: datetime) -> bool:

@@ -188,7 +188,8 @@ def _plain(value: Any) -> Any:
 def all_tables(settings: Settings) -> dict[str, list[tuple[Any, ...]]]:
     """Every row of all layers that two warehouses of the same data must share.
 
-    Where a row was landed differs with the cut into pages and with each load; so do the ledgers.
+    Where a row was landed differs with the cut into pages and with each load; so do the ledgers, and
+    what rpt_freshness says of them.
     """
     columns: dict[str, list[str]] = {}
     with published(settings) as connection:
@@ -197,7 +198,8 @@ def all_tables(settings: Settings) -> dict[str, list[tuple[Any, ...]]]:
             "select table_schema || '.' || table_name, column_name from information_schema.columns "
             "where table_schema in ('raw', 'staging', 'marts', 'reports') order by 1, ordinal_position",
         ):
-            if column not in ("_load_id", "_page", "_row", "load_id"):
+            is_shared = table != "reports.rpt_freshness"
+            if is_shared and column not in ("_load_id", "_page", "_row", "load_id"):
                 columns.setdefault(table, []).append(f'"{column}"')
         return {
             table: sorted(_rows(connection, f"select {', '.join(names)} from {table}"), key=repr)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from decimal import ROUND_DOWN, ROUND_HALF_UP, Decimal, localcontext
 from fractions import Fraction
 from typing import Any
@@ -229,6 +229,11 @@ def _settled(account: Account, until: datetime) -> Iterator[UsageLine]:
     """The lines that a run at `until` may read: of hours that ended five minutes ago."""
     last = (until - timedelta(minutes=5)).replace(minute=0, second=0, microsecond=0)
     return (one for one in account.lines if one.hour < last)
+
+
+def at_hour(on: date, hour: int) -> datetime:
+    """An hour of a UTC day."""
+    return datetime.combine(on, time(hour), UTC)
 
 
 def day(number: int) -> date:

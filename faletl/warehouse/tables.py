@@ -310,8 +310,10 @@ FAILURES = _ops_table(
     resource=(_TEXT, "collection of the fal API"),
     window_start=(_AT, "start of the window"),
     error=(_TEXT, "kind of the error"),
+    exit_code=(sa.Integer(), "exit code of the error: 3 if the window was refused; null in older rows"),
     message=(_TEXT, "the error in one sentence"),
     failed_at=(_AT, "when"),
+    data_version=(_COUNT, "version of the raw tables when the window first failed so"),
 )
 
 ACCOUNTS = _ops_table(
@@ -336,12 +338,16 @@ HOLDS = _ops_table(
     landing_path=(_TEXT, "folder of its landed pages, below the landing folder"),
     rows_loaded=(_COUNT, "rows that are loaded"),
     rows_extracted=(_COUNT, "rows of the held extract"),
-    cost_total_loaded=(sa.Numeric(PRECISION, SCALE), "sum over the rows that are loaded"),
+    cost_total_loaded=(
+        sa.Numeric(PRECISION, SCALE),
+        "sum over the rows that are loaded; null where rows have no cost",
+    ),
     cost_total_extracted=(sa.Numeric(PRECISION, SCALE), "sum over the rows of the held extract"),
     rows_digest=(_TEXT, "fingerprint of the loaded rows that the held extract lacks"),
     is_final=(_FLAG, "whether the window is too old to be served for certain; not extracted again"),
     held_since=(_AT, "when the first extract began that was held"),
     last_extracted_at=(_AT, "when the newest extract began that was held"),
+    data_version=(_COUNT, "version of the raw tables when the window was first held"),
 )
 
 ACCEPTANCES = _ops_table(

@@ -28,6 +28,30 @@ quarantined as (
     group by account, cast(utc(window_start) as date)
 ),
 
+-- Windows that keep what was proven before, because fal serves less now.
+held as (
+    select
+        account,
+        cast(utc(window_start) as date) as usage_date,
+        bool_or(resource = 'usage') as is_usage_held,
+        bool_or(resource = 'billing_events') as is_events_held
+    from ops.holds
+    where resource in ('usage', 'billing_events')
+    group by account, cast(utc(window_start) as date)
+),
+
+-- Windows that a check refused when they were extracted last.
+refused as (
+    select
+        account,
+        cast(utc(window_start) as date) as usage_date,
+        bool_or(resource = 'usage') as is_usage_refused,
+        bool_or(resource = 'billing_events') as is_events_refused
+    from ops.failures
+    where exit_code = 3 and resource in ('usage', 'billing_events')
+    group by account, cast(utc(window_start) as date)
+),
+
 restated as (
     select distinct
         account,
@@ -82,12 +106,58 @@ compared as (
             and usage_costs.currency = charges.currency
 ),
 
+conspicuous_days as (
+    select
+        account,
+        usage_date
+    from held
+    union distinct
+    select
+        account,
+        usage_date
+    from refused
+),
+
+days_with_lines as (
+    select distinct
+        account,
+        usage_date
+    from compared
+),
+
+-- A day that is held or refused and has no line is one line of its own.
+lines as (
+    select * from compared
+    union all
+    select
+        days.account,
+        days.usage_date,
+        null as endpoint_id,
+        'XXX' as currency,
+        null as usage_cost_total,
+        null as events_cost_total,
+        null as difference,
+        null as tolerance,
+        null as charge_count,
+        false as has_unknown_unit,
+        false as has_repeated_charge
+    from conspicuous_days as days
+    left join days_with_lines
+        on days.account = days_with_lines.account and days.usage_date = days_with_lines.usage_date
+    where days_with_lines.account is null
+),
+
 judged as (
     select
         compared.*,
-        feeds.is_usage_loaded,
-        feeds.is_events_loaded,
-        feeds.is_closed,
+        coalesce(feeds.is_usage_loaded, false) as is_usage_loaded,
+        coalesce(feeds.is_events_loaded, false) as is_events_loaded,
+        coalesce(feeds.is_closed, false) as is_closed,
+        coalesce(feeds.is_settled, false) as is_settled,
+        coalesce(held.is_usage_held, false) as is_usage_held,
+        coalesce(held.is_events_held, false) as is_events_held,
+        coalesce(refused.is_usage_refused, false) as is_usage_refused,
+        coalesce(refused.is_events_refused, false) as is_events_refused,
         bool_or(compared.currency <> 'USD') over (
             partition by compared.account, compared.usage_date, compared.endpoint_id
         ) as has_other_currency,
@@ -95,14 +165,20 @@ judged as (
         coalesce(quarantined.is_events_quarantined, false) as is_events_quarantined,
         restated.endpoint_id is not null as is_restated,
         case
+            when held.account is not null then 'held'
+            when refused.account is not null then 'refused'
             when not feeds.is_closed or compared.currency <> 'USD' then 'open'
             when abs(compared.difference) <= compared.tolerance then 'matched'
             when not feeds.is_settled then 'settling'
             else 'differs'
         end as status
-    from compared
-    inner join feeds
+    from lines as compared
+    left join feeds
         on compared.account = feeds.account and compared.usage_date = feeds.usage_date
+    left join held
+        on compared.account = held.account and compared.usage_date = held.usage_date
+    left join refused
+        on compared.account = refused.account and compared.usage_date = refused.usage_date
     left join quarantined
         on compared.account = quarantined.account and compared.usage_date = quarantined.usage_date
     left join restated
@@ -126,23 +202,33 @@ select
             then difference
     end as difference,  -- usage less events; a missing side makes it all of the other once the day has settled
     charge_count,  -- charges; null where there are none
-    status,  -- open: cannot be told yet, or at all; settling: differs, but events may still come; matched; differs
+    status,  /* held: the day keeps what was proven, as fal serves less now; refused: a check refused its last
+    extract; open: not both are loaded for the whole day, or the currency is another; settling: differs, but charges
+    may still arrive; matched; differs */
     case
         when status = 'matched' then null
+        when is_usage_held then 'usage held'
+        when is_events_held then 'billing events held'
         when is_usage_quarantined then 'usage quarantined'
         when is_events_quarantined then 'billing events quarantined'
+        when is_usage_refused then 'usage refused'
+        when is_events_refused then 'billing events refused'
         when not is_usage_loaded then 'usage not loaded'
         when not is_events_loaded then 'billing events not loaded'
         when not is_closed then 'day still open'
         when has_other_currency then 'other currency'
         when is_restated then 'restated'
-        when coalesce(events_cost_total, 0) < coalesce(usage_cost_total, 0) then 'event late'
+        when not is_settled then 'day not settled'
         when has_repeated_charge then 'charges repeated'
         when has_unknown_unit then 'unit unknown'
-        else 'not known'
-    end as reason  /* the first that holds of: usage quarantined, billing events quarantined, usage not loaded,
-    billing events not loaded, day still open, other currency (billing events are in USD), restated (fal changed
-    a line of the endpoint after the day had closed), event late (events cost less than usage), charges
-    repeated (some are the same as others in all that identifies one: fal may have sent them twice), unit unknown,
-    not known; null where matched */
+        when events_cost_total is null then 'no charges'
+        when usage_cost_total is null then 'no usage'
+        when events_cost_total < usage_cost_total then 'charges cost less'
+        else 'charges cost more'
+    end as reason  /* what is known of it, the first that holds of: usage held, billing events held, usage
+    quarantined, billing events quarantined, usage refused, billing events refused, usage not loaded, billing
+    events not loaded, day still open, other currency (billing events are in USD), restated (fal changed a line of
+    the endpoint after the day had closed), day not settled (charges may still arrive), charges repeated (some are
+    the same as others in all that identifies one), unit unknown, no charges, no usage, charges cost less, charges
+    cost more; null where matched */
 from judged

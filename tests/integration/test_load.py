@@ -11,7 +11,7 @@ from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import sqlalchemy as sa
@@ -120,7 +120,14 @@ class Desk:
 
     def load(self, lease: Lease, staged: Staged) -> load.Outcome:
         """Load it."""
-        return load.replace_window(self.settings, self.warehouse, lease, staged)
+        return load.replace_window(self.settings, self.warehouse, lease, staged).outcome
+
+    def receipt(
+        self, lease: Lease, loaded_at: datetime, outcome: Literal["loaded", "unchanged"]
+    ) -> Receipt:
+        """The receipt for a load under that lease."""
+        [row] = self.rows(lease, sa.select(WAREHOUSE.c.warehouse_id))
+        return Receipt(lease.token, loaded_at, outcome, row["warehouse_id"])
 
     def rows(self, lease: Lease, query: Any) -> list[dict[str, Any]]:
         """What the warehouse holds, instants in UTC."""
@@ -157,7 +164,7 @@ def test_the_ledger_tells_all_of_a_load_and_of_later_reads_that_found_the_same(d
     with desk.lease() as lease:
         assert desk.load(lease, first) == "loaded"
         [row] = desk.loads(lease)
-        receipt = Receipt(lease.token, row.pop("loaded_at"), "loaded")
+        receipt = desk.receipt(lease, row.pop("loaded_at"), "loaded")
         version = row.pop("data_version")
         expected = {
             "load_id": first.landed.manifest.load_id, "run_id": "run-1", "account": "acme",
@@ -169,17 +176,18 @@ def test_the_ledger_tells_all_of_a_load_and_of_later_reads_that_found_the_same(d
             "landing_path": f"acme/usage/2026-11-22/{first.landed.folder.name}",
             "last_load_id": first.landed.manifest.load_id, "read_at": MORNING, "last_read_at": MORNING,
             "whole_catalogue_at": MORNING, "is_current": True, "is_provisional": False,
-            "is_settled": False,
+            "is_settled": False, "changed_at": None,
         }  # fmt: skip
         assert row == expected
         assert landing.receipt_of(first.landed.folder) == receipt
-        landing.take_receipt(first.landed.folder)  # as if killed before it was left
+        landing.take_receipts(first.landed.folder)  # as if killed before it was left
         assert desk.load(lease, first) == "unchanged"
         assert landing.receipt_of(first.landed.folder) == receipt
     again = desk.read(USAGE, body, at=NOON, fencing_token=lease.token)
     with desk.lease() as later:
         assert desk.load(later, again) == "unchanged"
         [row] = desk.loads(later)
+        confirmed = desk.receipt(later, NOON, "unchanged")
     assert row.pop("loaded_at") == receipt.loaded_at
     assert row.pop("data_version") == version
     assert row == expected | {
@@ -192,7 +200,7 @@ def test_the_ledger_tells_all_of_a_load_and_of_later_reads_that_found_the_same(d
         assert connection is not None
         receipts = load.read_ledger(connection).receipts
     assert receipts[first.landed.manifest.load_id] == receipt
-    assert receipts[again.landed.manifest.load_id] == Receipt(later.token, NOON, "unchanged")
+    assert receipts[again.landed.manifest.load_id] == confirmed
     assert told is not None
     assert (told.fencing_token, told.outcome) == (later.token, "unchanged")
     assert receipt.loaded_at < told.loaded_at <= datetime.now(UTC)
@@ -419,10 +427,11 @@ def test_the_horizon_only_widens_and_failures_go_with_a_load(desk: Desk) -> None
         assert found[0] == {
             "run_id": "run-2", "account": "acme", "resource": "models",
             "window_start": window.start, "error": "UnprovenError",
-            "message": "models, window 2026-11-22: number 4",
+            "message": "models, window 2026-11-22: number 4", "exit_code": 3,
+            "data_version": version[0]["data_version"] + 3,
         }  # fmt: skip
         assert [one["message"][-1] for one in found] == ["4", "3", "2", "5"]
-        assert desk.rows(lease, sa.select(WAREHOUSE.c.data_version)) == version  # nothing to build
+        assert [one["data_version"] - version[0]["data_version"] for one in found] == [3, 2, 1, 4]
         desk.load(lease, desk.read(USAGE, usage({})))
         found = desk.rows(lease, sa.select(FAILURES))
         assert {(one["resource"], one["window_start"].day) for one in found} == {
@@ -503,7 +512,8 @@ def test_the_ledger_is_read_by_day_by_change_and_by_account(desk: Desk) -> None:
             ),
         )
         connection = lease.connection
-        assert load.reads_by_day(connection, "acme", "usage") == {truth.day(22): Read(NOON, False, NOON)}
+        read = Read(NOON, False, NOON, changed_at=NOON)
+        assert load.reads_by_day(connection, "acme", "usage") == {truth.day(22): read}
         assert load.changed_days(connection, version, lease.token) == {
             "usage": {truth.day(22)}, "models": {truth.day(23)},
         }  # fmt: skip

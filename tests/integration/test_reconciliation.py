@@ -92,7 +92,7 @@ def test_a_missing_event_settles_into_a_difference_though_a_read_finds_nothing_n
     def judged(day: date, endpoint_id: str) -> tuple[str, str | None]:
         if endpoint_id != VOICE:
             return "matched", None
-        return "differs" if day in settled else "settling", "event late"
+        return ("differs", "no charges") if day in settled else ("settling", "day not settled")
 
     settled = {SETTLED}
     assert query(COMPARED) == compared(account, judged)
@@ -179,7 +179,7 @@ def test_rows_of_usage_set_aside_are_the_reason_of_a_difference(
     def judged(day: date, endpoint_id: str) -> tuple[str, str | None]:
         if endpoint_id != VOICE:
             return "matched", None
-        return ("differs", "usage quarantined") if day == SETTLED else ("settling", "event late")
+        return ("differs", "usage quarantined") if day == SETTLED else ("settling", "day not settled")
 
     assert query(COMPARED) == compared(account, judged)
 
@@ -200,7 +200,7 @@ def test_other_differences_have_the_first_reason_that_is_known(
     reasons = {
         (SETTLED, FLUX): "restated",
         (SETTLED, "x/strange"): "unit unknown",
-        (SETTLED, "x/alone"): "not known",
+        (SETTLED, "x/alone"): "no usage",
         (SETTLED, "x/untold"): "unit unknown",
         (SETTLED, "x/twice"): "charges repeated",
     }
