@@ -14,6 +14,8 @@ from faletl.warehouse.tables import ALERTS
 
 Kind = Literal["held", "refused", "locked", "runaway"]
 
+_AT_ONCE = 100  # rows of a statement
+
 
 @dataclass(frozen=True, slots=True)
 class Alert:
@@ -37,24 +39,40 @@ class Alert:
 
 def raise_alert(connection: sa.Connection, alert: Alert, at: datetime) -> None:
     """Inside a transaction: open the alert; one that is open for the subject gets the newer sentence."""
-    found = connection.execute(
-        sa.update(ALERTS).where(_open(alert.kind, alert.account, alert.subject)).values(
-            detail=alert.detail
-        )
-    )  # fmt: skip
-    if found.rowcount:
+    same = _open(alert.kind, alert.account, alert.subject)
+    if not connection.execute(sa.select(sa.func.count()).select_from(ALERTS).where(same)).scalar_one():
+        raise_all(connection, [alert], at)
         return
-    connection.execute(sa.delete(ALERTS).where(ALERTS.c.alert_key == alert.alert_key))
-    connection.execute(
-        sa.insert(ALERTS).values(
-            alert_key=alert.alert_key,
-            kind=alert.kind,
-            account=alert.account,
-            subject=alert.subject,
-            detail=alert.detail,
-            first_seen_at=at,
-        )
-    )
+    connection.execute(sa.update(ALERTS).where(same).values(detail=alert.detail))
+
+
+def raise_all(connection: sa.Connection, alerts: Sequence[Alert], at: datetime) -> None:
+    """Inside a transaction: open alerts of subjects of which none is open."""
+    for first in range(0, len(alerts), _AT_ONCE):
+        some = alerts[first : first + _AT_ONCE]
+        _forget(connection, some)
+        rows = [
+            {
+                "alert_key": one.alert_key, "kind": one.kind, "account": one.account,
+                "subject": one.subject, "detail": one.detail, "first_seen_at": at,
+            }
+            for one in some
+        ]  # fmt: skip
+        connection.execute(sa.insert(ALERTS).values(rows))
+
+
+def resolve_all(connection: sa.Connection, alerts: Sequence[Alert], at: datetime) -> None:
+    """Inside a transaction: these alerts are over."""
+    for first in range(0, len(alerts), _AT_ONCE):
+        keys = [one.alert_key for one in alerts[first : first + _AT_ONCE]]
+        is_open = sa.and_(ALERTS.c.alert_key.in_(keys), ALERTS.c.resolved_at.is_(None))
+        connection.execute(sa.update(ALERTS).where(is_open).values(resolved_at=at))
+
+
+def _forget(connection: sa.Connection, alerts: Sequence[Alert]) -> None:
+    """An alert that was over and comes again is one row: that of its newest time."""
+    keys = [one.alert_key for one in alerts]
+    connection.execute(sa.delete(ALERTS).where(ALERTS.c.alert_key.in_(keys)))
 
 
 def resolve(connection: sa.Connection, kind: Kind, account: str, subject: str, at: datetime) -> None:

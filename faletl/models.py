@@ -29,10 +29,11 @@ import sqlalchemy as sa
 import sqlglot
 from sqlglot import exp
 
-from faletl import __version__
+from faletl import __version__, alerts
 from faletl.config import Settings
 from faletl.errors import CheckFailedError, SettingsError, TamperedError, WarehouseError
 from faletl.load import changed_days, fence
+from faletl.money import plain
 from faletl.resources import RESOURCES
 from faletl.warehouse import Lease, Warehouse, quoted
 from faletl.warehouse.tables import (
@@ -452,7 +453,7 @@ def build(
                     checked += 1
                     _check(connection, check, warehouse.dialect, None if is_full else days)
             by_day = [days for name, days in changed.items() if RESOURCES[name].window == "day"]
-            runaways, dearest = _new_runaways(connection, is_first=last is None)
+            runaways, dearest = _new_runaways(connection, started_at, is_first=last is None)
             done = Build(
                 build_id=f"{started_at:%Y%m%dT%H%M%S%fZ}-{secrets.token_hex(3)}",
                 days=len(set[date]().union(*by_day)),
@@ -630,31 +631,50 @@ def _check(connection: sa.Connection, check: Check, dialect: str, days: Collecti
 _RUNAWAYS = "reports.rpt_runaway_requests"
 
 
-_REMEMBER_RUNAWAYS = f"""
-    create temporary table runaways_before as
-    select account, event_hash, event_ordinal from {_RUNAWAYS}
-"""
+_RUNAWAY_KEY = ("account", "event_hash", "event_ordinal")
+
+_REMEMBER_RUNAWAYS = f"create temporary table runaways_before as select * from {_RUNAWAYS}"
 
 
-def _new_runaways(connection: sa.Connection, *, is_first: bool) -> tuple[int, tuple[str, ...]]:
-    """How many charges of the report it did not have before, and sentences about the dearest."""
-    new = f"from {_RUNAWAYS} as now"
+def _new_runaways(
+    connection: sa.Connection, at: datetime, *, is_first: bool
+) -> tuple[int, tuple[str, ...]]:
+    """How many charges of the report it did not have before, and sentences about the dearest.
+
+    Each of them is an alert, until the report does not have it any longer.
+    """
+    new = connection.exec_driver_sql(
+        f"select * from {_RUNAWAYS} as now {'' if is_first else _not_in('runaways_before', 'now')} "
+        "order by cost_total desc, requested_at, event_hash"
+    )
+    found = [_runaway_alert(row) for row in new.mappings()]
+    alerts.raise_all(connection, found, at)
     if not is_first:
-        new += """
-            where not exists (
-                select 1 from runaways_before as known
-                where now.account = known.account and now.event_hash = known.event_hash
-                    and now.event_ordinal = known.event_ordinal
-            )
-        """
-    count = connection.exec_driver_sql(f"select count(*) {new}").scalar_one()
-    dearest = connection.exec_driver_sql(
-        f"select * {new} order by cost_total desc, requested_at, event_hash limit {TELL_RUNAWAYS}"
-    ).mappings()
-    sentences = tuple(_runaway_sentence(row) for row in dearest)
-    if not is_first:
+        gone = connection.exec_driver_sql(
+            f"select * from runaways_before as now {_not_in(_RUNAWAYS, 'now')}"
+        )
+        alerts.resolve_all(connection, [_runaway_alert(row) for row in gone.mappings()], at)
         connection.exec_driver_sql("drop table runaways_before")
-    return count, sentences
+    return len(found), tuple(one.detail for one in found[:TELL_RUNAWAYS])
+
+
+def _not_in(table: str, rows: str) -> str:
+    same = " and ".join(f"{rows}.{name} = known.{name}" for name in _RUNAWAY_KEY)
+    return f"where not exists (select 1 from {table} as known where {same})"
+
+
+def _runaway_alert(row: sa.RowMapping) -> alerts.Alert:
+    request_id = str(row["request_id"])
+    return alerts.Alert(
+        kind="runaway",
+        account=row["account"],
+        subject=request_id,
+        detail=_runaway_sentence(row),
+        key=(
+            request_id, str(row["endpoint_id"]), row["requested_at"].isoformat(),
+            plain(row["cost_total"]), str(row["event_ordinal"]),
+        ),
+    )  # fmt: skip
 
 
 def _runaway_sentence(row: sa.RowMapping) -> str:
