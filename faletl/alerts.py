@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
@@ -97,3 +97,18 @@ def open_alerts(connection: sa.Connection) -> Sequence[sa.RowMapping]:
     return (
         connection.execute(query.order_by(ALERTS.c.first_seen_at, ALERTS.c.alert_key)).mappings().all()
     )
+
+
+def unannounced(connection: sa.Connection) -> Mapping[str, Sequence[str]]:
+    """The sentences of open alerts that were not sent yet, by kind."""
+    found: dict[str, list[str]] = {}
+    for alert in open_alerts(connection):
+        if alert["announced_at"] is None:
+            found.setdefault(alert["kind"], []).append(alert["detail"])
+    return found
+
+
+def mark_announced(connection: sa.Connection, at: datetime) -> None:
+    """Inside a transaction: every open alert was sent."""
+    is_new = sa.and_(ALERTS.c.resolved_at.is_(None), ALERTS.c.announced_at.is_(None))
+    connection.execute(sa.update(ALERTS).where(is_new).values(announced_at=at))

@@ -21,7 +21,7 @@ from faletl.errors import (
 from faletl.extract import ask_in_either_form, bounds, first_endpoint
 from faletl.pages import read_envelope
 from faletl.plan import read_username
-from faletl.resources import CREDITS, MODELS, PRICES, RESOURCES, Question, Resource
+from faletl.resources import CREDITS, MAKE_A_KEY, MODELS, PRICES, RESOURCES, Question, Resource
 from faletl.windows import HOUR, SETTLE, Window
 
 PATIENCE = Patience(tries=2, deadline_seconds=10, retry_after_seconds=1)
@@ -157,7 +157,7 @@ _WEB_PAGE = f"{{url}} answers with a web page, not as fal's API does; {_IS_IT_FA
 _NO_CATALOGUE = f"{{url}} has no catalogue of models (404), so it is not fal's API; {_IS_IT_FAL}"
 _BAD_KEY = (
     "fal does not accept {name} for anything: it is mistyped or revoked; "
-    "make a new key on fal's dashboard and set {name}=key_id:secret"
+    f"correct it, or {MAKE_A_KEY}, and set {{name}}=key_id:secret"
 )
 _SKEW = (
     "this machine's clock and fal's are {minutes:,.0f} minutes apart; if it is this one that is wrong, "
@@ -187,7 +187,7 @@ def _finding(
         return finding(None, "not asked")
     if isinstance(error, KeyRefusedError):
         is_for_any = resource.presets == PRICES.presets
-        told = str(error) if is_for_any else _remedy(settings, resource, key_name)
+        told = str(error) if is_for_any else _remedy(resource, key_name)
         return finding(False, told, error.exit_code)
     if problem := problem_of(settings, error):
         return finding(None, problem.sentence, problem.exit_code)
@@ -196,14 +196,10 @@ def _finding(
     return finding(None, f"{error}; upgrade faletl, or check FALETL_API_URL", error.exit_code)
 
 
-def _remedy(settings: Settings, resource: Resource, key_name: str) -> str:
+def _remedy(resource: Resource, key_name: str) -> str:
     """What to do where fal refuses a key that it accepts for other things."""
-    sentence = f"{key_name} needs {resource.needs}"
-    if resource.uses_metrics_key and settings.metrics_key is None:
-        sentence += ", or a FAL_METRICS_KEY beside it"
-    if resource.is_optional:
-        sentence += "; left out until then"
-    return sentence
+    left_out = f"; until then {resource.name} is left out" if resource.is_optional else ""
+    return f"{key_name} needs {resource.needs}; {MAKE_A_KEY}{left_out}"
 
 
 class _Probe:

@@ -16,6 +16,7 @@ from pydantic import ByteSize, Field, SecretStr, field_validator, model_validato
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from faletl.errors import SettingsError
+from faletl.resources import MAKE_A_KEY
 
 REDACTED = "[key]"
 
@@ -175,10 +176,7 @@ class Settings(BaseSettings):
     def require_key(self) -> None:
         """Raises SettingsError when FAL_KEY is not set."""
         if self.key is None:
-            raise SettingsError(
-                "FAL_KEY is not set; make a key with preset BILLING or FULL on fal's dashboard "
-                "and set FAL_KEY=key_id:secret"
-            )
+            raise SettingsError(f"FAL_KEY is not set; {MAKE_A_KEY}, and set FAL_KEY=key_id:secret")
 
     def redact(self, text: str) -> str:
         """`text` without any form in which a key of ours, or half of one, may have been echoed."""

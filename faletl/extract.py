@@ -26,7 +26,7 @@ from faletl.errors import (
 from faletl.landing import Attempt, Call, Landed, Manifest
 from faletl.pages import UNREADABLE, as_json, read_envelope, walk
 from faletl.places import storage_error
-from faletl.resources import MODELS, Question, Resource
+from faletl.resources import MAKE_A_KEY, MODELS, Question, Resource
 from faletl.windows import Window, instant
 
 log = logging.getLogger(__name__)
@@ -161,7 +161,7 @@ def _placed(settings: Settings, resource: Resource, window: Window) -> Iterator[
     except KeyRefusedError as error:
         name = settings.key_name(metrics=resource.uses_metrics_key)
         raise KeyRefusedError(
-            f"{error.message}; check {name}: {resource.name} needs {resource.needs}",
+            f"{error.message}; check {name}: {resource.name} needs {resource.needs}; {MAKE_A_KEY}",
             **error.facts,
         ).at(resource=resource.name, window=str(window)) from None
     except FaletlError as error:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Literal
 
 import sqlalchemy as sa
 
-from faletl import holds, landing, models
+from faletl import alerts, holds, landing, models
 from faletl.client import FalClient, StoppedError
 from faletl.config import Settings
 from faletl.errors import (
@@ -38,6 +38,7 @@ from faletl.extract import Origin, fetch_window
 from faletl.landing import Landed
 from faletl.load import (
     Replaced,
+    fence,
     is_already_loaded,
     loaded_reads,
     record_failure,
@@ -279,6 +280,27 @@ def build_and_publish(
             warn_of_runaways(report.build)
         if publishes:
             report.published = warehouse.publish(lease)
+
+
+MOST_ANNOUNCED = 5
+"""Alerts of one kind that are sent one by one; of more, their number."""
+
+
+def announce_alerts(settings: Settings, send: Callable[[str, str], None]) -> None:
+    """Hand each open alert that was not sent yet to `send`, as its kind and its sentence; once each."""
+    warehouse = open_warehouse(settings)
+    with warehouse.reading() as connection:
+        if connection is None or not alerts.unannounced(connection):
+            return
+    with warehouse.lease("faletl, alerts") as lease, lease.transaction():
+        fence(lease, changes_data=False)
+        found = alerts.unannounced(lease.connection)
+        for kind, sentences in found.items():
+            for sentence in sentences[:MOST_ANNOUNCED]:
+                send(kind, sentence)
+            if (more := len(sentences) - MOST_ANNOUNCED) > 0:
+                send(kind, f"and {more:,} more: see ops.alerts")
+        alerts.mark_announced(lease.connection, datetime.now(UTC))
 
 
 def warn_of_runaways(build: models.Build) -> None:

@@ -111,7 +111,7 @@ class Resource:
     expected: Mapping[str, str] = field(default_factory=dict)
     uses_metrics_key: bool = False
     is_optional: bool = False  # a key that may not read it leaves it out, unless it is asked for by name
-    permission: str = ""
+    permission: str = ""  # as fal writes several: comma-separated, without blanks
     presets: str = ""
 
     @property
@@ -127,8 +127,9 @@ class Resource:
 
     @property
     def needs(self) -> str:
-        """What a key needs to read it, as a person sets it up."""
-        return f"{self.permission} (preset {self.presets})"
+        """The permissions that a key needs to read it, and the presets that carry them."""
+        permissions = self.permission.replace(",", ", ") or "no permission"
+        return f"{permissions} (preset {self.presets})"
 
     def column(self, name: str) -> Column:
         """The column of that name."""
@@ -173,7 +174,7 @@ _COST_IDENTITY = {
         "abs(cost_subtotal - cost_discount - cost_total) > 0.000000001"
     ),
 }
-_BILLING_PERMISSION = "billing:usage:read, auth:keys:read and account:users:read"
+_BILLING_PERMISSION = "billing:usage:read,auth:keys:read,account:users:read"
 
 _METADATA_NOT_KEPT = (
     "is_favorited",
@@ -213,7 +214,6 @@ MODELS = Resource(
     ),
     not_kept=("openapi", "enterprise_status", *(f"metadata.{name}" for name in _METADATA_NOT_KEPT)),
     uses_metrics_key=True,
-    permission="no permission",
     presets="any",
 )
 
@@ -232,7 +232,6 @@ PRICES = Resource(
         Column("unit_price", Kind.AMOUNT, "list price of one unit", required=True),
         _CURRENCY,
     ),
-    permission="no permission",
     presets="any",
 )
 
@@ -459,3 +458,16 @@ CREDITS = Resource(
 RESOURCES: Mapping[str, Resource] = {
     resource.name: resource for resource in (USAGE, BILLING_EVENTS, CREDITS, MODELS, ANALYTICS, PRICES)
 }
+
+_PERMISSIONS = dict.fromkeys(
+    name for resource in RESOURCES.values() for name in resource.permission.split(",") if name
+)
+
+KEY_COMMAND = f"fal keys create --permission {','.join(_PERMISSIONS)} --desc faletl"
+"""Makes the least key that reads every resource (docs/fal-api.md, "Base and keys")."""
+
+MAKE_A_KEY = (
+    f"make one key with: {KEY_COMMAND} (where your organization cannot: a key of preset FULL, or two, "
+    "BILLING as FAL_KEY and READONLY as FAL_METRICS_KEY)"
+)
+"""The cure wherever a key is missing, refused or may read too little."""

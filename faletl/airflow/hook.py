@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from airflow.sdk import BaseHook
@@ -41,13 +42,14 @@ class FalHook(BaseHook):
         Raises:
             SettingsError: a value cannot be right, or there is no such connection.
         """
-        from faletl.config import Settings
+        from faletl.config import SHORTEST_HALF, Settings
 
         settings = Settings.load(**_given(self.fal_conn_id))
         for key in (settings.key_for(), settings.key_for(metrics=True)):
-            # Airflow masks a key as a whole; fal could tell a part of it.
-            if key is not None and len(key.partition(":")[2]) >= 8:
-                mask_secret(key.partition(":")[2])
+            # Airflow masks what the password holds, whole; fal could repeat half of a key.
+            for half in key.split(":", 1) if key else ():
+                if len(half) >= SHORTEST_HALF:
+                    mask_secret(half)
         return settings
 
     def get_conn(self) -> FalClient:
@@ -74,10 +76,21 @@ class FalHook(BaseHook):
 
 
 def _connection(conn_id: str) -> Connection | None:
+    """The connection, or None if there is none.
+
+    Raises:
+        SettingsError: the environment names one that Airflow cannot read, and so takes for none.
+    """
     try:
         return BaseHook.get_connection(conn_id)
     except AirflowNotFoundException:
-        return None
+        variable = f"AIRFLOW_CONN_{conn_id.upper()}"
+        if not os.environ.get(variable):
+            return None
+        raise SettingsError(
+            f"Airflow cannot read the connection in {variable}; write it as JSON, or as a URI like "
+            "fal://key_id:secret@ with each part percent-encoded"
+        ) from None
 
 
 def _given(conn_id: str) -> dict[str, object]:
@@ -101,13 +114,30 @@ def _fields(connection: Connection) -> dict[str, object]:
             f"the connection {connection.conn_id!r} is of type {connection.conn_type!r}, not fal"
         )
     fields = {
-        "key": _hidden(connection.password),
+        "key": _hidden(_key(connection)),
         "api_url": connection.host,
         "metrics_key": _hidden(extra.get("metrics_api_key")),
         "account": extra.get("account"),
         "rate": extra.get("rate"),
     }
     return {name: value for name, value in fields.items() if value not in (None, "")}
+
+
+def _key(connection: Connection) -> str:
+    """The key: all of it is the password, or its id is the login and its secret the password.
+
+    Raises:
+        SettingsError: login and password do not make a key.
+    """
+    login, password = ((text or "").strip() for text in (connection.login, connection.password))
+    if not login or password.startswith(f"{login}:"):
+        return password
+    if not password or ":" in login + password:
+        raise SettingsError(
+            f"the connection {connection.conn_id!r} needs the whole key, key_id:secret, as password; "
+            "or the key id alone as login, and the secret alone as password"
+        )
+    return f"{login}:{password}"
 
 
 def _hidden(key: object) -> object:

@@ -23,8 +23,8 @@ NOTIFY_CONNECTION = "fal_notify"
 class FalNotifier(BaseNotifier):
     """Posts `{"text": message}`, as Slack, Mattermost and others take it, to a webhook.
 
-    Its URL is the password of a connection `fal_notify`, of any type. Without one the message stands in
-    the log alone. The message is a template: what fal sent goes through `tell`, which renders nothing.
+    Its URL is the password of a connection `fal_notify`, of any type. Without one the message is in the
+    log alone. The message is a template: what fal sent goes through `announce`, which renders nothing.
     """
 
     template_fields: Sequence[str] = ("message",)
@@ -34,14 +34,14 @@ class FalNotifier(BaseNotifier):
         self.message = message
 
     def notify(self, context: Context) -> None:
-        """Tell it from a task; what failed because a newer run does the work is for the log alone."""
+        """Send it from a task; what failed because a newer run does the work is for the log alone."""
         if isinstance(context.get("exception"), LeaseLostError):
             log.warning("%s", self.message)
             return
-        tell(self.message)
+        _send(self.message)
 
     async def async_notify(self, context: Context) -> None:
-        """Tell it from the triggerer, as a missed deadline does."""
+        """Send it from the triggerer, as a missed deadline does."""
         del context
         try:
             url = (await Connection.async_get(NOTIFY_CONNECTION)).password
@@ -50,8 +50,12 @@ class FalNotifier(BaseNotifier):
         await asyncio.to_thread(_post, url, self.message)
 
 
-def tell(message: str) -> None:
-    """Tell people, from a task, just as it is written."""
+def announce(kind: str, detail: str) -> None:
+    """Send an alert from a task: what kind it is, and a sentence, exactly as it is written."""
+    _send(f"{kind}: {detail}")
+
+
+def _send(message: str) -> None:
     try:
         url = BaseHook.get_connection(NOTIFY_CONNECTION).password
     except AirflowNotFoundException:

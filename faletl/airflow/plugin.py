@@ -1,4 +1,4 @@
-"""Makes the pool that load and build share, when a scheduler (or alike) starts and there is none."""
+"""What Airflow loads: the timetable, and a listener that makes the pool of load and build."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import sys
 from airflow.listeners import hookimpl
 from airflow.sdk.plugins_manager import AirflowPlugin
 
+from faletl.airflow.timetable import FullHoursTimetable
+
 log = logging.getLogger(__name__)
 
 POOL = "faletl_warehouse"
@@ -16,7 +18,7 @@ POOL_HELP = "One writer to faletl's warehouse at a time: its load and build task
 
 @hookimpl
 def on_starting(component: object) -> None:
-    """Airflow's listener: see above. A pool that is there stays as it is."""
+    """Make the pool when a scheduler (or alike) starts. A pool that is there stays as it is."""
     if type(component).__name__ == "TaskRunnerMarker":
         return  # a task starts: it cannot ask the metadata database
     from airflow.models.pool import Pool
@@ -31,7 +33,8 @@ def on_starting(component: object) -> None:
 
 
 class FaletlPlugin(AirflowPlugin):
-    """What Airflow loads."""
+    """See the module."""
 
     name = "faletl"
     listeners = [sys.modules[__name__]]  # noqa: RUF012  # Airflow's way to say it
+    timetables = [FullHoursTimetable]  # noqa: RUF012

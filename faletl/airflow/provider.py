@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from faletl import __version__
+from faletl.resources import KEY_COMMAND
 
 
 def provider_info() -> dict[str, Any]:
@@ -20,10 +21,11 @@ def provider_info() -> dict[str, Any]:
                 "hook-class-name": "faletl.airflow.hook.FalHook",
                 "hook-name": "fal.ai",
                 "ui-field-behaviour": {
-                    "hidden-fields": ["login", "port", "schema", "extra"],
-                    "relabeling": {"password": "Key", "host": "Base URL"},
+                    "hidden-fields": ["port", "schema", "extra"],
+                    "relabeling": {"login": "Key id", "password": "Key", "host": "Base URL"},
                     "placeholders": {
-                        "password": "key_id:secret, preset BILLING or FULL",
+                        "login": "empty where the key is given whole",
+                        "password": "key_id:secret, or the secret alone",
                         "host": "https://api.fal.ai/v1",
                     },
                 },
@@ -31,8 +33,8 @@ def provider_info() -> dict[str, Any]:
                     # Airflow hides fields of the extra by their names: this one holds "api_key".
                     "metrics_api_key": {
                         "label": "Metrics key",
-                        "description": "Second key for analytics and the catalogue, preset READONLY, "
-                        "where the first has preset BILLING.",
+                        "description": "Second key, preset READONLY, for analytics and the catalogue: "
+                        f"only where the first has preset BILLING. One key for all: {KEY_COMMAND}",
                         "schema": {"type": ["string", "null"], "format": "password"},
                     },
                     "account": {

@@ -18,19 +18,13 @@ from contextlib import contextmanager
 from datetime import UTC, date, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from airflow.sdk import (
-    Asset,
-    CronDataIntervalTimetable,
-    Param,
-    TaskGroup,
-    get_current_context,
-    task,
-)
+from airflow.sdk import Asset, Param, TaskGroup, get_current_context, task
 from airflow.sdk.exceptions import AirflowSkipException
 
-from faletl.airflow.notifier import FalNotifier, tell
+from faletl.airflow.notifier import FalNotifier, announce
 from faletl.airflow.plugin import POOL
 from faletl.airflow.retry import FAILED, FalRetryPolicy
+from faletl.airflow.timetable import FullHoursTimetable
 from faletl.errors import DataRefusedError, FaletlError, KeyRefusedError
 from faletl.resources import RESOURCES, Resource
 
@@ -73,10 +67,14 @@ AFTER_USAGE = [
 ]
 """What is asked by the ids of endpoints that were used: analytics."""
 
-HOURLY = CronDataIntervalTimetable("0 * * * *", timezone="UTC")
-"""On the hour, so that no interval touches two days; the hour that just ended waits for the next run."""
+HOURLY = FullHoursTimetable("6 * * * *", timezone="UTC")
+"""When the hour that just ended can be read: 5 minutes after its end at the earliest.
 
-DAILY = CronDataIntervalTimetable("0 0 * * *", timezone="UTC")
+Each interval is a full hour, so none touches two days.
+"""
+
+DAILY = FullHoursTimetable("10 0 * * *", timezone="UTC")
+"""After the first hourly run of the day, which brings the last hour of the day before."""
 
 DAG_ARGS: dict[str, Any] = {
     "start_date": datetime(2026, 1, 1, tzinfo=UTC),
@@ -183,16 +181,17 @@ def id_batches(planned: Sequence[Piece]) -> list[Batch]:
 def ask_ahead(batch: Batch, connection: str, name: str) -> int:
     """Land what fal answers for one batch of endpoint ids; returns 1 if it did.
 
-    What fails is for `extract` to ask again, and to judge; but a refused key ends it here.
+    What fails is for `extract` to ask again, and to judge; but a refused key or a locked account ends it
+    here.
     """
     from faletl import pieces
 
     with _settings(connection, RESOURCES[name]) as settings:
         try:
             return int(pieces.ask_batch(settings, batch))
-        except KeyRefusedError:
-            raise
         except FaletlError as error:
+            if error.exit_code == KeyRefusedError.exit_code:
+                raise
             log.warning("%s; extract asks again", error)
             return 0
 
@@ -207,7 +206,8 @@ def extract(piece: Piece, connection: str, name: str) -> list[str]:
     """Fetch the windows of a piece, land their pages as fal sent them, prove them complete.
 
     Returns the folders of what landed. A window of them that fails fails the task when the others are
-    done; a retry takes what has landed as read.
+    done; a retry takes what has landed as read. It fails with what no retry can help (a locked account),
+    else with what one can, else with what is refused.
     """
     from faletl import pieces
 
@@ -215,8 +215,8 @@ def extract(piece: Piece, connection: str, name: str) -> list[str]:
         report = pieces.extract_piece(settings, piece)
         for _, error in report.failures:
             log.error("%s", error)
-        for _, error in sorted(report.failures, key=lambda failure: failure[1].exit_code):
-            raise error  # one that may be tried again, as long as there is any
+        if report.failures:
+            raise min((error for _, error in report.failures), key=_rank)
         return [str(outcome.path) for outcome in report.outcomes]
 
 
@@ -224,8 +224,8 @@ def extract(piece: Piece, connection: str, name: str) -> list[str]:
 def load(name: str, connection: str, planned: Sequence[Piece]) -> dict[str, int]:
     """Load what has landed, window by window, each exactly once; the only writer meanwhile.
 
-    Returns counts of windows. Updates the asset of the raw table if that is news to the models; what
-    the gate refuses is told and left for `all_loaded`.
+    Returns counts of windows. Updates the asset of the raw table if that is news to the models; what is
+    refused or held is announced and left for `all_loaded`.
     """
     from faletl import pieces, pipeline
 
@@ -233,11 +233,12 @@ def load(name: str, connection: str, planned: Sequence[Piece]) -> dict[str, int]
         raise AirflowSkipException("no window is to be read")
     with _settings(connection, RESOURCES[name]) as settings:
         report = pieces.load_plan(settings, planned[0]["plan"])
+        pipeline.announce_alerts(settings, announce)
         for _, error in report.failures:
             if error.exit_code == FAILED:
                 raise error
-            tell(f"not loaded: {error}")
-        counts = dict.fromkeys(("loaded", "unchanged", "superseded"), 0)
+            log.error("%s", error)
+        counts = dict.fromkeys(("loaded", "unchanged", "superseded", "held"), 0)
         for outcome in report.outcomes:
             counts[outcome.outcome] += 1
         if not report.outcomes and not report.failures:
@@ -281,10 +282,9 @@ def build(connection: str) -> int:
             log.info("%s moved: %s", asset.uri, windows or "as the event does not tell")
     with _settings(connection) as settings:
         built = pipeline.build(settings).build
+        pipeline.announce_alerts(settings, announce)
     if built is None:
         raise AirflowSkipException("nothing to build: nothing new is loaded")
-    for sentence in built.dearest_runaways:
-        tell(f"runaway charge: {sentence}")
     for asset in (MARTS, REPORTS):
         context["outlet_events"][asset].extra = {"days": built.days, "checks": built.checks}
     return built.days
@@ -360,11 +360,17 @@ def _meant_by(form: Mapping[str, Any], name: str) -> Asked:
 # --- What tasks have in common --------------------------------------------------------------------
 
 
+def _rank(error: FaletlError) -> tuple[bool, int]:
+    """Which of several errors a task ends with, the lowest first: it decides on the retry."""
+    return error.exit_code != KeyRefusedError.exit_code, error.exit_code
+
+
 @contextmanager
 def _settings(connection: str, resource: Resource | None = None) -> Iterator[Settings]:
-    """Settings from the connection; a refused key is told with the sentence of `faletl check`.
+    """Settings from the connection; a refused key fails the task with the sentence of `faletl check`.
 
     What an account may go without (analytics) is left out where its key is fine but may not read it.
+    An error that knows more than that fal refused the key (a locked account) is raised as it is.
     """
     from faletl.airflow.hook import FalHook
     from faletl.check import check
@@ -373,6 +379,8 @@ def _settings(connection: str, resource: Resource | None = None) -> Iterator[Set
     try:
         yield settings
     except KeyRefusedError as error:
+        if type(error) is not KeyRefusedError:
+            raise
         checked = check(settings)
         mine = [one.sentence for one in checked.findings if resource and one.resource == resource.name]
         sentence = checked.why_refused or next(iter(mine), "") or error.message

@@ -153,10 +153,11 @@ class Sandbox:
     """A server on loopback, from construction on `port` (0: any free one), answering once entered.
 
     `host` is another address of this machine to listen on, or 0.0.0.0 for all of them; `url` then
-    names loopback. `keys` maps each key to its preset. A page holds at most `page_size` rows; `limit`
-    may lower it. Without `page_size`, `limit` may also raise it, as far as the document says. `fault`
-    sees each request before it is answered and may say how to break the answer. With `as_of`, the API
-    is the one of that day: what was added later is unknown to it, whatever the world holds.
+    names loopback. `keys` maps each key to its preset, or to its permissions, comma-separated. A page
+    holds at most `page_size` rows; `limit` may lower it. Without `page_size`, `limit` may also raise
+    it, as far as the document says. `fault` sees each request before it is answered and may say how to
+    break the answer. With `as_of`, the API is the one of that day: what was added later is unknown to
+    it, whatever the world holds.
     """
 
     def __init__(
@@ -230,16 +231,15 @@ def answer(sandbox: Sandbox, request: Request) -> bytes:
 
 
 def check_key(keys: Mapping[str, str], request: Request, operation: Json) -> None:
-    """Refuse a request whose key is missing, unknown or of a preset that lacks the permission."""
+    """Refuse a request whose key is missing, unknown or lacks a permission, by itself or its preset."""
     if {} in operation["security"]:
         return
     scheme, _, key = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "key" or key not in keys:
         raise Refusal(401, "Authentication required")
-    presets = operation["x-key-presets"]
-    if presets != ["any key"] and keys[key] not in presets:
-        needed = ", ".join(operation["x-permissions"])
-        raise Refusal(403, f"Access denied: the key lacks one of {needed}")
+    presets, needed = operation["x-key-presets"], operation["x-permissions"]
+    if keys[key] not in presets and not set(needed) <= set(keys[key].split(",")):
+        raise Refusal(403, f"Access denied: the key lacks one of {', '.join(needed)}")
 
 
 def read_query(request: Request, known: Mapping[str, Parameter]) -> Query:

@@ -65,10 +65,23 @@ class Airflow:
     env: dict[str, str] = field(default_factory=dict)
 
     def connect(
-        self, url: str, key: str = FULL_KEY, connection: str = "fal_default", **extra: Any
+        self,
+        url: str,
+        key: str = FULL_KEY,
+        connection: str = "fal_default",
+        *,
+        is_split: bool = False,
+        **extra: Any,
     ) -> None:
-        """Make the connection to fal, as an environment variable."""
-        made = {"conn_type": "fal", "password": key, "host": url, "extra": {"rate": 0, **extra}}
+        """Make the connection to fal, as an environment variable; the key may be split at its colon."""
+        login, password = key.split(":", 1) if is_split else ("", key)
+        made = {
+            "conn_type": "fal",
+            "login": login,
+            "password": password,
+            "host": url,
+            "extra": {"rate": 0, **extra},
+        }
         self.env[f"AIRFLOW_CONN_{connection.upper()}"] = json.dumps(made)
 
     def start(self, code: str, *argv: str, **more: str) -> int:

@@ -101,7 +101,7 @@ def test_the_dags_are_as_a_data_engineer_would_have_them(dags: dict[str, Any]) -
             is_writer = task_id.rpartition(".")[2] in ("load", "build", "publish")
             assert task["pool"] == ("faletl_warehouse" if is_writer else "default_pool")
     for name in ("fal_prices", "fal_usage", "fal_deadline"):
-        assert dags[name]["timetable"] == "CronDataIntervalTimetable"
+        assert dags[name]["timetable"] == "FullHoursTimetable"
     assert dags["fal_analytics"]["timetable"] == "AssetOrTimeSchedule"
     assert dags["fal_deadline"]["deadline"]
     assert set(dags["fal_backfill"]["params"]) == {"start", "end", "resources", "dry_run"}

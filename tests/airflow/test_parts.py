@@ -68,6 +68,45 @@ def test_settings_come_from_the_connection_and_else_from_the_environment(
     assert found == [*expected, airflow.warehouse]
 
 
+FORMS = """
+import json, os
+from urllib.parse import quote
+from airflow.sdk.log import redact
+from faletl.airflow.hook import FalHook
+
+def coded(text):
+    return quote(text, safe="")
+
+def forms(key_id, secret):
+    key = f"{key_id}:{secret}"
+    yield json.dumps({"conn_type": "fal", "password": key})
+    yield json.dumps({"conn_type": "fal", "login": key_id, "password": secret})
+    yield json.dumps({"conn_type": "fal", "login": key_id, "password": key})
+    yield json.dumps({"conn_type": "fal", "login": f" {key_id} ", "password": f"{secret}\\n"})
+    yield f"fal://{coded(key_id)}:{coded(secret)}@"
+    yield f"fal://{coded(key_id)}:{coded(secret)}@?rate=5"
+    yield f"fal://{coded(key_id)}:{coded(secret)}@{coded('https://api.fal.ai/v1')}"
+    yield f"fal://:{coded(key)}@"
+
+found = []
+for key in KEYS:
+    for made in forms(*key.split(":")):
+        os.environ["AIRFLOW_CONN_FAL_DEFAULT"] = made
+        settings = FalHook().settings()
+        found.append((made, key, settings.key_for(), redact(f"told {' and '.join(key.split(':'))}")))
+print(found)
+"""
+
+
+def test_each_form_of_a_connection_gives_the_key_and_hides_both_halves_of_it(airflow: Airflow) -> None:
+    keys = ["b4a57e57-0c0d:0f5ec7e70f5ec7e7", "an+id/with=signs:s%e?c&r#e@t/0123"]
+    found = answer(airflow, FORMS.replace("KEYS", repr(keys)))
+    assert len(found) == 16
+    for made, key, given, shown in found:
+        assert given == key, made
+        assert shown == "told *** and ***", made
+
+
 @pytest.mark.parametrize(
     ("env", "connection", "expected"),
     [
@@ -92,6 +131,29 @@ def test_what_is_missing_or_wrong_of_a_connection_is_said(
     airflow: Airflow, env: dict[str, str], connection: str, expected: str
 ) -> None:
     assert str(answer(airflow, SETTINGS.format(connection=connection), **env)[0]).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("made", "expected"),
+    [
+        ('{"conn_type": "fal", "login": "canary-id"}', "needs the whole key"),
+        ('{"conn_type": "fal", "login": "canary-id:canary-secret"}', "needs the whole key"),
+        (
+            '{"conn_type": "fal", "login": "admin", "password": "canary-id:canary-secret"}',
+            "needs the whole key",
+        ),
+        ("fal://canary-id:canary-secret", "Airflow cannot read the connection in AIRFLOW_CONN_FAL_"),
+        ('{"conn_type": "fal", "password": "canary-id:canary-secret",}', "Airflow cannot read"),
+    ],
+    ids=["key id alone", "key as login", "another login", "URI without an @", "no JSON"],
+)
+def test_a_connection_without_a_whole_key_is_refused_and_no_other_key_is_taken(
+    airflow: Airflow, made: str, expected: str
+) -> None:
+    code = SETTINGS.format(connection="fal_default")
+    (said,) = answer(airflow, code, AIRFLOW_CONN_FAL_DEFAULT=made, FAL_KEY="of:the-environment")
+    assert expected in said
+    assert "canary" not in said
 
 
 @pytest.mark.parametrize(
@@ -163,7 +225,7 @@ print([manager.hooks["fal"].hook_name, fields, behaviour["relabeling"], first,
     assert leaks(KEY, shown.encode()) | leaks(METRICS_KEY, shown.encode()) == set()
     assert name == "fal.ai"
     assert {one.rpartition("__")[2] for one in fields} == {"metrics_api_key", "account", "rate"}
-    assert labels == {"password": "Key", "host": "Base URL"}
+    assert labels == {"login": "Key id", "password": "Key", "host": "Base URL"}
     assert (first, kept) == (1, 2)
 
 
@@ -203,9 +265,9 @@ def test_a_notice_goes_to_the_webhook_and_its_url_to_no_log(
     url, posted = webhook
     code = """
 import asyncio
-from faletl.airflow.notifier import FalNotifier, tell
+from faletl.airflow.notifier import FalNotifier, announce
 FalNotifier("runaway: {{ what }}")({"what": "a charge"})
-tell("x/{{ conn.fal_default.password }} {% {#")  # what fal sent is no template
+announce("refused", "x/{{ conn.fal_default.password }} {% {#")  # what fal sent is no template
 asyncio.run(FalNotifier("late").async_notify({}))
 """
 
@@ -218,12 +280,49 @@ asyncio.run(FalNotifier("late").async_notify({}))
         posted
         == [
             {"text": "runaway: a charge"},
-            {"text": "x/{{ conn.fal_default.password }} {% {#"},
+            {"text": "refused: x/{{ conn.fal_default.password }} {% {#"},
             {"text": "late"},
         ]
         * 2
     )
     assert "runaway: a charge" in alone
+
+
+LOCKED = """
+from airflow.sdk.exceptions import AirflowSkipException
+from faletl import errors
+from faletl.airflow import tasks
+from faletl.resources import RESOURCES
+
+class Sibling(errors.FaletlError):
+    exit_code = 2
+
+class Kind(errors.KeyRefusedError):
+    pass
+
+found = []
+for error in (Sibling("User is locked"), Kind("User is locked"), errors.KeyRefusedError("refused")):
+    try:
+        with tasks._settings("fal_default", RESOURCES["analytics"]):
+            raise error
+    except (errors.FaletlError, AirflowSkipException) as raised:
+        decided = tasks.FalRetryPolicy().evaluate(raised, 1, 5)
+        found.append((type(raised).__name__, str(raised), decided.action.value))
+print([*found, [type(min(some, key=tasks._rank)).__name__ for some in (
+    [errors.DataRefusedError("a"), errors.ApiUnavailableError("b")],
+    [errors.ApiUnavailableError("a"), Sibling("b"), errors.TamperedError("c")],
+)]])
+"""
+
+
+def test_what_no_other_key_can_help_is_told_as_it_is_and_fails_at_once(
+    airflow: Airflow, served: Sandbox
+) -> None:
+    airflow.connect(served.url)
+    *kinds, refused, ranks = answer(airflow, LOCKED)
+    assert kinds == [(kind, "User is locked", "fail") for kind in ("Sibling", "Kind")]
+    assert refused[:2] == ("AirflowSkipException", "refused")  # the key is fine: analytics are left out
+    assert ranks == ["ApiUnavailableError", "Sibling"]
 
 
 # --- Which days a run means -----------------------------------------------------------------------

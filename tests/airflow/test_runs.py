@@ -204,7 +204,7 @@ def test_what_the_gate_refuses_is_told_and_fails_the_run_after_all_else_is_loade
     assert run["state"] == "failed"
     assert run["tasks"]["usage.all_loaded"] == "failed"
     assert run["tasks"]["billing_events.all_loaded"] == "success"
-    assert "not loaded: usage, window" in run["log"]
+    assert "refused: usage, window" in run["log"]
     assert "2 windows were not loaded" in run["log"]
 
 
@@ -219,9 +219,13 @@ def test_a_key_without_analytics_leaves_them_out_with_a_sentence(airflow: Airflo
     assert "FAL_KEY needs models:metrics:read" in analytics["log"]
 
 
-@pytest.mark.parametrize("is_taken", [True, False], ids=["taken", "refused"])
+@pytest.mark.parametrize(
+    ("is_taken", "is_split"),
+    [(True, False), (False, True)],
+    ids=["taken, as password", "refused, as login and password"],
+)
 def test_no_part_of_a_key_is_left_anywhere_whether_fal_takes_it_or_not(
-    airflow: Airflow, is_taken: bool
+    airflow: Airflow, is_taken: bool, is_split: bool
 ) -> None:
     keys = {KEY if is_taken else FULL_KEY: "FULL"}
 
@@ -233,7 +237,7 @@ def test_no_part_of_a_key_is_left_anywhere_whether_fal_takes_it_or_not(
         return Fault(headers={"x-fal-request-id": KEY.split(":")[1]})
 
     with Sandbox(few(), keys=keys, fault=echo) as server:
-        airflow.connect(server.url, KEY, metrics_api_key=METRICS_KEY)
+        airflow.connect(server.url, KEY, is_split=is_split, metrics_api_key=METRICS_KEY)
         (run,) = airflow.test("fal_usage")
 
     assert run["state"] == "failed"

@@ -20,7 +20,7 @@ from faletl.check import KNOWN_ENDPOINT, LIMITED, Checked, check
 from faletl.client import Patience
 from faletl.config import Settings
 from faletl.errors import SettingsError
-from faletl.resources import ANALYTICS, BILLING_EVENTS, CREDITS, RESOURCES, USAGE, Resource
+from faletl.resources import ANALYTICS, BILLING_EVENTS, CREDITS, KEY_COMMAND, RESOURCES, USAGE, Resource
 from faletl.sandbox import BILLING_KEY, FULL_KEY, READONLY_KEY, Fault, Request, Sandbox
 from faletl.sandbox.server import document_as_of
 from tests import truth
@@ -106,7 +106,7 @@ def test_paths_that_take_a_limit_are_those_that_document_it() -> None:
         (READONLY_KEY, (USAGE, BILLING_EVENTS)),
     ],
 )
-def test_what_a_key_may_not_read_is_told_with_the_preset_it_needs(
+def test_what_a_key_may_not_read_is_told_with_what_it_needs_and_how_to_make_one_that_reads_it(
     key: str, missing: tuple[Resource, ...]
 ) -> None:
     with served(key=key) as (settings, _):
@@ -115,9 +115,28 @@ def test_what_a_key_may_not_read_is_told_with_the_preset_it_needs(
     assert checked.exit_code == (2 if missing else 0)
     for finding in checked.findings:
         if not finding.is_readable:
-            assert RESOURCES[finding.resource].needs in finding.sentence
-            assert finding.sentence.startswith("FAL_KEY needs ")
+            assert finding.sentence.startswith(f"FAL_KEY needs {RESOURCES[finding.resource].needs}; ")
+            assert KEY_COMMAND in finding.sentence
     assert checked.problems == []
+
+
+def test_the_least_key_reads_everything_and_none_of_its_permissions_can_be_spared() -> None:
+    permissions = KEY_COMMAND.split()[4].split(",")
+    assert set(permissions) == {
+        "billing:usage:read", "auth:keys:read", "account:users:read", "models:metrics:read",
+    }  # fmt: skip
+    for spared in (None, *permissions):
+        least = ",".join(name for name in permissions if name != spared)
+        with Sandbox(truth.two_days(), keys={FULL_KEY: least}) as server:
+            checked = check(settings_for(server.url, Path()))
+        assert (readable(checked) == ALL) == (spared is None), spared
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/fal-api.md", "docs/airflow.md", ".env.example"])
+def test_every_document_that_speaks_of_keys_teaches_the_command_that_faletl_names(document: str) -> None:
+    text = (Path(__file__).parents[2] / document).read_text("utf-8")
+    assert KEY_COMMAND in text
+    assert "preset BILLING or FULL" not in text
 
 
 def test_two_keys_share_the_work_and_it_is_told_which_reads_what() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import re
 import traceback
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from faletl.config import REDACTED, Settings
 from faletl.errors import SettingsError
+from faletl.resources import KEY_COMMAND
 
 KEY = "QZJXWVKY-7931:GHQZPLKX4680WVQJZ"
 METRICS_KEY = "WWQQJJ-5517:XKXKZPZPVQVQ2246"
@@ -143,9 +145,9 @@ def test_the_metrics_key_reads_metrics_where_there_is_one() -> None:
     assert Settings.isolated().key_for() is None
 
 
-def test_a_missing_key_is_told_with_its_variable_and_the_preset_it_needs() -> None:
+def test_a_missing_key_is_told_with_its_variable_and_the_command_that_makes_one() -> None:
     Settings.isolated(key=KEY).require_key()
-    with pytest.raises(SettingsError, match=r"FAL_KEY.*BILLING"):
+    with pytest.raises(SettingsError, match=rf"FAL_KEY.*{re.escape(KEY_COMMAND)}"):
         Settings.isolated().require_key()
 
 
