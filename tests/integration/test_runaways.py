@@ -180,6 +180,8 @@ def test_new_ones_are_told_once(
     full = pipeline.build(settings, full=True).build
     assert full is not None
     assert full.runaways == told() == 0
+    alerts = "select count(*), count(resolved_at) from ops.alerts where kind = 'runaway'"
+    assert ask(settings, alerts) == [(everything + 1, 0)]
 
     assert ask(settings, FOUND) == runaways(account)
     assert verify(settings).findings == []
@@ -188,6 +190,11 @@ def test_new_ones_are_told_once(
     assert anew is not None
     assert anew.runaways == everything + 1
     assert all_tables(settings) == before
+    assert ask(settings, alerts) == [(everything + 1, 0)]
+    account.events.pop()  # fal took it back
+    clock.shift(60)
+    pipeline.run(settings, Asked(at(52).date(), resources=["billing_events"]))
+    assert ask(settings, alerts) == [(everything + 1, 1)]
 
 
 def test_thresholds_are_settings(
