@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from pathlib import Path
 
-from faletl import landing, models, pipeline
+from faletl import decisions, landing, models, pipeline, relabel
 from faletl.config import Settings
 from faletl.errors import (
     ContractError,
@@ -31,6 +31,7 @@ from faletl.pipeline import Progress, Report
 from faletl.places import scratch_folder
 from faletl.staging import Staged, stage_window
 from faletl.warehouse import open_warehouse
+from faletl.windows import refuse_odd_day
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +58,10 @@ def rebuild(settings: Settings, day: date | None = None, progress: Progress = pi
     Raises:
         TamperedError: landed pages are gone or are not those that were landed; nothing is changed.
         SettingsError, WarehouseError, StorageError: the warehouse cannot be written.
-        UsageError: one day of a warehouse that is not there.
+        UsageError: one day of a warehouse that is not there, or a day that cannot be.
     """
+    if day is not None:
+        refuse_odd_day("--window", day)
     report = Report(pipeline.new_run_id())
     if day is None:
         _rebuild_all(settings, report, progress)
@@ -93,6 +96,10 @@ def _rebuild_all(settings: Settings, report: Report, progress: Progress) -> None
                 outcomes, lease = replay(settings, fresh, lease, [(staged, one.receipt)])
                 report.outcomes.append(pipeline.outcome_of(staged, outcomes[0]))
                 staged.discard()
+        with lease.transaction():
+            relabel.restore(
+                lease.connection, decisions.recorded(settings), (one.landed.manifest for one in past)
+            )
         report.build = models.build(settings, fresh, lease, run_id=report.run_id)
         pipeline.warn_of_runaways(report.build)
     _complete_receipts(past)
@@ -147,7 +154,7 @@ def prune(settings: Settings, *, is_dry: bool = False) -> tuple[list[Path], int]
             return [], 0
         ledger = read_ledger(connection)
         past = _history(settings, ledger)
-    kept = _needed(past, ledger) | _loadable(complete, past)
+    kept = _needed(past, ledger) | _loadable(settings, complete, past)
     dropped += [folder for folder in complete if folder.name not in kept]
     size = sum(landing.size(folder) for folder in dropped)
     if not is_dry:
@@ -166,13 +173,16 @@ def _history(settings: Settings, ledger: Ledger, day: date | None = None) -> lis
     Where a run was killed between a load and its receipt, the ledger knows.
     """
     past = []
+    open_read = relabel.opener(settings)
     for folder in landing.complete_reads(settings, day):
         try:
-            landed = landing.open_read(folder)
+            landed = open_read(folder)
         except TamperedError as error:
             if folder.name in ledger.needed:
                 raise
             log.warning("%s; nothing stands on it", error)
+            continue
+        if landed is None:
             continue
         if receipt := landing.receipt_of(folder) or ledger.receipts.get(folder.name):
             past.append(Loaded(landed, receipt))
@@ -197,7 +207,7 @@ def _needed(past: Sequence[Loaded], ledger: Ledger) -> set[str]:
     return needed
 
 
-def _loadable(complete: Iterable[Path], past: Sequence[Loaded]) -> set[str]:
+def _loadable(settings: Settings, complete: Iterable[Path], past: Sequence[Loaded]) -> set[str]:
     """The reads that were not loaded and could be: no later run has loaded their window since."""
     newest: dict[tuple[str, ...], int] = {}
     for one in past:
@@ -206,18 +216,22 @@ def _loadable(complete: Iterable[Path], past: Sequence[Loaded]) -> set[str]:
     loaded = {one.load_id for one in past}
     return {
         manifest.load_id
-        for manifest in _manifests(folder for folder in complete if folder.name not in loaded)
+        for manifest in _manifests(settings, (one for one in complete if one.name not in loaded))
         if newest.get(_window_of(manifest), 0) <= manifest.fencing_token
     }
 
 
-def _manifests(folders: Iterable[Path]) -> Iterator[Manifest]:
+def _manifests(settings: Settings, folders: Iterable[Path]) -> Iterator[Manifest]:
     """The manifests that can be read; a read without one can be neither loaded nor rebuilt from."""
+    open_read = relabel.opener(settings)
     for folder in folders:
         try:
-            yield landing.open_read(folder).manifest
+            landed = open_read(folder)
         except TamperedError as error:
             log.warning("%s; nothing stands on it", error)
+            continue
+        if landed is not None:
+            yield landed.manifest
 
 
 def _window_of(manifest: Manifest) -> tuple[str, ...]:
