@@ -9,7 +9,7 @@ from typing import Literal
 
 import sqlalchemy as sa
 
-from faletl import decisions, landing, pipeline
+from faletl import decisions, landing, pipeline, relabel
 from faletl.config import Settings
 from faletl.decisions import WindowAccepted
 from faletl.errors import UsageError
@@ -81,7 +81,9 @@ def _one_of(
 
 
 def _load_held(settings: Settings, report: Report, held: sa.RowMapping, reason: str) -> None:
-    landed = landing.open_read(landing.root(settings) / held["landing_path"])
+    landed = relabel.opener(settings)(landing.root(settings) / held["landing_path"])
+    if landed is None:
+        raise UsageError(f"the account {held['account']!a} was forgotten meanwhile (faletl accounts)")
     with scratch_folder() as scratch:
         staged = stage_window(settings, landed, scratch)
         _load(settings, report, staged, _acceptance(held, "held", held["rows_digest"], reason))

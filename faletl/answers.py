@@ -7,7 +7,7 @@ import io
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -340,6 +340,59 @@ def _span(seconds: int) -> str:
     days, rest = divmod(seconds, 86_400)
     hours, rest = divmod(rest, 3_600)
     return f"{days} d {hours} h" if days else f"{hours} h {rest // 60} min"
+
+
+# --- faletl accounts, faletl horizon --------------------------------------------------------------
+
+
+def print_accounts(settings: Settings) -> None:
+    """A line for each account; of keys only how many were seen."""
+    from faletl.accounts import known_accounts
+
+    loaded: dict[str, tuple[datetime, datetime]] = {}
+    with open_warehouse(settings).reading() as connection:
+        known = known_accounts(connection) if connection is not None else {}
+        if connection is not None:
+            loads = LOADS.c
+            found = connection.execute(
+                sa.select(
+                    loads.account, sa.func.min(loads.window_start), sa.func.max(loads.window_start)
+                )
+                .where(loads.is_current)
+                .group_by(loads.account)
+            )
+            loaded = {label: (first, last) for label, first, last in found}
+    if not known:
+        sys.stdout.write("there is no account yet; run faletl run first\n")
+        return
+    lines = []
+    for label, one in sorted(known.items()):
+        days = [str(at.astimezone(UTC).date()) for at in loaded.get(label, ())] or ["", ""]
+        lines.append(
+            (label, ", ".join(reversed(one.usernames)), f"{len(one.key_ids):,}",
+             "sandbox" if one.is_sandbox else "fal", _utc(one.bound_at) if one.bound_at else "",
+             *days)
+        )  # fmt: skip
+    names = ("account", "usernames at fal", "keys", "of", "bound at", "first day", "last day")
+    _print_table(names, lines, left=len(names))
+
+
+def print_horizons(settings: Settings, resources: Collection[str], account: str | None) -> None:
+    """The first day that runs keep complete: of all accounts and resources, or of those named."""
+    from faletl.config import FINGERPRINT
+    from faletl.horizons import all_held
+
+    with open_warehouse(settings).reading() as connection:
+        found = list(all_held(connection)) if connection is not None else []
+    lines = [
+        ("(a key without an account yet)" if owner.startswith(FINGERPRINT) else owner, name, str(day))
+        for owner, name, day in found
+        if (not resources or name in resources) and account in (None, owner)
+    ]
+    if not lines:
+        sys.stdout.write("nothing was asked for yet: the first run decides (FALETL_FIRST_DAYS)\n")
+        return
+    _print_table(("account", "resource", "from"), lines, left=3)
 
 
 # --- Landed pages, and what a run would do --------------------------------------------------------

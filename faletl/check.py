@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from faletl.accounts import read_username
 from faletl.client import FalClient, Params, Patience
 from faletl.config import Settings
 from faletl.errors import (
@@ -20,7 +21,6 @@ from faletl.errors import (
 )
 from faletl.extract import ask_in_either_form, bounds, first_endpoint
 from faletl.pages import read_envelope
-from faletl.plan import read_username
 from faletl.resources import CREDITS, MAKE_A_KEY, MODELS, PRICES, RESOURCES, Question, Resource
 from faletl.windows import HOUR, SETTLE, Window
 

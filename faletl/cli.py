@@ -24,6 +24,7 @@ from typer.exceptions import TyperException
 from faletl import __version__
 from faletl.errors import ExhaustedError, FaletlError, StorageError, UsageError
 from faletl.resources import RESOURCES
+from faletl.windows import day_of
 
 if TYPE_CHECKING:
     from faletl.pipeline import Progress, Report
@@ -57,6 +58,14 @@ quarantine_app = typer.Typer(
 )
 app.add_typer(quarantine_app, name="quarantine")
 
+accounts_app = typer.Typer(
+    help="Accounts: list them, rename one, or forget one, which takes all of it out of the tables.",
+    epilog="Example: faletl accounts rename acme acme-emea",
+    invoke_without_command=True,
+    rich_markup_mode=None,
+)
+app.add_typer(accounts_app, name="accounts")
+
 
 class _Stopped(BaseException):
     """Ctrl-C, or a request to terminate."""
@@ -71,9 +80,9 @@ class _Options:
 
 def _day(text: str) -> date:
     try:
-        return datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=UTC).date()
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is no date like 2026-11-01") from None
+        return day_of(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def _resource(name: str) -> str:
@@ -344,6 +353,90 @@ def retry(
     with _progress() as progress:
         report = retried(Settings.load(), load_ids or (), progress)
     _finish(report, nothing="nothing to retry: no row is set aside")
+
+
+@accounts_app.callback()
+def accounts(context: typer.Context) -> None:
+    """List the accounts where nothing else is asked for."""
+    if context.invoked_subcommand is None:
+        list_accounts()
+
+
+@accounts_app.command("list", epilog="Example: faletl accounts list")
+def list_accounts() -> None:
+    """Each account: its label, fal's usernames of it, how many keys were seen, and what is loaded."""
+    from faletl import answers
+    from faletl.config import Settings
+
+    answers.print_accounts(Settings.load())
+
+
+@accounts_app.command("rename", epilog="Example: faletl accounts rename acme acme-emea")
+def rename_account(
+    old: Annotated[str, typer.Argument(metavar="OLD", help="Its label, from the list.")],
+    new: Annotated[str, typer.Argument(metavar="NEW", help="Its new label, which no account has.")],
+) -> None:
+    """Rename an account in all tables, also for a later rebuild; then build and publish."""
+    from faletl.config import Settings
+    from faletl.rename import rename
+
+    report = rename(Settings.load(), old, new)
+    typer.echo(f"account {old} is now {new}; say so in FALETL_ACCOUNT and FALETL_OWNERS, where set")
+    _finish(report)
+
+
+@accounts_app.command("forget", epilog="Example: faletl accounts forget trial --yes")
+def forget_account(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Its label, from the list.")],
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Do it; without it, only say what would go.")
+    ] = False,
+) -> None:
+    """Delete all of an account from the tables, also for a later rebuild; then build and publish.
+
+    Its landed pages stay until faletl landing prune, and are not loaded again.
+    """
+    from faletl.config import Settings
+    from faletl.rename import extent, forget
+
+    settings = Settings.load()
+    found = extent(settings, name)
+    told = f"{found.rows:,} rows of {found.days:,} days"
+    if found.days:
+        told += f", {found.first_day} to {found.last_day}"
+    if not yes:
+        raise UsageError(f"this would delete account {name!a}: {told}; if you mean it, add --yes")
+    report = forget(settings, name)
+    typer.echo(f"account {name} is forgotten: {told} deleted")
+    _finish(report)
+
+
+@app.command(epilog="Example: faletl horizon --set 2026-01-01 --resource usage")
+def horizon(
+    set_: Annotated[
+        date | None,
+        typer.Option("--set", parser=_day, metavar="DATE", help="Load days from this one on."),
+    ] = None,
+    resource: Resources = None,
+    account: Annotated[
+        str | None,
+        typer.Option(metavar="LABEL", help="Whose; by default that of FALETL_ACCOUNT or FAL_KEY."),
+    ] = None,
+) -> None:
+    """The first UTC day that runs keep complete, per account and resource; --set moves it.
+
+    Moved back, the days in between are due. Moved on, nothing is deleted, and loaded days before it are
+    not extracted again.
+    """
+    from faletl import answers
+    from faletl.config import Settings
+
+    settings = Settings.load()
+    if set_ is not None:
+        from faletl.accounts import set_horizon
+
+        set_horizon(settings, set_, resource or (), account)
+    answers.print_horizons(settings, resource or (), account)
 
 
 @landing_app.command(epilog="Example: faletl landing du")

@@ -29,7 +29,7 @@ import httpcore
 import httpx
 import tenacity
 
-from faletl import __version__
+from faletl import __version__, invented
 from faletl.config import Settings
 from faletl.errors import (
     ApiUnavailableError,
@@ -111,6 +111,9 @@ class FalClient:
 
     clock_skew_seconds: float | None = None
     """How far this machine's clock and fal's are apart, once that was too far."""
+
+    is_sandbox = False
+    """Whether the newest answer, or refusal, had the mark of a sandbox."""
 
     _has_told_label = False
 
@@ -217,6 +220,7 @@ class FalClient:
         finally:
             _deadline.reset(deadline)
         self._watch_clock(response.headers.get("date"))
+        self.is_sandbox = invented.HEADER in response.headers
         if response.status_code != httpx.codes.OK:
             raise self._refusal(question, response, body).at(request_id=request_id)
         try:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+import hashlib
+import hmac
 import ipaddress
 import re
+import secrets
 from collections.abc import Collection
 from decimal import Decimal
 from pathlib import Path
@@ -16,6 +19,7 @@ from pydantic import ByteSize, Field, SecretStr, field_validator, model_validato
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from faletl.errors import SettingsError
+from faletl.invented import DEMO_MARK, KEYS
 from faletl.resources import MAKE_A_KEY
 
 REDACTED = "[key]"
@@ -25,6 +29,12 @@ SHORTEST_HALF = 8
 
 Threshold = Annotated[Decimal, Field(gt=0, max_digits=26, decimal_places=12)]
 """An amount above zero that a column of amounts holds exactly."""
+
+LONGEST_LABEL = 200
+"""Characters of an account's label."""
+
+FINGERPRINT = "sha256$"
+"""What the fingerprint of a key begins with, and no label: one may stand where the other is meant."""
 
 _URL = re.compile(
     r"https?://(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9-]{1,63}(\.[A-Za-z0-9-]{1,63})*\.?)"
@@ -57,7 +67,7 @@ class Settings(BaseSettings):
     landing: str = Field("landing", validation_alias="FALETL_LANDING")
     account: str | None = Field(None, validation_alias="FALETL_ACCOUNT")
     publish: str | None = Field(None, validation_alias="FALETL_PUBLISH")
-    first_days: Annotated[int, Field(ge=0)] = Field(30, validation_alias="FALETL_FIRST_DAYS")
+    first_days: Annotated[int, Field(ge=0, le=36_500)] = Field(30, validation_alias="FALETL_FIRST_DAYS")
     parallel: Annotated[int, Field(ge=1, le=64)] = Field(4, validation_alias="FALETL_PARALLEL")
     rate: Annotated[float, Field(ge=0)] = Field(5, validation_alias="FALETL_RATE")
     max_body: ByteSize = Field(ByteSize(64 * 2**20), validation_alias="FALETL_MAX_BODY")
@@ -137,8 +147,8 @@ class Settings(BaseSettings):
     @field_validator("account")
     @classmethod
     def _account_is_a_label(cls, account: str | None) -> str | None:
-        if account is not None and (not account.strip() or not account.isprintable()):
-            raise ValueError("must be a printable label")
+        if account is not None and not is_label(account):
+            raise ValueError(f"must be a printable label of at most {LONGEST_LABEL} characters")
         return account
 
     @model_validator(mode="after")
@@ -169,12 +179,38 @@ class Settings(BaseSettings):
         key = (self.metrics_key if metrics else None) or self.key
         return key.get_secret_value() if key else None
 
+    def fingerprint(self) -> str:
+        """A new fingerprint of the id of FAL_KEY: salted, so that no two are equal."""
+        salt = secrets.token_hex(16)
+        return f"{FINGERPRINT}{salt}${_hashed(salt, self.key)}"
+
+    def has_fingerprint(self, known: str, *, metrics: bool = False) -> bool:
+        """Whether that is a fingerprint of the id of FAL_KEY, or of FAL_METRICS_KEY where one is set."""
+        key = self.metrics_key if metrics else self.key
+        _, salt, digest = known.split("$")
+        return key is not None and hmac.compare_digest(digest, _hashed(salt, key))
+
+    @property
+    def _is_of_demo(self) -> bool:
+        """Whether the warehouse is that of a demo whose folder this is."""
+        return self.warehouse == _default("warehouse") and Path(DEMO_MARK).exists()
+
+    @property
+    def has_sandbox_key(self) -> bool:
+        """Whether FAL_KEY is one of the sandbox's own keys."""
+        return self.key is not None and self.key.get_secret_value() in KEYS
+
     def key_name(self, *, metrics: bool = False) -> str:
         """The setting that this key comes from."""
         return "FAL_METRICS_KEY" if metrics and self.metrics_key else "FAL_KEY"
 
     def require_key(self) -> None:
-        """Raises SettingsError when FAL_KEY is not set."""
+        """Raises SettingsError when FAL_KEY is not set, or fal would be asked for a demo's folder."""
+        if self._is_of_demo and (self.key is None or self.api_url == _default("api_url")):
+            raise SettingsError(
+                "the account in this folder is invented, by faletl demo: start its API with faletl "
+                "sandbox, in another terminal, and set FALETL_API_URL and FAL_KEY as that says"
+            )
         if self.key is None:
             raise SettingsError(f"FAL_KEY is not set; {MAKE_A_KEY}, and set FAL_KEY=key_id:secret")
 
@@ -216,6 +252,21 @@ def _without(body: bytes, forms: Collection[bytes]) -> bytes:
         if form in body:
             body = body.replace(form, REDACTED.encode())
     return body
+
+
+def _hashed(salt: str, key: SecretStr | None) -> str:
+    assert key is not None  # noqa: S101  # who asks has looked
+    return hashlib.sha256(f"{salt}{key.get_secret_value().partition(':')[0]}".encode()).hexdigest()
+
+
+def is_label(text: str) -> bool:
+    """Whether the text can be the label of an account."""
+    is_text = bool(text.strip()) and text.isprintable() and len(text) <= LONGEST_LABEL
+    return is_text and not text.startswith(FINGERPRINT)
+
+
+def _default(field: str) -> object:
+    return Settings.model_fields[field].default
 
 
 def _variable(field: str) -> str:

@@ -9,9 +9,10 @@ where runs look them up; a lost warehouse gets them back from here (`faletl rebu
 from __future__ import annotations
 
 import getpass
+import re
 import secrets
 from collections.abc import Sequence
-from datetime import date
+from datetime import UTC, date, datetime
 from typing import TypeAlias
 
 import msgspec
@@ -25,6 +26,7 @@ from faletl.places import at, storage_error, write_durably
 
 _FOLDER = ".decisions"
 _STAMP = "%Y%m%dT%H%M%S%fZ"
+_NAME = re.compile(r"\d{8}T\d{12}Z-[0-9a-f]{6}\.json", re.ASCII)
 
 
 class _Decision(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind"):
@@ -57,13 +59,14 @@ class AccountForgotten(_Decision, frozen=True, tag="account_forgotten"):
 
 
 class HorizonSet(_Decision, frozen=True, tag="horizon_set"):
-    """The first day to load was set, per resource.
+    """The first day to load was set, per resource; see faletl/horizons.py for what is `decided`.
 
     `account` is the fingerprint of a key as long as its label is unknown.
     """
 
     account: str
     first_days: dict[str, date]
+    decided: list[str] = []
 
 
 class WindowAccepted(_Decision, frozen=True, tag="window_accepted"):
@@ -84,6 +87,19 @@ class WindowAccepted(_Decision, frozen=True, tag="window_accepted"):
 
 
 Decision: TypeAlias = AccountBound | AccountRenamed | AccountForgotten | HorizonSet | WindowAccepted
+
+
+def next_instant(settings: Settings) -> datetime:
+    """Return the instant for a decision that is made now: after all that were recorded before.
+
+    The clocks of machines differ. Decisions are read in the order of their instants, so a clock that
+    is behind must not put a rename in front of the binding that it ends.
+    """
+    now, newest = datetime.now(UTC), max(_names(settings), default="")
+    if not newest:
+        return now
+    last = datetime.strptime(newest.partition("-")[0], _STAMP).replace(tzinfo=UTC)
+    return max(now, last + datetime.resolution)
 
 
 def record(settings: Settings, decision: Decision) -> None:
@@ -113,9 +129,17 @@ def recorded(settings: Settings) -> Sequence[Decision]:
         StorageError: the landing folder cannot be read.
     """
     folder = landing.root(settings) / _FOLDER
+    names = sorted(_names(settings))
     try:
-        names = sorted(name for name in at(folder).names(folder) if name.endswith(".json"))
         return [_decoded(str(folder / name), at(folder).read(folder / name)) for name in names]
+    except OSError as error:
+        raise StorageError(f"cannot read {error.filename or folder}: {error.strerror}") from None
+
+
+def _names(settings: Settings) -> list[str]:
+    folder = landing.root(settings) / _FOLDER
+    try:
+        return [name for name in at(folder).names(folder) if _NAME.fullmatch(name)]
     except OSError as error:
         raise StorageError(f"cannot read {error.filename or folder}: {error.strerror}") from None
 

@@ -1,60 +1,69 @@
 """The demo: an invented team's last two months, and the first answers that the tables give.
 
 It keeps to a folder of its own and takes no setting from the environment: invented spend must never
-meet a real warehouse.
+meet a real warehouse. The files in it have the default names, so that other commands work there.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime, time, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from pathlib import Path
 
+import duckdb
+import msgspec
 import sqlalchemy as sa
 from rich.console import Console
 
-from faletl import answers, pipeline
+from faletl import answers, invented, pipeline
 from faletl.config import Settings
-from faletl.places import storage_error
+from faletl.errors import UsageError
+from faletl.pages import UNREADABLE
+from faletl.places import storage_error, write_durably
 from faletl.plan import Asked
+from faletl.resources import PRICES
 from faletl.sandbox import FULL_KEY, Sandbox, invented_world
+from faletl.warehouse import open_warehouse
+from faletl.warehouse.tables import LOADS
 
-OWNERS = """\
-account,credential_id,owner,team,cost_centre
-,key:sandbox-key-1,backend,platform,CC-100
-,user:alice,Alice,design,CC-200
-"""
-"""Whose keys these are, as a team would write it down; whom it leaves out shows as UNMAPPED."""
+_WAREHOUSE = "faletl.duckdb"
+_OLDER_WAREHOUSE, _OLDER_OWNERS = "warehouse.duckdb", "owners.csv"
+
+
+class _Demo(msgspec.Struct, frozen=True):
+    """What the mark of a demo's folder says: its first day, and whether all was loaded once."""
+
+    first_day: date
+    is_loaded: bool = False
 
 
 def run(folder: Path, progress: pipeline.Progress) -> tuple[Settings, pipeline.Report]:
     """Load last month and this one into the folder; when called again, what is due.
 
     Fal tells no history of its price list. So that there are changes to be seen, it is read twice at
-    first: as it was when these months began, and as it is now.
+    first: as it was when these months began, and as it is now. What was interrupted is done again.
+
+    Raises:
+        UsageError: the folder is neither new nor empty nor a demo's.
+        StorageError: nothing can be written there.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise storage_error(error, folder) from None
-    owners = folder / "owners.csv"
-    if not owners.exists():
-        owners.write_text(OWNERS, "utf-8")
-    if (folder / "warehouse.duckdb").exists():
-        return _load(folder, owners, _now, Asked(), progress)
-    first_of_month = _now().date().replace(day=1)
-    start = (first_of_month - timedelta(days=1)).replace(day=1)
-    then = datetime.combine(start, time(), UTC)
-    settings, report = _load(
-        folder, owners, lambda: then, Asked(resources=("models", "prices")), progress
-    )
-    if report.exit_code:
-        return settings, report
-    return _load(folder, owners, _now, Asked(start), progress)
+    demo = _opened(folder)
+    then = datetime.combine(demo.first_day, time(), UTC)
+    if not _has_prices(folder):
+        snapshots = Asked(resources=("models", "prices"))
+        settings, report = _load(folder, lambda: then, snapshots, progress)
+        if report.exit_code:
+            return settings, report
+    asked = Asked() if demo.is_loaded else Asked(demo.first_day)
+    settings, report = _load(folder, _now, asked, progress)
+    if not report.exit_code and not demo.is_loaded:
+        _write_mark(folder, _Demo(demo.first_day, is_loaded=True))
+    return settings, report
 
 
 def _now() -> datetime:
@@ -62,22 +71,109 @@ def _now() -> datetime:
 
 
 def _load(
-    folder: Path,
-    owners: Path,
-    served_at: Callable[[], datetime],
-    asked: Asked,
-    progress: pipeline.Progress,
+    folder: Path, served_at: Callable[[], datetime], asked: Asked, progress: pipeline.Progress
 ) -> tuple[Settings, pipeline.Report]:
     with Sandbox(invented_world(late=True, now=served_at)) as server:
-        settings = Settings.isolated(
-            key=FULL_KEY,
-            api_url=server.url,
-            warehouse=f"duckdb:///{folder / 'warehouse.duckdb'}",
-            landing=str(folder / "landing"),
-            owners=owners,
-            rate=0,
-        )
+        settings = _settings(folder, api_url=server.url)
         return settings, pipeline.run(settings, asked, progress)
+
+
+def _settings(folder: Path, **given: object) -> Settings:
+    return Settings.isolated(
+        key=FULL_KEY,
+        warehouse=f"duckdb:///{folder / _WAREHOUSE}",
+        landing=str(folder / "landing"),
+        first_days=0,  # the mark says from when on
+        rate=0,
+        **given,
+    )
+
+
+def _has_prices(folder: Path) -> bool:
+    """Whether the first of the price lists is loaded."""
+    with open_warehouse(_settings(folder)).reading() as connection:
+        if connection is None:
+            return False
+        prices = sa.exists().where(LOADS.c.resource == PRICES.name, LOADS.c.is_current)
+        return bool(connection.execute(sa.select(prices)).scalar_one())
+
+
+# --- Its folder -----------------------------------------------------------------------------------
+
+
+def _opened(folder: Path) -> _Demo:
+    """The demo of the folder, a new one where there is none; raises UsageError for a folder in use."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = {path.name for path in folder.iterdir()}
+    except (FileExistsError, NotADirectoryError):
+        raise UsageError(f"{folder} is not a folder; name another with --folder") from None
+    except OSError as error:
+        raise storage_error(error, folder) from None
+    is_older = _OLDER_WAREHOUSE in held and _WAREHOUSE not in held
+    if invented.DEMO_MARK in held:
+        demo = _read_mark(folder)
+    elif held - {f".{invented.DEMO_MARK}.part"} and not (is_older and _OLDER_OWNERS in held):
+        raise _in_use(folder)
+    else:
+        first_of_month = _now().date().replace(day=1)
+        start = (first_of_month - timedelta(days=1)).replace(day=1)
+        demo = _Demo(_first_day_of_older(folder) or start if is_older else start)
+        _write_mark(folder, demo)
+    if is_older:
+        _first_day_of_older(folder)
+        _take_over_older(folder)
+    return demo
+
+
+def _in_use(folder: Path) -> UsageError:
+    return UsageError(
+        f"{folder} holds files that no demo made, and invented spend must not join them; name a new or "
+        "an empty folder with --folder"
+    )
+
+
+def _first_day_of_older(folder: Path) -> date | None:
+    """The first day that the demo of an older faletl loaded; raises UsageError if it was none."""
+    file = folder / _OLDER_WAREHOUSE
+    try:
+        with duckdb.connect(str(file), read_only=True) as connection:
+            found = connection.execute(
+                "select account, min(case when resource = 'usage' then window_start end)::date "
+                "from ops.loads group by account"
+            ).fetchall()
+    except duckdb.Error:
+        raise _in_use(folder) from None
+    if {account for account, _ in found} != {invented.ACCOUNT}:
+        raise _in_use(folder)
+    first_day: date | None = found[0][1]
+    return first_day
+
+
+def _take_over_older(folder: Path) -> None:
+    """Give the warehouse of an older demo its name of today; its .wal first, which it needs."""
+    try:
+        for end in (".wal", ""):
+            older = folder / f"{_OLDER_WAREHOUSE}{end}"
+            if older.exists():
+                older.rename(folder / f"{_WAREHOUSE}{end}")
+        (folder / f"{_OLDER_WAREHOUSE}.lock").unlink(missing_ok=True)
+    except OSError as error:
+        raise storage_error(error, folder / _WAREHOUSE) from None
+
+
+def _read_mark(folder: Path) -> _Demo:
+    path = folder / invented.DEMO_MARK
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=_Demo)
+    except UNREADABLE:
+        raise UsageError(f"{path} cannot be read; delete {folder} to start the demo again") from None
+    except OSError as error:
+        raise storage_error(error, path) from None
+
+
+def _write_mark(folder: Path, demo: _Demo) -> None:
+    write_durably(folder / invented.DEMO_MARK, msgspec.json.encode(demo))
 
 
 # --- The first answers ----------------------------------------------------------------------------
@@ -196,11 +292,11 @@ def print_first_answers(settings: Settings) -> None:
             console.print(f"\n[bold]{question}[/bold]")
             result = connection.exec_driver_sql(query)
             answers.write_table(list(result.keys()), result)
-        file = connection.engine.url.database
-    command = "faletl" if shutil.which("faletl") else os.path.relpath(sys.argv[0])
+        file = Path(str(connection.engine.url.database))
+    command = "faletl" if shutil.which("faletl") else os.path.relpath(sys.argv[0], file.parent)
     console.print(f"\nDatabase for your tools: {file}. Try next:", soft_wrap=True)
     console.print(
-        f'  FALETL_WAREHOUSE={settings.warehouse} {command} sql "{TRY_NEXT}"',
+        f'  cd {shlex.quote(str(file.parent))} && {command} sql "{TRY_NEXT}"',
         soft_wrap=True, markup=False, highlight=False,
     )  # fmt: skip
 

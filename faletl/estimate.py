@@ -11,12 +11,12 @@ from decimal import Context, Decimal
 import msgspec
 import sqlalchemy as sa
 
+from faletl import accounts
 from faletl.client import FalClient, MalformedBodyError
 from faletl.config import Settings
 from faletl.errors import ContractError, KeyRefusedError, NotFoundError, UsageError
 from faletl.money import EXACT_TEXT, exact_text, plain
 from faletl.pages import UNREADABLE, as_json
-from faletl.plan import account_label
 from faletl.warehouse import open_warehouse
 
 PATH = "/models/pricing/estimate"
@@ -205,7 +205,7 @@ def _history(connection: sa.Connection, client: FalClient, settings: Settings) -
     """The account of the key, as far as the warehouse leaves a choice, and its last days of spend."""
     newest = {row.account: row.newest for row in connection.execute(sa.text(_ACCOUNTS))}
     if settings.account or len(newest) > 1:
-        account = account_label(client, settings)
+        account = accounts.look_up(client, settings, accounts.known_to_readers(connection))
     else:
         account = next(iter(newest), "")
     if account not in newest:

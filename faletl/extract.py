@@ -27,7 +27,7 @@ from faletl.landing import Attempt, Call, Landed, Manifest
 from faletl.pages import UNREADABLE, as_json, read_envelope, walk
 from faletl.places import storage_error
 from faletl.resources import MAKE_A_KEY, MODELS, Question, Resource
-from faletl.windows import Window, instant
+from faletl.windows import LONG_AGO, Window, instant
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,8 @@ class Origin:
 
     The run, or this task of it, began `at`. `planned_from` is, per resource, the first day of the plan;
     `fencing_token` the newest one that was known when the run was planned. `unknown_ids` are, per
-    resource, those that fal answered 404 for, added by whichever read found them.
+    resource, those that fal answered 404 for, added by whichever read found them. What landed before
+    the label was bound (`bound_at`) may be of another account: it is not taken up.
     """
 
     account: str
@@ -58,6 +59,7 @@ class Origin:
     fencing_token: int
     planned_from: Mapping[str, date]
     unknown_ids: Mapping[str, set[str]]
+    bound_at: datetime = LONG_AGO
 
 
 def fetch_window(
@@ -87,7 +89,8 @@ def fetch_window(
         for is_second_try in (False, True):
             attempt, now = None, datetime.now(UTC)
             is_first = not (unproven or is_second_try)
-            mine, since = (settings, origin.account, resource.name, window), now - RESUME_WITHIN
+            mine = (settings, origin.account, resource.name, window)
+            since = max(now - RESUME_WITHIN, origin.bound_at)
             if is_first and ahead:
                 attempt = landing.gather(*mine, ahead, since=since)
             elif is_first and not (window.is_snapshot or window.is_provisional):

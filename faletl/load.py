@@ -32,7 +32,6 @@ from faletl.warehouse.schema import columns_of
 from faletl.warehouse.tables import (
     FAILURES,
     HOLDS,
-    HORIZONS,
     LOADS,
     QUARANTINE,
     RAW,
@@ -253,7 +252,6 @@ def _replace(
             is_same = False
     is_news = current is not None and _is_news(connection, manifest, current)
     data_version = fence(lease, changes_data=is_news or not (is_same or is_kept))
-    _widen_horizon(connection, manifest)
     _close_what_was_open(connection, manifest, at, is_all=is_all)
     outcome: Literal["loaded", "unchanged"] = "unchanged" if is_same or is_kept else "loaded"
     keep_findings(settings, lease, staged.findings, outcome, at=at)
@@ -564,23 +562,6 @@ def _restate(connection: sa.Connection, manifest: Manifest, before: _Lines, afte
 # --- What else a load leaves ----------------------------------------------------------------------
 
 
-def _widen_horizon(connection: sa.Connection, manifest: Manifest) -> None:
-    """Keep from which day on the ledger is to be complete, should the run end before it is."""
-    if manifest.window.is_snapshot:
-        return
-    same = sa.and_(HORIZONS.c.account == manifest.account, HORIZONS.c.resource == manifest.resource)
-    known = connection.execute(sa.select(HORIZONS.c.first_day).where(same)).scalar()
-    if known is None or manifest.planned_from < known:
-        connection.execute(sa.delete(HORIZONS).where(same))
-        connection.execute(
-            sa.insert(HORIZONS).values(
-                account=manifest.account,
-                resource=manifest.resource,
-                first_day=manifest.planned_from,
-            )
-        )
-
-
 def _forget_failure(connection: sa.Connection, manifest: Manifest) -> None:
     connection.execute(sa.delete(FAILURES).where(_failures_of(manifest)))
 
@@ -712,12 +693,6 @@ def changed_days(connection: sa.Connection, since: int, token: int) -> Mapping[s
     for resource, start in found:
         changed.setdefault(resource, set()).add(start.astimezone(UTC).date())
     return changed
-
-
-def horizons(connection: sa.Connection, account: str) -> Mapping[str, date]:
-    """Per resource the day from which on its ledger is to be complete."""
-    found = sa.select(HORIZONS.c.resource, HORIZONS.c.first_day).where(HORIZONS.c.account == account)
-    return {resource: first_day for resource, first_day in connection.execute(found)}  # noqa: C416
 
 
 def pages_per_window(connection: sa.Connection, account: str) -> Mapping[str, float]:

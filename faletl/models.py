@@ -170,12 +170,17 @@ class Check:
     """A select that must return no rows. `is_by_day`: what holds for each day holds for all.
 
     `keys_of` is the model whose keys it compares: in memory, so that it looks at few days at a time.
+    `cure` is what a person can do about rows that it finds, where its head says so.
     """
 
     name: str
     sql: str
     is_by_day: bool
     keys_of: Model | None = None
+    cure: str = ""
+
+
+_CURE = "-- cure: "
 
 
 @cache
@@ -184,7 +189,9 @@ def checks() -> tuple[Check, ...]:
     found = []
     for path in sorted((sql_folder() / "checks").glob("*.sql")):
         sql = path.read_text("utf-8")
-        found.append(Check(path.stem, sql, sql.splitlines()[1] == "-- days: each by itself"))
+        _, days, more, *_ = sql.splitlines()
+        cure = more.removeprefix(_CURE) if more.startswith(_CURE) else ""
+        found.append(Check(path.stem, sql, days == "-- days: each by itself", cure=cure))
     for model in models():
         key = ", ".join(model.grain)
         if key and not _has_fact(model):
@@ -419,6 +426,14 @@ def _last_build(connection: sa.Connection) -> tuple[int, str, int] | None:
     return (found.data_version, found.models_digest, found.fencing_token) if found else None
 
 
+def make_next_build_full(connection: sa.Connection) -> None:
+    """Inside a transaction: days changed that no load names, so the next build makes all of them."""
+    newest = sa.select(sa.func.max(BUILDS.c.fencing_token)).scalar_subquery()
+    connection.execute(
+        sa.update(BUILDS).where(BUILDS.c.fencing_token == newest).values(models_digest="")
+    )
+
+
 def build(
     settings: Settings, warehouse: Warehouse, lease: Lease, *, run_id: str, full: bool = False
 ) -> Build:
@@ -621,7 +636,7 @@ def _check(connection: sa.Connection, check: Check, dialect: str, days: Collecti
             told = "; ".join(", ".join(f"{k} {v!a}" for k, v in row.items()) for row in found)
             raise CheckFailedError(
                 f"the check '{check.name}' found rows ({told}); the build was undone and readers keep "
-                "what they had",
+                f"what they had{'; ' * bool(check.cure)}{check.cure}",
                 check=check.name,
             )
 

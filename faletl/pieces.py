@@ -15,14 +15,16 @@ from typing import Self, TypedDict
 
 import msgspec
 
-from faletl import landing
+from faletl import accounts, horizons, landing
+from faletl.accounts import SignedIn
 from faletl.check import check
 from faletl.client import FalClient
 from faletl.config import Settings
 from faletl.errors import FaletlError, KeyRefusedError, TamperedError
 from faletl.extract import Origin, ask_ahead
 from faletl.landing import Landed
-from faletl.load import horizons
+from faletl.load import reads_by_day
+from faletl.overlap import charges_first
 from faletl.pages import UNREADABLE
 from faletl.pipeline import (
     Report,
@@ -35,11 +37,11 @@ from faletl.pipeline import (
     worked,
 )
 from faletl.places import at, place, scratch_folder, storage_error, write_durably
-from faletl.plan import NAMELESS, Asked, Task, account_label, first_planned, plan, with_ids
+from faletl.plan import Asked, Task, first_planned, plan, with_ids
 from faletl.resources import RESOURCES
 from faletl.staging import Staged
-from faletl.warehouse import open_warehouse
-from faletl.windows import Window
+from faletl.warehouse import Warehouse, open_warehouse
+from faletl.windows import LONG_AGO, Window
 
 log = logging.getLogger(__name__)
 
@@ -105,13 +107,22 @@ class Plan(msgspec.Struct, frozen=True):
     fencing_token: int
     planned_from: dict[str, date]
     windows: list[Planned]
+    bound_at: datetime = LONG_AGO
 
     @property
     def origin(self) -> Origin:
         """What the reads of one task have in common: it begins now."""
         unknown_ids = {name: set[str]() for name in RESOURCES}
         now = datetime.now(UTC)
-        return Origin(self.account, self.run_id, now, self.fencing_token, self.planned_from, unknown_ids)
+        return Origin(
+            self.account,
+            self.run_id,
+            now,
+            self.fencing_token,
+            self.planned_from,
+            unknown_ids,
+            self.bound_at,
+        )
 
 
 def make_plan(settings: Settings, asked: Asked, *, is_first_due: bool = False) -> str | None:
@@ -122,24 +133,21 @@ def make_plan(settings: Settings, asked: Asked, *, is_first_due: bool = False) -
 
     Raises:
         UsageError: settings that cannot mean anything; no key.
-        KeyRefusedError: fal accepts the key for nothing.
-        ApiUnavailableError, ContractError: fal did not tell the account's name.
-        WarehouseError, StorageError: the warehouse cannot be read, the plan not be written.
+        KeyRefusedError: fal accepts the key for nothing, or not for usage and its account is not known.
+        ApiUnavailableError, ContractError: fal did not say whose the key is.
+        WarehouseError, StorageError: the warehouse, or the plan, cannot be written.
     """
     settings.require_key()
-    now = datetime.now(UTC)
-    with FalClient(settings) as client:
-        account = account_label(client, settings)
-    # Where fal did not tell the name, better one task tells why than each that follows.
-    if account == NAMELESS and (sentence := check(settings).why_refused):
-        raise KeyRefusedError(sentence)
-    with open_warehouse(settings).reading() as connection:
-        if is_first_due and not _is_older(settings, asked, now):
-            known_since = horizons(connection, account) if connection is not None else {}
-            days = {name for name in asked.resources if RESOURCES[name].window == "day"}
-            if days and not known_since.keys() & days:
-                asked = Asked(resources=asked.resources)
-        tasks = plan(settings, connection, account, asked, now)
+    now, warehouse = datetime.now(UTC), open_warehouse(settings)
+    signed_in = _sign_in(settings, warehouse, asked, now)
+    account = signed_in.label
+    if is_first_due and _is_first(warehouse, account, asked) and not _is_older(settings, asked, now):
+        asked = Asked(resources=asked.resources)
+        horizons.remember(settings, warehouse, account, asked, now)
+    with warehouse.reading() as connection:
+        tasks = plan(settings, connection, account, asked, now, owners=signed_in.owners)
+        first, rest = charges_first(connection, account, tasks)
+        tasks = [*first, *rest]
         by_ids = [task for task in tasks if task.resource.ids_per_call is not None]
         known = {(t.resource.name, t.window): t for t in with_ids(connection, account, by_ids, now)}
         token = fencing_token(connection)
@@ -150,7 +158,7 @@ def make_plan(settings: Settings, asked: Asked, *, is_first_due: bool = False) -
     windows = [Planned.of(t, now) for t in tasks if t.resource.ids_per_call is None or t.ids]
     if not windows:
         return None
-    made = Plan(new_run_id(), account, token, planned_from, windows)
+    made = Plan(new_run_id(), account, token, planned_from, windows, signed_in.bound_at)
     folder = landing.root(settings) / ".plans"
     path = folder / f"{made.run_id}.json"
     try:
@@ -161,6 +169,20 @@ def make_plan(settings: Settings, asked: Asked, *, is_first_due: bool = False) -
     write_durably(path, msgspec.json.format(msgspec.json.encode(made), indent=1))
     log.info("%d windows of account %s are to be read: %s", len(windows), account, path)
     return str(path.absolute())
+
+
+def _sign_in(settings: Settings, warehouse: Warehouse, asked: Asked, now: datetime) -> SignedIn:
+    """The account; where fal refuses the key, one task says why, and not each that follows."""
+    try:
+        with FalClient(settings) as client:
+            signed_in = accounts.sign_in(client, settings, warehouse, asked, now)
+    except KeyRefusedError:
+        if sentence := check(settings).why_refused:
+            raise KeyRefusedError(sentence) from None
+        raise
+    if signed_in.username is None and (sentence := check(settings).why_refused):
+        raise KeyRefusedError(sentence)
+    return signed_in
 
 
 def read_plan(path: str) -> Plan:
@@ -266,6 +288,16 @@ def _all_landed(settings: Settings, made: Plan, report: Report) -> Iterator[Land
 
 def _landed(settings: Settings, made: Plan, task: Task) -> Landed | None:
     return landing.read_of_run(settings, made.account, task.resource.name, task.window, made.run_id)
+
+
+def _is_first(warehouse: Warehouse, account: str, asked: Asked) -> bool:
+    """Whether days are asked for of resources of which nothing is loaded yet."""
+    days = [name for name in asked.resources if name in horizons.BY_DAY]
+    with warehouse.reading() as connection:
+        is_loaded = connection is not None and any(
+            reads_by_day(connection, account, name) for name in days
+        )
+    return bool(days) and not is_loaded
 
 
 def _is_older(settings: Settings, asked: Asked, now: datetime) -> bool:

@@ -18,12 +18,13 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time, timedelta
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import sqlalchemy as sa
 
-from faletl import alerts, holds, landing, models
+from faletl import accounts, alerts, holds, landing, models, relabel
 from faletl.client import FalClient, StoppedError
 from faletl.config import Settings
 from faletl.errors import (
@@ -44,18 +45,18 @@ from faletl.load import (
     record_failure,
     replace_window,
 )
+from faletl.overlap import SharedChargesError, charges_first, refuse_shared
 from faletl.places import scratch_folder
 from faletl.plan import (
     Asked,
     Forecast,
     Task,
-    account_label,
     first_planned,
     forecast,
     plan,
     with_ids,
 )
-from faletl.resources import MODELS, RESOURCES, USAGE
+from faletl.resources import BILLING_EVENTS, MODELS, RESOURCES, USAGE
 from faletl.staging import Staged, stage_window
 from faletl.warehouse import Warehouse, open_warehouse
 from faletl.warehouse.tables import BUILDS, LOADS, WAREHOUSE
@@ -154,13 +155,16 @@ def dry_run(settings: Settings, asked: Asked = DUE) -> list[Forecast]:
 
     Raises:
         UsageError: settings that cannot mean anything; no key.
-        ApiUnavailableError, ContractError: fal did not tell the account's name.
+        ApiUnavailableError, ContractError: fal did not say whose the key is.
     """
     settings.require_key()
+    warehouse = open_warehouse(settings)
     with FalClient(settings) as client:
-        label = account_label(client, settings)
-    with open_warehouse(settings).reading() as connection:
-        return forecast(settings, connection, label, asked, datetime.now(UTC))
+        account = accounts.preview(client, settings, warehouse)
+    with warehouse.reading() as connection:
+        return forecast(
+            settings, connection, account.label, asked, datetime.now(UTC), owners=account.owners
+        )
 
 
 def load(settings: Settings, asked: Asked = DUE, progress: Progress = silent) -> Report:
@@ -369,12 +373,22 @@ def _extracted(
     now = datetime.now(UTC)
     landing.root(settings)  # before fal is asked for what could not be kept
     with FalClient(settings) as client, scratch_folder() as scratch:
-        label = report.account = account_label(client, settings)
+        account = accounts.sign_in(client, settings, warehouse, asked, now)
+        label = report.account = account.label
         with warehouse.reading() as connection:
-            tasks = plan(settings, connection, label, asked, now)
+            tasks = plan(settings, connection, label, asked, now, owners=account.owners)
+            first, tasks = charges_first(connection, label, tasks)
             token = fencing_token(connection)
         unknown_ids = {name: set[str]() for name in RESOURCES}
-        origin = Origin(label, report.run_id, now, token, first_planned(tasks), unknown_ids)
+        origin = Origin(
+            label,
+            report.run_id,
+            now,
+            token,
+            first_planned([*first, *tasks]),
+            unknown_ids,
+            account.bound_at,
+        )
         seen = Seen()
         refused = set[str]()
 
@@ -394,10 +408,10 @@ def _extracted(
                 return None
 
         done = 0
-        for wave in _waves(warehouse, label, tasks, now, seen):
+        for wave in chain([first], _waves(warehouse, label, tasks, now, seen)):
             for batch, count in worked(client, settings, wave, work, report):
                 done += count
-                progress("extracting", done, len(tasks))
+                progress("extracting", done, len(first) + len(tasks))
                 for staged in batch:
                     seen.note(staged)
                 if batch:
@@ -560,13 +574,16 @@ def _load_batch(
     report: Report,
 ) -> None:
     with warehouse.lease(f"faletl load, run {report.run_id}") as lease:
+        with lease.transaction():
+            accounts.require_known(lease.connection, report.account)
         for staged in batch:
             resource, window = staged.resource, staged.landed.manifest.window
             judged = staged
             try:
                 with lease.transaction():
-                    if settings.gate and not is_already_loaded(lease.connection, staged):
-                        judged = gate().passed(lease.connection, staged)
+                    if not is_already_loaded(lease.connection, staged):
+                        refuse_shared(settings, warehouse, lease.connection, staged, _shared(report))
+                        judged = gate().passed(lease.connection, staged) if settings.gate else staged
             except DataRefusedError as error:
                 landing.refuse(staged.landed.folder)
                 report.failures.append((Task(resource, window), error))
@@ -597,6 +614,15 @@ def note_outcome(report: Report, staged: Staged, replaced: Replaced) -> None:
     report.failures.append((Task(RESOURCES[name], window), error))
 
 
+def _shared(report: Report) -> set[date]:
+    """The days whose charges were refused because they are loaded under another label."""
+    return {
+        task.window.day
+        for task, error in report.failures
+        if task and isinstance(error, SharedChargesError)
+    }
+
+
 def outcome_of(staged: Staged, outcome: str) -> Outcome:
     """What became of the staged window."""
     window = staged.landed.manifest.window
@@ -616,6 +642,8 @@ def record_failures(settings: Settings, report: Report) -> None:
         return
     warehouse = open_warehouse(settings)
     with suppress(FaletlError), warehouse.lease(f"faletl, run {report.run_id}") as lease:
+        with lease.transaction():
+            accounts.require_known(lease.connection, report.account)
         for task, error, account in failed:
             record_failure(
                 settings, lease, error, account=account, resource=task.resource.name,
@@ -631,13 +659,16 @@ def _not_loaded(settings: Settings, warehouse: Warehouse, report: Report | None 
     with warehouse.reading() as connection:
         loaded = loaded_reads(connection) if connection is not None else {}
     newest: dict[tuple[str, ...], Landed] = {}
+    open_read = relabel.opener(settings)
     for folder in landing.complete_reads(settings):
         try:
-            landed = landing.open_read(folder)
+            landed = open_read(folder)
         except FaletlError as error:
             if report is None:
                 raise
             report.failures.append((None, error))
+            continue
+        if landed is None:
             continue
         manifest = landed.manifest
         key: tuple[str, ...] = (manifest.account, manifest.resource, manifest.window.day.isoformat())
@@ -646,7 +677,7 @@ def _not_loaded(settings: Settings, warehouse: Warehouse, report: Report | None 
             key = (*key, manifest.load_id)
         if read_at is None or manifest.started_at > read_at:
             newest[key] = max(newest.get(key, landed), landed, key=_newness)
-    order = list(RESOURCES)
+    order = [BILLING_EVENTS.name, *RESOURCES]  # charges tell whose usage it is (faletl/overlap.py)
     return sorted(
         newest.values(),
         key=lambda landed: (order.index(landed.manifest.resource), landed.manifest.started_at),

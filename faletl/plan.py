@@ -1,30 +1,37 @@
-"""Plan: which windows a run reads, and which endpoint ids it asks for. Asks fal for a name at most."""
+"""Plan: which windows a run reads, and which endpoint ids it asks for. Asks fal nothing."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from datetime import UTC, date, datetime, timedelta
+from datetime import date, datetime
 from types import MappingProxyType
 
-import msgspec
 import sqlalchemy as sa
 
-from faletl.client import FalClient, MalformedBodyError
+from faletl import horizons
 from faletl.config import Settings
-from faletl.errors import ContractError, KeyRefusedError, UsageError
-from faletl.load import SEEN_WITHIN, KnownIds, horizons, known_ids, pages_per_window, reads_by_day
-from faletl.pages import UNREADABLE, as_json
+from faletl.errors import UsageError
+from faletl.horizons import Horizons
+from faletl.load import SEEN_WITHIN, KnownIds, known_ids, pages_per_window, reads_by_day
 from faletl.resources import RESOURCES, Resource
-from faletl.windows import Read, Window, asks_whole_catalogue, due_days, utc_days
+from faletl.windows import (
+    Read,
+    Window,
+    asks_whole_catalogue,
+    due_days,
+    refuse_odd_day,
+    utc_days,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
     """What a person or a scheduler asks for: the UTC days from `start` to before `end`, of `resources`.
 
-    Without `start`, what is due; without `end`, up to now; without `resources`, all.
+    Without `start`, what is due (before `end`); without `end`, up to now; without `resources`, all.
+    Days go from 2021-01-01 to tomorrow.
 
     Raises:
         UsageError: dates or resources that cannot mean anything.
@@ -40,12 +47,11 @@ class Asked:
             raise UsageError(
                 f"there is no resource {', '.join(map(repr, unknown))}; there are {', '.join(RESOURCES)}"
             )
-        if end is not None and start is None:
-            raise UsageError("--end needs --start")
+        for option, day in (("--start", start), ("--end", end)):
+            if day is not None:
+                refuse_odd_day(option, day)
         if start is not None and end is not None and end <= start:
             raise UsageError(f"--end {end} is not after --start {start}; --end is exclusive")
-        if start is not None and start > datetime.now(UTC).date():
-            raise UsageError(f"--start {start} is in the future")
 
     def includes(self, resource: str, window: Window) -> bool:
         """Whether that window of that resource is meant."""
@@ -93,66 +99,28 @@ def _assumed_ids(task: Task) -> int:
     return ASSUMED_CATALOGUE if is_all else ASSUMED_USED
 
 
-LONGEST_LABEL = 200
-"""Characters of an account's name."""
-
-NAMELESS = "default"
-"""The label of an account whose name fal does not tell to its key."""
-
-
-def account_label(client: FalClient, settings: Settings) -> str:
-    """The account's label: FALETL_ACCOUNT, or fal's name of the account.
-
-    Only a refusal makes it `default`: one bad minute must not make a second account.
-    """
-    if settings.account:
-        return settings.account
-    try:
-        _, label = client.get("/account/billing", {"expand": ("credits",)}, read_username)
-    except KeyRefusedError:
-        return NAMELESS
-    return label
-
-
-def read_username(body: bytes) -> str:
-    """The account's name in an answer of /account/billing.
-
-    Raises:
-        ContractError, MalformedBodyError: there is none.
-    """
-    try:
-        username = msgspec.json.decode(as_json(body), type=dict[str, msgspec.Raw])["username"]
-        label = msgspec.json.decode(username, type=str)
-    except msgspec.ValidationError as error:
-        raise ContractError(f"fal's account has no proper name: {error}") from None
-    except UNREADABLE as error:
-        raise MalformedBodyError(f"the answer is no whole JSON document ({error})") from None
-    except KeyError:
-        raise ContractError("fal's account has no username; set FALETL_ACCOUNT") from None
-    if not label.strip():
-        raise ContractError("fal's account has an empty username; set FALETL_ACCOUNT")
-    if not label.isprintable() or len(label) > LONGEST_LABEL:
-        raise ContractError("fal's account has a username that cannot be a label; set FALETL_ACCOUNT")
-    return label
-
-
 def plan(
     settings: Settings,
     connection: sa.Connection | None,
     account: str,
     asked: Asked,
     now: datetime,
+    *,
+    owners: Iterable[str] = (),
 ) -> list[Task]:
-    """The windows to extract: the days named, else those that are due, by the ledger."""
+    """The windows to extract: the days named, else those that are due, by the ledger.
+
+    `owners` are under whose names horizons of the account stand: its label, and its key if that is not
+    bound yet.
+    """
     reads: dict[str, Mapping[date, Read]] = {name: {} for name in RESOURCES}
-    recent = now.date() - timedelta(settings.first_days)
-    first_days = dict.fromkeys(RESOURCES, recent)
+    rows: Horizons = {}
     if connection is not None:
         reads = {name: reads_by_day(connection, account, name) for name in RESOURCES}
-        known = horizons(connection, account)
-        # Named days may have been loaded first, or the first run may have died before it could load.
-        first_days = {name: min(recent, known.get(name, recent)) for name in RESOURCES}
-    return tasks_of(reads, first_days, asked, now)
+        for owner in dict.fromkeys((account, *owners)):
+            rows = horizons.merged(rows, horizons.held(connection, owner))
+    rows = horizons.moved(rows, account, asked, now, settings.first_days)
+    return tasks_of(reads, {name: row.first_day for name, row in rows.items()}, asked, now)
 
 
 def tasks_of(
@@ -161,7 +129,7 @@ def tasks_of(
     asked: Asked,
     now: datetime,
 ) -> list[Task]:
-    """The same, from what was read and the day from which on the ledger is to be complete.
+    """The same, from what was read and the first day of each resource that has days.
 
     A day that has not ended is cut at its last full hour; one of which no hour has ended is left out.
     """
@@ -180,6 +148,8 @@ def tasks_of(
             else due_days(now, reads[name], first_days[name])
         )
         for day in days:
+            if asked.end is not None and day.day >= asked.end:
+                break
             if (window := day.settled(now)) is not None:
                 is_whole = resource.ids_per_call is not None and asks_whole_catalogue(
                     window, reads[name].get(window.day), now
@@ -235,9 +205,11 @@ def forecast(
     account: str,
     asked: Asked,
     now: datetime,
+    *,
+    owners: Iterable[str] = (),
 ) -> list[Forecast]:
-    """What a run would read now, and in how many calls, judging by earlier reads."""
-    tasks = plan(settings, connection, account, asked, now)
+    """What a run would read now, and in how many calls by earlier reads. Arguments as `plan`."""
+    tasks = plan(settings, connection, account, asked, now, owners=owners)
     pages = pages_per_window(connection, account) if connection is not None else {}
     by_name: dict[str, list[Task]] = {}
     for task in tasks:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import sqlalchemy as sa
 
-from faletl import landing, pipeline
+from faletl import landing, pipeline, relabel
 from faletl.config import Settings
 from faletl.errors import DataRefusedError, UsageError
 from faletl.pipeline import Outcome, Progress, Report, silent
@@ -56,7 +56,8 @@ def retry(settings: Settings, load_ids: Sequence[str] = (), progress: Progress =
         raise UsageError(f"nothing is open of a read {gone[0]!a}; see faletl quarantine list --all")
     rows = {row["load_id"]: row for row in found if not load_ids or row["load_id"] in load_ids}
     folders = [landing.root(settings) / row["landing_path"] for row in rows.values()]
-    pipeline.load_reads(settings, [landing.open_read(folder) for folder in folders], report, progress)
+    opened = map(relabel.opener(settings), folders)
+    pipeline.load_reads(settings, [landed for landed in opened if landed], report, progress)
     for one in report.outcomes:
         if one.outcome != "loaded":
             report.failures.append((None, _not_mended(one, rows[one.path.name])))

@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from pathlib import Path
 
+import msgspec
 import sqlalchemy as sa
 
-from faletl import decisions, holds, landing, models, pipeline
+from faletl import decisions, holds, landing, models, pipeline, relabel
 from faletl.config import Settings
 from faletl.decisions import WindowAccepted
 from faletl.errors import (
@@ -36,6 +37,7 @@ from faletl.places import scratch_folder
 from faletl.staging import Staged, stage_window
 from faletl.warehouse import Lease, open_warehouse
 from faletl.warehouse.tables import WAREHOUSE
+from faletl.windows import refuse_odd_day
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +74,10 @@ def rebuild(settings: Settings, day: date | None = None, progress: Progress = pi
     Raises:
         TamperedError: landed pages are gone or are not those that were landed; nothing is changed.
         SettingsError, WarehouseError, StorageError: the warehouse cannot be written.
-        UsageError: one day of a warehouse that is not there.
+        UsageError: one day of a warehouse that is not there, or a day that cannot be.
     """
+    if day is not None:
+        refuse_odd_day("--window", day)
     report = Report(pipeline.new_run_id())
     if day is None:
         _rebuild_all(settings, report, progress)
@@ -110,6 +114,10 @@ def _rebuild_all(settings: Settings, report: Report, progress: Progress) -> None
                 outcomes, lease = replay(settings, fresh, lease, [(staged, one.receipt)])
                 report.outcomes.append(pipeline.outcome_of(staged, outcomes[0]))
                 staged.discard()
+        with lease.transaction():
+            relabel.restore(
+                lease.connection, decisions.recorded(settings), (one.landed.manifest for one in past)
+            )
         report.build = models.build(settings, fresh, lease, run_id=report.run_id)
         pipeline.warn_of_runaways(report.build)
     _complete_receipts(past)
@@ -119,9 +127,12 @@ def _restore_what_was_decided(settings: Settings, lease: Lease, ledger: Ledger) 
     """The warehouse keeps its id, and knows what people accepted, before anything is loaded."""
     if ledger.warehouse_id:
         lease.connection.execute(sa.update(WAREHOUSE).values(warehouse_id=ledger.warehouse_id))
-    for decision in decisions.recorded(settings):
+    made = decisions.recorded(settings)
+    for decision in made:
         if isinstance(decision, WindowAccepted):
-            holds.enter(lease.connection, decision)
+            label = relabel.label_now(made, decision.account, decision.decided_at)
+            if label is not None:
+                holds.enter(lease.connection, msgspec.structs.replace(decision, account=label))
 
 
 def _rebuild_day(settings: Settings, report: Report, day: date) -> None:
@@ -173,7 +184,7 @@ def prune(settings: Settings, *, is_dry: bool = False) -> tuple[list[Path], int]
             return [], 0
         ledger = read_ledger(connection)
         past = _history(settings, ledger)
-    kept = _needed(past, ledger) | _loadable(complete, past)
+    kept = _needed(past, ledger) | _loadable(settings, complete, past)
     dropped += [folder for folder in complete if folder.name not in kept]
     size = sum(landing.size(folder) for folder in dropped)
     if not is_dry:
@@ -206,13 +217,17 @@ def _history(settings: Settings, ledger: Ledger, day: date | None = None) -> lis
 
 
 def _complete(settings: Settings, ledger: Ledger, day: date | None) -> Iterator[Landed]:
+    open_read = relabel.opener(settings)
     for folder in landing.complete_reads(settings, day):
         try:
-            yield landing.open_read(folder)
+            landed = open_read(folder)
         except TamperedError as error:
             if folder.name in ledger.needed:
                 raise
             log.warning("%s; no row depends on it", error)
+            continue
+        if landed is not None:
+            yield landed
 
 
 def _began_at(manifest: Manifest) -> datetime:
@@ -266,7 +281,7 @@ def _needed(past: Sequence[Loaded], ledger: Ledger) -> set[str]:
     return needed
 
 
-def _loadable(complete: Iterable[Path], past: Sequence[Loaded]) -> set[str]:
+def _loadable(settings: Settings, complete: Iterable[Path], past: Sequence[Loaded]) -> set[str]:
     """The extracts that were not loaded and could be: none of their window was taken later."""
     newest: dict[tuple[str, ...], tuple[int, datetime]] = {}
     for one in past:
@@ -275,7 +290,7 @@ def _loadable(complete: Iterable[Path], past: Sequence[Loaded]) -> set[str]:
         newest[window] = max(token, one.receipt.fencing_token), max(began_at, one.began_at)
     loaded = {one.load_id for one in past}
     found = set()
-    for manifest in _manifests(folder for folder in complete if folder.name not in loaded):
+    for manifest in _manifests(settings, (one for one in complete if one.name not in loaded)):
         began_at = _began_at(manifest)
         token, last = newest.get(_window_of(manifest), (0, began_at))
         if token <= manifest.fencing_token or last <= began_at:
@@ -283,13 +298,17 @@ def _loadable(complete: Iterable[Path], past: Sequence[Loaded]) -> set[str]:
     return found
 
 
-def _manifests(folders: Iterable[Path]) -> Iterator[Manifest]:
+def _manifests(settings: Settings, folders: Iterable[Path]) -> Iterator[Manifest]:
     """The manifests that can be read; a read without one can be neither loaded nor rebuilt from."""
+    open_read = relabel.opener(settings)
     for folder in folders:
         try:
-            yield landing.open_read(folder).manifest
+            landed = open_read(folder)
         except TamperedError as error:
             log.warning("%s; no row depends on it", error)
+            continue
+        if landed is not None:
+            yield landed.manifest
 
 
 def _window_of(manifest: Manifest) -> tuple[str, ...]:

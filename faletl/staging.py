@@ -421,7 +421,7 @@ def _more_columns(landed: Landed, resource: Resource, label: str) -> Iterator[st
     if resource.window == "snapshot":
         yield f"timestamptz '{instant(window.start)}' as _snapshot_at"
     if resource.identity:
-        yield f"{_hash_expression(landed.manifest.account, resource)} as _hash"
+        yield f"{hash_expression(landed.manifest.account, resource)} as _hash"
         yield "1 as _ordinal"
 
 
@@ -675,8 +675,8 @@ def _told(typed: Typed, because: str) -> str:
     return f"{rows} ({told}{'; …' * (typed.breaches > _TELL)}); {because}"
 
 
-def _hash_expression(account: str, resource: Resource) -> str:
-    """SQL for what tells a row from others where fal gives it no id."""
+def hash_expression(account: str, resource: Resource) -> str:
+    """SQL of DuckDB for what tells a row from others where fal gives it no id; with the label in it."""
     values = [quoted(account), *(_value(resource.column(name)) for name in resource.identity)]
     return f"md5(concat({', chr(31), '.join(values)}))"  # to concat, null is an empty text
 

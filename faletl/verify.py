@@ -19,7 +19,7 @@ from typing import Any
 import duckdb
 import sqlalchemy as sa
 
-from faletl import landing, models
+from faletl import landing, models, relabel
 from faletl.config import Settings
 from faletl.errors import FaletlError, StorageError, UsageError
 from faletl.landing import Landed
@@ -200,7 +200,8 @@ def _digest_now(settings: Settings, load: sa.Row[Any]) -> str | None:
 def _staged(settings: Settings, landing_path: str, scratch: Path) -> Staged | None:
     """The rows of a read, from its landed pages; None where these are not as they were loaded."""
     try:
-        return stage_window(settings, landing.open_read(landing.root(settings) / landing_path), scratch)
+        landed = relabel.opener(settings)(landing.root(settings) / landing_path)
+        return stage_window(settings, landed, scratch) if landed else None
     except StorageError:
         raise  # nobody knows what lies there
     except FaletlError:
@@ -272,7 +273,8 @@ def _failed_check(connection: sa.Connection, dialect: str, check: models.Check) 
         found = connection.exec_driver_sql(sql).mappings().fetchmany(3)
         for row in found:
             told = ", ".join(f"{key} {_plain(value)}" for key, value in row.items())
-            yield f"the check '{check.name}' finds {told}; faletl rebuild makes all anew"
+            cure = check.cure or "faletl rebuild makes all anew"
+            yield f"the check '{check.name}' finds {told}; {cure}"
         if found:
             return
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 
+from faletl.errors import UsageError
+
 DAY = timedelta(days=1)
 HOUR = timedelta(hours=1)
 WEEK = timedelta(days=7)
+
+LONG_AGO = datetime.min.replace(tzinfo=UTC)
+
+FIRST_DAY = date(2021, 1, 1)
+"""The first day that can be named: fal sold nothing before."""
 
 SETTLE = timedelta(minutes=5)
 """How far behind now an hour must have ended before we read it (docs/fal-api.md, "Arrival")."""
@@ -82,6 +90,29 @@ class Window:
 def instant(at: datetime) -> str:
     """RFC 3339 in UTC with a Z, to the second where that is exact."""
     return at.astimezone(UTC).isoformat().replace("+00:00", "Z")
+
+
+def day_of(text: str) -> date:
+    """Return the date that a person wrote as 2026-11-01; raises ValueError for anything else.
+
+    `date.fromisoformat` takes weeks and omitted hyphens, `strptime` takes digits of any script.
+    """
+    try:
+        if re.fullmatch(r"\d{4}-\d{2}-\d{2}", text, re.ASCII):
+            return date.fromisoformat(text)
+    except ValueError:  # the 31st of November
+        pass
+    raise ValueError(f"{text!a} is not a date like 2026-11-01")
+
+
+def refuse_odd_day(what: str, day: date) -> None:
+    """Raises UsageError for a day that fal cannot have data of: before 2021, or after tomorrow."""
+    tomorrow = datetime.now(UTC).date() + DAY
+    if not FIRST_DAY <= day <= tomorrow:
+        raise UsageError(
+            f"{what} {day} is out of range; name a day from {FIRST_DAY}, when fal began to sell, to "
+            f"tomorrow, {tomorrow}"
+        )
 
 
 def utc_days(first: date, end: date) -> Iterator[Window]:

@@ -21,6 +21,9 @@ KEY = Credential("backend", api_key_id="key-1")
 LOGIN = Credential("User token", login_username="alice")
 NOBODY = Credential("None")
 
+OTHER_KEY = "other-account:0123456789abcdef"
+"""A key for a second account: fal knows an account by its keys."""
+
 FLUX, VIDEO, VOICE = "fal-ai/flux/dev", "fal-ai/veo3.1", "fal-ai/kokoro"
 
 
@@ -59,7 +62,8 @@ class Account:
     """What fal holds of one account; a `World` that a test changes between runs.
 
     Its charges and requests follow from the lines of usage, two charges and one request for each,
-    unless a test says otherwise; endpoints of `failing` have requests in each hour that only fail.
+    unless a test says otherwise; endpoints of `failing` have requests in each hour that only fail. The
+    ids of its requests begin with `requests`: two accounts of fal never share one.
     """
 
     account: str = "acme"
@@ -69,6 +73,7 @@ class Account:
     catalogue: list[dict[str, Any]] = field(default_factory=list)
     listed: dict[str, dict[str, Any]] = field(default_factory=dict)
     balance: Decimal = Decimal("24.5")
+    requests: str = ""
 
     def models(self) -> list[dict[str, Any]]:
         """The catalogue."""
@@ -84,7 +89,7 @@ class Account:
 
     def billing_events(self, start: datetime, end: datetime) -> Iterable[BillingEvent]:
         """The charges of the instants asked for."""
-        events = self.events if self.events is not None else charges(self.lines)
+        events = self.events if self.events is not None else charges(self.lines, self.requests)
         return [one for one in events if start <= one.timestamp < end]
 
     def calls(self, start: datetime, end: datetime) -> Iterable[Calls]:
@@ -110,7 +115,7 @@ class Account:
         }
 
 
-def charges(lines: Iterable[UsageLine]) -> list[BillingEvent]:
+def charges(lines: Iterable[UsageLine], requests: str = "") -> list[BillingEvent]:
     """Two charges of one request for each line in US dollars, with exact twins where lines are twins.
 
     A third of a line that costs something goes to the first charge, in whole nano-dollars.
@@ -125,7 +130,7 @@ def charges(lines: Iterable[UsageLine]) -> list[BillingEvent]:
                 events.append(  # a comprehension would hide the split
                     BillingEvent(
                         timestamp=one.hour + timedelta(minutes=part, microseconds=part),
-                        request_id=f"{one.endpoint_id}@{one.hour:%dT%H}",
+                        request_id=f"{requests}{one.endpoint_id}@{one.hour:%dT%H}",
                         endpoint_id=one.endpoint_id,
                         unit=one.unit if part else None,
                         quantity=one.quantity if part else None,

@@ -15,7 +15,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from airflow.sdk import Asset, Param, TaskGroup, get_current_context, task
@@ -25,7 +25,7 @@ from faletl.airflow.notifier import FalNotifier, announce
 from faletl.airflow.plugin import POOL
 from faletl.airflow.retry import FAILED, FalRetryPolicy
 from faletl.airflow.timetable import FullHoursTimetable
-from faletl.errors import DataRefusedError, FaletlError, KeyRefusedError
+from faletl.errors import DataRefusedError, FaletlError, KeyRefusedError, UsageError
 from faletl.resources import RESOURCES, Resource
 
 if TYPE_CHECKING:
@@ -350,10 +350,14 @@ def backfill_params() -> dict[str, Param]:
 def _meant_by(form: Mapping[str, Any], name: str) -> Asked:
     """What the form asks for, of one resource."""
     from faletl.plan import Asked
+    from faletl.windows import day_of
 
     if name not in form["resources"]:
         raise AirflowSkipException(f"{name} is not among the resources that the form names")
-    start, end = (date.fromisoformat(day) if (day := form[key]) else None for key in ("start", "end"))
+    try:
+        start, end = (day_of(day) if (day := form[key]) else None for key in ("start", "end"))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     return Asked(start, end, [name])
 
 

@@ -5,15 +5,9 @@ Example:
         httpx.get(f"{sandbox.url}/models/usage", headers={"Authorization": f"Key {FULL_KEY}"})
 """
 
-from faletl.sandbox.server import (
-    BILLING_KEY,
-    DEFAULT_KEYS,
-    FULL_KEY,
-    READONLY_KEY,
-    Fault,
-    Request,
-    Sandbox,
-)
+from faletl.invented import BILLING_KEY, FULL_KEY, READONLY_KEY
+from faletl.invented import KEYS as DEFAULT_KEYS
+from faletl.sandbox.server import Fault, Request, Sandbox
 from faletl.sandbox.world import BillingEvent, Calls, Credential, UsageLine, World, invented_world
 
 __all__ = [

@@ -32,12 +32,8 @@ from typing import Any, NamedTuple, Self, TypeVar
 from urllib.parse import parse_qs, urlsplit
 from zoneinfo import ZoneInfo
 
+from faletl.invented import HEADER, KEYS
 from faletl.sandbox.world import BillingEvent, Calls, Credential, UsageLine, World
-
-FULL_KEY = "sandbox-full:not-a-secret"
-BILLING_KEY = "sandbox-billing:not-a-secret"
-READONLY_KEY = "sandbox-readonly:not-a-secret"
-DEFAULT_KEYS = {FULL_KEY: "FULL", BILLING_KEY: "BILLING", READONLY_KEY: "READONLY"}
 
 BASE_PATH = "/v1"
 LOOPBACK, EVERYWHERE = "127.0.0.1", "0.0.0.0"  # noqa: S104 only where --host asks for it
@@ -166,7 +162,7 @@ class Sandbox:
         port: int = 0,
         *,
         host: str = LOOPBACK,
-        keys: Mapping[str, str] = DEFAULT_KEYS,
+        keys: Mapping[str, str] = KEYS,
         page_size: int | None = None,
         fault: Callable[[Request], Fault | None] | None = None,
         as_of: date | None = None,
@@ -899,6 +895,7 @@ class _Handler(BaseHTTPRequestHandler):
             "Date": self.date_time_string(),
             "Content-Type": "application/json",
             "X-Fal-Request-Id": request.request_id,
+            HEADER.title(): "1",
         }
         if fault.body is None and accepts_gzip(request.headers.get("accept-encoding", "")):
             headers["Content-Encoding"] = "gzip"

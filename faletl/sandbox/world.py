@@ -23,6 +23,8 @@ from random import Random
 from typing import Any, NamedTuple, Protocol, TypeVar
 from uuid import UUID
 
+from faletl.invented import ACCOUNT
+
 HOUR = timedelta(hours=1)
 
 
@@ -442,7 +444,7 @@ class InventedWorld:
 
 def invented_world(
     seed: int = 7,
-    account: str = "sandbox",
+    account: str = ACCOUNT,
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
     *,
     late: bool = False,

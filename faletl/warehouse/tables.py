@@ -284,11 +284,12 @@ VALIDATIONS = _ops_table(
 
 HORIZONS = _ops_table(
     "horizons",
-    "From which day on the ledger of an account's resource is to be complete: the first ever planned.",
+    "From which day on the ledger of an account's resource is to be complete: the first asked for.",
     ("account", "resource"),
-    account=(_TEXT, "account label"),
+    account=(_TEXT, "account label; the fingerprint of a key as long as its label is unknown"),
     resource=(_TEXT, "collection of the fal API"),
     first_day=(sa.Date(), "every UTC day from here on that is not loaded is due"),
+    is_decided=(_FLAG, "whether FALETL_FIRST_DAYS counts no longer; null in rows of an older faletl"),
 )
 
 UNKNOWN_ENDPOINTS = _ops_table(

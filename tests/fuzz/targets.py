@@ -22,6 +22,7 @@ import msgspec
 import zstandard
 
 from faletl import landing, staging
+from faletl.accounts import read_username
 from faletl.client import Answer, FalClient, MalformedBodyError, _http_date, _Question, _retry_after
 from faletl.config import Settings
 from faletl.errors import ContractError, FaletlError, MalformedAnswerError, TamperedError, UsageError
@@ -31,7 +32,6 @@ from faletl.landing import Attempt, Call, Landed, LandedPage, Manifest, Receipt
 from faletl.money import EXACT_TEXT, SCALE, exact_text
 from faletl.pages import as_json, read_envelope, walk
 from faletl.pieces import read_plan
-from faletl.plan import read_username
 from faletl.resources import MODELS, RESOURCES, USAGE, Column, Kind, Resource
 from faletl.sandbox import FULL_KEY, Sandbox
 from faletl.windows import Window

@@ -112,12 +112,13 @@ def on_a_full_disk(folder: Path) -> None:
     with Sandbox(truth.two_days(), page_size=4) as server, time_machine.travel(truth.NOW, tick=True):
         settings = settings_for(server.url, disk.folder, parallel=1)
         for function, when, where in (
+            ("faletl.warehouse.duckdb._discard", "before", r"the warehouse .*\.new cannot be used"),
+            ("faletl.warehouse.schema.create", "after", r"the warehouse .*\.new cannot be used"),
+            ("faletl.decisions.record", "before", r"cannot write .*/\.decisions/.*json.* bytes needed"),
             ("faletl.landing.Attempt.land", "before", r"cannot write .*/before-.* bytes needed"),
             ("faletl.landing.Attempt.seal", "before", r"cannot write .*/manifest.json.* bytes needed"),
             ("faletl.staging._typed", "before", r"staging failed: .*; make room below .*/disk"),
             ("faletl.staging._prove", "before", r"staging failed: .*; make room below .*/disk"),
-            ("faletl.warehouse.duckdb._discard", "before", r"the warehouse .*\.new cannot be used"),
-            ("faletl.warehouse.schema.create", "after", r"the warehouse .*\.new cannot be used"),
             ("faletl.load.fence", "after", r"the warehouse .*\.duckdb cannot be used"),
             ("faletl.landing.leave_receipt", "before", r"cannot write .*/loaded.json.* bytes needed"),
             ("faletl.models.fence", "after", r"the warehouse .*\.duckdb cannot be used"),

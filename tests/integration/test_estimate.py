@@ -17,7 +17,7 @@ from faletl.config import Settings
 from faletl.errors import ContractError, KeyRefusedError, UsageError
 from faletl.estimate import PATH, Charged, Estimates, Planned, estimate, planned
 from faletl.plan import Asked
-from faletl.sandbox import Calls, Fault, Request, Sandbox
+from faletl.sandbox import FULL_KEY, Calls, Fault, Request, Sandbox
 from tests import truth
 from tests.conftest import settings_for
 from tests.integration.test_cli import faletl
@@ -205,21 +205,21 @@ def test_history_is_thirty_days_up_to_the_newest_day_of_spend(tmp_path: Path) ->
 
 @pytest.mark.usefixtures("clock")
 def test_of_several_accounts_that_of_the_key_counts(tmp_path: Path) -> None:
-    for name, price in (("acme", "1"), ("other", "2")):
+    for name, price, key in (("acme", "1", FULL_KEY), ("other", "2", truth.OTHER_KEY)):
         account = truth.Account(
             name, [truth.line(datetime(2026, 11, 22, 5, tzinfo=UTC), unit_price=price)]
         )
         account.list_price(truth.FLUX, price)
-        with Sandbox(account) as server:
-            settings = settings_for(server.url, tmp_path)
+        with Sandbox(account, keys={key: "FULL"}) as server:
+            settings = settings_for(server.url, tmp_path, key=key)
             load(settings, truth.day(22), resources=("usage",))
             found = estimates(settings, f"{truth.FLUX}=1")
             assert [one.cost for one in found.found[0].charged] == [Decimal(price)]
             assert found.history is not None
             assert found.history.account == name
-            stranger = settings_for(server.url, tmp_path, account="nobody")
-            found = estimates(stranger, f"{truth.FLUX}=1")
-            assert (found.history, found.found[0].charged) == (None, [])
+            wrong = settings_for(server.url, tmp_path, key=key, account="nobody")
+            with pytest.raises(UsageError, match="FALETL_ACCOUNT is 'nobody'"):
+                estimates(wrong, f"{truth.FLUX}=1")
 
 
 # --- From a terminal ------------------------------------------------------------------------------

@@ -395,23 +395,11 @@ def test_snapshots_of_a_day_follow_one_another_and_levels_stand_for_themselves(d
     }
 
 
-def test_the_horizon_only_widens_and_failures_go_with_a_load(desk: Desk) -> None:
+def test_a_load_moves_no_horizon_and_ends_the_failure_of_its_window(desk: Desk) -> None:
     window = Window.of_day(truth.day(22))
     with desk.lease() as lease:
-        for day in (21, 22, 20):
-            desk.load(
-                lease,
-                desk.read(
-                    USAGE,
-                    usage({"quantity": day}),
-                    planned_from=truth.day(day),
-                ),
-            )
-            first = load.horizons(lease.connection, "acme")
-            lease.connection.rollback()
-            assert first == {"usage": truth.day(min(day, 21))}
-        desk.load(lease, desk.read(MODELS, listed("models"), Window.snapshot(NOW)))
-        assert len(desk.rows(lease, sa.select(HORIZONS))) == 1
+        desk.load(lease, desk.read(USAGE, usage({}), planned_from=truth.day(20)))
+        assert desk.rows(lease, sa.select(HORIZONS)) == []
         version = desk.rows(lease, sa.select(WAREHOUSE.c.data_version))
         for resource, failed, number in (
             ("usage", window, 1), ("usage", window, 2), ("usage", DAY_21, 3),

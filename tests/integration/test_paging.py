@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from faletl import client as client_module
 from faletl import landing
+from faletl.accounts import look_up
 from faletl.client import FalClient, MalformedBodyError
 from faletl.config import REDACTED, Settings
 from faletl.errors import (
@@ -35,7 +36,6 @@ from faletl.errors import (
 from faletl.extract import Origin, fetch_window
 from faletl.landing import Landed, Receipt
 from faletl.pages import read_envelope, walk
-from faletl.plan import account_label
 from faletl.resources import BILLING_EVENTS, CREDITS, MODELS, PRICES, USAGE, Resource
 from faletl.sandbox import BILLING_KEY, FULL_KEY, Fault, Request, Sandbox
 from faletl.staging import stage_window
@@ -366,7 +366,7 @@ def test_an_account_whose_name_can_be_no_label_ends_in_a_typed_error(
     with Sandbox(truth.Account(), fault=lambda _: Fault(body=body)) as sandbox:
         given = settings_for(sandbox.url, tmp_path)
         with FalClient(given) as asking, pytest.raises(ContractError) as caught:
-            account_label(asking, given)
+            look_up(asking, given, {})
     assert str(caught.value).isprintable()
 
 

@@ -27,10 +27,10 @@ import time_machine
 import typer
 
 from faletl import cli, pipeline
+from faletl.accounts import look_up
 from faletl.client import FalClient
 from faletl.config import REDACTED, Settings
 from faletl.errors import ApiUnavailableError
-from faletl.plan import account_label
 from faletl.sandbox import Credential, Fault, Request, Sandbox
 from tests import truth
 from tests.conftest import ask, opened, settings_for
@@ -78,6 +78,13 @@ def all_commands(folder: Path) -> Iterator[tuple[str, ...]]:
     yield ("verify",)
     yield ("rebuild", "--window", "2026-11-21")
     yield ("rebuild",)
+    yield ("accounts",)
+    yield ("accounts", "list")
+    yield ("horizon", "--set", "2026-11-21")
+    label = f"acme no such secret {REDACTED}"
+    yield ("accounts", "rename", label, "renamed")
+    yield ("accounts", "rename", "renamed", label)
+    yield ("accounts", "forget", label)  # not without --yes
     yield ("grant", "--reader", "analysts")  # a file has no roles
     yield ("sandbox", "--host", "203.0.113.1")  # an address of nobody
     yield ("demo", "--folder", str(folder / "in-the-way"))
@@ -203,7 +210,9 @@ def test_no_command_leaves_anything_of_a_key_though_fal_echoes_it_everywhere(tmp
     assert used == words
     # One window is refused for a row that cannot be right, so what meets it fails; all else is done.
     failed = {args[0] for args, one in said.items() if one.code}
-    assert failed == {"--debug", "extract", "load", "quarantine", "grant", "sandbox", "demo"}, said
+    assert failed == {
+        "--debug", "extract", "load", "quarantine", "accounts", "grant", "sandbox", "demo",
+    }, said  # fmt: skip
     assert_nothing_left(tmp_path, list(said.values()))
     assert_private(tmp_path)
 
@@ -335,7 +344,7 @@ def test_a_traceback_with_locals_shows_nothing_of_a_key(monkeypatch: pytest.Monk
     with Sandbox(truth.two_days()) as server:
         settings = Settings.isolated(key=KEY, api_url=server.url)
         with FalClient(settings) as client, pytest.raises(ApiUnavailableError) as caught:
-            account_label(client, settings)
+            look_up(client, settings, {})
     assert is_sent == [True]  # so the frames below had the key
     assert leaks(KEY, locals_of(caught.value)) == set()
 

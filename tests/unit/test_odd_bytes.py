@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from faletl import landing
+from faletl.accounts import read_username
 from faletl.client import MalformedBodyError
 from faletl.errors import ContractError, DataRefusedError, TamperedError
 from faletl.estimate import _read as read_estimate
@@ -18,7 +19,6 @@ from faletl.extract import first_endpoint
 from faletl.findings import SetAside
 from faletl.pages import as_json
 from faletl.pieces import read_plan
-from faletl.plan import read_username
 from faletl.resources import CREDITS, RESOURCES, USAGE, Resource
 from tests.fuzz.targets import check_landed, in_memory, landed_page
 from tests.unit.test_catalogue import stage
