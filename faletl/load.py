@@ -20,7 +20,13 @@ import sqlalchemy as sa
 
 from faletl import landing
 from faletl.config import Settings
-from faletl.errors import FaletlError, LeaseLostError, UsageError, WarehouseError
+from faletl.errors import (
+    AccountLockedError,
+    FaletlError,
+    LeaseLostError,
+    UsageError,
+    WarehouseError,
+)
 from faletl.findings import keep_findings
 from faletl.landing import Manifest, Receipt, relative_path
 from faletl.resources import RESOURCES, Resource
@@ -441,12 +447,16 @@ def _widen_horizon(connection: sa.Connection, manifest: Manifest) -> None:
 
 
 def _forget_failure(connection: sa.Connection, manifest: Manifest) -> None:
+    """Of the window; and that the account was locked, since fal answered."""
+    is_of_window = sa.and_(
+        FAILURES.c.resource == manifest.resource,
+        FAILURES.c.window_start >= Window.of_day(manifest.window.day).start,
+        FAILURES.c.window_start < Window.of_day(manifest.window.day).end,
+    )
+    was_locked = FAILURES.c.error == AccountLockedError.__name__
     connection.execute(
         sa.delete(FAILURES).where(
-            FAILURES.c.account == manifest.account,
-            FAILURES.c.resource == manifest.resource,
-            FAILURES.c.window_start >= Window.of_day(manifest.window.day).start,
-            FAILURES.c.window_start < Window.of_day(manifest.window.day).end,
+            FAILURES.c.account == manifest.account, sa.or_(is_of_window, was_locked)
         )
     )
 

@@ -31,7 +31,7 @@ from airflow.sdk.exceptions import AirflowSkipException
 from faletl.airflow.notifier import FalNotifier, tell
 from faletl.airflow.plugin import POOL
 from faletl.airflow.retry import FAILED, FalRetryPolicy
-from faletl.errors import DataRefusedError, FaletlError, KeyRefusedError
+from faletl.errors import AccessRefusedError, DataRefusedError, FaletlError, KeyRefusedError
 from faletl.resources import RESOURCES, Resource
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def ask_ahead(batch: Batch, connection: str, name: str) -> int:
     with _settings(connection, RESOURCES[name]) as settings:
         try:
             return int(pieces.ask_batch(settings, batch))
-        except KeyRefusedError:
+        except AccessRefusedError:
             raise
         except FaletlError as error:
             log.warning("%s; extract asks again", error)
