@@ -337,6 +337,13 @@ def _signed_in(account: Account, caller: Caller, owner: str) -> SignedIn:
     return SignedIn(account.label, owners, caller.username, account.bound_at or LONG_AGO)
 
 
+def label_of_key(warehouse: Warehouse, settings: Settings) -> str | None:
+    """Return the label of FAL_KEY, or the only one there is; None if that leaves it open."""
+    known, owner = _known_to(warehouse, settings)
+    only = next(iter(known)) if len(known) == 1 else None
+    return owner if owner in known else only
+
+
 def _known_to(warehouse: Warehouse, settings: Settings) -> tuple[dict[str, Account], str | None]:
     """All accounts; and the label of FAL_KEY, or the fingerprint under which its horizons stand."""
     with warehouse.reading() as connection:

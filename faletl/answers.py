@@ -7,7 +7,7 @@ import io
 import json
 import shutil
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -175,8 +175,8 @@ def print_status(settings: Settings, *, as_json: bool) -> None:
             f"{alert['kind']} since {alert['first_seen_at']}: {_shown(alert['subject'])} of "
             f"{_shown(alert['account'])}: {_shown(alert['detail'])}\n"
         )
-    for failure in found["failures"]:
-        sys.stdout.write(f"failed {failure['failed_at']}: {_shown(failure['message'])}\n")
+    for sentence in _failure_sentences(found["failures"]):
+        sys.stdout.write(sentence + "\n")
     if found["last_build"]:
         build = found["last_build"]
         sys.stdout.write(f"Last build {build['finished_at']}: {build['days']} days made anew, "
@@ -184,6 +184,22 @@ def print_status(settings: Settings, *, as_json: bool) -> None:
     if found["is_published_copy"]:
         sys.stdout.write("A run is writing now; this is the state that readers see.\n")
     sys.stdout.write(COVERAGE + "\n")
+
+
+def _failure_sentences(failures: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A line for each failure; one for windows that failed alike, with the first and the last."""
+    alike: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for failure in failures:
+        told = failure["message"].partition(": ")[2]  # behind the place
+        alike.setdefault((failure["account"], failure["error"], told), []).append(failure)
+    for (*_, told), ones in alike.items():
+        at = f"failed {ones[-1]['failed_at']}: "
+        if len(ones) == 1:
+            yield at + _shown(ones[0]["message"])
+            continue
+        ordered = sorted(ones, key=lambda one: one["window_start"])
+        first, last = (f"{one['resource']} {one['window_start']}" for one in (ordered[0], ordered[-1]))
+        yield f"{at}{len(ones)} windows, {first} to {last}: {_shown(told)}"
 
 
 def status(settings: Settings) -> dict[str, Any]:

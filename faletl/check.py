@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from faletl.accounts import read_username
-from faletl.client import FalClient, Params, Patience
+from faletl.client import FalClient, Params
 from faletl.config import Settings
 from faletl.errors import (
+    AccountLockedError,
     ApiUnavailableError,
     FaletlError,
     KeyRefusedError,
@@ -20,11 +21,12 @@ from faletl.errors import (
     WebPageError,
 )
 from faletl.extract import ask_in_either_form, bounds, first_endpoint
+from faletl.limiter import Patience
 from faletl.pages import read_envelope
 from faletl.resources import CREDITS, MAKE_A_KEY, MODELS, PRICES, RESOURCES, Question, Resource
 from faletl.windows import HOUR, SETTLE, Window
 
-PATIENCE = Patience(tries=2, deadline_seconds=10, retry_after_seconds=1)
+PATIENCE = Patience(tries=2, deadline_seconds=10, retry_after_seconds=5, give_up_seconds=5)
 
 KNOWN_ENDPOINT = "fal-ai/flux/dev"
 """Asked for where the catalogue names no endpoint: one of the oldest and most used."""
@@ -49,7 +51,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What concerns more than one resource: the network, the host, a whole key, the clock."""
+    """What concerns more than one resource: account, network, host, a whole key, the clock."""
 
     sentence: str
     exit_code: int
@@ -99,7 +101,8 @@ def check(settings: Settings) -> Checked:
                 continue
             error = probe.error_of(resource)
             problem = error and problem_of(settings, error)
-            if error and problem and (resource is MODELS or error.facts.get("cause")):
+            is_of_all = resource is MODELS or isinstance(error, AccountLockedError)
+            if error and problem and (is_of_all or error.facts.get("cause")):
                 problems.append(problem)
                 break  # the others would fail alike, and only take their time
             results[resource.name] = error
@@ -116,10 +119,12 @@ def check(settings: Settings) -> Checked:
 
 
 def problem_of(settings: Settings, error: FaletlError) -> Problem | None:
-    """What an error of the client says about network or host; None when it is about neither.
+    """What an error of the client says about account, network or host; None when it is about none.
 
     For failing tasks, too: its sentence tells what to look at.
     """
+    if isinstance(error, AccountLockedError):
+        return Problem(error.sentence, error.exit_code)
     status, cause = error.facts.get("status"), error.facts.get("cause")
     if cause is not None:
         is_setting = cause in ("proxy", "certificate")

@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -28,6 +28,7 @@ from faletl.windows import day_of
 
 if TYPE_CHECKING:
     from faletl.pipeline import Progress, Report
+    from faletl.plan import Task
 
 app = typer.Typer(
     name="faletl",
@@ -653,9 +654,23 @@ def _finish(
     if not quiet:
         for sentence in list(_sentences(report)) or [nothing] * (report.exit_code == 0):
             typer.echo(sentence)
-    for _, error in report.failures:
-        _tell_error(error)
+    for error, windows in _alike(report.failures):
+        _tell_error(error, windows)
     raise typer.Exit(report.exit_code)
+
+
+def _alike(
+    failures: Iterable[tuple[Task | None, FaletlError]],
+) -> Iterator[tuple[FaletlError, list[str]]]:
+    """Each failure once, with the windows that failed in the same way, in order of time."""
+    found: dict[tuple[type[FaletlError], str], tuple[FaletlError, list[Task]]] = {}
+    for task, error in failures:
+        first, tasks = found.setdefault((type(error), error.message), (error, []))
+        if task is not None:
+            tasks.append(task)
+    for first, tasks in found.values():
+        ordered = sorted(tasks, key=lambda task: task.window)
+        yield first, [f"{task.resource.name} {task.window}" for task in ordered]
 
 
 def _sentences(report: Report) -> Iterator[str]:
@@ -679,15 +694,19 @@ def _sentences(report: Report) -> Iterator[str]:
         yield f"published {report.published}"
 
 
-def _tell_error(error: BaseException) -> None:
+def _tell_error(error: BaseException, windows: Sequence[str] = ()) -> None:
+    """Report an error on one line; where several windows failed so, their number, first and last."""
     if _Options.debug:
         logging.getLogger("faletl").error("failed", exc_info=error)
     if not isinstance(error, FaletlError):
         # The text of a foreign exception may hold anything, so only its name is told.
         _say(f"unexpected {type(error).__name__}: this is a bug of faletl; --debug shows where")
     elif _Options.log_format == "json":
+        many = {"windows": len(windows), "first": windows[0], "last": windows[-1]} if windows else {}
         with suppress(OSError):
-            sys.stderr.write(json.dumps(error.as_dict()) + "\n")
+            sys.stderr.write(json.dumps({**error.as_dict(), **many}) + "\n")
+    elif len(windows) > 1:
+        _say(f"{len(windows)} windows, {windows[0]} to {windows[-1]}: {error.sentence}")
     else:
         _say(str(error))
 

@@ -1,4 +1,4 @@
-"""HTTP with fal: the key, timeouts, one deadline a request, retries, the rate, size caps, errors.
+"""HTTP with fal: the key, timeouts, one deadline a request, retries, size caps, errors.
 
 A request either returns the whole decoded body of a 200, proven complete as far as transport can
 prove it, or raises a typed error. What the body means is not decided here.
@@ -32,16 +32,20 @@ import tenacity
 from faletl import __version__, invented
 from faletl.config import Settings
 from faletl.errors import (
+    AccountLockedError,
     ApiUnavailableError,
+    CircuitOpenError,
     ContractError,
     CursorRefusedError,
     Fact,
+    FaletlError,
     KeyRefusedError,
     MalformedAnswerError,
     NotFoundError,
     SettingsError,
     WebPageError,
 )
+from faletl.limiter import MAX_FAILURES, TOO_MANY_REQUESTS, Limiter, Patience
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -52,8 +56,10 @@ READ_SECONDS = 30.0
 DEADLINE_SECONDS = 120.0
 TRIES = 6
 BACKOFF_SECONDS = 20.0  # the longest wait that we choose ourselves
-RETRY_AFTER_SECONDS = 120  # the longest wait that fal may ask for; beyond it the run gives up
+RETRY_AFTER_SECONDS = 120  # the longest wait that fal may ask for; beyond it the run stops asking
+GIVE_UP_SECONDS = 120.0  # how long fal may answer nothing before the run stops asking
 CLOCK_SKEW_SECONDS = 300.0
+LOCKED = "User is locked"  # how fal begins to say so (docs/fal-api.md, "Errors")
 QUOTED_CHARACTERS = 300  # of what fal says of an error
 SHOWN_CHARACTERS = 80  # of what may be data
 PIECE = 2**20  # bytes to which a packed body is unpacked at a time
@@ -63,20 +69,15 @@ _CHATTY = ("httpx", "httpcore.connection", "httpcore.http11", "httpcore.proxy")
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
-    """How long to go on: tries of a request, seconds for each, seconds that fal may ask to wait."""
-
-    tries: int
-    deadline_seconds: float
-    retry_after_seconds: int
-
-
-@dataclass(frozen=True, slots=True)
 class Answer:
-    """A complete, decoded body that fal sent with status 200, without the key should fal echo it."""
+    """A complete, decoded body that fal sent with status 200, without the key should fal echo it.
+
+    `date` is fal's clock when it answered, where it said so.
+    """
 
     body: bytes
     request_id: str | None
+    date: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,14 +100,15 @@ class StoppedError(Exception):
 
 
 class FalClient:
-    """One keep-alive connection pool to fal, shared by all threads of a run.
+    """One keep-alive connection pool to fal, shared by all threads of a run, with one limiter.
 
     It has as many connections as FALETL_PARALLEL says: a thread takes one of the `turns` before it asks
     for the pages of a window.
 
-    Raises from every request: KeyRefusedError (401, 403), NotFoundError (404), ContractError (any
-    other refusal, a redirect, an answer that is not what was asked), ApiUnavailableError (network,
-    429, 5xx, after `TRIES` tries, or those of a `patience` of one's own).
+    Raises from every request: KeyRefusedError (401, 403), AccountLockedError, NotFoundError (404),
+    ContractError (any other refusal, a redirect, an answer that is not what was asked),
+    ApiUnavailableError (network, 5xx, after `TRIES` tries, or those of a `patience` of one's own),
+    CircuitOpenError (fal answers nothing any more, or asks for too long a wait).
     """
 
     clock_skew_seconds: float | None = None
@@ -119,10 +121,13 @@ class FalClient:
 
     def __init__(self, settings: Settings, patience: Patience | None = None) -> None:
         self._settings = settings
-        self._patience = patience or Patience(TRIES, DEADLINE_SECONDS, RETRY_AFTER_SECONDS)
-        self._rate = _Rate(settings.rate)
+        self._patience = patience or Patience(
+            TRIES, DEADLINE_SECONDS, RETRY_AFTER_SECONDS, GIVE_UP_SECONDS, BACKOFF_SECONDS
+        )
+        self._limiter = Limiter(settings.rate, self._patience)
         self.turns = threading.BoundedSemaphore(settings.parallel)
         self._stop = threading.Event()
+        self._wake = threading.Event()  # set when no thread has a reason to sleep any more
         self._backend = _DeadlineBackend(self._stop)
         self._http = httpx.Client(
             transport=_transport(settings, self._backend),
@@ -150,7 +155,15 @@ class FalClient:
     def stop(self) -> None:
         """End every request under way, from another thread, now; none can begin any more."""
         self._stop.set()
+        self._wake.set()
         self._backend.shut_down()
+
+    def require_open(self) -> None:
+        """Raises StoppedError, or CircuitOpenError, where nothing may be asked any more."""
+        if self._stop.is_set():
+            raise StoppedError
+        if circuit := self._limiter.circuit:
+            raise CircuitOpenError(circuit.message, **circuit.facts)  # each thread adds its own place
 
     def get(
         self, path: str, params: Params, read: Callable[[bytes], T], *, metrics: bool = False
@@ -167,22 +180,42 @@ class FalClient:
         return self._ask(_Question("POST", path, body=body), read)
 
     def _ask(self, question: _Question, read: Callable[[bytes], T]) -> tuple[Answer, T]:
+        tries = _Tries(self._patience)
         retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception(self._is_worth_a_retry),
-            stop=tenacity.stop_after_attempt(self._patience.tries),
-            wait=_wait,
+            retry=tenacity.retry_if_exception(_is_worth_a_retry),
+            stop=tries.are_over,
+            wait=tries.pause,
             sleep=self._sleep,
-            before_sleep=lambda state: self._tell_retry(question.path, state),
+            before_sleep=lambda state: self._report_retry(question.path, tries, state),
             reraise=True,
         )
-        answer: tuple[Answer, T] = retrying(self._once, question, read)
+        answer: tuple[Answer, T] = retrying(self._try, question, read, tries)
         return answer
 
-    def _once(self, question: _Question, read: Callable[[bytes], T]) -> tuple[Answer, T]:
-        self._sleep(self._rate.reserve())
-        self._sleep(self._rate.held())  # another thread may have been told to wait meanwhile
+    def _try(self, question: _Question, read: Callable[[bytes], T], tries: _Tries) -> tuple[Answer, T]:
+        """Ask once, when it is our turn, and report to the limiter what came of it."""
+        request = self._request(question)
+        while wait := self._limiter.turn():
+            self._sleep(wait)
+        self.require_open()
+        sent_at = self._limiter.now()
         try:
-            request = self._http.build_request(
+            found = self._send(question, request, read)
+        except (ApiUnavailableError, MalformedAnswerError) as error:
+            tries.is_first_failure = self._limiter.failed(sent_at, error)
+            if self._limiter.circuit:
+                self._wake.set()
+                self.require_open()
+            raise
+        except FaletlError:  # a refusal is an answer, too
+            self._limiter.answered(sent_at)
+            raise
+        self._limiter.answered(sent_at)
+        return found
+
+    def _request(self, question: _Question) -> httpx.Request:
+        try:
+            return self._http.build_request(
                 question.method,
                 self._settings.api_url + question.path,
                 params=[(name, v) for name, values in question.params.items() for v in _each(values)],
@@ -194,6 +227,10 @@ class FalClient:
                 f"a question to {question.path} is too long for a URL: the cursor or the endpoint ids "
                 "that fal gave cannot be right"
             ) from None
+
+    def _send(
+        self, question: _Question, request: httpx.Request, read: Callable[[bytes], T]
+    ) -> tuple[Answer, T]:
         request_id: str | None = None
         seconds = self._patience.deadline_seconds
         deadline = _deadline.set((time.monotonic() + seconds, seconds))
@@ -219,7 +256,8 @@ class FalClient:
             ) from None
         finally:
             _deadline.reset(deadline)
-        self._watch_clock(response.headers.get("date"))
+        date = _http_date(response.headers.get("date"))
+        self._watch_clock(date)
         self.is_sandbox = invented.HEADER in response.headers
         if response.status_code != httpx.codes.OK:
             raise self._refusal(question, response, body).at(request_id=request_id)
@@ -233,7 +271,7 @@ class FalClient:
         except ContractError as error:
             raise error.at(request_id=request_id) from None
         self._watch_label(question.path, response.headers.get("content-type", ""))
-        return Answer(body, request_id), found
+        return Answer(body, request_id, date), found
 
     def _headers(self, question: _Question) -> dict[str, str]:
         """Made where they are sent: a variable with the key would show in tracebacks with locals."""
@@ -264,21 +302,21 @@ class FalClient:
             raise MalformedAnswerError("the gzip body is not whole")
         return b"".join(parts)
 
-    def _refusal(
-        self, question: _Question, response: httpx.Response, body: bytes
-    ) -> ApiUnavailableError | ContractError | KeyRefusedError:
+    def _refusal(self, question: _Question, response: httpx.Response, body: bytes) -> FaletlError:
         """The error that an answer other than 200 means (docs/fal-api.md, "Errors")."""
         path, status = question.path, response.status_code
         said = self._quote(body)
         facts: dict[str, Fact] = {"status": status, "path": path}
         is_gateway = status == 403 and _is_html(body)
-        if status == httpx.codes.TOO_MANY_REQUESTS or status >= 500 or is_gateway:
+        if status == TOO_MANY_REQUESTS or status >= 500 or is_gateway:
             wait = _retry_after(response.headers)
             told = f"; it asks to come back in {wait} s" if wait else ""
-            if wait and wait <= self._patience.retry_after_seconds:
-                self._rate.hold(wait)
             return ApiUnavailableError(
                 f"fal answered {status} to {path}: {said}{told}", retry_after=wait, **facts
+            )
+        if status == 402 or (status in (401, 403) and said.startswith(LOCKED)):
+            return AccountLockedError(
+                f"fal has locked the account, not the key ({status}: {said})", **facts
             )
         if status in (401, 403):
             return KeyRefusedError(f"fal refused the key for {path} ({status}: {said})", **facts)
@@ -298,7 +336,8 @@ class FalClient:
         """What fal said, short, on one line, printable, without the key."""
         text = body[:10_000].decode("utf-8", "replace")
         try:
-            text = str(json.loads(text)["error"]["message"])
+            told = json.loads(text)
+            text = str(told["error"]["message"] if "error" in told else told["detail"])
         except (ValueError, KeyError, TypeError, RecursionError):
             text = re.sub(r"<[^>]*>|\s+", " ", text)
         text = self._settings.redact(text).strip()[:most]
@@ -314,21 +353,19 @@ class FalClient:
         return True
 
     def _sleep(self, seconds: float) -> None:
-        if self._stop.wait(seconds) if seconds > 0 else self._stop.is_set():
-            raise StoppedError
+        if seconds > 0:
+            self._wake.wait(seconds)
+        self.require_open()
 
-    def _tell_retry(self, path: str, state: tenacity.RetryCallState) -> None:
+    def _report_retry(self, path: str, tries: _Tries, state: tenacity.RetryCallState) -> None:
+        """Warn of the first failure in a row; what follows it is the same for all threads."""
         error = state.outcome.exception() if state.outcome else None
-        log.warning(
-            "%s: %s; trying again in %.1f s (try %d of %d)",
-            path, error, state.upcoming_sleep, state.attempt_number, self._patience.tries,
+        which = f"try {tries.made} of {tries.most}" if tries.made else "more slowly"
+        log.log(
+            logging.WARNING if tries.is_first_failure else logging.DEBUG,
+            "%s: %s; trying again in %.1f s (%s)",
+            path, error, max(state.upcoming_sleep, self._limiter.held()), which,
         )  # fmt: skip
-
-    def _is_worth_a_retry(self, error: BaseException) -> bool:
-        if not isinstance(error, (ApiUnavailableError, MalformedAnswerError)):
-            return False
-        asked = error.facts.get("retry_after")
-        return not (isinstance(asked, int) and asked > self._patience.retry_after_seconds)
 
     def _watch_label(self, path: str, said: str) -> None:
         if said and "json" not in said.lower() and not self._has_told_label:
@@ -336,8 +373,7 @@ class FalClient:
             log.warning("fal calls its answer to %s %s, but it is JSON and taken", path,
                         ascii(said[:SHOWN_CHARACTERS]))  # fmt: skip
 
-    def _watch_clock(self, date: str | None) -> None:
-        at = _http_date(date)
+    def _watch_clock(self, at: datetime | None) -> None:
         if at is None or self.clock_skew_seconds is not None:
             return
         skew = abs((datetime.now(UTC) - at).total_seconds())
@@ -346,33 +382,35 @@ class FalClient:
             log.warning("this machine's clock and fal's are %.0f s apart; which is right?", skew)
 
 
-class _Rate:
-    """Spaces out requests over all threads: at most `per_second` of them, 0 for no limit."""
+class _Tries:
+    """The tries of one request. A 429 is none of them: it ends by itself, or with the whole run."""
 
-    def __init__(self, per_second: float) -> None:
-        self._gap = 1 / per_second if per_second else 0.0
-        self._next = 0.0
-        self._held_until = 0.0
-        self._lock = threading.Lock()
+    def __init__(self, patience: Patience) -> None:
+        self.most = patience.tries
+        self.made = 0
+        self.is_first_failure = False
+        self._refused = 0
+        self._longest_pause = patience.pause_seconds
 
-    def reserve(self) -> float:
-        """Take the next free moment; return how many seconds it is away."""
-        with self._lock:
-            now = time.monotonic()
-            at = max(now, self._next)
-            self._next = at + self._gap
-            return at - now
+    def are_over(self, state: tenacity.RetryCallState) -> bool:
+        """Count the try that has just failed; whether it was the last."""
+        error = state.outcome.exception() if state.outcome else None
+        is_refused = isinstance(error, FaletlError) and error.facts.get("status") == TOO_MANY_REQUESTS
+        self._refused += is_refused
+        self.made += not is_refused
+        return self.made >= self.most or self._refused >= MAX_FAILURES
 
-    def hold(self, seconds: float) -> None:
-        """Let no thread ask before so many seconds have gone: fal said so to one of them."""
-        with self._lock:
-            self._held_until = time.monotonic() + seconds
-            self._next = max(self._next, self._held_until)
+    def pause(self, _: tenacity.RetryCallState) -> float:
+        """Exponential back-off with full jitter; what fal asks for, the limiter waits for."""
+        if not self.made:
+            return 0
+        longest = min(self._longest_pause, 0.5 * 2**self.made)
+        return random.uniform(longest / 4, longest)  # noqa: S311  # spreading load, not secrecy
 
-    def held(self) -> float:
-        """How many seconds are left until any thread may ask."""
-        with self._lock:
-            return self._held_until - time.monotonic()
+
+def _is_worth_a_retry(error: BaseException) -> bool:
+    is_passing = isinstance(error, (ApiUnavailableError, MalformedAnswerError))
+    return is_passing and not isinstance(error, CircuitOpenError)
 
 
 # What is at the bottom of a transport error, most telling first; all others are a broken connection.
@@ -427,15 +465,6 @@ def _unpacked(gunzip: zlib._Decompress, received: bytes) -> Iterator[bytes]:
 
 def _is_html(body: bytes) -> bool:
     return body.lstrip()[:1] == b"<"
-
-
-def _wait(state: tenacity.RetryCallState) -> float:
-    """What fal asked for; else exponential back-off with full jitter."""
-    error = state.outcome.exception() if state.outcome else None
-    asked = error.facts.get("retry_after") if isinstance(error, ApiUnavailableError) else None
-    longest = min(BACKOFF_SECONDS, 0.5 * 2**state.attempt_number)
-    jitter = random.uniform(longest / 4, longest)  # noqa: S311  # spreading load, not secrecy
-    return max(jitter, float(asked) + jitter / 10) if isinstance(asked, int) else jitter
 
 
 def _retry_after(headers: httpx.Headers) -> int | None:

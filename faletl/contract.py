@@ -28,6 +28,9 @@ Steps: TypeAlias = tuple[str, ...]
 _AROUND = frozenset({"next_cursor", "has_more", "ordering", "summary", "time_series"})
 """Fields around the records that fal is known to send, beside the record list itself."""
 
+_NEXT_CURSOR = b'"next_cursor"'
+_EMPTY_CURSOR = re.compile(_NEXT_CURSOR + rb'\s*:\s*""')
+
 _SAMPLE = 80  # characters of a value in a drift
 _MOST_NEW = 100  # fields that may be new at once: more are no records of fal's any more
 
@@ -61,6 +64,8 @@ class Contract:
         Raises:
             ContractError: what is around the records is not what was asked for.
         """
+        if _EMPTY_CURSOR.match(body, body.rfind(_NEXT_CURSOR)):  # null is fal's way to say so
+            self.retyped.setdefault(("$", "next_cursor"), '""')
         try:
             page = _page(self.rows_path, self.columns, self.known.union(self.new)).decode(body)
         except msgspec.ValidationError:

@@ -10,7 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Self
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from faletl.findings import Findings
+    from faletl.staging import UnprovenPart
 
 Fact = str | int | None
 
@@ -41,13 +44,18 @@ class FaletlError(Exception):
                 self.facts[name] = value
         return self
 
+    @property
+    def sentence(self) -> str:
+        """What happened and what to do, without the place."""
+        advice = f"; {self.advice}" if self.advice and self.advice not in self.message else ""
+        return f"{self.message}{advice}"
+
     def __str__(self) -> str:
         place = ", ".join(f"{name} {self.facts[name]}" for name in _NAMED if self.facts.get(name))
         place = place.removeprefix("resource ")
         request_id = self.facts.get("request_id")
         told = f" (fal request {request_id})" if request_id else ""
-        advice = f"; {self.advice}" if self.advice and self.advice not in self.message else ""
-        return f"{place}{': ' if place else ''}{self.message}{advice}{told}"
+        return f"{place}{': ' if place else ''}{self.sentence}{told}"
 
     def as_dict(self) -> dict[str, Fact | bool]:
         """The error for machines: class, sentence, exit code, whether to retry, and all facts."""
@@ -71,10 +79,20 @@ class SettingsError(UsageError):
     """A setting is missing or cannot be right."""
 
 
-class KeyRefusedError(FaletlError):
-    """Fal refused the key (401 or 403): another key or preset is needed, never a retry. Exit 2."""
+class AccessRefusedError(FaletlError):
+    """Fal answers nothing of all that is asked, until a person did something. Exit 2, never a retry."""
 
     exit_code = 2
+
+
+class KeyRefusedError(AccessRefusedError):
+    """Fal refused the key (401 or 403): another key or preset is needed."""
+
+
+class AccountLockedError(AccessRefusedError):
+    """Fal locked the account (403 that says so, 402): its balance, or its support, must unlock it."""
+
+    advice = "another key will not help; do what fal says, then run again"
 
 
 class ApiUnavailableError(FaletlError):
@@ -82,6 +100,10 @@ class ApiUnavailableError(FaletlError):
 
     is_retryable = True
     advice = "try again later"
+
+
+class CircuitOpenError(ApiUnavailableError):
+    """Fal answers nothing any more, or asks for too long a wait: the client stopped asking. Exit 1."""
 
 
 class ContractError(FaletlError):
@@ -115,6 +137,8 @@ class UnprovenError(FaletlError):
     """What we hold is not what fal's own control total says. Exit 3."""
 
     exit_code = 3
+    parts: Sequence[UnprovenPart] = ()
+    """The parts of the window that are not proven."""
 
 
 class DataRefusedError(FaletlError):

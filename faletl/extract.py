@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
-from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -23,11 +22,11 @@ from faletl.errors import (
     KeyRefusedError,
     NotFoundError,
 )
-from faletl.landing import Attempt, Call, Landed, Manifest
+from faletl.landing import Attempt, Call, Landed, Manifest, Part
 from faletl.pages import UNREADABLE, as_json, read_envelope, walk
 from faletl.places import storage_error
 from faletl.resources import MAKE_A_KEY, MODELS, Question, Resource
-from faletl.windows import LONG_AGO, Window, instant
+from faletl.windows import HOUR, LONG_AGO, Window, instant
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +61,24 @@ class Origin:
     bound_at: datetime = LONG_AGO
 
 
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """How a window is to be asked for again whose earlier extract did not add up.
+
+    `kept` are the parts that did, `asked` those to ask for (halves of others, say), and `compared` those
+    to ask for once more, so that two equal walks can decide.
+    """
+
+    landed: Landed
+    kept: Sequence[Part] = ()
+    asked: Sequence[Window] = ()
+    compared: Sequence[Part] = ()
+
+
+class _SeveralPagesError(Exception):
+    """Fal answers in several pages, and no total would show whether rows are lost between them."""
+
+
 def fetch_window(
     client: FalClient,
     settings: Settings,
@@ -72,23 +89,24 @@ def fetch_window(
     ids: Sequence[str] = (),
     is_whole_catalogue: bool = False,
     ahead: Sequence[str] = (),
-    unproven: Landed | None = None,
+    retry: Retry | None = None,
 ) -> Landed:
     """Land every page of the window, and of its control total where the resource has one.
 
     `ids` are the endpoint ids to ask for, where a resource is asked by ids; batches of them may have
-    been asked `ahead`, in these reads (`ask_ahead`). After an `unproven` read of the window this one
-    starts over even if an interrupted one could be taken up, and keeps the rows of that one beside its
-    own.
+    been asked `ahead`, in these reads (`ask_ahead`). A `retry` starts over even if an interrupted read
+    could be taken up.
 
     Raises:
-        KeyRefusedError, ContractError, ApiUnavailableError, StorageError: see `FalClient`; every
-            error names resource and window. What landed so far stays for the next attempt.
+        KeyRefusedError, AccountLockedError, ContractError, ApiUnavailableError, StorageError: see
+            `FalClient`; every error names resource and window. What landed so far stays for the next
+            attempt.
     """
     with _placed(settings, resource, window):
+        client.require_open()  # before a folder is made that would stay empty
         for is_second_try in (False, True):
             attempt, now = None, datetime.now(UTC)
-            is_first = not (unproven or is_second_try)
+            is_first = not (retry or is_second_try)
             mine = (settings, origin.account, resource.name, window)
             since = max(now - RESUME_WITHIN, origin.bound_at)
             if is_first and ahead:
@@ -97,9 +115,9 @@ def fetch_window(
                 attempt = landing.resume(*mine, since=since)
             attempt = attempt or landing.begin(*mine, now=now)
             try:
-                asking = _Asking(client, resource, attempt)
+                asking = _Asking(client, resource, window, attempt)
                 unknown = origin.unknown_ids.get(resource.name, set[str]())
-                _ask_all(asking, resource, window, ids, unknown, unproven)
+                _ask_all(asking, ids, unknown, retry)
                 return attempt.seal(
                     Manifest(
                         load_id=attempt.load_id,
@@ -108,7 +126,7 @@ def fetch_window(
                         resource=resource.name,
                         window_start=window.start,
                         window_end=window.end,
-                        started_at=attempt.started_at,
+                        started_at=_started_at(attempt, retry),
                         finished_at=datetime.now(UTC),
                         planned_from=origin.planned_from.get(resource.name, window.day),
                         fencing_token=origin.fencing_token,
@@ -116,6 +134,7 @@ def fetch_window(
                         unknown_ids=sorted(unknown.intersection(ids)),
                         is_whole_catalogue=is_whole_catalogue,
                         faletl_version=__version__,
+                        fal_started_at=_fal_started_at(asking, attempt, retry),
                     )
                 )
             except AstrayError as error:
@@ -148,9 +167,9 @@ def ask_ahead(
         if attempt is None:
             return False
         try:
-            asking = _Asking(client, resource, attempt)
+            asking = _Asking(client, resource, window, attempt)
             for number in range(len(resource.params)):
-                _ask_by_ids(asking, number, window, ids, set())
+                _ask_by_ids(asking, number, ids, set())
         finally:
             attempt.close()
         return True
@@ -174,30 +193,76 @@ def _placed(settings: Settings, resource: Resource, window: Window) -> Iterator[
         raise failed.at(resource=resource.name, window=str(window)) from None
 
 
-def _ask_all(
-    asking: _Asking,
-    resource: Resource,
-    window: Window,
-    ids: Sequence[str],
-    unknown: set[str],
-    unproven: Landed | None,
-) -> None:
+def _started_at(attempt: Attempt, retry: Retry | None) -> datetime:
+    """When the first page of the extract was asked for, that of a kept part included."""
+    if retry and retry.kept:
+        return min(attempt.started_at, retry.landed.manifest.started_at)
+    return attempt.started_at
+
+
+def _fal_started_at(asking: _Asking, attempt: Attempt, retry: Retry | None) -> datetime | None:
+    """When that was by fal's own clock; None where fal did not say.
+
+    Of an extract that goes on with earlier pages, our clock tells how much earlier these are.
+    """
+    at = asking.first_date
+    if at and attempt.earlier:
+        at -= max(asking.first_answer_at - attempt.started_at, timedelta(0))
+    before = retry.landed.manifest.fal_started_at if retry and retry.kept else None
+    return min(filter(None, (at, before)), default=None)
+
+
+def _ask_all(asking: _Asking, ids: Sequence[str], unknown: set[str], retry: Retry | None) -> None:
     """Ask every question of the resource and for its control total."""
-    if resource.ids_per_call is not None:
-        for number in range(len(resource.params)):
-            _ask_by_ids(asking, number, window, ids, unknown)
+    if asking.resource.ids_per_call is not None:
+        for number in range(len(asking.resource.params)):
+            _ask_by_ids(asking, number, ids, unknown)
+    elif retry is None:
+        _ask_part(asking, asking.window)
     else:
-        is_closing = resource.proof is not None and not window.is_provisional
-        asking.walk_all("rows", window, partial(asking.total, "before", window) if is_closing else None)
+        for part in retry.kept:
+            asking.keep(retry.landed, part)
+        for window in retry.asked:
+            _ask_part(asking, window)
+        for part in retry.compared:
+            _ask_part(asking, part.window, retry.landed, part)
+        asking.calls.sort(key=lambda call: call.bounds or asking.window)
+        if any(call.bounds != asking.window for call in asking.calls):
+            asking.total("proof", asking.window)  # rows may have moved from part to part meanwhile
+
+
+def _ask_part(
+    asking: _Asking, window: Window, earlier: Landed | None = None, part: Part | None = None
+) -> None:
+    """Ask for the rows of a part of the window, or of all of it, and for their control total.
+
+    Where fal refuses the total to this key, rows of several pages are asked for in halves, and twice.
+    The rows of an `earlier` extract of the part stand beside the new ones.
+    """
+    resource = asking.resource
     if resource.proof is None:
+        asking.walk_all("rows", window)
         return
-    if not asking.total("proof", window):
-        log.warning("%s, window %s: fal refuses the control total to this key; "
-                    "two equal walks stand in for it", resource.name, window)  # fmt: skip
-        if unproven is None:
-            asking.walk_all("again", window)
-    if unproven is not None:
-        asking.adopt(unproven)
+    halves = window.halves(resource.smallest_part)
+
+    def before() -> bool:
+        if asking.total("before", window):
+            return True
+        if halves:
+            raise _SeveralPagesError
+        return False
+
+    try:
+        # The rows of a day that is still open may change under any walk: it is only warned about.
+        asking.walk_all("rows", window, None if asking.window.is_provisional else before)
+    except _SeveralPagesError:
+        for half in halves:
+            _ask_part(asking, half)
+        return
+    if not asking.total("proof", window) and earlier is None:
+        asking.walk_all("again", window)
+    if earlier is not None and part is not None:
+        asking.adopt(earlier, part)
 
 
 def ask_in_either_form(
@@ -223,9 +288,7 @@ def ask_in_either_form(
     return False
 
 
-def _ask_by_ids(
-    asking: _Asking, number: int, window: Window, ids: Sequence[str], unknown: set[str]
-) -> None:
+def _ask_by_ids(asking: _Asking, number: int, ids: Sequence[str], unknown: set[str]) -> None:
     """Ask one question in batches of ids that fal may know; add those it does not to `unknown`."""
     size = asking.resource.ids_per_call or len(ids)
     for first in range(0, len(ids), size):
@@ -233,22 +296,27 @@ def _ask_by_ids(
         batch = [endpoint_id for endpoint_id in ids[first : first + size] if endpoint_id not in unknown]
         if not batch:
             continue
-        asking.walk_ids(number, bounds(window), batch, unknown)
+        asking.walk_ids(number, asking.window, batch, unknown)
         if not first and len(batch) >= SUSPICIOUS_IDS and unknown.issuperset(batch):
             rest = [endpoint_id for endpoint_id in ids[size:] if endpoint_id not in unknown]
             sample = rest[-1 :: -max(1, len(rest) // SAMPLED_IDS)][:SAMPLED_IDS]
-            asking.refuse_gone_path(number, bounds(window), sample, unknown)
+            asking.refuse_gone_path(number, sample, unknown)
 
 
 class _Asking:
-    """The calls of one read, as they are made."""
+    """The calls of one extract of a window, as they are made."""
 
-    def __init__(self, client: FalClient, resource: Resource, attempt: Attempt) -> None:
+    def __init__(self, client: FalClient, resource: Resource, window: Window, attempt: Attempt) -> None:
         self.calls: list[Call] = []
         self.resource = resource
+        self.window = window
+        self.first_date: datetime | None = None
+        """Fal's clock at the first answer, and ours."""
+        self.first_answer_at = attempt.started_at
         self._client = client
         self._attempt = attempt
         self._is_older = False
+        self._is_total_refused = False
 
     def walk_all(self, label: str, window: Window, before: Callable[[], bool] | None = None) -> None:
         """Land all pages of all questions of the resource; see `land`."""
@@ -262,17 +330,29 @@ class _Asking:
 
         def ask(question: Question) -> None:
             resource = self.resource
-            self.land(label, resource.path, {**question, **more}, resource.rows_path, before)
+            try:
+                self.land(label, resource.path, {**question, **more}, resource.rows_path, before)
+            except _SeveralPagesError:
+                self._is_older = question is not resource.params[number]
+                raise
 
         self._is_older = ask_in_either_form(self.resource, number, ask, is_older=self._is_older)
 
     def total(self, label: str, window: Window) -> bool:
-        """Land fal's control total of the window; false where fal refuses it to this key."""
+        """Land fal's control total of a part of the window; false where fal refuses it to this key."""
         proof = self.resource.proof
         assert proof is not None  # noqa: S101  # who asks has looked
+        if self._is_total_refused:
+            return False
+        params = {**proof.params, **bounds(window)}
+        if window != self.window and self.resource.smallest_part < HOUR:
+            params["timeframe"] = "minute"
         try:
-            self.land(label, proof.path, {**proof.params, **bounds(window)}, proof.rows_path)
+            self.land(label, proof.path, params, proof.rows_path)
         except KeyRefusedError:
+            self._is_total_refused = True
+            log.warning("%s, window %s: fal refuses the control total to this key; "
+                        "two equal walks stand in for it", self.resource.name, self.window)  # fmt: skip
             return False
         return True
 
@@ -287,7 +367,8 @@ class _Asking:
         """Land all pages of one question.
 
         Where there are several, rows may move between them while they are walked. So `before` is
-        asked in front of them; if it was answered, the walk begins anew behind it.
+        asked in front of them; if it was answered, the walk begins anew behind it. It may raise
+        `_SeveralPagesError` instead.
         """
         # A control total is always asked anew: it must be that of the rows as they are at the end.
         is_kept = label in ("rows", "before")
@@ -298,6 +379,8 @@ class _Asking:
                 self._client, path, params, rows_path, landed,
                 metrics=self.resource.uses_metrics_key,
             ):  # fmt: skip
+                if is_new and self.first_date is None and page.date:
+                    self.first_date, self.first_answer_at = page.date, datetime.now(UTC)
                 is_first_of_many = page.number == 1 and page.next_cursor is not None
                 if before and is_first_of_many and before() and is_new:
                     self.land(label, path, params, rows_path)
@@ -309,24 +392,26 @@ class _Asking:
         query = {name: [v] if isinstance(v, str) else list(v) for name, v in params.items()}
         self.calls.append(Call(label, path, query, pages))
 
-    def adopt(self, landed: Landed) -> None:
-        """Keep the rows of an earlier read beside those of this one."""
-        self.calls += self._attempt.adopt(landed)
+    def keep(self, landed: Landed, part: Part) -> None:
+        """Take over a part of an earlier extract."""
+        self.calls += self._attempt.keep(landed, part)
 
-    def refuse_gone_path(
-        self, number: int, more: Params, sample: Sequence[str], unknown: Collection[str]
-    ) -> None:
+    def adopt(self, landed: Landed, part: Part) -> None:
+        """Keep the rows of an earlier extract of a part beside those of this one."""
+        self.calls += self._attempt.adopt(landed, part)
+
+    def refuse_gone_path(self, number: int, sample: Sequence[str], unknown: Collection[str]) -> None:
         """Raises ContractError where fal answers 404 to all of a sample and of its own catalogue."""
         metrics, resource = self.resource.uses_metrics_key, self.resource
         page, _ = self._client.get(
             MODELS.path, {"limit": "1"}, lambda b: read_envelope(b, MODELS.rows_path), metrics=metrics
         )
         listed = first_endpoint(page.body)
-        question = (resource.older_params if self._is_older else resource.params)[number]
+        question = {**self._question(number), **bounds(self.window)}
         for endpoint_id in [*listed, *sample]:
             if endpoint_id not in unknown:
-                params = {**question, **more, "endpoint_id": (endpoint_id,)}
                 with suppress(NotFoundError):
+                    params = {**question, "endpoint_id": (endpoint_id,)}
                     self._client.get(resource.path, params, self._envelope, metrics=metrics)
                     return
         if listed:
@@ -334,20 +419,48 @@ class _Asking:
                 f"fal answers 404 even for {listed[0]!a}: {resource.path} seems to be gone"
             )
 
+    def _question(self, number: int) -> Question:
+        return (self.resource.older_params if self._is_older else self.resource.params)[number]
+
     def _envelope(self, body: bytes) -> tuple[int, str | None]:
         return read_envelope(body, self.resource.rows_path)
 
-    def walk_ids(self, number: int, more: Params, ids: Sequence[str], unknown: set[str]) -> None:
-        """Land one batch of ids; where fal knows one of them not, halve it until that one is alone."""
+    def walk_ids(self, number: int, window: Window, ids: Sequence[str], unknown: set[str]) -> None:
+        """Land what fal answers for a batch of ids.
+
+        Where fal does not know one of them, the batch is halved until that one is alone. It is halved,
+        too, where the answer takes several pages: no total would show what is lost between these. What
+        is too much of one id is asked for in halves of the window.
+        """
+        middle = len(ids) // 2
+        halves = [(window, ids[:middle]), (window, ids[middle:])] if middle else [
+            (half, ids) for half in self._halves(number, window)
+        ]  # fmt: skip
+
+        def refuse() -> bool:
+            raise _SeveralPagesError
+
         try:
-            self.walk("rows", number, {**more, "endpoint_id": tuple(ids)})
+            question = {**bounds(window), "endpoint_id": tuple(ids)}
+            self.walk("rows", number, question, refuse if halves else None)
         except NotFoundError:
-            if len(ids) == 1:
+            if middle:
+                self._walk_halves(number, halves, unknown)
+            else:
                 unknown.add(ids[0])
-                return
-            middle = len(ids) // 2
-            self.walk_ids(number, more, ids[:middle], unknown)
-            self.walk_ids(number, more, ids[middle:], unknown)
+        except _SeveralPagesError:
+            self._walk_halves(number, halves, unknown)
+
+    def _walk_halves(
+        self, number: int, halves: Sequence[tuple[Window, Sequence[str]]], unknown: set[str]
+    ) -> None:
+        for window, ids in halves:
+            self.walk_ids(number, window, ids, unknown)
+
+    def _halves(self, number: int, window: Window) -> tuple[Window, ...]:
+        """Two parts of a window of hours; a day's percentiles are those of all of it."""
+        is_hourly = self._question(number).get("timeframe") == "hour"
+        return window.halves(self.resource.smallest_part) if is_hourly else ()
 
 
 def bounds(window: Window) -> Params:

@@ -77,6 +77,33 @@ class Call(msgspec.Struct, frozen=True):
     query: dict[str, list[str]]
     pages: list[LandedPage]
 
+    @property
+    def bounds(self) -> Window | None:
+        """The window or the part of it that was asked for; None for a question without bounds."""
+        if not {"start", "end"} <= self.query.keys():
+            return None
+        (start,), (end,) = self.query["start"], self.query["end"]
+        return Window(datetime.fromisoformat(start), datetime.fromisoformat(end))
+
+
+class Part(msgspec.Struct, frozen=True):
+    """A part of a window that was asked for on its own, and the calls that answered it.
+
+    Most windows are a single part. One whose pages do not add up is asked for again in halves.
+    """
+
+    window: Window
+    calls: list[Call]
+
+    def has(self, label: str) -> bool:
+        """Whether such a walk was made; it may have had no rows."""
+        return any(call.label == label for call in self.calls)
+
+    @property
+    def pages(self) -> int:
+        """The number of pages that hold its rows."""
+        return sum(len(call.pages) for call in self.calls if call.label == "rows")
+
 
 class Manifest(msgspec.Struct, frozen=True):
     """What a complete read of a window holds.
@@ -84,7 +111,8 @@ class Manifest(msgspec.Struct, frozen=True):
     `planned_from` is the first day that the run meant to read of this resource. `fencing_token` is
     the newest one that was known when the read was planned: whatever was loaded under a greater one
     may be newer than this read. `is_whole_catalogue`: all of fal's endpoints were asked for.
-    `fal_started_at` is when it began by fal's clock; an older faletl did not keep it.
+    `fal_started_at` is fal's own clock when its first page was answered; None where fal did not say,
+    and in manifests of an older faletl.
     """
 
     load_id: str
@@ -100,13 +128,13 @@ class Manifest(msgspec.Struct, frozen=True):
     calls: list[Call]
     unknown_ids: list[str] = []
     is_whole_catalogue: bool = False
-    fal_started_at: Instant | None = None
     redacted_pages: int = 0
     faletl_version: str = ""
     format: int = FORMAT
+    fal_started_at: Instant | None = None
 
     def __post_init__(self) -> None:
-        _ = self.window  # raises ValueError for one that cannot be
+        _ = self.window, self.parts  # raises ValueError for what cannot be
         if not _LOAD_ID.fullmatch(self.load_id):
             raise ValueError("a read has another id")
 
@@ -119,9 +147,30 @@ class Manifest(msgspec.Struct, frozen=True):
         """The pages of all calls with that label, in order."""
         return [page for call in self.calls if call.label == label for page in call.pages]
 
-    def has(self, label: str) -> bool:
-        """Whether such a walk was made; it may have had no rows."""
-        return any(call.label == label for call in self.calls)
+    @property
+    def parts(self) -> list[Part]:
+        """The parts in which the window was asked for, in order of time."""
+        found = self._calls_by_bounds()
+        if len(found) > 1:
+            found.pop(self.window, None)
+        return [Part(window, found[window]) for window in sorted(found)]
+
+    @property
+    def whole(self) -> Part | None:
+        """Where there are several parts: the whole window, with its control total behind all of them."""
+        found = self._calls_by_bounds()
+        calls = found.get(self.window) if len(found) > 1 else None
+        return Part(self.window, calls) if calls else None
+
+    def _calls_by_bounds(self) -> dict[Window, list[Call]]:
+        found: dict[Window, list[Call]] = {}
+        for call in self.calls:
+            found.setdefault(call.bounds or self.window, []).append(call)
+        return found
+
+    def of(self, part: Part) -> Manifest:
+        """The manifest of the same extract as if it had only that part's calls."""
+        return msgspec.structs.replace(self, calls=part.calls)
 
     @property
     def asked_ids(self) -> frozenset[str]:
@@ -216,9 +265,22 @@ class Attempt:
         write_durably(self.folder / name, content)
         return _described(name, content, page)
 
-    def adopt(self, landed: Landed) -> list[Call]:
-        """Take over the rows of an earlier read as the `again` walk of this one; raises StorageError."""
-        calls = [call for call in landed.manifest.calls if call.label == "rows"]
+    def keep(self, landed: Landed, part: Part) -> list[Call]:
+        """Take over a part of an earlier extract as it is; raises StorageError."""
+        for call in part.calls:
+            for page in call.pages:
+                content = at(self.folder).read(landed.folder / page.file)
+                self._redacted += REDACTED.encode() in zstandard.ZstdDecompressor().decompress(content)
+                write_durably(self.folder / page.file, content)
+        return part.calls
+
+    def adopt(self, landed: Landed, part: Part) -> list[Call]:
+        """Take over the rows of an earlier extract of a part as the `again` walk of this one.
+
+        Raises:
+            StorageError: a page cannot be read or written.
+        """
+        calls = [call for call in part.calls if call.label == "rows"]
         taken = []
         for number, call in enumerate(calls):
             pages = []

@@ -21,7 +21,13 @@ import sqlalchemy as sa
 from faletl import alerts, decisions, holds, landing
 from faletl.config import Settings
 from faletl.decisions import WindowAccepted
-from faletl.errors import FaletlError, LeaseLostError, UsageError, WarehouseError
+from faletl.errors import (
+    AccountLockedError,
+    FaletlError,
+    LeaseLostError,
+    UsageError,
+    WarehouseError,
+)
 from faletl.findings import keep_findings
 from faletl.holds import Loss, loss_of
 from faletl.landing import Manifest, Receipt, relative_path
@@ -50,6 +56,9 @@ it was, because the extract lacks rows that were proven before (faletl/holds.py)
 
 REFUSED = 3
 """The exit code of what a check refused (README, "Exit codes")."""
+
+LOCKED = "the account"
+"""The subject of the alert that fal locked the account."""
 
 UNKNOWN_FOR = timedelta(days=7)
 """For how long an endpoint id that fal does not know is not asked again."""
@@ -357,7 +366,7 @@ def _hold(
     manifest, connection = staged.landed.manifest, lease.connection
     data_version = fence(lease, changes_data=not holds.is_held(connection, manifest))
     if is_all:
-        _forget_failure(connection, manifest)
+        _forget_failures(connection, manifest, at)
     keep_findings(settings, lease, staged.findings, "refused", at=at)
     holds.hold(settings, lease, staged, loss, data_version)
     return _Done("held", _receipt(connection, lease.token, at, "held"), loss=loss)
@@ -380,10 +389,8 @@ def _close_what_was_open(
     if holds.is_held(connection, manifest):
         holds.release(connection, manifest.account, manifest.resource, manifest.window.day, at)
     if is_all:
-        _forget_failure(connection, manifest)
+        _forget_failures(connection, manifest, at)
         _remember_unknown(connection, manifest)
-        subject = f"{manifest.resource} {manifest.window.day}"
-        alerts.resolve(connection, "refused", manifest.account, subject, at)
 
 
 def _is_newer(current: sa.RowMapping, manifest: Manifest) -> bool:
@@ -562,8 +569,17 @@ def _restate(connection: sa.Connection, manifest: Manifest, before: _Lines, afte
 # --- What else a load leaves ----------------------------------------------------------------------
 
 
-def _forget_failure(connection: sa.Connection, manifest: Manifest) -> None:
-    connection.execute(sa.delete(FAILURES).where(_failures_of(manifest)))
+def _forget_failures(connection: sa.Connection, manifest: Manifest, at: datetime) -> None:
+    """What failed of the window is over, and so is that the account was locked: fal answered."""
+    is_lock = FAILURES.c.error == AccountLockedError.__name__
+    was_locked = sa.and_(FAILURES.c.account == manifest.account, is_lock)
+    gone = sa.delete(FAILURES).where(sa.or_(_failures_of(manifest), was_locked))
+    errors = set(connection.execute(gone.returning(FAILURES.c.error)).scalars())
+    if errors:
+        subject = f"{manifest.resource} {manifest.window.day}"
+        alerts.resolve(connection, "refused", manifest.account, subject, at)
+    if AccountLockedError.__name__ in errors:
+        alerts.resolve(connection, "locked", manifest.account, LOCKED, at)
 
 
 def _failures_of(manifest: Manifest) -> sa.ColumnElement[bool]:
@@ -633,14 +649,12 @@ def record_failure(
         if error.findings is not None:
             keep_findings(settings, lease, error.findings, "refused", at=now)
         if is_refused:
-            alerts.raise_alert(
-                connection,
-                alerts.Alert(
-                    "refused", account, f"{resource} {window.day}", str(error),
-                    (resource, window.start.isoformat(), run_id),
-                ),
-                now,
-            )  # fmt: skip
+            key = (resource, window.start.isoformat(), run_id)
+            alert = alerts.Alert("refused", account, f"{resource} {window.day}", str(error), key)
+            alerts.raise_alert(connection, alert, now)
+        if isinstance(error, AccountLockedError):
+            alert = alerts.Alert("locked", account, LOCKED, error.message, (run_id,))
+            alerts.raise_alert(connection, alert, now)
 
 
 # --- What a run asks of the ledger ----------------------------------------------------------------

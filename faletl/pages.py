@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cache
 from typing import Any
 
@@ -20,9 +21,20 @@ MAX_PAGES = 100_000
 MAX_BYTES = 32 * 2**30
 """Of JSON in one walk: some hundred million charges."""
 
+MAX_EMPTY_PAGES = 100
+"""In a row: a walk that goes on beyond them would go on for ever."""
+
+MAX_RECORDS = 100_000
+"""Of one page, ten times what fal documents. Lists around records (buckets) count like these."""
+
+_COUNTED_ABOVE = 400_000
+"""Commas in a page above which its records are counted before any becomes a Python object; so many take
+28 MiB. A page of 10,000 charges has some 150,000."""
+
 _NUL = re.compile(rb"(?<!\\)(\\\\)*\\u0000")  # not an escaped backslash before u0000
 _BOM = b"\xef\xbb\xbf"
 # A text without an end goes on to that of the body: to try again at each mark in it would take forever.
+_TEXT_OR_MARK = re.compile(rb'"(?:[^"\\]|\\.)*+"?|[\[\]{},]', re.DOTALL)
 _TEXT_OR_NO_NUMBER = re.compile(rb'"(?:[^"\\]|\\.)*+"?|-?(?:NaN|Infinity)', re.DOTALL)
 
 UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
@@ -31,13 +43,17 @@ UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """One answer of a walk. `rows` counts its records, `number` counts from 1."""
+    """One answer of a walk. `rows` counts its records, `number` counts from 1.
+
+    `date` is fal's clock when it answered; None where it did not say so, and for pages landed before.
+    """
 
     number: int
     body: bytes
     request_id: str | None
     rows: int
     next_cursor: str | None
+    date: datetime | None = None
 
 
 def read_envelope(body: bytes, rows_path: tuple[str, ...]) -> tuple[int, str | None]:
@@ -45,8 +61,11 @@ def read_envelope(body: bytes, rows_path: tuple[str, ...]) -> tuple[int, str | N
 
     Raises:
         MalformedBodyError: no whole JSON document.
-        ContractError: another document: no record list, or a cursor and `has_more` that disagree.
+        ContractError: another document: no record list, too many records, or a cursor and `has_more`
+            that disagree.
     """
+    if body.count(b",") > _COUNTED_ABOVE and (not rows_path or _is_crowded(body)):
+        raise ContractError(_CROWDED)
     try:
         envelope = _envelope(rows_path).decode(as_json(body))
     except msgspec.ValidationError as error:
@@ -58,6 +77,8 @@ def read_envelope(body: bytes, rows_path: tuple[str, ...]) -> tuple[int, str | N
     if not rows_path:
         return 1, None
     cursor: str | None = envelope.next_cursor
+    if cursor == "" and not envelope.has_more:
+        cursor = None  # contract.py notes it as drift
     if envelope.has_more is None:
         log.warning("fal left has_more out; the cursor decides")
     elif envelope.has_more != (cursor is not None):
@@ -93,11 +114,11 @@ def walk(
     Only a missing cursor ends the walk: not a short page, not an empty one.
 
     Raises:
-        AstrayError: a cursor came twice, or there are more pages or bytes than can be meant.
+        AstrayError: a cursor came twice, or there are more pages, empty ones or bytes than can be meant.
     """
     asked: set[str] = set()
     cursor: str | None = None
-    size = 0
+    size = empty = 0
     for number in range(1, MAX_PAGES + 1):
         body = next(landed, None)
         if body is not None:
@@ -113,9 +134,14 @@ def walk(
                 lambda body: read_envelope(body, rows_path),
                 metrics=metrics,
             )
-        yield Page(number, answer.body, answer.request_id, rows, following), is_new
+        yield Page(number, answer.body, answer.request_id, rows, following, answer.date), is_new
         if following is None:
             return
+        empty = 0 if rows else empty + 1
+        if empty >= MAX_EMPTY_PAGES:
+            raise AstrayError(
+                f"fal sent {MAX_EMPTY_PAGES} empty pages in a row and announced still more"
+            ).at(page=number, request_id=answer.request_id)
         size += len(answer.body)
         if size > MAX_BYTES:
             raise AstrayError(f"fal sent more than {MAX_BYTES:,} bytes and announced still more").at(
@@ -150,4 +176,26 @@ def _count(envelope: Any, rows_path: tuple[str, ...]) -> int:
     levels = [envelope]
     for _ in rows_path[1:]:
         levels = [inner for level in levels for inner in level.rows]
-    return sum(len(level.rows) for level in levels)
+    count = sum(len(level.rows) for level in levels)
+    if max(count, len(levels)) > MAX_RECORDS:
+        raise ContractError(_CROWDED)
+    return count
+
+
+def _is_crowded(body: bytes) -> bool:
+    """Whether lists of the page have more elements than it may have records, counted one by one."""
+    inside, count = bytearray(), 0  # 1 for each list, 0 for each object that is open
+    for found in _TEXT_OR_MARK.finditer(body):
+        match body[found.start()]:
+            case 0x2C:  # a comma
+                count += bool(inside and inside[-1])
+                if count >= MAX_RECORDS:
+                    return True
+            case 0x5B | 0x7B as opened:  # [ or {
+                inside.append(opened == 0x5B)
+            case 0x5D | 0x7D if inside:  # ] or }
+                inside.pop()
+    return False
+
+
+_CROWDED = f"fal's answer holds more than {MAX_RECORDS:,} records on one page"

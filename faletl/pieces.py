@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Self, TypedDict
@@ -20,7 +21,7 @@ from faletl.accounts import SignedIn
 from faletl.check import check
 from faletl.client import FalClient
 from faletl.config import Settings
-from faletl.errors import FaletlError, KeyRefusedError, TamperedError
+from faletl.errors import AccountLockedError, FaletlError, KeyRefusedError, TamperedError
 from faletl.extract import Origin, ask_ahead
 from faletl.landing import Landed
 from faletl.load import reads_by_day
@@ -134,12 +135,14 @@ def make_plan(settings: Settings, asked: Asked, *, is_first_due: bool = False) -
     Raises:
         UsageError: settings that cannot mean anything; no key.
         KeyRefusedError: fal accepts the key for nothing, or not for usage and its account is not known.
+        AccountLockedError: fal locked the account.
         ApiUnavailableError, ContractError: fal did not say whose the key is.
         WarehouseError, StorageError: the warehouse, or the plan, cannot be written.
     """
     settings.require_key()
-    now, warehouse = datetime.now(UTC), open_warehouse(settings)
-    signed_in = _sign_in(settings, warehouse, asked, now)
+    now, run_id, warehouse = datetime.now(UTC), new_run_id(), open_warehouse(settings)
+    with _locks_recorded(settings, Report(run_id)):
+        signed_in = _sign_in(settings, warehouse, asked, now)
     account = signed_in.label
     if is_first_due and _is_first(warehouse, account, asked) and not _is_older(settings, asked, now):
         asked = Asked(resources=asked.resources)
@@ -158,7 +161,7 @@ def make_plan(settings: Settings, asked: Asked, *, is_first_due: bool = False) -
     windows = [Planned.of(t, now) for t in tasks if t.resource.ids_per_call is None or t.ids]
     if not windows:
         return None
-    made = Plan(new_run_id(), account, token, planned_from, windows, signed_in.bound_at)
+    made = Plan(run_id, account, token, planned_from, windows, signed_in.bound_at)
     folder = landing.root(settings) / ".plans"
     path = folder / f"{made.run_id}.json"
     try:
@@ -246,7 +249,8 @@ def extract_piece(settings: Settings, piece: Piece) -> Report:
     """Fetch, land and prove the windows of a piece; those that an earlier try landed are taken as read.
 
     Raises:
-        KeyRefusedError: fal refused the key; nothing more is asked.
+        KeyRefusedError, AccountLockedError: fal refused the key, or locked the account; nothing more is
+            asked.
         StorageError, WarehouseError: nothing more can be written.
     """
     made = read_plan(piece["plan"])
@@ -259,12 +263,24 @@ def extract_piece(settings: Settings, piece: Piece) -> Report:
             landed = _landed(settings, made, task)
             return prove_or_reread(client, settings, task, scratch, origin, landed)
 
-        for batch, _ in worked(client, settings, tasks, work, report):
-            for staged in batch:
-                report.outcomes.append(outcome_of(staged, "landed"))
-                staged.discard()
+        with _locks_recorded(settings, report):
+            for batch, _ in worked(client, settings, tasks, work, report):
+                for staged in batch:
+                    report.outcomes.append(outcome_of(staged, "landed"))
+                    staged.discard()
     record_failures(settings, report)
     return report
+
+
+@contextmanager
+def _locks_recorded(settings: Settings, report: Report) -> Iterator[None]:
+    """Record that fal locked the account for `faletl status`, before the error ends the task."""
+    try:
+        yield
+    except AccountLockedError as error:
+        report.failures.append((None, error))
+        record_failures(settings, report)
+        raise
 
 
 def load_plan(settings: Settings, path: str) -> Report:

@@ -28,6 +28,8 @@ from faletl import accounts, alerts, holds, landing, models, relabel
 from faletl.client import FalClient, StoppedError
 from faletl.config import Settings
 from faletl.errors import (
+    AccessRefusedError,
+    AccountLockedError,
     ContractError,
     DataRefusedError,
     FaletlError,
@@ -35,8 +37,8 @@ from faletl.errors import (
     KeyRefusedError,
     UnprovenError,
 )
-from faletl.extract import Origin, fetch_window
-from faletl.landing import Landed
+from faletl.extract import Origin, Retry, fetch_window
+from faletl.landing import Landed, Part
 from faletl.load import (
     Replaced,
     fence,
@@ -56,8 +58,8 @@ from faletl.plan import (
     plan,
     with_ids,
 )
-from faletl.resources import BILLING_EVENTS, MODELS, RESOURCES, USAGE
-from faletl.staging import Staged, stage_window
+from faletl.resources import BILLING_EVENTS, MODELS, RESOURCES, USAGE, Resource
+from faletl.staging import Staged, UnprovenPart, stage_window
 from faletl.warehouse import Warehouse, open_warehouse
 from faletl.warehouse.tables import BUILDS, LOADS, WAREHOUSE
 from faletl.windows import Window
@@ -343,7 +345,8 @@ def _extract_all(
 ) -> bool:
     """Hand over what was extracted, batch by batch; returns whether the warehouse can be written.
 
-    A refused key ends extraction, as does a warehouse that cannot take what was extracted.
+    A refused key or a locked account ends extraction, as does a warehouse that cannot take what was
+    extracted.
     """
     settings.require_key()
     extracted = _extracted(settings, warehouse, report, asked, progress)
@@ -355,7 +358,7 @@ def _extract_all(
                     staged.discard()
     except FaletlError as error:
         report.failures.append((None, error))
-        return isinstance(error, KeyRefusedError)
+        return isinstance(error, AccessRefusedError)
     return True
 
 
@@ -367,7 +370,8 @@ def _extracted(
     Windows that fail go to the report. What is asked by ids comes last, when the ids are known.
 
     Raises:
-        KeyRefusedError: fal refused the key; nothing more is asked.
+        KeyRefusedError, AccountLockedError: fal refused the key, or locked the account; nothing more is
+            asked.
         StorageError, WarehouseError: nothing more can be written.
     """
     now = datetime.now(UTC)
@@ -465,7 +469,7 @@ def worked(
                     batch.append(future.result())
                 except StoppedError:
                     continue  # the key was refused to another window, which tells
-                except KeyRefusedError:
+                except AccessRefusedError:
                     raise
                 except FaletlError as error:
                     report.failures.append((task, error))
@@ -485,37 +489,65 @@ def prove_or_reread(
     origin: Origin,
     landed: Landed | None = None,
 ) -> Staged:
-    """Fetch and stage; where the rows do not add up, once more: pages may have shifted.
+    """Fetch and stage; where the rows do not add up, once more, then in halves (`next_try`).
 
     A read that `landed` before takes the place of the first one.
 
     Raises: as `fetch_window` and `stage_window`.
     """
-    unproven: Landed | None = None
+    retry: Retry | None = None
     while True:
         if landed is None:
             with client.turns:
                 landed = fetch_window(
                     client, settings, task.resource, task.window,
                     origin=origin, ids=task.ids, is_whole_catalogue=task.is_whole_catalogue,
-                    ahead=task.ahead, unproven=unproven,
+                    ahead=task.ahead, retry=retry,
                 )  # fmt: skip
+            if retry is not None:
+                landing.drop(retry.landed.folder)  # what is needed of it was taken over
         try:
             with _staging:
                 return stage_window(settings, landed, scratch)
         except UnprovenError as error:
-            if unproven is not None:
+            following = next_try(task.resource, landed, error.parts, is_first=retry is None)
+            if following is None:
                 landing.refuse(landed.folder)
                 raise
-            log.info("%s; reading the window once more", error)
-            unproven, landed = landed, None
+            log.info("%s; asking for %s again", error, following)
+            retry, landed = following, None
         except (ContractError, DataRefusedError) as error:
             landing.refuse(landed.folder)
             if landed.manifest.started_at >= origin.at:
                 raise
             # Pages that an earlier run had landed: fal may have mended them since.
             log.info("%s; reading the window anew", error)
-            landed = None
+            retry, landed = None, None
+
+
+def next_try(
+    resource: Resource, landed: Landed, unproven: Sequence[UnprovenPart], *, is_first: bool
+) -> Retry | None:
+    """How to ask for a window again whose parts are not all proven; None when that is of no use.
+
+    At first, each of these once more, as pages may have shifted. Then in halves where a page's edge may
+    have lost rows, down to one page or to the smallest part. Two equal walks decide of what is left.
+    """
+    asked, compared = list[Window](), list[Part]()
+    for one in unproven:
+        part = one.part
+        halves = part.window.halves(resource.smallest_part) if part.pages > 1 else ()
+        if one.has_lost and halves:
+            asked += [part.window] if is_first else halves
+        elif not part.has("again") or (one.has_moved and is_first):
+            compared.append(part)
+        elif one.has_moved and halves:
+            asked += halves
+        else:
+            return None
+    left = {one.part.window for one in unproven}
+    kept = [part for part in landed.manifest.parts if part.window not in left]
+    return Retry(landed, kept, asked, compared)
 
 
 def fencing_token(connection: sa.Connection | None) -> int:
@@ -631,16 +663,10 @@ def outcome_of(staged: Staged, outcome: str) -> Outcome:
 
 def record_failures(settings: Settings, report: Report) -> None:
     """Keep what failed for `faletl status`; that it failed is in the report in any case."""
-    failed = [
-        (task, error, str(account))
-        for task, error in report.failures
-        if not isinstance(error, HeldError)  # ops.holds has it
-        and task is not None
-        and (account := error.facts.get("account") or report.account)
-    ]
+    warehouse = open_warehouse(settings)
+    failed = list(_recordable(settings, warehouse, report))
     if not failed:
         return
-    warehouse = open_warehouse(settings)
     with suppress(FaletlError), warehouse.lease(f"faletl, run {report.run_id}") as lease:
         with lease.transaction():
             accounts.require_known(lease.connection, report.account)
@@ -649,6 +675,22 @@ def record_failures(settings: Settings, report: Report) -> None:
                 settings, lease, error, account=account, resource=task.resource.name,
                 window=task.window, run_id=report.run_id,
             )  # fmt: skip
+
+
+def _recordable(
+    settings: Settings, warehouse: Warehouse, report: Report
+) -> Iterator[tuple[Task, FaletlError, str]]:
+    """What failed of a window, with its account. A locked account is recorded as usage of today.
+
+    A held window is in ops.holds.
+    """
+    for task, error in report.failures:
+        account = error.facts.get("account") or report.account
+        if task is None and isinstance(error, AccountLockedError):
+            task = Task(USAGE, Window.of_day(datetime.now(UTC).date()))
+            account = account or accounts.label_of_key(warehouse, settings)
+        if task is not None and account and not isinstance(error, HeldError):
+            yield task, error, str(account)
 
 
 def _not_loaded(settings: Settings, warehouse: Warehouse, report: Report | None = None) -> list[Landed]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from datetime import date
+from datetime import date, timedelta
 from enum import StrEnum
 from typing import Literal
 
@@ -110,6 +110,7 @@ class Resource:
     # What rows are expected to be, each with SQL for those that are not; these are kept, with a warning.
     expected: Mapping[str, str] = field(default_factory=dict)
     uses_metrics_key: bool = False
+    smallest_part: timedelta = timedelta(hours=1)  # to which a window is halved where pages lose rows
     is_optional: bool = False  # a key that may not read it leaves it out, unless it is asked for by name
     permission: str = ""  # as fal writes several: comma-separated, without blanks
     presets: str = ""
@@ -305,6 +306,7 @@ BILLING_EVENTS = Resource(
     older_params=({"expand": ("auth_method",)},),
     window="day",
     time="timestamp",
+    smallest_part=timedelta(minutes=1),
     key=(),
     identity=(
         "request_id",

@@ -12,9 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
+from decimal import Decimal, localcontext
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -29,10 +29,11 @@ from faletl.errors import (
     ExhaustedError,
     FaletlError,
     StorageError,
+    TamperedError,
     UnprovenError,
 )
 from faletl.findings import Drift, Findings, SetAside
-from faletl.landing import Landed
+from faletl.landing import MANIFEST, Landed, Manifest, Part
 from faletl.money import (
     DECIMAL_TYPE,
     DOUBLE_DIGITS,
@@ -412,10 +413,8 @@ def _more_columns(landed: Landed, resource: Resource, label: str) -> Iterator[st
     if label in _TOTALS or resource.time is None:
         yield "true as _is_inside"
     else:
-        yield (
-            f"\"{resource.time}\" >= timestamptz '{instant(window.start)}' "
-            f"and \"{resource.time}\" < timestamptz '{instant(window.end)}' as _is_inside"
-        )
+        start, end = _asked_bounds(landed.manifest, label)
+        yield f'"{resource.time}" >= {start} and "{resource.time}" < {end} as _is_inside'
     if label in _TOTALS:
         return
     if resource.window == "snapshot":
@@ -423,6 +422,25 @@ def _more_columns(landed: Landed, resource: Resource, label: str) -> Iterator[st
     if resource.identity:
         yield f"{hash_expression(landed.manifest.account, resource)} as _hash"
         yield "1 as _ordinal"
+
+
+def _asked_bounds(manifest: Manifest, label: str) -> tuple[str, str]:
+    """SQL for the start and the end that a record's page was asked for: those of its part."""
+    asked = [
+        call.bounds or manifest.window
+        for call in manifest.calls
+        if call.label == label
+        for _ in call.pages
+    ]
+    if set(asked) <= {manifest.window}:
+        asked = [manifest.window]
+    start, end = (
+        [f"timestamptz '{instant(at)}'" for at in edge]
+        for edge in zip(*((window.start, window.end) for window in asked), strict=True)
+    )
+    if len(asked) == 1:
+        return start[0], end[0]
+    return f"([{', '.join(start)}])[_page]", f"([{', '.join(end)}])[_page]"
 
 
 def _columns(resource: Resource, label: str) -> tuple[Column, ...]:
@@ -774,6 +792,29 @@ def _proof_columns(resource: Resource) -> tuple[Column, ...]:
     return tuple(c for c in proof.columns if c.name in names) if proof else ()
 
 
+@dataclass(frozen=True, slots=True)
+class UnprovenPart:
+    """A part of a window that is not proven.
+
+    `has_lost` says that rows may be lost (or come twice) at an edge of its pages, so that its halves may
+    add up; `has_moved`, that rows changed places between pages, or between two walks.
+    """
+
+    part: Part
+    has_lost: bool
+    has_moved: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    """How a part was proven, and fal's total; or, with a sentence, why it is not."""
+
+    proof: str
+    total: str | None
+    why: str = ""
+    unproven: UnprovenPart | None = None
+
+
 def _prove(
     connection: duckdb.DuckDBPyConnection,
     landed: Landed,
@@ -785,45 +826,151 @@ def _prove(
 ) -> tuple[str, str | None]:
     """Show that the rows are all there; returns how, and fal's total. docs/fal-api.md, "Control totals".
 
-    Fal's own sums do, and where there are none or those of another ledger, two equal walks. Rows that
-    were set aside may be missing only if fal's sums say that nothing of value is missing with them.
+    Fal's own sums do, part by part, and where there are none or those of another ledger, two equal
+    walks. Rows that were set aside may be missing only where fal's sums say that they are of no value.
     """
-    manifest, differs, total, moved = landed.manifest, list[str](), None, ""
-    if resource.proof is not None and manifest.has("proof"):
-        differs, total = _compared(
-            connection, landed, resource, resource.proof, "proof", source, scratch
-        )
-        if not differs and manifest.has("before"):
-            moved = _moved(connection, landed, resource, resource.proof, source, scratch)
-        if not differs and not moved:
-            return "summary", total
-    if typed.breaches and not moved:
-        because = "fal's control total says that they are of value" if differs else (
-            "no control total of fal's says that nothing of value is missing without them"
-        )  # fmt: skip
-        raise _refused(landed, "rows", typed, f"{because} (faletl quarantine list shows them)")
+    manifest, parts = landed.manifest, landed.manifest.parts
     if resource.proof is None:
+        if typed.breaches:
+            raise _refused(landed, "rows", typed, _NO_TOTAL)
         return "none", None
-    told = f"{len(differs)} lines differ: {'; '.join(differs[:_TELL])}"
-    can_stand_in = manifest.has("again") and (resource.proof.two_walks_suffice or not differs)
-    if can_stand_in and _digest_again(connection, landed, resource, typed, scratch) == digest:
-        if differs:
-            is_settled = manifest.window.has_settled(manifest.started_at)
-            log.log(logging.WARNING if is_settled else logging.INFO,
-                    "%s, window %s: two walks agree, but fal's usage says otherwise (%s)",
-                    resource.name, manifest.window, told)  # fmt: skip
-        return "two walks", total
-    if not differs:
-        told = moved or "two walks one after the other gave other rows"
+    _require_whole(landed)
+    verdicts, first = list[_Verdict](), 1
+    for part in parts:
+        last = first + part.pages - 1
+        if len(parts) == 1:
+            rows = _Rows(source, digest, typed, first, last)
+        else:
+            own = f"(select * from {source} where _page between {first} and {last})"
+            rows = _Rows(own, _digest(connection, resource, own), typed, first, last)
+        verdicts.append(_prove_part(connection, landed, part, resource, rows, scratch))
+        first = last + 1
+    total = _sum(verdict.total for verdict in verdicts)
+    proofs = {verdict.proof for verdict in verdicts}
+    if proofs == {"summary"} and (why := _moved_between(connection, landed, resource, source, scratch)):
+        verdicts = [_Verdict("differs", total, why, UnprovenPart(part, False, True)) for part in parts]
+    unproven = [verdict for verdict in verdicts if verdict.unproven]
+    if not unproven:
+        return ("two walks" if "two walks" in proofs else "summary"), total
     if manifest.window.is_provisional:
         log.warning("%s, window %s: the day is still open and does not add up to fal's control total "
-                    "yet (%s)", resource.name, manifest.window, told)  # fmt: skip
+                    "yet (%s)", resource.name, manifest.window, unproven[0].why)  # fmt: skip
         return "differs", total
-    why = "the rows do not add up to fal's control total" if differs else "the rows moved meanwhile"
-    raise UnprovenError(
-        f"{why} ({told}); the next run reads the window again",
+    error = UnprovenError(
+        f"{unproven[0].why}; the next run reads the window again",
         request_id=next((page.request_id for page in manifest.pages("proof")), None),
     )
+    error.parts = [verdict.unproven for verdict in unproven if verdict.unproven]
+    raise error
+
+
+def _moved_between(
+    connection: duckdb.DuckDBPyConnection,
+    landed: Landed,
+    resource: Resource,
+    source: str,
+    scratch: Path,
+) -> str:
+    """What shows that rows moved between the parts of a window, of which each adds up; else nothing."""
+    whole, proof = landed.manifest.whole, resource.proof
+    if whole is None or proof is None:
+        return ""
+    of_whole = Landed(landed.folder, landed.manifest.of(whole))
+    compared = _compared(connection, of_whole, resource, proof, "proof", source, scratch)
+    return f"the rows moved meanwhile ({compared.told})" if compared.differs else ""
+
+
+_NO_TOTAL = (
+    "no control total of fal's says that nothing of value is missing without them "
+    "(faletl quarantine list shows them)"
+)
+
+
+def _sum(totals: Iterable[str | None]) -> str | None:
+    """The exact sum of what fal said; None where it said nothing."""
+    told = [Decimal(total) for total in totals if total is not None]
+    with localcontext(prec=60):
+        return plain(sum(told, Decimal(0))) if told else None
+
+
+def _require_whole(landed: Landed) -> None:
+    """Raises TamperedError where the parts of the window leave some of it out, or overlap."""
+    window = landed.manifest.window
+    edges = [(part.window.start, part.window.end) for part in landed.manifest.parts]
+    ends = [window.start, *(end for _, end in edges)]
+    if [start for start, _ in edges] != ends[:-1] or ends[-1] != window.end:
+        raise TamperedError(
+            f"the manifest in {landed.folder} does not cover its window; read the window again with "
+            "faletl run --start … --end …",
+            file=str(landed.folder / MANIFEST),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """The rows of a part: SQL for them, their digest, and the pages that they came on."""
+
+    source: str
+    digest: str
+    typed: Typed
+    first_page: int
+    last_page: int
+
+    @property
+    def breaches(self) -> int:
+        """How many rows of these pages were set aside, as far as that is known."""
+        aside = self.typed.set_aside
+        of_others = sum(not self.first_page <= one.page <= self.last_page for one in aside)
+        return self.typed.breaches - of_others
+
+
+def _prove_part(
+    connection: duckdb.DuckDBPyConnection,
+    whole: Landed,
+    part: Part,
+    resource: Resource,
+    rows: _Rows,
+    scratch: Path,
+) -> _Verdict:
+    """Compare the rows of a part with fal's total of it, or with those of its other walk.
+
+    Raises:
+        DataRefusedError: rows of the part were set aside that are of value.
+    """
+    landed = Landed(whole.folder, whole.manifest.of(part))
+    proof, compared, moved = resource.proof, _Compared(), ""
+    assert proof is not None  # noqa: S101  # who asks has looked
+    has_total = part.has("proof")
+    if has_total:
+        compared = _compared(connection, landed, resource, proof, "proof", rows.source, scratch)
+        if not compared.differs and part.has("before"):
+            moved = _moved(connection, landed, resource, proof, rows.source, scratch)
+        if not compared.differs and not moved:
+            return _Verdict("summary", compared.total)
+    if rows.breaches and not moved:
+        because = _NO_TOTAL if not compared.differs else (
+            "fal's control total says that they are of value (faletl quarantine list shows them)"
+        )  # fmt: skip
+        raise _refused(whole, "rows", rows.typed, because)
+    can_stand_in = part.has("again") and (proof.two_walks_suffice or not compared.differs)
+    is_equal = can_stand_in and (
+        _digest_again(connection, landed, resource, rows.typed, scratch) == rows.digest
+    )
+    if is_equal:
+        if compared.differs:
+            is_settled = whole.manifest.window.has_settled(whole.manifest.started_at)
+            log.log(logging.WARNING if is_settled else logging.INFO,
+                    "%s, window %s: two walks agree, but fal's usage says otherwise (%s)",
+                    resource.name, part.window, compared.told)  # fmt: skip
+        return _Verdict("two walks", compared.total)
+    if compared.differs:
+        why = f"the rows do not add up to fal's control total ({compared.told})"
+    else:
+        why = f"the rows moved meanwhile ({moved or 'two walks one after the other gave other rows'})"
+    has_lost = part.pages > 1 and bool(compared.differs) and (
+        compared.is_less or _is_cut_badly(connection, resource, rows.source)
+    )  # fmt: skip
+    return _Verdict("differs", compared.total, why, UnprovenPart(part, has_lost, not compared.differs))
 
 
 def _moved(
@@ -840,17 +987,56 @@ def _moved(
     total was asked for in front of the rows as well, and no row comes on two pages: but for charges
     that are exact twins, and a second walk tells these.
     """
-    differs, _ = _compared(connection, landed, resource, proof, "before", source, scratch)
-    if differs:
-        return f"fal's control total was another one before they were read: {'; '.join(differs[:_TELL])}"
+    compared = _compared(connection, landed, resource, proof, "before", source, scratch)
+    if compared.differs:
+        told = "; ".join(compared.differs[:_TELL])
+        return f"fal's control total was another one before they were read: {told}"
+    count = _on_two_pages(connection, resource, source)
+    return f"{count:,} of them came on two pages" if count else ""
+
+
+def _on_two_pages(connection: duckdb.DuckDBPyConnection, resource: Resource, source: str) -> int:
+    """How many rows come on more than one page, exactly the same."""
     among = f"from {source}"
     if resource.identity:
         key, among = "_hash", f"{among} where _hash in (select _hash {among} where _ordinal > 1)"
     else:
-        key = ", ".join((*resource.key, *proof.sums))
+        sums = resource.proof.sums if resource.proof else ()
+        key = ", ".join((*resource.key, *sums))
     twice = f"select 1 {among} group by {key} having count(distinct _page) > 1"
-    count = _count(connection, f"select count(*) from ({twice})")
-    return f"{count:,} of them came on two pages" if count else ""
+    return _count(connection, f"select count(*) from ({twice})")
+
+
+def _is_cut_badly(connection: duckdb.DuckDBPyConnection, resource: Resource, source: str) -> bool:
+    """Whether a page ends and the next begins with rows of one instant, or a row is on two pages.
+
+    A cursor that is an instant loses or repeats rows there, the same ones on every walk.
+    """
+    time = f'"{resource.time}"'
+    edges = (
+        f"select _page, arg_min({time}, _row) as first_at, arg_max({time}, _row) as last_at "
+        f"from {source} group by _page"
+    )
+    shared = _count(
+        connection,
+        "select count(*) from (select first_at, lag(last_at) over (order by _page) as before_at "
+        f"from ({edges})) where first_at = before_at",
+    )
+    return bool(shared or _on_two_pages(connection, resource, source))
+
+
+@dataclass(frozen=True, slots=True)
+class _Compared:
+    """Where our sums are not fal's, as sentences; whether one is less; and fal's sum of all costs."""
+
+    differs: Sequence[str] = ()
+    is_less: bool = False
+    total: str | None = None
+
+    @property
+    def told(self) -> str:
+        """The first of the differences, and how many there are."""
+        return f"{len(self.differs)} lines differ: {'; '.join(self.differs[:_TELL])}"
 
 
 def _compared(
@@ -861,8 +1047,8 @@ def _compared(
     label: str,
     source: str,
     scratch: Path,
-) -> tuple[list[str], str]:
-    """Where our sums are not fal's, as sentences; and fal's sum of all costs."""
+) -> _Compared:
+    """Compare the sums of the rows with those of the total of that label."""
     totals = scratch / f"{landed.manifest.load_id}.{label}.parquet"
     typed = _typed(connection, landed, resource, label, totals)
     if typed.breaches:
@@ -871,8 +1057,29 @@ def _compared(
         f"select coalesce(sum(cost_total), 0)::varchar from {quoted(totals)} where {proof.only}"
     ).fetchone()
     differs = _differences(connection, proof, source, totals)
+    is_less = bool(differs) and _is_less(connection, proof, source, totals)
     totals.unlink()
-    return differs, str(total[0]) if total else "0"
+    return _Compared(differs, is_less, str(total[0]) if total else "0")
+
+
+def _is_less(connection: duckdb.DuckDBPyConnection, proof: Proof, source: str, totals: Path) -> bool:
+    """Whether we hold less of something than fal says, by more than what fal may have rounded."""
+    key = ", ".join(proof.key)
+    sums = ", ".join(f"sum({name}) as {name}" for name in proof.sums)
+    same = " and ".join(f"ours.{name} is not distinct from fals.{name}" for name in proof.key)
+    less = " or ".join(
+        f"fals.{name} - coalesce(ours.{name}, 0) > (fals.n + coalesce(ours.n, 0)) * {HALF_NANO}"
+        for name in proof.sums
+    )
+    return bool(
+        _count(
+            connection,
+            f"with ours as (select {key}, count(*) as n, {sums} from {source} group by {key}), "
+            f"fals as (select {key}, count(*) as n, {sums} from {quoted(totals)} "
+            f"where {proof.only} group by {key}) "
+            f"select count(*) from fals left join ours on {same} where {less}",
+        )
+    )
 
 
 def _digest_again(

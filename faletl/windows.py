@@ -79,6 +79,14 @@ class Window:
         end = min(self.end, last)
         return Window(self.start, end) if end > self.start else None
 
+    def halves(self, unit: timedelta) -> tuple[Window, ...]:
+        """Two parts of about the same length, of whole units each; none where the window is one unit."""
+        units = (self.end - self.start) // unit
+        if units < 2:
+            return ()
+        middle = self.start + units // 2 * unit
+        return Window(self.start, middle), Window(middle, self.end)
+
     def __str__(self) -> str:
         if self.is_snapshot:
             return instant(self.start)

@@ -153,7 +153,9 @@ class Sandbox:
     holds at most `page_size` rows; `limit` may lower it. Without `page_size`, `limit` may also raise
     it, as far as the document says. `fault` sees each request before it is answered and may say how to
     break the answer. With `as_of`, the API is the one of that day: what was added later is unknown to
-    it, whatever the world holds.
+    it, whatever the world holds. With `has_time_cursors`, a cursor of usage, analytics or billing events
+    is a bare instant, as in an example of fal's: rows of that second (or bucket) that did not fit on
+    the page before are lost.
     """
 
     def __init__(
@@ -166,8 +168,10 @@ class Sandbox:
         page_size: int | None = None,
         fault: Callable[[Request], Fault | None] | None = None,
         as_of: date | None = None,
+        has_time_cursors: bool = False,
     ) -> None:
         self.world = world
+        self.has_time_cursors = has_time_cursors
         self.as_of = as_of
         self.keys = keys
         self.page_size = page_size
@@ -466,7 +470,7 @@ def report(
     if "summary" in expand:
         for record in records:
             groups.setdefault((None, grain(record)), []).append(record)
-    page, cursor = cut_page(sandbox, path, list(groups.items()), query)
+    page, cursor = cut_page(sandbox, path, list(groups.items()), query, lambda group: group[0][0])
     buckets: dict[str | None, list[Json]] = {}
     for (bucket, _), together in page:
         buckets.setdefault(bucket, []).append(row(together))
@@ -486,7 +490,9 @@ def billing_events(sandbox: Sandbox, query: Query) -> Json:
         raise Refusal(400, f"start and end lie more than {longest} days apart")
     events = [event for event in sandbox.world.billing_events(start, end) if is_asked(event, query)]
     events.sort(key=attrgetter("timestamp", "request_id"), reverse=True)
-    page, cursor = cut_page(sandbox, path, events, query)
+    page, cursor = cut_page(
+        sandbox, path, events, query, lambda event: event.timestamp.replace(microsecond=0).isoformat()
+    )
     return {"billing_events": [event_row(event, query.get("expand", ())) for event in page], **cursor}
 
 
@@ -668,7 +674,13 @@ def total(amounts: Iterable[Decimal]) -> Decimal:
     return reduce(EXACT.add, amounts)
 
 
-def cut_page(sandbox: Sandbox, path: str, rows: Sequence[T], query: Query) -> tuple[Sequence[T], Json]:
+def cut_page(
+    sandbox: Sandbox,
+    path: str,
+    rows: Sequence[T],
+    query: Query,
+    instant_of: Callable[[T], str | None] | None = None,
+) -> tuple[Sequence[T], Json]:
     """The page that the query's cursor asks for, with the fields that lead to the next one.
 
     Raises:
@@ -676,8 +688,14 @@ def cut_page(sandbox: Sandbox, path: str, rows: Sequence[T], query: Query) -> tu
             these parameters.
     """
     size = page_size(sandbox, path, query)
-    first = read_cursor(path, query)
-    following = cursor_of(first + size, path, query) if first + size < len(rows) else None
+    instants = [instant_of(row) for row in rows] if sandbox.has_time_cursors and instant_of else []
+    if any(instants):
+        before = query.get("cursor", [""])[0]
+        first = max((n + 1 for n, instant in enumerate(instants) if instant == before), default=0)
+        following = instants[first + size - 1] if first + size < len(rows) else None
+    else:
+        first = read_cursor(path, query)
+        following = cursor_of(first + size, path, query) if first + size < len(rows) else None
     return rows[first : first + size], {
         "next_cursor": following,
         "has_more": following is not None,

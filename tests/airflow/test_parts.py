@@ -244,6 +244,8 @@ print([decided(error) for error in (
     errors.SettingsError("wrong"), errors.ApiUnavailableError("429", retry_after=90),
     errors.ApiUnavailableError("never", retry_after=10**15),
     errors.ApiUnavailableError("503"), errors.WarehouseBusyError("held"), ValueError("a bug"),
+    errors.AccountLockedError("locked"), errors.CircuitOpenError("gone", retry_after=300),
+    errors.CircuitOpenError("gone"),
 )])
 """
     assert answer(airflow, code) == [
@@ -255,6 +257,9 @@ print([decided(error) for error in (
         ("retry", 86_400, "never; try again later"),
         ("default", None, None),
         ("default", None, None),
+        ("default", None, None),
+        ("fail", None, "locked; another key will not help; do what fal says, then run again"),
+        ("retry", 300, "gone; try again later"),
         ("default", None, None),
     ]
 

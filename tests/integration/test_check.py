@@ -17,9 +17,9 @@ import trustme
 
 from faletl import check as check_module
 from faletl.check import KNOWN_ENDPOINT, LIMITED, Checked, check
-from faletl.client import Patience
 from faletl.config import Settings
 from faletl.errors import SettingsError
+from faletl.limiter import Patience
 from faletl.resources import ANALYTICS, BILLING_EVENTS, CREDITS, KEY_COMMAND, RESOURCES, USAGE, Resource
 from faletl.sandbox import BILLING_KEY, FULL_KEY, READONLY_KEY, Fault, Request, Sandbox
 from faletl.sandbox.server import document_as_of
@@ -27,6 +27,7 @@ from tests import truth
 from tests.conftest import settings_for
 from tests.integration.test_cli import faletl
 from tests.integration.test_client import RawServer, good, head, tls_of
+from tests.limits import fixed
 
 CANARY = "canary-id:canary-secret-0123456789"
 HTML = b"<!doctype html><html><body>Welcome</body></html>"
@@ -165,6 +166,40 @@ def test_a_key_that_fal_does_not_know_is_told_as_one_thing_in_few_questions(stat
         (problem,) = checked.problems
         assert "does not accept FAL_KEY" in problem.sentence
         assert checked.exit_code == 2
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+def test_a_locked_account_is_said_to_be_locked_and_no_key_is_blamed(is_open: bool) -> None:
+    """Where the catalogue is open to everybody, and where it is not."""
+    told = "User is locked. Reason: Admin lock. Please contact support@fal.ai"
+
+    def lock(request: Request) -> Fault | None:
+        if is_open and request.path == "/models":
+            return None
+        return Fault(status=403, body=json.dumps({"detail": told}).encode())
+
+    with served(lock) as (settings, server):
+        checked = check(settings)
+        assert len(server.requests) == 1 + is_open
+    (problem,) = checked.problems
+    assert told in problem.sentence
+    assert "another key will not help" in problem.sentence
+    assert "mistyped" not in sentences(checked)
+    assert "needs" not in sentences(checked)
+    assert readable(checked) == {**dict.fromkeys(RESOURCES), "models": True if is_open else None}
+    assert checked.exit_code == 2
+    assert checked.why_refused == problem.sentence
+
+
+def test_a_check_of_an_account_with_a_limit_asks_more_slowly() -> None:
+    limit = fixed(1, 0.5, is_told=False)
+
+    def refuse(_: Request) -> Fault | None:
+        return None if limit(time.monotonic()) is None else Fault(status=429)
+
+    with served(refuse, rate=5) as (settings, _):
+        checked = check(settings)
+    assert (readable(checked), checked.exit_code) == (ALL, 0), sentences(checked)
 
 
 def test_a_bad_metrics_key_does_not_spoil_the_other() -> None:

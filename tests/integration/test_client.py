@@ -28,10 +28,12 @@ import tenacity
 import trustme
 
 from faletl import client as client_module
-from faletl.client import Answer, FalClient, Params, Patience, StoppedError
+from faletl.client import Answer, FalClient, Params, StoppedError
 from faletl.config import Settings
 from faletl.errors import (
+    AccountLockedError,
     ApiUnavailableError,
+    CircuitOpenError,
     ContractError,
     CursorRefusedError,
     FaletlError,
@@ -39,6 +41,7 @@ from faletl.errors import (
     NotFoundError,
     WebPageError,
 )
+from faletl.limiter import MAX_FAILURES, Patience
 from faletl.pages import read_envelope
 from faletl.sandbox import FULL_KEY, Fault, Request, Sandbox
 from tests import truth
@@ -309,7 +312,7 @@ def test_a_fal_that_stays_busy_or_broken_is_given_up_with_its_own_words(status: 
     with served(always(Fault(status=status))) as sandbox:
         with pytest.raises(ApiUnavailableError, match="told to answer so") as caught:
             ask(sandbox.url)
-        assert len(sandbox.requests) == client_module.TRIES
+        assert len(sandbox.requests) == (MAX_FAILURES if status == 429 else client_module.TRIES)
         assert caught.value.facts["request_id"] == sandbox.requests[-1].request_id
     assert caught.value.facts["status"] == status
     assert (caught.value.exit_code, caught.value.is_retryable) == (1, True)
@@ -348,7 +351,7 @@ def test_a_gateways_refusal_in_html_is_no_refusal_of_the_key() -> None:
     [
         (400, ContractError),
         (401, KeyRefusedError),
-        (402, ContractError),
+        (402, AccountLockedError),
         (403, KeyRefusedError),
         (404, NotFoundError),
         (405, ContractError),
@@ -416,23 +419,122 @@ def test_a_client_has_the_patience_that_it_is_given() -> None:
             assert len(sandbox.requests) == tries
     with (
         RawServer(hang) as server,
-        FalClient(settings_of(server.url), Patience(1, 0.2, 0)) as client,
+        FalClient(settings_of(server.url), Patience(1, 0.2, 0, 0)) as client,
         pytest.raises(ApiUnavailableError) as caught,
     ):
         client.get("/models", {}, read)
     assert caught.value.facts["cause"] == "timeout"
 
 
-@pytest.mark.parametrize(("attempt", "longest"), [(1, 1), (2, 2), (5, 16), (6, 20), (9, 20)])
-def test_waits_of_our_own_grow_and_differ(
-    attempt: int, longest: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(client_module, "BACKOFF_SECONDS", 20)
+@pytest.mark.parametrize(("tries", "longest"), [(1, 1), (2, 2), (5, 16), (6, 20), (9, 20)])
+def test_waits_of_our_own_grow_and_differ(tries: int, longest: float) -> None:
+    counted = client_module._Tries(Patience(tries=9, deadline_seconds=1, retry_after_seconds=1))
+    counted.made = tries
     state = tenacity.RetryCallState(tenacity.Retrying(), None, (), {})
-    state.attempt_number = attempt
-    waits = [client_module._wait(state) for _ in range(500)]
+    waits = [counted.pause(state) for _ in range(500)]
     assert longest / 4 <= min(waits) < longest / 2
     assert longest * 3 / 4 < max(waits) <= longest
+
+
+LOCKED = "User is locked. Reason: Exhausted balance. Top up your balance at fal.ai/dashboard/billing."
+
+
+@pytest.mark.parametrize("status", [401, 403])
+@pytest.mark.parametrize("shape", [{"detail": LOCKED}, {"error": {"message": LOCKED}}])
+def test_a_locked_account_is_told_from_a_refused_key(status: int, shape: dict[str, object]) -> None:
+    fault = Fault(status=status, body=json.dumps(shape).encode())
+    with served(always(fault)) as sandbox:
+        with pytest.raises(AccountLockedError, match="Exhausted balance") as caught:
+            ask(sandbox.url)
+        assert len(sandbox.requests) == 1
+    assert "another key will not help" in str(caught.value)
+    assert (caught.value.exit_code, caught.value.is_retryable) == (2, False)
+    assert not isinstance(caught.value, KeyRefusedError)
+
+
+@pytest.mark.parametrize(
+    "detail",
+    ["No user found for Key ID and Secret", "The door is open: User is locked", ["User is locked"]],
+)
+def test_a_refusal_in_another_shape_is_one_of_the_key(detail: object) -> None:
+    fault = Fault(status=403, body=json.dumps({"detail": detail}).encode())
+    with served(always(fault)) as sandbox, pytest.raises(KeyRefusedError, match="403"):
+        ask(sandbox.url)
+
+
+# --- When fal answers nothing any more ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", [Fault(status=503), Fault(status=429), Fault(body=HTML)])
+def test_the_circuit_opens_after_twenty_failures_in_a_row_of_all_threads(fault: Fault) -> None:
+    with (
+        served(always(fault)) as sandbox,
+        FalClient(settings_of(sandbox.url)) as client,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        failures = [
+            one.exception(LONG)
+            for one in [pool.submit(client.get, "/models", {}, read) for _ in range(40)]
+        ]
+        assert MAX_FAILURES <= len(sandbox.requests) < MAX_FAILURES + 4
+        opened = [one for one in failures if isinstance(one, CircuitOpenError)]
+        assert len(opened) >= 40 - MAX_FAILURES // client_module.TRIES
+        assert len({one.message for one in opened}) == 1
+        assert "stopped asking fal: 20 tries in a row failed; " in opened[0].message
+        with pytest.raises(CircuitOpenError):
+            client.get("/models", {}, read)
+    assert (opened[0].exit_code, opened[0].is_retryable) == (1, True)
+
+
+def test_an_answer_closes_the_count_of_failures() -> None:
+    answers = iter([*[Fault(status=429)] * (MAX_FAILURES - 1), Fault(body=BODY)] * 3)
+    with served(lambda _: next(answers)) as sandbox, FalClient(settings_of(sandbox.url)) as client:
+        for _ in range(3):
+            assert client.get("/models", {}, read)[1] == 1
+        assert len(sandbox.requests) == 3 * MAX_FAILURES
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 422])
+def test_a_refusal_shows_that_fal_is_there(status: int) -> None:
+    answers = iter([Fault(status=503), Fault(status=status)] * MAX_FAILURES)
+    with served(lambda _: next(answers)) as sandbox, FalClient(settings_of(sandbox.url)) as client:
+        for _ in range(MAX_FAILURES):
+            with pytest.raises(FaletlError) as caught:
+                client.get("/models", {}, read)
+            assert not isinstance(caught.value, CircuitOpenError)
+
+
+def test_nothing_is_waited_for_once_the_circuit_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that waits as fal asked is woken when fal asks another for too much."""
+    monkeypatch.setattr(client_module, "RETRY_AFTER_SECONDS", 90)
+    waits = iter(["80", "100"])
+    with (
+        served(
+            lambda _: Fault(status=429, headers={"retry-after": next(waits)}, delay_seconds=0.1)
+        ) as sandbox,
+        FalClient(settings_of(sandbox.url, rate=0)) as client,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        begun = time.monotonic()
+        failures = [
+            one.exception(LONG)
+            for one in [pool.submit(client.get, "/models", {}, read) for _ in range(2)]
+        ]
+        assert time.monotonic() - begun < LONG
+    assert all(isinstance(one, CircuitOpenError) for one in failures)
+
+
+def test_a_wait_that_leaves_no_hope_within_two_minutes_ends_the_asking(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What fal asks for counts, together with what went before."""
+    monkeypatch.setattr(client_module, "GIVE_UP_SECONDS", 1.5)
+    fault = Fault(status=429, headers={"retry-after": "1"})
+    with served(always(fault)) as sandbox:
+        with pytest.raises(CircuitOpenError, match="2 tries in a row failed") as caught:
+            ask(sandbox.url)
+        assert len(sandbox.requests) == 2
+    assert caught.value.facts["retry_after"] == 1
 
 
 # --- Retry-After ----------------------------------------------------------------------------------
@@ -477,7 +579,7 @@ def test_no_thread_asks_earlier_than_fal_said(
     assert len(times) == 5
     assert min(times[1:]) - times[0] >= seconds
     assert "/models: fal answered 429 to /models: " in caplog.text
-    assert f"; trying again in {seconds}.0 s (try 1 of {client_module.TRIES})" in caplog.text
+    assert f"; trying again in {seconds}.0 s (more slowly)" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -488,7 +590,7 @@ def test_a_wait_that_is_too_long_is_given_up_at_once_naming_its_seconds(
 ) -> None:
     monkeypatch.setattr(client_module, "RETRY_AFTER_SECONDS", 0)
     with served(always(Fault(status=429, headers={"retry-after": value}))) as sandbox:
-        with pytest.raises(ApiUnavailableError, match=rf"\b{seconds} s\b") as caught:
+        with pytest.raises(CircuitOpenError, match=rf"\b{seconds} s\b.*Z\)") as caught:
             ask(sandbox.url)
         assert len(sandbox.requests) == 1
     assert caught.value.facts["retry_after"] == seconds
@@ -830,7 +932,10 @@ def test_a_huge_body_is_refused_in_little_more_memory_than_the_largest_takes(
 
 @pytest.mark.parametrize("speak", [flood_of_headers, one_huge_header])
 def test_a_flood_of_headers_takes_little_memory(speak: Speak) -> None:
-    with RawServer(speak) as server, FalClient(settings_of(server.url), Patience(1, LONG, 0)) as client:
+    with (
+        RawServer(speak) as server,
+        FalClient(settings_of(server.url), Patience(1, LONG, 0)) as client,
+    ):
         tracemalloc.start()
         try:
             with pytest.raises(ApiUnavailableError):
@@ -1108,7 +1213,7 @@ def test_any_head_of_an_answer_ends_in_a_typed_error(sent: bytes) -> None:
 
     with (
         RawServer(speak) as server,
-        FalClient(settings_of(server.url), Patience(1, LONG, 0)) as client,
+        FalClient(settings_of(server.url), Patience(1, LONG, 0, 0)) as client,
         pytest.raises(FaletlError) as caught,
     ):
         client.get("/models", {}, read)

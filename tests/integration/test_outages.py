@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,13 @@ import time_machine
 from faletl import client as client_module
 from faletl import pipeline
 from faletl.config import Settings
+from faletl.errors import CircuitOpenError
+from faletl.limiter import MAX_FAILURES
 from faletl.plan import Asked
 from faletl.sandbox import Fault, Request, Sandbox
 from tests import truth
 from tests.conftest import all_tables, ask, opened, published_path, settings_for, total
+from tests.integration.test_cli import faletl
 from tests.servers import free_ports
 
 USAGE_22 = Asked(truth.day(22), truth.day(23), ["usage"])
@@ -121,3 +125,116 @@ def check_sentence(sentence: str, name: str) -> None:
     assert sentence.isascii(), sentence
     assert len(sentence) < 800, sentence
     assert ("(fal request " in sentence) == (name != "reset"), sentence
+
+
+# --- When fal is gone -----------------------------------------------------------------------------
+
+A_WEEK = Asked(truth.day(15), truth.day(23), ["usage", "billing_events", "models"])
+
+
+@pytest.mark.parametrize(
+    "fault", [Fault(status=503), Fault(status=429), Fault(drop=True)], ids=["503", "429", "reset"]
+)
+def test_a_fal_that_dies_in_a_run_is_asked_some_times_more_and_what_was_fetched_is_loaded(
+    fault: Fault, clock: time_machine.Traveller, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "TRIES", 6)
+    account = truth.two_days()
+    with Sandbox(account) as server:
+        settings = settings_for(server.url, tmp_path)
+        server.fault = lambda _: fault if len(server.requests) > 10 else None
+        report = pipeline.run(settings, A_WEEK)
+        assert 10 + MAX_FAILURES <= len(server.requests) < 10 + MAX_FAILURES + settings.parallel
+        assert report.exit_code == 1
+        loaded = [one for one in report.outcomes if one.outcome == "loaded"]
+        assert loaded
+        failed = [task for task, _ in report.failures if task]
+        assert len(loaded) + len(failed) == 2 * 8 + 1
+        stopped = {error.message for _, error in report.failures if isinstance(error, CircuitOpenError)}
+        assert len(stopped) == 1
+        assert report.published
+        recorded = "select count(*) from ops.failures where error = 'CircuitOpenError'"
+        assert ask(settings, recorded)[0][0] >= len(failed) - 3
+        # A window that was never asked for leaves no folder behind.
+        folders = [path for path in (tmp_path / "landing").rglob("2026*Z-*") if path.is_dir()]
+        assert len(folders) <= len(loaded) + 2 * settings.parallel
+
+        server.fault = None
+        server.requests.clear()
+        assert pipeline.run(settings, A_WEEK).exit_code == 0
+    assert ask(settings, "select count(*) from ops.failures") == [(0,)]
+    assert total(settings) == sum(one.cost_total for one in account.lines)
+
+
+def test_a_failure_of_many_windows_is_one_line_with_their_number_the_first_and_the_last(
+    tmp_path: Path,
+) -> None:
+    def break_all(request: Request) -> Fault | None:
+        is_usage = request.path == "/models/usage"
+        return Fault(status=429, headers={"retry-after": "9999"}) if is_usage else None
+
+    with Sandbox(truth.two_days(), fault=break_all) as server:
+        settings = settings_for(server.url, tmp_path, first_days=5, parallel=1)
+        named = ("run", "--start", "2026-11-15", "--end", "2026-11-20", "--resource", "usage")
+        text = faletl(*named, settings=settings, folder=tmp_path)
+        told = faletl("--log-format", "json", *named, settings=settings, folder=tmp_path)
+        status = faletl("status", settings=settings, folder=tmp_path)
+    assert (text.returncode, told.returncode, status.returncode) == (1, 1, 0)
+    (line,) = [one for one in text.stderr.splitlines() if one.startswith("faletl:")]
+    assert line.startswith(
+        "faletl: 5 windows, usage 2026-11-15 to usage 2026-11-19: faletl stopped asking fal: the last "
+        "try failed; fal answered 429 to /models/usage: "
+    )
+    assert re.search(r"it asks to come back in 9999 s \(20\d\d-\d\d-\d\dT[\d:]+Z\)", line)
+    last = json.loads(told.stderr.splitlines()[-1])
+    assert (last["error"], last["windows"], last["first"], last["last"], last["retry_after"]) == (
+        "CircuitOpenError", 5, "usage 2026-11-15", "usage 2026-11-19", 9999,
+    )  # fmt: skip
+    (line,) = [one for one in status.stdout.splitlines() if one.startswith("failed ")]
+    assert "5 windows, usage 2026-11-15T00:00:00Z to usage 2026-11-19T00:00:00Z: " in line
+
+
+# --- When fal locked the account ------------------------------------------------------------------
+
+LOCKED = Fault(
+    status=403,
+    body=b'{"detail":"User is locked. Reason: Exhausted balance. Top up your balance at fal.ai."}',
+)
+FAILURES = "select account, resource, error, message from ops.failures"
+
+
+@pytest.mark.parametrize("path", ["/account/billing", "/models/usage", "/models/analytics"])
+def test_a_locked_account_ends_the_run_and_is_said_until_it_is_open_again(
+    path: str, clock: time_machine.Traveller, tmp_path: Path
+) -> None:
+    account = truth.two_days()
+    with Sandbox(account) as server:
+        settings = settings_for(server.url, tmp_path)
+        assert pipeline.run(settings).exit_code == 0
+        server.fault = lambda request: LOCKED if request.path == path else None
+        clock.shift(timedelta(hours=1))
+        server.requests.clear()
+        report = pipeline.run(settings)
+        assert report.exit_code == 2
+        [(_, error)] = report.failures
+        assert type(error).__name__ == "AccountLockedError"
+        assert "Top up your balance" in str(error)
+        assert "another key will not help" in str(error)
+        assert sum(one.path == path for one in server.requests) <= settings.parallel
+        [(owner, resource, kind, message)] = ask(settings, FAILURES, opened)
+        assert (owner, resource, kind) == ("acme", "usage", "AccountLockedError")
+        assert message == str(error)
+        assert str(error) in faletl("status", settings=settings, folder=tmp_path).stdout
+
+        server.fault = None
+        clock.shift(timedelta(hours=1))
+        assert pipeline.run(settings).exit_code == 0
+    assert ask(settings, FAILURES, opened) == []
+
+
+def test_an_account_that_was_always_locked_leaves_nothing_behind(tmp_path: Path) -> None:
+    with Sandbox(truth.two_days(), fault=lambda _: LOCKED) as server:
+        settings = settings_for(server.url, tmp_path)
+        report = pipeline.run(settings)
+        assert (report.exit_code, len(server.requests)) == (2, 1)
+        assert not (tmp_path / "warehouse.duckdb").exists()

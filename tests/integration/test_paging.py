@@ -6,10 +6,12 @@ import json
 import logging
 import stat
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,7 +23,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from faletl import client as client_module
-from faletl import landing
+from faletl import landing, pipeline
 from faletl.accounts import look_up
 from faletl.client import FalClient, MalformedBodyError
 from faletl.config import REDACTED, Settings
@@ -33,15 +35,17 @@ from faletl.errors import (
     KeyRefusedError,
     TamperedError,
 )
-from faletl.extract import Origin, fetch_window
+from faletl.extract import Origin, Retry, fetch_window
 from faletl.landing import Landed, Receipt
-from faletl.pages import read_envelope, walk
+from faletl.pages import MAX_EMPTY_PAGES, MAX_RECORDS, read_envelope, walk
+from faletl.plan import Asked
 from faletl.resources import BILLING_EVENTS, CREDITS, MODELS, PRICES, USAGE, Resource
 from faletl.sandbox import BILLING_KEY, FULL_KEY, Fault, Request, Sandbox
+from faletl.sandbox.server import answer
 from faletl.staging import stage_window
 from faletl.windows import Window
 from tests import truth
-from tests.conftest import settings_for
+from tests.conftest import ask, settings_for
 from tests.leaks import everything_in
 
 DAY = Window.of_day(truth.day(21))
@@ -64,13 +68,18 @@ def fetch(
     *,
     account: str = "acme",
     ids: Sequence[str] = (),
-    unproven: Landed | None = None,
+    retry: Retry | None = None,
     client: FalClient | None = None,
 ) -> Landed:
     """One window, by a client of its own unless one is given."""
     origin = Origin(account, "run", datetime.now(UTC), 1, planned_from={}, unknown_ids={})
     with nullcontext(client) if client else FalClient(given) as asking:
-        return fetch_window(asking, given, resource, window, origin=origin, ids=ids, unproven=unproven)
+        return fetch_window(asking, given, resource, window, origin=origin, ids=ids, retry=retry)
+
+
+def again_of(landed: Landed) -> Retry:
+    """Ask for all of it once more, beside the rows of that extract."""
+    return Retry(landed, compared=landed.manifest.parts)
 
 
 def page(
@@ -208,7 +217,6 @@ def test_a_walk_of_more_bytes_than_can_be_meant_comes_to_an_end_and_leaves_none(
         (None, {"has_more": True}, "gave no cursor"),
         (None, {"has_more": True, "next_cursor": ...}, "gave no cursor"),
         ("c", {"has_more": False}, "but a cursor"),
-        ("", {"has_more": False}, "but a cursor"),
         ("c", {"has_more": "yes"}, "has_more"),
         (None, {"next_cursor": 2}, "next_cursor"),
         (None, {"next_cursor": {"after": "c"}}, "next_cursor"),
@@ -224,6 +232,61 @@ def test_a_cursor_and_has_more_that_disagree_are_refused_at_once(
         assert script.asked == [None]
         assert caught.value.facts["request_id"] == sandbox.requests[0].request_id
     assert caught.value.facts["page"] == 1
+
+
+def test_a_hundred_empty_pages_in_a_row_end_a_walk_that_would_never_end(tmp_path: Path) -> None:
+    with Sandbox(truth.Account(), fault=lambda r: Fault(body=page(cursor=r.request_id))) as sandbox:
+        with pytest.raises(ContractError, match="100 empty pages in a row") as caught:
+            fetch(settings_for(sandbox.url, tmp_path))
+        assert len(sandbox.requests) == caught.value.facts["page"] == MAX_EMPTY_PAGES
+    assert list(tmp_path.rglob("*.zst")) == []
+
+
+@pytest.mark.parametrize("at", [0, 1, 98, 99])
+def test_fewer_empty_pages_in_a_row_are_walked_over(
+    at: int, scripted: Sandbox, client: FalClient
+) -> None:
+    """Two times ninety-nine of them, but for a row among each."""
+    names = [None, *(f"c{number}" for number in range(1, 199))]
+    pages = {
+        name: page([{"endpoint_id": "a"}] if number in (at, at + 99) else [], following)
+        for number, (name, following) in enumerate(zip(names, [*names[1:], None], strict=True))
+    }
+    scripted.fault = script = Script(pages)
+    walked = list(walk(client, "/models", {}, ("models",), iter(()), metrics=False))
+    assert (len(walked), len(script.asked)) == (199, 199)
+
+
+@pytest.mark.parametrize("has_more", [False, None, ...])
+def test_an_empty_cursor_ends_a_walk_unless_more_is_announced(has_more: Any, tmp_path: Path) -> None:
+    served = {None: page([{}], "c"), "c": page([{}], "", has_more=has_more), "": page([{}])}
+    script = Script(served)
+    with Sandbox(truth.Account(), fault=script) as sandbox:
+        assert len(bodies(fetch(settings_for(sandbox.url, tmp_path)))) == 2
+        served["c"] = page([{}], "", has_more=True)
+        assert len(bodies(fetch(settings_for(sandbox.url, tmp_path)))) == 3
+    assert script.asked == [None, "c", None, "c", ""]
+
+
+def test_an_empty_cursor_is_noted_and_warned_about_once(
+    clock: time_machine.Traveller, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    last = b'"next_cursor": "" , "has_more": false}'
+
+    def end_so(request: Request) -> Fault | None:
+        if request.path != "/models/usage":
+            return None
+        return Fault(
+            body=answer(sandbox, request).replace(b'"next_cursor":null,"has_more":false}', last)
+        )
+
+    with Sandbox(truth.two_days(), fault=end_so) as sandbox:
+        mine = settings_for(sandbox.url, tmp_path)
+        assert pipeline.run(mine, Asked(truth.day(21), truth.day(23), ["usage"])).exit_code == 0
+        assert pipeline.run(mine, Asked(truth.day(21), truth.day(23), ["usage"])).exit_code == 0
+    noted = "select field, kind, sample from ops.contract_drift where resource = 'usage'"
+    assert ask(mine, noted) == [("$.next_cursor", "retyped", '""')]
+    assert caplog.text.count("$.next_cursor in another type") == 1
 
 
 @pytest.mark.parametrize("has_more", [..., None])
@@ -289,6 +352,48 @@ def test_a_page_is_counted_by_its_records() -> None:
         read_envelope(page([{"endpoint_id": "\\\0"}]), ("models",))
     with pytest.raises(MalformedBodyError, match="is no whole JSON document"):
         read_envelope(nested[:-1], USAGE.rows_path)
+
+
+CROWDS: dict[str, Callable[[int], bytes]] = {
+    "zeros": lambda n: b'{"time_series":[{"results":[' + b"0," * (n - 1) + b"0]}]}",
+    "objects": lambda n: b'{"time_series":[{"results":[' + b"{} , " * (n - 1) + b"{}]}]}",
+    "texts with marks": lambda n: b'{"time_series":[{"results":[' + rb'"\",[{",' * (n - 1) + b'""]}]}',
+    "buckets": lambda n: b'{"time_series":[' + b'{"results":[]},' * (n - 1) + b'{"results":[]}]}',
+    "one in each bucket": lambda n: b'{"time_series":[' + b'{"results":[1]},' * (n - 1)
+    + b'{"results":[1]}]}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("crowd", CROWDS.values(), ids=CROWDS)
+def test_a_page_of_more_records_than_can_be_meant_is_refused_before_it_is_split(
+    crowd: Callable[[int], bytes],
+) -> None:
+    assert read_envelope(crowd(MAX_RECORDS), USAGE.rows_path)[0] in (0, MAX_RECORDS)
+    for count in (MAX_RECORDS + 1, 3 * MAX_RECORDS, 10 * MAX_RECORDS):
+        with pytest.raises(ContractError, match="more than 100,000 records on one page"):
+            read_envelope(crowd(count), USAGE.rows_path)
+
+
+def test_a_page_of_many_records_is_refused_in_little_memory() -> None:
+    body = CROWDS["zeros"](5_000_000)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ContractError, match="100,000 records"):
+            read_envelope(body, USAGE.rows_path)
+        with pytest.raises(ContractError, match="100,000 records"):
+            read_envelope(body, CREDITS.rows_path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * len(body)
+
+
+def test_a_page_of_as_many_records_as_can_be_meant_is_taken_however_many_fields_they_have() -> None:
+    """It has a million commas and more, so it is counted first."""
+    record = {f"a{n}": f'x,[{{"{n}' for n in range(10)} | {"tags": [1, 2]}
+    many = page([record] * 50_000)
+    assert many.count(b",") > 1_000_000
+    assert read_envelope(many, ("models",)) == (50_000, None)
 
 
 @pytest.mark.parametrize("landed", [b'{"models":[', page(has_more=True)])
@@ -484,7 +589,7 @@ def test_a_read_that_was_interrupted_long_ago_or_is_asked_anew_starts_over(
     unproven = fetch(settings_for(small_pages.url, tmp_path / "before"), USAGE, DAY)
     interrupted = Interrupted(small_pages, given)
     clock.shift(timedelta(minutes=1) if is_forced else timedelta(hours=2))
-    landed = fetch(given, USAGE, DAY, unproven=unproven if is_forced else None)
+    landed = fetch(given, USAGE, DAY, retry=again_of(unproven) if is_forced else None)
 
     assert bodies(landed) == whole
     assert len(interrupted.rows_asked_since()) == len(whole) + 1  # the first page comes twice
@@ -541,6 +646,38 @@ def test_a_complete_read_that_was_not_loaded_is_only_asked_whether_it_is_still_a
     landing.leave_receipt(anew.folder, Receipt(1, truth.NOW, "loaded"))
     fetch(given, USAGE, DAY)
     assert len(rows_requests(small_pages.requests[before:])) == 2 * (1 + len(whole))
+
+
+def test_an_extract_says_when_it_began_by_fals_own_clock(
+    small_pages: Sandbox, clock: time_machine.Traveller, tmp_path: Path
+) -> None:
+    """Also one that goes on with pages of before: as long ago as our own clock says."""
+    behind = timedelta(hours=7)
+    stated: list[datetime] = []
+
+    def tell(_: Request) -> Fault | None:
+        stated.append(datetime.now(UTC) - behind)
+        return Fault(headers={"date": format_datetime(stated[-1], usegmt=True)})
+
+    given = settings_for(small_pages.url, tmp_path)
+    small_pages.fault = tell
+    landed = fetch(given, USAGE, DAY)
+    assert landed.manifest.fal_started_at == stated[0] == truth.NOW - behind
+
+    other = settings_for(small_pages.url, tmp_path / "interrupted")
+    Interrupted(small_pages, other)
+    clock.shift(timedelta(minutes=30))
+    small_pages.fault = tell
+    stated.clear()
+    landed = fetch(other, USAGE, DAY)
+    assert stated[0] == truth.NOW - behind + timedelta(minutes=30)
+    assert landed.manifest.fal_started_at == truth.NOW - behind
+
+
+@pytest.mark.parametrize("date", ["", "yesterday"])
+def test_an_extract_to_which_fal_names_no_time_says_none(date: str, tmp_path: Path) -> None:
+    with Sandbox(truth.two_days(), fault=lambda _: Fault(headers={"date": date})) as sandbox:
+        assert fetch(settings_for(sandbox.url, tmp_path), USAGE, DAY).manifest.fal_started_at is None
 
 
 def test_an_interrupted_read_of_another_question_is_not_taken_up(
@@ -723,13 +860,35 @@ def test_a_key_that_is_revoked_between_pages_ends_the_read_and_another_goes_on(
 
 
 def test_a_refused_control_total_is_replaced_by_a_second_walk(
+    account: truth.Account, tmp_path: Path
+) -> None:
+    with Sandbox(account, fault=Switch(is_proof, Fault(status=401))) as sandbox:
+        landed = fetch(settings_for(sandbox.url, tmp_path), USAGE, DAY)
+    assert bodies(landed, "rows") == bodies(landed, "again") != []
+    assert bodies(landed, "proof") == []
+
+
+def test_without_a_control_total_a_day_of_several_pages_is_asked_for_in_parts(
     small_pages: Sandbox, whole: list[bytes], tmp_path: Path
 ) -> None:
-    small_pages.fault = Switch(is_proof, Fault(status=401))
+    """Down to an hour: two equal walks do not show what a cursor loses on each of them."""
+    small_pages.fault = Switch(is_proof, Fault(status=403))
+    before = len(small_pages.requests)
     landed = fetch(settings_for(small_pages.url, tmp_path), USAGE, DAY)
-    assert bodies(landed, "rows") == whole
-    assert bodies(landed, "again") == whole
-    assert bodies(landed, "proof") == []
+    parts = [(part.window, part.pages) for part in landed.manifest.parts]
+    assert [part.start for part, _ in parts] == [DAY.start, *(part.end for part, _ in parts[:-1])]
+    assert {part.end - part.start for part, pages in parts if pages > 1} == {timedelta(hours=1)}
+    assert bodies(landed, "rows") == bodies(landed, "again")
+    assert (
+        sum(map(is_proof, small_pages.requests[before:])) == 1
+    )  # what is refused once is not asked again
+    found = [
+        row
+        for body in bodies(landed)
+        for one in json.loads(body)["time_series"]
+        for row in one["results"]
+    ]
+    assert len(found) == 15
 
 
 # --- Batches of ids -------------------------------------------------------------------------------

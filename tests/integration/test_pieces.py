@@ -13,13 +13,13 @@ import pytest
 
 from faletl import pieces, pipeline
 from faletl.config import Settings
-from faletl.errors import KeyRefusedError, TamperedError
+from faletl.errors import AccountLockedError, KeyRefusedError, TamperedError
 from faletl.landing import complete_reads
 from faletl.plan import Asked
 from faletl.resources import RESOURCES
 from faletl.sandbox import Fault, Request, Sandbox
 from tests import truth
-from tests.conftest import all_tables, settings_for
+from tests.conftest import all_tables, ask, opened, settings_for
 from tests.truth import Account, line
 
 pytestmark = pytest.mark.usefixtures("clock")
@@ -51,7 +51,7 @@ def sandbox(account: Account) -> Iterator[Sandbox]:
 
 def in_pieces(settings: Settings, asked: Asked, most: int = pieces.MOST_PIECES) -> None:
     """The whole line, resource by resource, as the DAGs order it."""
-    for name in IN_ORDER:
+    for name in asked.resources or IN_ORDER:
         path = pieces.make_plan(settings, Asked(asked.start, asked.end, [name]))
         assert path is not None
         for batch in pieces.batches(path):
@@ -231,3 +231,21 @@ def test_a_worker_that_does_not_see_the_landing_folder_says_so(settings: Setting
 
 def test_every_resource_can_be_taken_in_pieces() -> None:
     assert set(IN_ORDER) == set(RESOURCES)
+
+
+@pytest.mark.parametrize("path", ["/account/billing", "/models/usage"])
+def test_a_locked_account_ends_a_piece_and_is_recorded(
+    path: str, sandbox: Sandbox, tmp_path: Path
+) -> None:
+    settings = settings_for(sandbox.url, tmp_path)
+    days = Asked(truth.day(21), truth.day(23), ["usage"])
+    in_usage = pieces.make_plan(settings, days)
+    assert in_usage is not None
+    assert pieces.extract_piece(settings, pieces.pieces(in_usage)[0]).exit_code == 0
+    assert pieces.load_plan(settings, in_usage).exit_code == 0
+    locked = Fault(status=403, body=b'{"detail":"User is locked. Reason: TOP_UP"}')
+    sandbox.fault = lambda request: locked if request.path == path else None
+    with pytest.raises(AccountLockedError, match="TOP_UP"):
+        in_pieces(settings, days)
+    recorded = ask(settings, "select account, error from ops.failures", opened)
+    assert recorded == [("acme", "AccountLockedError")]

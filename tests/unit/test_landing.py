@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from faletl import landing
@@ -293,7 +295,8 @@ def test_a_read_takes_over_the_rows_of_the_one_before_under_another_name(setting
     before = sealed(read(settings))
     attempt = read(settings, NOW + timedelta(seconds=1))
 
-    (again,) = attempt.adopt(before)
+    (part,) = before.manifest.parts
+    (again,) = attempt.adopt(before, part)
 
     (was,), (now,) = before.manifest.pages("rows"), again.pages
     assert (again.label, again.path, again.query) == (
@@ -304,6 +307,68 @@ def test_a_read_takes_over_the_rows_of_the_one_before_under_another_name(setting
     assert now.file == f"again-0-{was.file}"
     assert (now.sha256, now.bytes, now.rows) == (was.sha256, was.bytes, was.rows)
     assert (attempt.folder / now.file).read_bytes() == (before.folder / was.file).read_bytes()
+
+
+def test_a_read_keeps_a_part_of_the_one_before_as_it_is(settings: Settings) -> None:
+    before = sealed(read(settings))
+    attempt = read(settings, NOW + timedelta(seconds=1))
+    (part,) = before.manifest.parts
+
+    assert attempt.keep(before, part) == before.manifest.calls
+    (kept,) = before.manifest.pages("rows")
+    assert (attempt.folder / kept.file).read_bytes() == (before.folder / kept.file).read_bytes()
+
+
+def asked_for(label: str, first: int, end: int) -> Call:
+    """A call for these hours of the day."""
+    hours = {"start": [f"2026-11-22T{first:02d}:00:00Z"], "end": [f"2026-11-22T{end:02d}:00:00Z"]}
+    return Call(label, "/models/usage", hours, [])
+
+
+def test_the_parts_of_a_window_are_those_that_were_asked_for_in_order_of_time(
+    settings: Settings,
+) -> None:
+    manifest = sealed(read(settings)).manifest
+    assert [part.window for part in manifest.parts] == [DAY]  # calls without bounds
+    assert manifest.whole is None
+    calls = [asked_for("rows", 0, 12), asked_for("rows", 12, 18), asked_for("proof", 0, 12)]
+
+    halved = msgspec.structs.replace(manifest, calls=calls)
+
+    assert [(part.window.end.hour, len(part.calls)) for part in halved.parts] == [(12, 2), (18, 1)]
+    assert [part.has("proof") for part in halved.parts] == [True, False]
+    assert halved.whole is None
+    bounds = {"start": ["2026-11-22T00:00:00Z"], "end": ["2026-11-23T00:00:00Z"]}
+    total = Call("proof", "/models/usage", bounds, [])
+    totalled = msgspec.structs.replace(halved, calls=[*calls, total])
+    assert totalled.parts == halved.parts
+    assert totalled.whole == landing.Part(DAY, [total])
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    [("2026-11-22T12:00:00Z", "2026-11-22T00:00:00Z"), ("x", "2026-11-22T00:00:00Z"),
+     ("2026-11-22T00:00:00+01:00", "2026-11-22T12:00:00+01:00"), ("2026-11-22T00:00:00", "2026-11-22")],
+    ids=["backwards", "no instant", "not in UTC", "without an offset"],
+)  # fmt: skip
+def test_a_manifest_whose_parts_cannot_be_is_none(bounds: tuple[str, str], settings: Settings) -> None:
+    done = sealed(read(settings))
+    call = Call("rows", "/models/usage", {"start": [bounds[0]], "end": [bounds[1]]}, [])
+    paper = json.loads(msgspec.json.encode(done.manifest))
+    paper["calls"] = [json.loads(msgspec.json.encode(call))]
+    (done.folder / landing.MANIFEST).write_text(json.dumps(paper), encoding="utf-8")
+
+    with pytest.raises(TamperedError, match="cannot be read"):
+        landing.open_read(done.folder)
+
+
+def test_a_manifest_of_an_older_faletl_does_not_say_when_fal_began(settings: Settings) -> None:
+    done = sealed(read(settings))
+    paper = json.loads(msgspec.json.encode(done.manifest))
+    del paper["fal_started_at"]
+    (done.folder / landing.MANIFEST).write_text(json.dumps(paper), encoding="utf-8")
+
+    assert landing.open_read(done.folder).manifest.fal_started_at is None
 
 
 def test_a_read_that_is_given_up_leaves_nothing(settings: Settings) -> None:
