@@ -32,6 +32,9 @@ class FaletlError(Exception):
     findings: Findings | None = None
     """What was noticed of a read before it was refused, for the tables of ops."""
 
+    unproven: Sequence[UnprovenPart] = ()
+    """The parts of a window that do not add up, where asking for them again may help."""
+
     def __init__(self, message: str, **facts: Fact) -> None:
         super().__init__(message)
         self.message = message
@@ -137,8 +140,6 @@ class UnprovenError(FaletlError):
     """What we hold is not what fal's own control total says. Exit 3."""
 
     exit_code = 3
-    parts: Sequence[UnprovenPart] = ()
-    """The parts of the window that are not proven."""
 
 
 class DataRefusedError(FaletlError):

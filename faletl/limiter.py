@@ -111,7 +111,7 @@ class Limiter:
             self._answers += 1
             if self._target is None:
                 self._rate = min(self._most, self._rate + self._growth)
-            elif sent_at >= self._cut_at:
+            elif sent_at > self._cut_at:
                 self._recover(self._target)
 
     def failed(self, sent_at: float, error: FaletlError) -> bool:
@@ -138,11 +138,12 @@ class Limiter:
             return self._failures == 1
 
     def _slow_down(self, now: float, sent_at: float) -> None:
-        if sent_at < self._cut_at:
+        if sent_at <= self._cut_at:
             return  # it was sent at a rate that was cut meanwhile
         if self._target is None:
-            lately = max(1, sum(at > now - 1 for at in self._sent))
-            self._rate = self._target = min(self._rate, lately) / 2
+            lately = sum(at > now - 1 for at in self._sent)
+            self._target = (self._rate if self._rate < math.inf else max(1, lately)) / 2
+            self._rate = self._target
         else:
             self._rate /= REFUSED_AGAIN
         self._rate = max(self._rate, self._least)

@@ -509,31 +509,28 @@ def prove_or_reread(
         try:
             with _staging:
                 return stage_window(settings, landed, scratch)
-        except UnprovenError as error:
-            following = next_try(task.resource, landed, error.parts, is_first=retry is None)
+        except (ContractError, DataRefusedError, UnprovenError) as error:
+            following = next_try(task.resource, landed, error.unproven, is_first=retry is None)
             if following is None:
                 landing.refuse(landed.folder)
-                raise
-            log.info("%s; asking for %s again", error, following)
+                if isinstance(error, UnprovenError) or landed.manifest.started_at >= origin.at:
+                    raise
+                # Pages that an earlier run had landed: fal may have mended them since.
+            log.info("%s; asking for the window again", error)
             retry, landed = following, None
-        except (ContractError, DataRefusedError) as error:
-            landing.refuse(landed.folder)
-            if landed.manifest.started_at >= origin.at:
-                raise
-            # Pages that an earlier run had landed: fal may have mended them since.
-            log.info("%s; reading the window anew", error)
-            retry, landed = None, None
 
 
 def next_try(
     resource: Resource, landed: Landed, unproven: Sequence[UnprovenPart], *, is_first: bool
 ) -> Retry | None:
-    """How to ask for a window again whose parts are not all proven; None when that is of no use.
+    """How to ask for a window again whose parts are not all proven; None where that is of no use.
 
     At first, each of these once more, as pages may have shifted. Then in halves where a page's edge may
     have lost rows, down to one page or to the smallest part. Two equal walks decide of what is left.
     """
     asked, compared = list[Window](), list[Part]()
+    if not unproven:
+        return None
     for one in unproven:
         part = one.part
         halves = part.window.halves(resource.smallest_part) if part.pages > 1 else ()

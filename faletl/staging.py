@@ -860,7 +860,7 @@ def _prove(
         f"{unproven[0].why}; the next run reads the window again",
         request_id=next((page.request_id for page in manifest.pages("proof")), None),
     )
-    error.parts = [verdict.unproven for verdict in unproven if verdict.unproven]
+    error.unproven = [verdict.unproven for verdict in unproven if verdict.unproven]
     raise error
 
 
@@ -935,7 +935,7 @@ def _prove_part(
     """Compare the rows of a part with fal's total of it, or with those of its other walk.
 
     Raises:
-        DataRefusedError: rows of the part were set aside that are of value.
+        DataRefusedError: rows of the part were set aside that are of value, as far as can be told.
     """
     landed = Landed(whole.folder, whole.manifest.of(part))
     proof, compared, moved = resource.proof, _Compared(), ""
@@ -947,11 +947,18 @@ def _prove_part(
             moved = _moved(connection, landed, resource, proof, rows.source, scratch)
         if not compared.differs and not moved:
             return _Verdict("summary", compared.total)
+    has_lost = part.pages > 1 and bool(compared.differs) and (
+        compared.is_less or _is_cut_badly(connection, resource, rows.source)
+    )  # fmt: skip
+    unproven = UnprovenPart(part, has_lost, not compared.differs)
     if rows.breaches and not moved:
         because = _NO_TOTAL if not compared.differs else (
             "fal's control total says that they are of value (faletl quarantine list shows them)"
         )  # fmt: skip
-        raise _refused(whole, "rows", rows.typed, because)
+        error = _refused(whole, "rows", rows.typed, because)
+        if has_lost and part.window.halves(resource.smallest_part):
+            error.unproven = [unproven]  # what is missing may be lost between pages, not set aside
+        raise error
     can_stand_in = part.has("again") and (proof.two_walks_suffice or not compared.differs)
     is_equal = can_stand_in and (
         _digest_again(connection, landed, resource, rows.typed, scratch) == rows.digest
@@ -967,10 +974,7 @@ def _prove_part(
         why = f"the rows do not add up to fal's control total ({compared.told})"
     else:
         why = f"the rows moved meanwhile ({moved or 'two walks one after the other gave other rows'})"
-    has_lost = part.pages > 1 and bool(compared.differs) and (
-        compared.is_less or _is_cut_badly(connection, resource, rows.source)
-    )  # fmt: skip
-    return _Verdict("differs", compared.total, why, UnprovenPart(part, has_lost, not compared.differs))
+    return _Verdict("differs", compared.total, why, unproven)
 
 
 def _moved(

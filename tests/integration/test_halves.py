@@ -6,9 +6,10 @@ next page goes on behind all of them. Two equal walks prove nothing about such r
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -27,7 +28,7 @@ from faletl import client as client_module
 from faletl import landing, pipeline
 from faletl.client import FalClient
 from faletl.config import Settings
-from faletl.errors import TamperedError, UnprovenError
+from faletl.errors import DataRefusedError, TamperedError, UnprovenError
 from faletl.extract import Origin
 from faletl.plan import Asked, Task
 from faletl.rebuild import rebuild
@@ -235,6 +236,64 @@ def test_a_run_that_is_cut_off_among_the_halves_is_made_good_by_the_next(tmp_pat
         sandbox.fault = None
         assert pipeline.run(mine, CHARGES).exit_code == 0
     assert loaded(mine) == true_charges(account)
+
+
+def test_a_charge_that_moves_from_one_half_to_one_that_was_fetched_is_not_lost(tmp_path: Path) -> None:
+    """Each half adds up at its own moment; only the total of the whole day shows it."""
+    account = charged(TIES)
+
+    def move(request: Request) -> None:
+        is_second_half = request.query.get("start") == ["2026-11-21T12:00:00Z"]
+        if request.path == EVENTS_PATH and is_second_half and account.lines[-1].hour > at(43_200):
+            account.lines[-1] = replace(account.lines[-1], hour=at(1800))
+
+    with Sandbox(account, page_size=10, has_time_cursors=True, fault=move) as sandbox:
+        mine = settings_for(sandbox.url, tmp_path)
+        assert pipeline.run(mine, CHARGES).exit_code == 0
+    assert account.lines[-1].hour == at(1800)
+    assert loaded(mine) == true_charges(account)
+
+
+def breaking(sandbox: Sandbox, request_id: str, **changed: Any) -> Callable[[Request], Fault | None]:
+    """A hook that changes the fields of one charge, on whatever page it comes."""
+
+    def hook(request: Request) -> Fault | None:
+        if request.path != EVENTS_PATH:
+            return None
+        page = json.loads(answer(sandbox, request), parse_float=Decimal)
+        for row in page["billing_events"]:
+            if row["request_id"] == request_id:
+                row.update(changed)
+        return Fault(body=to_json(page).encode())
+
+    return hook
+
+
+def test_a_broken_row_of_no_value_does_not_keep_a_day_from_being_asked_in_halves(tmp_path: Path) -> None:
+    account = charged(TIES)
+    account.lines.append(line(at(40_000), quantity="0"))
+    with Sandbox(account, page_size=10, has_time_cursors=True) as sandbox:
+        sandbox.fault = breaking(sandbox, "request-0025", percent_discount=101)
+        mine = settings_for(sandbox.url, tmp_path)
+        assert pipeline.run(mine, CHARGES).exit_code == 0
+    assert loaded(mine) == true_charges(charged(TIES))
+    assert ask(mine, "select count(*) from ops.quarantine") == [(1,)]
+
+
+def test_a_broken_row_of_value_refuses_the_day_once_the_halves_show_that_no_other_is_missing(
+    tmp_path: Path,
+) -> None:
+    with Sandbox(charged(TIES), page_size=10, has_time_cursors=True) as sandbox:
+        sandbox.fault = breaking(sandbox, "request-0013", cost_total=Decimal(-1))
+        mine = settings_for(sandbox.url, tmp_path)
+        report = pipeline.run(mine, CHARGES)
+        assert report.exit_code == 3
+    [(_, error)] = report.failures
+    assert isinstance(error, DataRefusedError)
+    assert "1 of fal's rows cannot be right" in str(error)
+    (folder,) = (tmp_path / "landing/acme/billing_events/2026-11-21").iterdir()
+    assert len(landing.open_read(folder).manifest.parts) > 2
+    assert sum(page.rows for page in landing.open_read(folder).manifest.pages("rows")) == len(TIES)
 
 
 def inclusive(sandbox: Sandbox) -> Callable[[Request], Fault | None]:

@@ -13,17 +13,16 @@ from dataclasses import dataclass, field
 from random import Random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from faletl.errors import ApiUnavailableError, FaletlError
-from faletl.limiter import Limiter, Patience
+from faletl.limiter import MAX_FAILURES, Limiter, Patience
 from tests.limits import Limit, fixed, sliding, token_bucket
 
 RUN = Patience(tries=6, deadline_seconds=120, retry_after_seconds=120)
 REQUESTS = 190
 """Of a first load of 30 days with one batch of endpoint ids."""
-
-Serve = Callable[[float], float | None]
-"""What a server makes of a request at that moment: None for an answer, else the seconds to wait."""
 
 
 def refused(wait: float = 0, status: int = 429) -> FaletlError:
@@ -94,7 +93,7 @@ class Play:
             self._ask()
 
 
-LIMITS = {
+LIMITS: dict[str, Callable[[bool], Limit]] = {
     "one in a second": lambda is_told: fixed(1, 1, is_told),
     "ten in ten seconds": lambda is_told: fixed(10, 10, is_told),
     "one in any second": lambda is_told: sliding(1, 1, is_told),
@@ -116,3 +115,151 @@ def test_limiter_has_few_requests_refused_by_a_limit_of_one_a_second(
         assert play.answered == REQUESTS
         assert play.refused < 0.05 * len(play.sent)
         assert seconds < 2.5 * REQUESTS
+
+
+def test_limiter_is_not_slow_for_long_after_a_server_that_was_gone_for_a_minute() -> None:
+    """It had answered two requests then: these make no rate."""
+    answered = iter(range(2))
+    begun: list[float] = []
+
+    def restarting(now: float) -> int | None:
+        begun.append(now)
+        return None if next(answered, None) is not None or now - begun[0] > 60 else 0
+
+    play = Play(restarting)
+    seconds = play.run()
+    assert play.answered == REQUESTS
+    assert seconds < 60 + 300
+
+
+def every(seconds: float) -> Limit:
+    """A server that is gone: it asks everybody to come back later, or says nothing for 0."""
+    return lambda _now: int(seconds)
+
+
+class Hand:
+    """A limiter on a clock that the test moves."""
+
+    def __init__(self, per_second: float = 5) -> None:
+        self.now = 1000.0
+        self.limiter = Limiter(per_second, RUN, clock=lambda: self.now)
+
+    def send(self) -> float:
+        """Wait for the next turn and take it; the moment it came."""
+        while wait := self.limiter.turn():
+            self.now += wait
+        return self.now
+
+    def gap(self) -> float:
+        """How long after a turn the next one is."""
+        before = self.send()
+        return self.send() - before
+
+
+def test_limiter_halves_the_rate_once_for_all_requests_that_were_under_way() -> None:
+    hand = Hand()
+    sent = [hand.send() for _ in range(4)]
+    for at in sent:
+        hand.limiter.failed(at, refused())
+    assert hand.gap() == pytest.approx(1 / 2.5)
+
+
+def test_limiter_quarters_the_rate_of_what_is_refused_again() -> None:
+    hand = Hand()
+    hand.limiter.failed(hand.send(), refused())
+    hand.limiter.failed(hand.send(), refused())
+    assert hand.gap() == pytest.approx(4 / 2.5)
+
+
+def test_limiter_goes_no_slower_than_the_longest_pause_of_our_own() -> None:
+    hand = Hand()
+    for _ in range(MAX_FAILURES - 1):
+        hand.limiter.failed(hand.send(), refused())
+        hand.limiter.circuit = None  # the two minutes are not what this is about
+    assert hand.gap() == pytest.approx(RUN.pause_seconds)
+
+
+def test_limiter_grows_back_to_its_rate_with_answers_and_no_further() -> None:
+    hand = Hand()
+    for _ in range(10):
+        hand.limiter.answered(hand.send())
+    hand.limiter.failed(hand.send(), refused())
+    gaps = []
+    for _ in range(400):
+        gaps.append(hand.gap())
+        hand.limiter.answered(hand.now)
+    assert gaps[0] > 0.3
+    assert gaps == sorted(gaps, reverse=True)
+    assert gaps[-1] == pytest.approx(1 / 5)
+    assert gaps[100] > 1 / 5
+
+
+@pytest.mark.parametrize("wait", [1, 30, 119])
+def test_limiter_holds_everybody_as_long_as_fal_asks(wait: int) -> None:
+    hand = Hand()
+    at = hand.send()
+    hand.limiter.failed(at, refused(wait))
+    assert hand.limiter.held() == pytest.approx(wait)
+    assert hand.send() - at >= wait
+
+
+def test_limiter_without_a_rate_halves_what_was_sent_of_late() -> None:
+    hand = Hand(per_second=0)
+    for _ in range(40):
+        hand.send()
+        hand.now += 0.025
+    hand.limiter.failed(hand.send(), refused())
+    assert 1 / 25 < hand.gap() < 1 / 15
+
+
+def test_limiter_counts_no_time_in_which_nobody_asked() -> None:
+    """An idle client does not look like one that fal keeps waiting."""
+    hand = Hand()
+    for _ in range(20):
+        hand.limiter.answered(hand.send())
+    hand.now += 3600
+    hand.limiter.failed(hand.send(), refused())
+    hand.limiter.answered(hand.send())
+    assert hand.gap() < 1 / 2
+
+
+@given(
+    latency=st.floats(0.01, 2),
+    threads=st.integers(1, 8),
+    wait=st.sampled_from([0, 1, 20, 100, 121, 9999]),
+    seed=st.integers(0, 99),
+)
+def test_limiter_opens_the_circuit_of_a_server_that_is_gone_in_time(
+    latency: float, threads: int, wait: int, seed: int
+) -> None:
+    play = Play(every(wait), latency, threads=threads, seed=seed)
+    seconds = play.run()
+    assert play.limiter.circuit is not None
+    assert seconds < 125
+    assert len(play.sent) <= MAX_FAILURES + threads
+    asked = play.limiter.circuit.facts["retry_after"]
+    assert asked == (wait or None)
+
+
+@pytest.mark.parametrize("status", [500, 503])
+def test_limiter_lets_a_server_come_back_within_a_minute(status: int) -> None:
+    """As after a restart: twenty tries in a row are not used up in some seconds."""
+    hand = Hand()
+    begun = hand.send()
+    for _ in range(MAX_FAILURES - 1):
+        hand.limiter.failed(hand.send(), refused(status=status))
+    assert hand.limiter.circuit is None
+    assert 60 < hand.now - begun < 110
+    hand.limiter.failed(hand.send(), refused(status=status))
+    assert hand.limiter.circuit is not None
+
+
+def test_limiter_counts_failures_since_the_last_answer_alone() -> None:
+    hand = Hand()
+    slow = hand.send()
+    for _ in range(3 * MAX_FAILURES):
+        hand.limiter.failed(hand.send(), refused(status=503))
+        hand.now += 5
+        hand.limiter.answered(hand.send())
+    hand.limiter.failed(slow, refused(status=503))  # it was sent minutes before the others were answered
+    assert hand.limiter.circuit is None
