@@ -77,9 +77,7 @@ def _moved(row: Horizon | None, start: date | None, recent: date, *, is_pending:
         if row.is_decided or is_pending:
             return row
         return Horizon(min(row.first_day, recent), is_decided=True)
-    if start >= row.first_day:
-        return row
-    return Horizon(start, is_decided=row.is_decided and not is_pending)
+    return Horizon(min(start, row.first_day), is_decided=row.is_decided and not is_pending)
 
 
 def merged(known: Horizons, pending: Horizons) -> Horizons:

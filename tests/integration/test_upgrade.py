@@ -8,23 +8,30 @@ import tarfile
 from pathlib import Path
 
 import duckdb
+import psycopg
 import pytest
 import time_machine
 
 from faletl import pipeline
+from faletl.accounts import known_accounts
 from faletl.answers import status
 from faletl.config import Settings
 from faletl.errors import SettingsError, TamperedError, UsageError
+from faletl.invented import HEADER
+from faletl.plan import Asked
 from faletl.rebuild import rebuild
-from faletl.sandbox import Sandbox
+from faletl.rename import rename
+from faletl.sandbox import READONLY_KEY, Fault, Request, Sandbox
 from faletl.verify import verify
+from faletl.warehouse import open_warehouse
 from faletl.warehouse.tables import METADATA, SCHEMA_VERSION
+from tests import truth
 from tests.conftest import all_tables, settings_for
 from tests.forked import Trap, start
 
 OLDER = Path(__file__).parents[1] / "older"
 
-pytestmark = pytest.mark.duckdb_only("PostgreSQL warehouses are not older than schema 4")
+pytestmark = pytest.mark.duckdb_only("what is older is a DuckDB file; of PostgreSQL there is one test")
 
 
 @pytest.fixture(params=sorted(path.name for path in OLDER.iterdir()))
@@ -100,6 +107,7 @@ def test_an_older_warehouse_can_be_looked_at_first(
     assert verify(older).findings == []
 
 
+@pytest.mark.parametrize("older", ["schema_3"], indirect=True)
 def test_rows_of_an_older_digest_whose_pages_are_gone_are_not_called_changed(
     older: Settings, clock: time_machine.Traveller, tmp_path: Path
 ) -> None:
@@ -126,6 +134,129 @@ def test_a_killed_upgrade_leaves_the_older_warehouse(older: Settings) -> None:
     assert start(older, command="build").finish()[0] == 0
     assert verify(older).findings == []
     assert not list(path.parent.glob(".*upgrade*"))
+
+
+def accounts(settings: Settings) -> dict[str, tuple[tuple[str, ...], int, bool | None]]:
+    """Per label the usernames, how many keys, and whether it is a sandbox's."""
+    with open_warehouse(settings).reading() as connection:
+        assert connection is not None
+        known = known_accounts(connection)
+    return {label: (a.usernames, len(a.key_ids), a.is_sandbox) for label, a in known.items()}
+
+
+def test_accounts_of_an_older_warehouse_are_bound_by_the_next_good_run(
+    older: Settings, sandbox: Sandbox, clock: time_machine.Traveller, tmp_path: Path
+) -> None:
+    assert accounts(older) == {"acme": (("acme",), 0, None)}
+    readonly = settings_for(sandbox.url, tmp_path, key=READONLY_KEY)
+    assert pipeline.run(readonly).exit_code == 2
+    assert accounts(older) == {"acme": (("acme",), 0, None)}
+    assert pipeline.run(older).account == "acme"
+    assert accounts(older) == {"acme": (("acme",), 1, True)}
+    sandbox.fault = lambda r: Fault(status=403) if r.path == "/account/billing" else None
+    assert pipeline.run(older).account == "acme"
+    wrong = older.model_copy(update={"account": "prod"})
+    [(_, error)] = pipeline.run(wrong).failures
+    assert "faletl accounts rename 'acme' 'prod'" in str(error)
+
+
+def test_an_account_of_an_older_warehouse_can_be_renamed_before_any_run(
+    older: Settings, clock: time_machine.Traveller
+) -> None:
+    rename(older, "acme", "emea")
+    assert accounts(older) == {"emea": (("acme",), 0, None)}
+    assert verify(older).findings == []
+    before = all_tables(older)
+    rebuild(older)
+    assert all_tables(older) == before
+    assert pipeline.run(older).account == "emea"
+
+
+def test_an_older_warehouse_of_fals_account_refuses_a_sandbox(
+    older: Settings, sandbox: Sandbox, clock: time_machine.Traveller, tmp_path: Path
+) -> None:
+    sandbox.fault = lambda _: Fault(headers={HEADER: ""})
+    assert pipeline.run(older).exit_code == 0
+    assert accounts(older) == {"acme": (("acme",), 1, False)}
+    with Sandbox(truth.Account("sandbox"), keys={truth.OTHER_KEY: "FULL"}) as server:
+        report = pipeline.run(settings_for(server.url, tmp_path, key=truth.OTHER_KEY))
+    assert report.exit_code == 2
+    assert "is a sandbox" in str(report.failures[0][1])
+
+
+def test_a_username_that_an_older_faletl_loaded_twice_binds_neither_label_and_is_reported(
+    older: Settings,
+    sandbox: Sandbox,
+    clock: time_machine.Traveller,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with duckdb.connect(older.warehouse.removeprefix("duckdb:///")) as connection:
+        for table, label in (("raw.credits", "_account"), ("ops.loads", "account")):
+            only = "where resource = 'credits'" if table == "ops.loads" else ""
+            connection.execute(
+                f"insert into {table} select * replace ('prod' as {label}) from {table} {only}"
+            )
+    assert accounts(older) == {"acme": ((), 0, None), "prod": ((), 0, None)}
+    sandbox.fault = lambda _: Fault(headers={HEADER: ""})
+    named = older.model_copy(update={"account": "prod"})
+    report = pipeline.extract(named, Asked(truth.day(22), truth.day(23), ["usage"]))
+    assert (report.account, report.exit_code) == ("prod", 0)
+    assert accounts(older) == {"acme": ((), 0, False), "prod": (("acme",), 1, False)}
+    told = [one.getMessage() for one in caplog.records if "counts more than once" in one.getMessage()]
+    assert len(told) == 1
+    assert "faletl accounts forget" in told[0]
+
+
+@pytest.mark.parametrize("username", [None, "acme-corp"])
+def test_the_only_label_of_an_older_warehouse_is_taken_if_nothing_says_whose_it_is(
+    username: str | None, older: Settings, clock: time_machine.Traveller, tmp_path: Path
+) -> None:
+    with duckdb.connect(older.warehouse.removeprefix("duckdb:///")) as connection:
+        connection.execute("delete from raw.credits")
+        connection.execute("delete from ops.loads where resource = 'credits'")
+    assert accounts(older) == {"acme": ((), 0, None)}
+
+    def answer(request: Request) -> Fault:
+        is_refused = request.path == "/account/billing" and username is None
+        return Fault(status=403 if is_refused else None, headers={HEADER: ""})
+
+    account = truth.two_days()
+    account.account = username or "unsaid"
+    with Sandbox(account, fault=answer) as server:
+        settings = settings_for(server.url, tmp_path)
+        assert pipeline.run(settings).account == "acme"
+        assert accounts(older) == {"acme": ((username,) if username else (), 1, False)}
+
+
+def test_a_postgresql_warehouse_of_schema_4_is_upgraded_and_goes_on(
+    database: str, sandbox: Sandbox, clock: time_machine.Traveller, tmp_path: Path
+) -> None:
+    kept = OLDER / "schema_4"
+    settings = settings_for(sandbox.url, tmp_path, warehouse=database)
+    with psycopg.connect(database) as connection:
+        connection.execute((kept / "postgres.sql").read_bytes())
+        for path in sorted(kept.glob("*.csv")):
+            table, content = path.stem.replace("_", ".", 1), path.read_text("utf-8")
+            columns = content.partition("\n")[0]
+            with connection.cursor().copy(
+                f"copy {table} ({columns}) from stdin (format csv, header true)".encode()
+            ) as copy:
+                copy.write(content)
+    with tarfile.open(kept / "landing.tar.gz") as landed:
+        landed.extractall(tmp_path, filter="data")
+    assert pipeline.build(settings).build is not None
+    assert verify(settings).findings == []
+    assert accounts(settings) == {"acme": (("acme",), 0, None)}
+    (tmp_path / "fresh").mkdir()
+    fresh = settings_for(sandbox.url, tmp_path / "fresh")
+    for one in (settings, fresh):
+        assert pipeline.run(one).exit_code == 0
+    assert all_tables(settings) == all_tables(fresh)
+    held = all_tables(settings)
+    rebuild(settings)
+    assert all_tables(settings) == held
+    rename(settings, "acme", "emea")
+    assert verify(settings).findings == []
 
 
 def test_one_that_is_too_old_has_to_be_rebuilt(older: Settings, clock: time_machine.Traveller) -> None:
