@@ -71,10 +71,17 @@ def print_query(settings: Settings, query: str, form: Format) -> None:
                 raise UsageError("the query returns no rows; write one select")
             _WRITERS[form](list(result.keys()), result)
     except sa.exc.DBAPIError as error:
-        raise UsageError(f"the query was refused: {str(error.orig).splitlines()[0]}") from None
+        said = str(error.orig).splitlines()[0]
+        advice = _MULTIPLY if "Overflow in multiplication" in said else ""
+        raise UsageError(f"the query was refused: {said}{advice}") from None
     except sa.exc.SQLAlchemyError as error:
         raise UsageError(f"the query was refused: {str(error).splitlines()[0]}") from None
 
+
+_MULTIPLY = (
+    "; multiply amounts with the macro times(a, b), which is exact to 12 decimals, or "
+    "cast them to fewer decimals first: quantity::decimal(38,6)"
+)
 
 _UNPUBLISHED = "nothing is published yet; run faletl run first"
 

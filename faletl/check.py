@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from faletl.accounts import read_username
 from faletl.client import FalClient, Params
 from faletl.config import Settings
+from faletl.contract import has_value
 from faletl.errors import (
     AccountLockedError,
     ApiUnavailableError,
@@ -112,7 +113,7 @@ def check(settings: Settings) -> Checked:
     if client.clock_skew_seconds is not None:
         problems.append(Problem(_SKEW.format(minutes=client.clock_skew_seconds / 60), 0))
     findings = [
-        _finding(settings, resource, results, bad_keys, probe.is_total_refused(resource))
+        _finding(settings, resource, results, bad_keys, probe.note(resource))
         for resource in RESOURCES.values()
     ]
     return Checked(probe.account, findings, problems)
@@ -168,6 +169,7 @@ _SKEW = (
     "this machine's clock and fal's are {minutes:,.0f} minutes apart; if it is this one that is wrong, "
     "set it right: it decides which hours are over"
 )
+_SAYS_NOTHING = "fal sends no {column} for this account, so nothing is loaded; that is not an error"
 _TOTAL_REFUSED = "fal refuses the control total to this key; two equal walks stand in for it"
 
 
@@ -176,7 +178,7 @@ def _finding(
     resource: Resource,
     results: Mapping[str, FaletlError | None],
     bad_keys: set[str],
-    is_total_refused: bool,
+    note: str,
 ) -> Finding:
     key_name = settings.key_name(metrics=resource.uses_metrics_key)
 
@@ -185,7 +187,7 @@ def _finding(
 
     error = results.get(resource.name)
     if resource.name in results and error is None:
-        return finding(True, _TOTAL_REFUSED if is_total_refused else "")
+        return finding(True, note)
     if key_name in bad_keys:
         return finding(False, f"replace {key_name}", KEY_OR_SETTINGS)
     if error is None:
@@ -218,6 +220,7 @@ class _Probe:
         self._ids = [KNOWN_ENDPOINT]
         self._accepted: dict[bool, bool] = {}
         self._refused_totals: dict[str, bool] = {}  # by path: they differ in what is compared only
+        self._say_nothing: set[str] = set()  # resources whose answer held no record
 
     def error_of(self, resource: Resource) -> FaletlError | None:
         """Ask all questions of the resource, and for its control total; return why not, if so."""
@@ -227,14 +230,19 @@ class _Probe:
                 self._ids = list(dict.fromkeys([*first_endpoint(body), KNOWN_ENDPOINT]))
             if resource is CREDITS:
                 self.account = read_username(body)
+            if resource.nothing_without and not has_value(body, resource, resource.nothing_without):
+                self._say_nothing.add(resource.name)
             self._ask_total(resource)
         except FaletlError as error:
             return error
         return None
 
-    def is_total_refused(self, resource: Resource) -> bool:
-        """Whether fal refused the resource's control total to the key."""
-        return resource.proof is not None and self._refused_totals.get(resource.proof.path, False)
+    def note(self, resource: Resource) -> str:
+        """What to know of a resource that can be read; mostly empty."""
+        if resource.name in self._say_nothing:
+            return _SAYS_NOTHING.format(column=resource.nothing_without)
+        is_refused = resource.proof is not None and self._refused_totals.get(resource.proof.path, False)
+        return _TOTAL_REFUSED if is_refused else ""
 
     def is_accepted(self, metrics: bool) -> bool:
         """Whether fal accepts the key at all: prices are shown to any key."""

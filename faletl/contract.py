@@ -16,8 +16,8 @@ from typing import Any, TypeAlias
 import msgspec
 
 from faletl.errors import ContractError
-from faletl.pages import UNREADABLE
-from faletl.resources import Column, Kind
+from faletl.pages import UNREADABLE, as_json
+from faletl.resources import Column, Kind, Resource
 
 Tree: TypeAlias = "dict[str, Column | Tree | None]"
 """Columns as they are nested in a record; None for a field that is known and not kept."""
@@ -83,7 +83,8 @@ class Contract:
 
     def _look_closer(self, body: bytes) -> dict[int, str]:
         tree = tree_of(_inside(self.columns), self.known)
-        decoder, around_decoder = _record(self.columns), _around(self.columns)
+        usable, as_promised = _record(self.columns), _record(self.columns, is_strict=True)
+        around_decoder = _around(self.columns)
         found, row = dict[int, str](), 0
         for around, records in self._levels(body):
             reason = _reason(around_decoder, around)
@@ -91,7 +92,8 @@ class Contract:
             for record in records:
                 row += 1
                 self._note_fields(record, tree, ())
-                if why := why_around or self._note_type(record, _reason(decoder, record)):
+                self._note_type(record, _reason(as_promised, record))
+                if why := why_around or self._note_type(record, _reason(usable, record)):
                     found[row] = why
         self._rows += row
         return found
@@ -154,6 +156,14 @@ LIST = msgspec.json.Decoder(list[msgspec.Raw])
 def records_of(body: bytes, rows_path: tuple[str, ...]) -> list[bytes]:
     """The records of a page as they were sent, in order; raises ContractError where there are none."""
     return [record for _, records in Contract(rows_path, ())._levels(body) for record in records]
+
+
+def has_value(body: bytes, resource: Resource, name: str) -> bool:
+    """Whether the first record of a page has something in the column of that name."""
+    value = next(iter(records_of(as_json(body), resource.rows_path)), b"null")
+    for step in resource.column(name).steps:
+        value = bytes(_fields_of(value).get(step, b"null"))
+    return value != b"null"
 
 
 def _fields_of(text: bytes) -> Mapping[str, msgspec.Raw]:
@@ -241,8 +251,10 @@ def _list_of(kind: Any) -> Any:
 
 
 @cache
-def _record(columns: tuple[Column, ...]) -> msgspec.json.Decoder[Any]:
-    return msgspec.json.Decoder(_struct(tree_of(_inside(columns)), is_open=True))
+def _record(columns: tuple[Column, ...], *, is_strict: bool = False) -> msgspec.json.Decoder[Any]:
+    """A decoder of a record that can be used; a strict one takes only the types that fal promises."""
+    types = _JSON_TYPES if is_strict else _USABLE_TYPES
+    return msgspec.json.Decoder(_struct(tree_of(_inside(columns)), types, is_open=True))
 
 
 @cache
@@ -259,8 +271,15 @@ def _attributes_to_find(columns: tuple[Column, ...]) -> Mapping[str, str]:
     return {
         name: f"f{number}"
         for number, (name, node) in enumerate(tree_of(_inside(columns)).items())
-        if not (isinstance(node, Column) and node.is_sparse)
+        if not _is_sparse(node)
     }
+
+
+def _is_sparse(node: Column | Tree | None) -> bool:
+    """Whether fal may leave the field out of every record: a column, or an object of such columns."""
+    if isinstance(node, dict):
+        return all(map(_is_sparse, node.values()))
+    return node is not None and node.is_sparse
 
 
 _JSON_TYPES: Mapping[Kind, Any] = {
@@ -273,27 +292,39 @@ _JSON_TYPES: Mapping[Kind, Any] = {
 }
 
 
-def _struct(fields: Mapping[str, Any], *, is_open: bool = False) -> Any:
+_USABLE_TYPES: Mapping[Kind, Any] = {
+    kind: type_ for kind, type_ in _JSON_TYPES.items() if kind is not Kind.SECONDS
+}
+"""What a record must hold to be used: staging leaves a measured value empty that is none."""
+
+
+def _struct(
+    fields: Mapping[str, Any], types: Mapping[Kind, Any] = _JSON_TYPES, *, is_open: bool = False
+) -> Any:
     """A msgspec type for a JSON object; a value that is a type already is required."""
     specs: list[Any] = []
-    for number, node in enumerate(fields.values()):
-        name = f"f{number}"
+    names = {f"f{number}": name for number, name in enumerate(fields)}
+    for name, node in zip(names, fields.values(), strict=True):
         if node is None:
             specs.append((name, Any, None))
+        elif isinstance(node, Column) and node.kind not in types:
+            continue
         elif isinstance(node, Column):
-            kind = _JSON_TYPES[node.kind]
+            kind = types[node.kind]
+            if node.may_be_text and types is _USABLE_TYPES:
+                kind |= str
             is_needed = node.required and not node.fallback
             optional = (name, kind | msgspec.UnsetType | None, msgspec.UNSET)
             specs.append((name, kind) if is_needed else optional)
         elif isinstance(node, dict):
-            inner = _struct(node, is_open=is_open) | msgspec.UnsetType | None
+            inner = _struct(node, types, is_open=is_open) | msgspec.UnsetType | None
             specs.append((name, inner, msgspec.UNSET))
         else:
             specs.append((name, node))
     return msgspec.defstruct(
         "Record",
         specs,
-        rename={f"f{number}": name for number, name in enumerate(fields)},
+        rename=names,
         kw_only=True,
         gc=False,
         forbid_unknown_fields=not is_open,

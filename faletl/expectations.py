@@ -123,8 +123,8 @@ def _of_catalogue(facts: Facts) -> Iterator[Expectation]:
     )
     required = [f'"{column.name}" is null' for column in resource.columns if column.required]
     yield _all_rows("required fields are told", CRITICAL, " or ".join(required))
-    numbers = [c for c in resource.columns if c.kind in (Kind.AMOUNT, Kind.WHOLE, Kind.SECONDS)]
-    if numbers:
+    kinds = (Kind.AMOUNT, Kind.WHOLE, Kind.SECONDS)
+    if numbers := [c for c in resource.columns if c.kind in kinds and not c.is_level]:
         odd = [f'"{column.name}" < 0' for column in numbers]
         odd += [f'"{c.name}" > {c.at_most}' for c in numbers if c.at_most is not None]
         yield _all_rows(
@@ -178,7 +178,13 @@ def _of_meaning(facts: Facts) -> Iterator[Expectation]:
         yield _no_rows(
             "unit is in the table of units",
             WARNING,
-            f"select * from {{batch}} where lower(trim(unit)) not in ({known} where unit is not null)",
+            f"""
+            select * from {{batch}} where unit in (
+                select unit from (select distinct unit from {{batch}})
+                where lower(trim(unit)) not in ({known} where unit is not null)
+                    and (unit_name(unit) is null or unit_name(unit) not in ({known}))
+            )
+            """,
         )
     if facts.prices is not None:
         yield _no_rows(
@@ -211,7 +217,10 @@ def _of_meaning(facts: Facts) -> Iterator[Expectation]:
 
 
 def _total(facts: Facts, total: Decimal) -> Expectation:
-    """Of usage it is the sum of these very rows; of charges that of another ledger, which may lag."""
+    """Of usage it is the sum of these very rows; of charges that of another ledger, which may lag.
+
+    Half a nano-dollar is allowed for each row, and for each line of fal's total: at most one per row.
+    """
     proof = facts.resource.proof
     is_other = proof is not None and proof.two_walks_suffice
     severity = WARNING if facts.window.is_provisional else CRITICAL
@@ -222,7 +231,7 @@ def _total(facts: Facts, total: Decimal) -> Expectation:
         "cost_total adds up to fal's own total",
         severity,
         f"select sum(cost_total) as held, {told} as told from {{batch}} "
-        f"having abs(coalesce(sum(cost_total), 0) - {told}) > {HALF_NANO} * greatest(count(*), 1)",
+        f"having abs(coalesce(sum(cost_total), 0) - {told}) > {HALF_NANO} * 2 * greatest(count(*), 1)",
     )
 
 

@@ -165,11 +165,12 @@ def _settle(
     earlier = sa.and_(
         table.account == manifest.account,
         table.resource == manifest.resource,
-        table.window_start >= day.start,
         table.window_start < day.end,
         table.seen_at <= manifest.finished_at,
         table.resolved_at.is_(None),
     )
+    if not manifest.window.is_snapshot:  # a newer snapshot says all that an older one did
+        earlier = sa.and_(earlier, table.window_start >= day.start)
     own = table.load_id == manifest.load_id
     if not connection.execute(sa.select(sa.func.count()).where(sa.or_(earlier, own))).scalar_one():
         return False  # as nearly always

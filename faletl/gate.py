@@ -29,6 +29,7 @@ from faletl.models import known_units
 from faletl.money import plain
 from faletl.resources import Resource
 from faletl.staging import Staged
+from faletl.warehouse.duckdb import MACROS
 from faletl.warehouse.tables import LOADS, RAW
 from faletl.windows import DAY, WEEK, Window
 
@@ -125,6 +126,8 @@ class Gate:
         with self._engine.connect() as connection:
             for setting in ("TimeZone = 'UTC'", "enable_external_file_cache = false"):
                 connection.execute(sa.text(f"set global {setting}"))
+            for macro in MACROS:
+                connection.exec_driver_sql(macro)
 
     def passed(self, connection: sa.Connection, staged: Staged) -> Staged:
         """The staged window with what was found of it; what is not as expected is logged.

@@ -13,6 +13,8 @@ from datetime import date, timedelta
 from enum import StrEnum
 from typing import Literal
 
+from faletl.money import PRODUCT_TYPE, product_of
+
 
 class Kind(StrEnum):
     """What a column holds: decides its JSON type, its checks and its database type."""
@@ -20,7 +22,7 @@ class Kind(StrEnum):
     TEXT = "text"
     AMOUNT = "amount"  # a JSON number >= 0, kept exactly: money and quantities (faletl/money.py)
     WHOLE = "whole"  # a whole JSON number >= 0: counts, nano-dollars
-    SECONDS = "seconds"  # a JSON number >= 0, measured: kept to 12 decimals
+    SECONDS = "seconds"  # a JSON number >= 0, measured; anything else is NULL, the row is kept
     INSTANT = "instant"  # ISO 8601 text with an offset, kept in UTC
     LIST = "list"  # a JSON array of texts, kept as JSON text
 
@@ -35,6 +37,8 @@ class Column:
     each record; `is_asked`, that it is in no answer but a parameter of the question; `is_sparse`, that
     fal may leave it out of every record, which is news for any other field at the top of a record.
     `longest` is how many bytes a text may have: ids go into questions, labels into keys and reports.
+    `is_level` says that an amount may be negative, as a balance is; `may_be_text`, that a number is
+    taken from a JSON text as well; `zero_is_none`, that 0 and null mean the same.
     """
 
     name: str
@@ -50,6 +54,9 @@ class Column:
     at_most: int | None = None
     may_be_empty: bool = True
     longest: int = 1000
+    is_level: bool = False
+    may_be_text: bool = False
+    zero_is_none: bool = False
 
     @property
     def steps(self) -> tuple[str, ...]:
@@ -107,6 +114,7 @@ class Resource:
     identity: tuple[str, ...] = ()  # fal gives rows no id: these are hashed into one, twins numbered
     not_kept: tuple[str, ...] = ()  # fields that fal is known to send and that are not loaded
     proof: Proof | None = None
+    nothing_without: str | None = None  # the column in whose absence a record says nothing: no row of it
     # What rows are expected to be, each with SQL for those that are not; these are kept, with a warning.
     expected: Mapping[str, str] = field(default_factory=dict)
     uses_metrics_key: bool = False
@@ -145,7 +153,13 @@ _UNIT = Column("unit", Kind.TEXT, "billing unit, exactly as fal writes it", requ
 _BUCKET = Column("bucket", Kind.INSTANT, "start of the hour", required=True, is_outer=True)
 _COSTS = (
     Column("unit_price", Kind.AMOUNT, "price of one unit before discount"),
-    Column("percent_discount", Kind.AMOUNT, "percentage taken off; null for none", at_most=100),
+    Column(
+        "percent_discount",
+        Kind.AMOUNT,
+        "percentage taken off; null or 0 for none",
+        at_most=100,
+        zero_is_none=True,
+    ),
     Column("cost_subtotal", Kind.AMOUNT, "charge before discount; null before July 2026"),
     Column("cost_discount", Kind.AMOUNT, "taken off by the discount; null before July 2026"),
 )
@@ -289,8 +303,11 @@ USAGE = Resource(
         "cost is cost_total": "abs(cost - cost_total) > 0.000000001",
         # An hour's costs are sums of rounded ones, so this is told where it is more than rounding.
         "cost_total is quantity times unit_price, less percent_discount": (
-            "cost_subtotal is not null and abs(cost_total - quantity::double * unit_price::double "
-            "* (1 - coalesce(percent_discount, 0)::double / 100)) > 0.0001 + 0.001 * cost_total::double"
+            f"abs(cost_subtotal::{PRODUCT_TYPE} - {product_of('quantity', 'unit_price')}) "
+            f"> (0.0001 + 0.001 * cost_subtotal)::{PRODUCT_TYPE} "
+            f"or abs(100 * cost_total::{PRODUCT_TYPE} "
+            f"- {product_of('cost_subtotal', '100 - coalesce(percent_discount, 0)')}) "
+            f"> (0.01 + 0.1 * cost_total)::{PRODUCT_TYPE}"
         ),
     },
     permission=_BILLING_PERMISSION,
@@ -384,6 +401,10 @@ _DURATIONS = {
 }
 
 
+_MOST_REQUESTS = 10**15
+"""A count of more is refused: the models add up the hours of a day as whole numbers of 64 bits."""
+
+
 def _percentile(name: str) -> Column:
     percent, of = name.removeprefix("p").split("_", 1)
     comment = f"{percent} % took at most so many seconds: {_DURATIONS[of]}"
@@ -414,7 +435,13 @@ ANALYTICS = Resource(
         replace(_BUCKET, comment="start of the hour or day"),
         _ENDPOINT,
         *(
-            Column(name, Kind.WHOLE, f"{comment}; per hour only", is_sparse=name in _LATER_COUNTS)
+            Column(
+                name,
+                Kind.WHOLE,
+                f"{comment}; per hour only",
+                is_sparse=name in _LATER_COUNTS,
+                at_most=_MOST_REQUESTS,
+            )
             for name, comment in (_COUNTS | _LATER_COUNTS).items()
         ),
         Column(
@@ -445,12 +472,21 @@ CREDITS = Resource(
         Column(
             "current_balance",
             Kind.AMOUNT,
-            "credit left",
+            "credit left; negative where more was used than paid for",
             ("credits", "current_balance"),
-            required=True,
+            is_sparse=True,
+            is_level=True,
+            may_be_text=True,
         ),
-        Column("currency", Kind.TEXT, "ISO 4217 code of the balance", ("credits", "currency")),
+        Column(
+            "currency",
+            Kind.TEXT,
+            "ISO 4217 code of the balance",
+            ("credits", "currency"),
+            is_sparse=True,
+        ),
     ),
+    nothing_without="current_balance",
     is_optional=True,
     permission="billing:usage:read",
     presets="BILLING, READONLY or FULL",

@@ -1,10 +1,10 @@
 """Staging: landed pages → typed, proven rows of one window, set-wise in DuckDB.
 
 Records go to DuckDB as they are, one a line, and every number is cast from its text to DECIMAL. DuckDB
-reads a JSON number through a double, which keeps 15 digits for certain: where a page holds a longer
-one, or anything at all cannot be taken that way, the texts of its numbers are taken from the landed
-bytes (faletl/money.py). The result is a Parquet file of all records, written once, and a query over it
-for the rows of the window, with the columns of the raw table, which any warehouse can take in.
+reads a JSON number through a double, which keeps 15 digits for certain: so a longer one becomes a JSON
+text with the exact amount (faletl/money.py), and where anything cannot be taken that way, each number
+does. The result is a Parquet file of all records, written once, and a query over it for the rows of the
+window, with the columns of the raw table, which any warehouse can take in.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, localcontext
@@ -36,15 +37,15 @@ from faletl.findings import Drift, Findings, SetAside
 from faletl.landing import MANIFEST, Landed, Manifest, Part
 from faletl.money import (
     DECIMAL_TYPE,
-    DOUBLE_DIGITS,
     HALF_NANO,
+    LARGEST,
     SCALE,
     decimal_of,
-    exact_text,
     plain,
     text_of,
+    with_exact_numbers,
 )
-from faletl.pages import UNREADABLE, as_json
+from faletl.pages import as_json
 from faletl.places import room
 from faletl.resources import RESOURCES, WHOLE_SINCE, Column, Kind, Proof, Resource
 from faletl.warehouse import quoted
@@ -157,8 +158,9 @@ def _stage(
     ).fetchone() or (0, 0)
     dropped = held - inside
     if dropped:
-        log.warning("%s, window %s: fal sent %d rows outside the window; they are dropped",
-                    resource.name, manifest.window, dropped)  # fmt: skip
+        log.warning("%s, window %s: %s", resource.name, manifest.window, _why_dropped(resource, dropped))
+    if typed.unusable:
+        log.warning("%s, window %s: %s", resource.name, manifest.window, _why_empty(typed))
     source, files = _source(connection, resource, path)
     found = connection.execute(
         f"select {digest_sums(resource)}, {_doubtful_rows(resource)}, {_cost_total(resource)}, "
@@ -172,10 +174,11 @@ def _stage(
         error.findings = findings
         raise
     if typed.breaches:
-        log.warning("%s, window %s: %s", resource.name, manifest.window, _told(
-            typed, "fal's control total says that nothing of value is missing without them, so the "
-            "window is loaded and they are set aside in ops.quarantine"
-        ))  # fmt: skip
+        why = "" if resource.proof is None else (
+            "fal's control total says that nothing of value is missing without them, so "
+        )  # fmt: skip
+        because = f"{why}they are quarantined and the others are loaded (faletl quarantine list)"
+        log.warning("%s, window %s: %s", resource.name, manifest.window, _told(typed, because))
     return Staged(
         source=source,
         files=files,
@@ -195,6 +198,19 @@ def _stage(
         endpoint_ids=frozenset(endpoint_ids or ()),
         asked_ids=manifest.asked_ids if resource.ids_per_call else None,
     )
+
+
+def _why_dropped(resource: Resource, rows: int) -> str:
+    """Why rows that keep their contract are not of the window, as a sentence."""
+    if resource.nothing_without:
+        return f"fal sent no {resource.nothing_without}, so there is nothing to load"
+    return f"fal sent {rows} rows outside the window; they are dropped"
+
+
+def _why_empty(typed: Typed) -> str:
+    """Which values were left empty though fal sent something, as a sentence."""
+    shown = "; ".join(typed.unusable_values) + "; …" * (typed.unusable > len(typed.unusable_values))
+    return f"{typed.unusable:,} of fal's rows have values that cannot be used and stay empty ({shown})"
 
 
 def _drifts(contract: Contract, window: Window) -> Iterator[Drift]:
@@ -241,8 +257,11 @@ def _engine(settings: Settings, scratch: Path, landed: Landed) -> duckdb.DuckDBP
 
 def _endpoint_ids(resource: Resource) -> str:
     """SQL for the list of endpoints that the rows are of; null where they are of none."""
-    has_ids = any(column.name == "endpoint_id" for column in resource.columns)
-    return "list(distinct endpoint_id)" if has_ids else "null"
+    return "list(distinct endpoint_id)" if _has_ids(resource) else "null"
+
+
+def _has_ids(resource: Resource) -> bool:
+    return any(column.name == "endpoint_id" for column in resource.columns)
 
 
 # --- From landed bytes to typed columns -----------------------------------------------------------
@@ -252,13 +271,16 @@ def _endpoint_ids(resource: Resource) -> str:
 class Typed:
     """What became of the records of one walk: those that broke their contract were set aside.
 
-    `breaches` counts all of them, `set_aside` holds the first ones.
+    `breaches` counts all of them, `set_aside` holds the first ones. `unusable` counts the rows with a
+    value that was left empty, `unusable_values` describes the first ones.
     """
 
     contract: Contract
     rounded: int = 0
     breaches: int = 0
     set_aside: tuple[SetAside, ...] = ()
+    unusable: int = 0
+    unusable_values: tuple[str, ...] = ()
 
 
 def _typed(
@@ -270,23 +292,44 @@ def _typed(
 ) -> Typed:
     """Write the records of the `label` calls as the columns of their raw table.
 
-    Beside them stand `_is_inside` (the window) and `_breach` (why the record cannot be taken, else
-    empty). Every `_ordinal` is 1 yet. Records that are not even of the right JSON types are left out.
+    Beside them stand `_is_inside` (the window), `_breach` (why the record cannot be taken, else empty)
+    and `_unusable` (values that were left empty). Every `_ordinal` is 1 yet. Records that are not even
+    of the right JSON types are left out.
     """
     lines = path.with_suffix(".ndjson")
+    odd = f"select count(*) from {quoted(path)} where _breach <> '' or _unusable <> ''"
     try:
-        typed = _write_lines(landed, resource, label, lines, is_exact=False)
+        typed = _write_lines(landed, resource, label, lines, is_each=False)
         _write_typed(connection, landed, resource, label, lines, path)
-        breached = _count(connection, f"select count(*) from {quoted(path)} where _breach <> ''")
+        is_odd = _count(connection, odd) > 0
     except duckdb.InvalidInputException:
-        log.debug("%s: the records are read number by number", resource.name)
-        breached = -1
-    if breached:
-        typed = _write_lines(landed, resource, label, lines, is_exact=True)
+        is_odd = True
+    if is_odd:
+        log.debug("%s: the records are typed number by number", resource.name)
+        typed = _write_lines(landed, resource, label, lines, is_each=True)
         _write_typed(connection, landed, resource, label, lines, path)
         _set_breaches_aside(connection, landed, resource, label, path, typed)
+        _note_unusable(connection, resource, path, typed)
     lines.unlink()
     return typed
+
+
+def _note_unusable(
+    connection: duckdb.DuckDBPyConnection, resource: Resource, path: Path, typed: Typed
+) -> None:
+    """Note the rows of which a value was left empty."""
+    unusable = f"from {quoted(path)} where _unusable <> '' and _breach = ''"
+    typed.unusable = _count(connection, f"select count(*) {unusable}")
+    if not typed.unusable:
+        return
+    endpoint_id = "endpoint_id" if _has_ids(resource) else "null"
+    found = connection.execute(
+        f"select _page, _row, {endpoint_id}, _unusable {unusable} order by _page, _row limit {_TELL}"
+    ).fetchall()
+    typed.unusable_values = tuple(
+        f"page {page} row {row}{_of_endpoint(endpoint)}: {ascii(values)[1:-1]}"
+        for page, row, endpoint, values in found
+    )
 
 
 def _set_breaches_aside(
@@ -320,15 +363,17 @@ def _rows_path(resource: Resource, label: str) -> tuple[str, ...]:
     return resource.proof.rows_path if label in _TOTALS and resource.proof else resource.rows_path
 
 
-def _write_lines(
-    landed: Landed, resource: Resource, label: str, lines: Path, *, is_exact: bool
-) -> Typed:
-    """Write each record on a line, behind its page, row, and what stood around it."""
+def _write_lines(landed: Landed, resource: Resource, label: str, lines: Path, *, is_each: bool) -> Typed:
+    """Write each record on a line, behind its page, row, and what stood around it.
+
+    `is_each` says that each number is to be looked at, and each record for a key that comes twice.
+    """
     rows_path, columns = _rows_path(resource, label), _columns(resource, label)
     known = frozenset(tuple(path.split(".")) for path in resource.not_kept)
     if label in _TOTALS and resource.proof:  # of a total only what is compared is looked at
         known |= {(column.name,) for column in resource.proof.columns}
     typed = Typed(Contract(rows_path, columns, known))
+    names = _names_of_numbers(columns)
     asked = [column.name for column in columns if column.is_asked]
     pages = [
         (page, {name: call.query[name][0] for name in asked})
@@ -340,17 +385,17 @@ def _write_lines(
         for number, (page, parameters) in enumerate(pages, start=1):
             outer = {"_page": number, **parameters}
             try:
-                body = as_json(landed.body(page))
-                breaches = typed.contract.breaches(body)
-                levels = None if is_exact or _has_long_number(body) else _levels(body, rows_path)
-                if levels is None:
-                    numbered, noise = _exact_lines(body, rows_path, columns, breaches)
-                    typed.rounded += noise
-                    file.write(msgspec.json.Encoder().encode_lines([outer | one for one in numbered]))
-                else:
-                    is_one_line = b"\n" not in body and b"\r" not in body
-                    file.write(_raw_lines(levels, columns, outer, breaches, is_one_line=is_one_line))
-                _set_untyped_aside(typed, number, breaches, body)
+                sent = as_json(landed.body(page))
+                breaches = typed.contract.breaches(sent)
+                body = _with_texts_as_numbers(sent, columns, typed.contract)
+                body, rounded = with_exact_numbers(body, names, is_each=is_each)
+                typed.rounded += rounded
+                levels = _levels(body, rows_path)
+                if is_each:
+                    breaches = {**_rows_with_a_key_twice(levels), **breaches}
+                is_one_line = b"\n" not in body and b"\r" not in body
+                file.write(_raw_lines(levels, columns, outer, breaches, is_one_line=is_one_line))
+                _set_untyped_aside(typed, number, breaches, sent)
             except FaletlError as error:
                 raise error.at(page=number, request_id=page.request_id) from None
     return typed
@@ -382,8 +427,10 @@ def _write_typed(
         f"read_json({quoted(lines)}, format = 'newline_delimited', columns = {{{types}}}, "
         f"maximum_object_size = {LARGEST_RECORD})"
     )
+    is_bounded = label not in _TOTALS  # a sum of amounts may be larger than one
     fields = ", ".join(
-        f'{_text(column)} as "text of {column.name}", {_typed_expression(column)} as "{column.name}"'
+        f'{_text(column)} as "text of {column.name}", '
+        f'{_typed_expression(column, is_bounded=is_bounded)} as "{column.name}"'
         for column in columns
     )
     typed = ", ".join(f'"{column.name}"' for column in columns)
@@ -393,24 +440,53 @@ def _write_typed(
                 {quoted(manifest.account)} as _account, '{manifest.load_id}' as _load_id, _page, _row,
                 {"".join(f"{more}, " for more in _more_columns(landed, resource, label))}
                 {typed},
-                {_breach_expression(columns)} as _breach
+                {_breach_expression(columns, _contradiction(resource, label))} as _breach,
+                {_unusable_expression(columns)} as _unusable
             from (select _page, _row, {fields} from {source})
         ) to {quoted(path)} (format parquet, row_group_size {_ROW_GROUP})
     """)
 
 
-def _breach_expression(columns: tuple[Column, ...]) -> str:
-    """SQL for why a record cannot be taken; empty where it can."""
-    breaches = [breach for column in columns for breach in _breaches(column)]
+def _breach_expression(columns: tuple[Column, ...], more: Sequence[tuple[str, str]]) -> str:
+    """SQL for why a record cannot be taken, with `more` reasons; empty where it can."""
+    breaches = [*more, *(breach for column in columns for breach in _breaches(column))]
     is_breach = " or ".join(f"({predicate})" for predicate, _ in breaches)
     told = ", ".join(f"case when {predicate} then {reason} end" for predicate, reason in breaches)
     return f"case when {is_breach} then concat_ws('; ', {told}) else '' end"
 
 
+def _contradiction(resource: Resource, label: str) -> list[tuple[str, str]]:
+    """SQL for when rows with one key contradict each other, and for the sentence; nothing elsewhere.
+
+    An answer to ids names each once. In a list that is walked, a row may come twice on two pages, and
+    the later one counts; on one page it contradicts itself.
+    """
+    if resource.repeats or label in _TOTALS:
+        return []
+    names = ", ".join(f'"{column.name}"' for column in resource.columns)
+    values = f"hash({names})"
+    page = "" if resource.ids_per_call else "_page, "
+    among = f"over (partition by {page}{', '.join(resource.key)})"
+    sentence = f"'the same {', '.join(resource.key)} comes twice, with other values'"
+    return [(f"min({values}) {among} <> max({values}) {among}", sentence)]
+
+
+def _unusable_expression(columns: tuple[Column, ...]) -> str:
+    """SQL for the measured values that are left empty though fal sent something; mostly empty."""
+    told = [
+        f'case when "text of {name}" is not null and "{name}" is null '
+        f"then '{name} ' || left(\"text of {name}\", 80) end"
+        for name in (column.name for column in columns if column.kind is Kind.SECONDS)
+    ]
+    return f"concat_ws('; ', {', '.join(told)})" if told else "''"
+
+
 def _more_columns(landed: Landed, resource: Resource, label: str) -> Iterator[str]:
     """SQL for what stands beside the fields of a record."""
     window = landed.manifest.window
-    if label in _TOTALS or resource.time is None:
+    if resource.nothing_without:
+        yield f'"text of {resource.nothing_without}" is not null as _is_inside'
+    elif label in _TOTALS or resource.time is None:
         yield "true as _is_inside"
     else:
         start, end = _asked_bounds(landed.manifest, label)
@@ -447,55 +523,78 @@ def _columns(resource: Resource, label: str) -> tuple[Column, ...]:
     return _proof_columns(resource) if label in _TOTALS else resource.columns
 
 
-_DIGITS = bytes.maketrans(b".123456789E", b"0000000000e")
+_NUMBER_IN_TEXT = rb'("%b"\s*:\s*)"(-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?)"'
 
 
-def _has_long_number(body: bytes) -> bool:
-    """Whether the body may hold a number that a double is not sure of: many digits, or near zero.
-
-    Decimals of few digits that are too many to be kept are seen when their text is cast.
-    """
-    digits = body.translate(_DIGITS)
-    # From the end, where CPython looks for the first byte of what it seeks: three times as fast here.
-    return digits.rfind(b"0" * (DOUBLE_DIGITS + 1)) >= 0 or _has_number_before(digits, b"e-000")
+def _names_of_numbers(columns: tuple[Column, ...]) -> frozenset[bytes]:
+    """The names of the JSON fields that hold amounts, as `with_exact_numbers` takes them."""
+    numbers = [c for c in columns if c.kind in (Kind.AMOUNT, Kind.WHOLE, Kind.SECONDS)]
+    names = {column.steps[-1] for column in numbers} | {c.fallback for c in numbers if c.fallback}
+    return frozenset(b'"%b"' % name.encode() for name in names)
 
 
-def _has_number_before(digits: bytes, mark: bytes) -> bool:
-    """Whether a number token ends in the mark; in texts, as in ids in hexadecimal, it is frequent."""
-    at = digits.rfind(mark)
-    while at >= 0:
-        before = digits[max(0, at - 400) : at].rstrip(b"0").removesuffix(b"-")
-        if before[-1:] in (b":", b",", b"[", b" ", b"\n", b"\t", b"\r"):
-            return True
-        at = digits.rfind(mark, 0, at + len(mark) - 1)
-    return False
+def _with_texts_as_numbers(body: bytes, columns: tuple[Column, ...], contract: Contract) -> bytes:
+    """Return the page with numbers in place of numeric texts, in columns that may have these."""
+    for column in columns:
+        is_lenient = column.may_be_text or column.kind is Kind.SECONDS
+        if is_lenient and column.steps in contract.retyped:
+            body = re.sub(_NUMBER_IN_TEXT % column.steps[-1].encode(), rb"\1\2", body)
+    return body
 
 
-def _levels(body: bytes, rows_path: tuple[str, ...]) -> list[Level] | None:
-    """The objects that hold records, and their records; None if one around them may have a key twice.
+# --- Records of a page ----------------------------------------------------------------------------
 
-    In records DuckDB sees to it.
+
+def _levels(body: bytes, rows_path: tuple[str, ...]) -> list[Level]:
+    """The objects that hold records, and their records.
+
+    Raises:
+        ContractError: an object around the records has a key twice; in records DuckDB sees to it.
     """
     if not rows_path:
         return [({}, [msgspec.Raw(body.strip())])]
     objects: list[bytes | msgspec.Raw] = [body]
     for step in rows_path:
         fields = [OBJECT.decode(one) for one in objects]
-        if any(_may_have_twice(*each, step) for each in zip(objects, fields, strict=True)):
-            return None
+        for one, known in zip(objects, fields, strict=True):
+            _require_keys_once(_without(one, known[step]))
         lists = [LIST.decode(one[step]) for one in fields]
         objects = [inner for rows in lists for inner in rows]
     return list(zip(fields, lists, strict=True))
 
 
-def _may_have_twice(text: bytes | msgspec.Raw, fields: Mapping[str, msgspec.Raw], step: str) -> bool:
-    """Whether an object, beside its list, has quotation marks that are not of these fields."""
-    body, rows = bytes(text), fields[step]  # a page may be large: it is not copied
+def _without(text: bytes | msgspec.Raw, rows: msgspec.Raw) -> bytes:
+    """The JSON object with an empty list in place of its records; as it is where these are not found."""
+    body = bytes(text)  # a page may be large: it is not copied
     start = body.find(memoryview(rows)[:_ENOUGH])
     is_there = start >= 0 and body.startswith(rows, start)
-    around = body[:start] + body[start + len(memoryview(rows)) :] if is_there else body
-    others = (bytes(value) for name, value in fields.items() if name != step)
-    return around.count(b'"') != 2 * len(fields) + sum(value.count(b'"') for value in others)
+    return body[:start] + b"[]" + body[start + len(memoryview(rows)) :] if is_there else body
+
+
+def _require_keys_once(text: bytes) -> None:
+    """Raise ContractError where an object has a key twice: which of the values would be meant?"""
+    try:
+        json.loads(text, object_pairs_hook=_once, parse_int=str, parse_float=str, strict=False)
+    except (RecursionError, ValueError) as error:
+        raise ContractError(f"fal's answer cannot be read: {error}") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> None:
+    if len(dict(pairs)) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ContractError(f"fal's answer has the key {twice[:80]!a} twice in one object")
+
+
+def _rows_with_a_key_twice(levels: Sequence[Level]) -> dict[int, str]:
+    """Why records of a page cannot be taken that have a key twice, by their rows."""
+    found: dict[int, str] = {}
+    for row, record in enumerate((one for _, records in levels for one in records), start=1):
+        try:
+            _require_keys_once(bytes(record))
+        except ContractError as error:
+            found[row] = error.message
+    return found
 
 
 def _raw_lines(
@@ -528,52 +627,6 @@ def _one_line(record: msgspec.Raw) -> bytes:
     return bytes(record).replace(b"\n", b" ").replace(b"\r", b" ")
 
 
-def _exact_lines(
-    body: bytes, rows_path: tuple[str, ...], columns: tuple[Column, ...], without: Container[int]
-) -> tuple[list[dict[str, Any]], int]:
-    """The records of a page, each with its row and outer fields; and how many numbers were rounded.
-
-    Numbers with decimals or an exponent are exact text.
-    """
-    outer = [column.name for column in columns if column.is_outer]
-    rounded = texts = 0
-
-    def exact(number: str) -> str:
-        nonlocal rounded, texts
-        text, is_rounded = exact_text(number.lower())  # an exponent is found by its small letter
-        rounded += is_rounded
-        texts += 1
-        return text
-
-    try:
-        document = msgspec.json.Decoder(float_hook=exact).decode(body)
-        marks = msgspec.json.encode(document).count(b'"') - 2 * texts
-        if body.count(b'"') != marks or b"\\u0022" in body:
-            json.loads(body, object_pairs_hook=_refuse_twice)
-    except (*UNREADABLE, ValueError) as error:
-        raise ContractError(f"fal's answer cannot be read: {error}") from None
-    levels = [{"": [document]}]
-    for step in ("", *rows_path[:-1]):
-        levels = [inner for level in levels for inner in level[step]]
-    last = rows_path[-1] if rows_path else ""
-    found = ((level, record) for level in levels for record in (level[last] if last else [level]))
-    return [
-        {"_row": row, "record": record, **{name: level[name] for name in outer}}
-        for row, (level, record) in enumerate(found, start=1)
-        if row not in without
-    ], rounded
-
-
-def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, refused when it has a key twice: which of the values would be meant?"""
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ContractError(f"fal's answer has the key {twice[:80]!a} twice in one object")
-    return record
-
-
 def _read_type(tree: Column | Tree | None) -> str:
     """The type in which DuckDB reads a JSON field: every scalar as its text."""
     if not isinstance(tree, dict):
@@ -586,9 +639,8 @@ def _read_type(tree: Column | Tree | None) -> str:
 _INSTANT_TEXT = r"\d{4}-\d{2}-\d{2}[Tt ]\d{2}:\d{2}(:\d{2}(\.\d+)?)?([Zz]|[+-](0\d|1[0-4])(:?[0-5]\d)?)"
 
 _NEEDS = {
-    Kind.AMOUNT: f"cannot be kept exactly (at most {SCALE} decimals)",
+    Kind.AMOUNT: f"must be a number below 10^{len(str(LARGEST)) - 1} that does not round to zero",
     Kind.WHOLE: "is no whole number",
-    Kind.SECONDS: "is no number that can be kept",
     Kind.INSTANT: "is no instant with an offset",
 }
 
@@ -605,16 +657,19 @@ def _text(column: Column) -> str:
     return f'coalesce({own}, record."{column.fallback}")' if column.fallback else own
 
 
-def _cast(text: str, kind: Kind) -> str:
+def _cast(text: str, column: Column, *, is_bounded: bool) -> str:
     """The SQL for a field's text as its type; null where it cannot be kept whole.
 
     A database rounds what has more decimals than fit, so these are counted where a text is long enough
-    to have them. Measured seconds may be rounded.
+    to have them. `is_bounded`: see `decimal_of`.
     """
     point = f"strpos({text}, '.')"
     is_plain = f"{text} >= '0' and {text} < ':' and not contains({text}, 'e')"
-    match kind:
-        case Kind.AMOUNT:
+    match column.kind:
+        case Kind.AMOUNT if column.is_level:
+            is_good = rf"regexp_full_match({text}, '-?\d+(\.\d{{1,{SCALE}}})?')"
+            return f"case when {is_good} then {decimal_of(text, is_bounded=is_bounded)} end"
+        case Kind.AMOUNT | Kind.SECONDS:
             is_short = f"strlen({text}) <= {len('0.') + SCALE}"
             is_good = (
                 f"{is_plain} and ({is_short} or {point} = 0 or strlen({text}) - {point} <= {SCALE})"
@@ -623,7 +678,7 @@ def _cast(text: str, kind: Kind) -> str:
             mantissa, exponent = (f"split_part({text}, 'e-', {part})" for part in (1, 2))
             decimals = f"greatest(strlen({mantissa}) - 2, 0) + try_cast({exponent} as integer)"
             is_tiny = f"{text} >= '0' and {text} < ':' and {decimals} <= {SCALE}"
-            decimal = decimal_of(text)
+            decimal = decimal_of(text, is_bounded=is_bounded)
             return f"case when {is_good} then {decimal} when {is_tiny} then {decimal} end"
         case Kind.WHOLE:
             is_digits = f"{is_plain} and not contains({text}, '.')"
@@ -633,23 +688,23 @@ def _cast(text: str, kind: Kind) -> str:
                 f"case when {is_digits} then try_cast({text} as bigint) "
                 f"when {is_whole} then try_cast({before} as bigint) end"
             )
-        case Kind.SECONDS:
-            return f"case when {text} >= '0' then {decimal_of(text)} end"
-        case Kind.INSTANT:
+        case Kind.INSTANT:  # DuckDB cuts what is behind the microsecond
             is_good = f"regexp_full_match({text}, '{_INSTANT_TEXT}')"
             return f"case when {is_good} then try_cast({text} as timestamptz) end"
         case _:
             return text
 
 
-def _typed_expression(column: Column) -> str:
+def _typed_expression(column: Column, *, is_bounded: bool) -> str:
     own = _field(column)
     if not column.fallback:
-        return _cast(own, column.kind)
-    older = _cast(f'record."{column.fallback}"', column.kind)
-    if column.fallback_scale != "1":
+        return _cast(own, column, is_bounded=is_bounded)
+    is_scaled = column.fallback_scale != "1"
+    older = _cast(f'record."{column.fallback}"', column, is_bounded=is_bounded and not is_scaled)
+    if is_scaled:
         older = f"cast({older} * {column.fallback_scale} as {DECIMAL_TYPE})"
-    return f"case when {own} is null then {older} else {_cast(own, column.kind)} end"
+    own_value = _cast(own, column, is_bounded=is_bounded)
+    return f"case when {own} is null then {older} else {own_value} end"
 
 
 def _breaches(column: Column) -> Iterator[tuple[str, str]]:
@@ -658,10 +713,11 @@ def _breaches(column: Column) -> Iterator[tuple[str, str]]:
     shown = f"left({text}, 80)"
     if column.required:
         yield f"{text} is null", f"'{column.name} is missing'"
-    if column.kind in (Kind.AMOUNT, Kind.WHOLE, Kind.SECONDS):
+    has_sign = column.kind in (Kind.AMOUNT, Kind.WHOLE) and not column.is_level
+    if has_sign:
         yield f"{text} < '0'", f"'{column.name} is negative: ' || {shown}"
     if column.kind in _NEEDS:
-        is_told = f"{text} is not null" if column.kind is Kind.INSTANT else f"{text} >= '0'"
+        is_told = f"{text} >= '0'" if has_sign else f"{text} is not null"
         yield f"{typed} is null and {is_told}", f"'{column.name} {_NEEDS[column.kind]}: ' || {shown}"
     if column.at_most is not None:
         yield (
@@ -688,9 +744,16 @@ def _refused(landed: Landed, label: str, typed: Typed, because: str) -> DataRefu
 
 def _told(typed: Typed, because: str) -> str:
     shown = typed.set_aside[:_TELL]
-    told = "; ".join(f"page {one.page} row {one.row}: {ascii(one.reason)[1:-1]}" for one in shown)
+    told = "; ".join(
+        f"page {one.page} row {one.row}{_of_endpoint(one.endpoint_id)}: {ascii(one.reason)[1:-1]}"
+        for one in shown
+    )
     rows = f"{typed.breaches:,} of fal's rows cannot be right"
     return f"{rows} ({told}{'; …' * (typed.breaches > _TELL)}); {because}"
+
+
+def _of_endpoint(endpoint_id: str | None) -> str:
+    return f" ({ascii(endpoint_id)[1:-1][:80]})" if endpoint_id else ""
 
 
 def hash_expression(account: str, resource: Resource) -> str:
@@ -710,6 +773,10 @@ def _value(column: Column) -> str:
             return f'"{column.name}"'
 
 
+_OWN = "_is_inside, _breach, _unusable"
+"""Columns of a file that the raw table does not have."""
+
+
 def _source(
     connection: duckdb.DuckDBPyConnection, resource: Resource, path: Path
 ) -> tuple[str, tuple[Path, ...]]:
@@ -718,9 +785,9 @@ def _source(
     Where a key comes twice (a shifted page), that is the later row.
     """
     twins, files = path.with_suffix(".twins.parquet"), [path]
-    columns, rows, latest = "* exclude (_is_inside, _breach)", f"{quoted(path)} as rows", ""
+    columns, rows, latest = f"* exclude ({_OWN})", f"{quoted(path)} as rows", ""
     if resource.identity and _number_twins(connection, resource, path, twins):
-        columns = "* exclude (_is_inside, _breach, n) replace (coalesce(n, 1) as _ordinal)"
+        columns = f"* exclude ({_OWN}, n) replace (coalesce(n, 1) as _ordinal)"
         rows += f" left join {quoted(twins)} as twins using (_page, _row)"
         files.append(twins)
     elif resource.key and not resource.repeats:
@@ -830,9 +897,7 @@ def _prove(
     walks. Rows that were set aside may be missing only where fal's sums say that they are of no value.
     """
     manifest, parts = landed.manifest, landed.manifest.parts
-    if resource.proof is None:
-        if typed.breaches:
-            raise _refused(landed, "rows", typed, _NO_TOTAL)
+    if resource.proof is None:  # a row that cannot be right decides for itself alone
         return "none", None
     _require_whole(landed)
     verdicts, first = list[_Verdict](), 1
@@ -1068,21 +1133,12 @@ def _compared(
 
 def _is_less(connection: duckdb.DuckDBPyConnection, proof: Proof, source: str, totals: Path) -> bool:
     """Whether we hold less of something than fal says, by more than what fal may have rounded."""
-    key = ", ".join(proof.key)
-    sums = ", ".join(f"sum({name}) as {name}" for name in proof.sums)
-    same = " and ".join(f"ours.{name} is not distinct from fals.{name}" for name in proof.key)
     less = " or ".join(
-        f"fals.{name} - coalesce(ours.{name}, 0) > (fals.n + coalesce(ours.n, 0)) * {HALF_NANO}"
+        f"coalesce(fals.{name}, 0) - coalesce(ours.{name}, 0) > {_tolerance(name)}"
         for name in proof.sums
     )
-    return bool(
-        _count(
-            connection,
-            f"with ours as (select {key}, count(*) as n, {sums} from {source} group by {key}), "
-            f"fals as (select {key}, count(*) as n, {sums} from {quoted(totals)} "
-            f"where {proof.only} group by {key}) "
-            f"select count(*) from fals left join ours on {same} where {less}",
-        )
+    return (
+        _count(connection, f"select count(*) from {_both_sums(proof, source, totals)} where {less}") > 0
     )
 
 
@@ -1110,28 +1166,34 @@ def _differences(
 ) -> list[str]:
     """Where our sums per key are not fal's, as sentences.
 
-    A sum may differ by half a nano for each row that fal rounded to a nano-dollar: ours, where the
-    totals are of these very rows; else fal's. A quantity may also differ by one part in 10^12, as fal
-    may have summed it in doubles.
+    A sum may differ by half a nano for each amount added up, ours and fal's, as fal rounds each to a
+    nano-dollar. A quantity may also differ by one part in 10^12, as fal may have summed it in doubles.
     """
-    key = ", ".join(proof.key)
-    ours = ", ".join(f"sum({name}) as {name}" for name in proof.sums)
-    same = " and ".join(f"ours.{name} is not distinct from fals.{name}" for name in proof.key)
     off = " or ".join(
-        f"abs(coalesce(ours.{name}, 0) - coalesce(fals.{name}, 0)) > "
-        f"coalesce({'fals' if proof.two_walks_suffice else 'ours'}.n, 1) * {_tolerance(name)}"
+        f"abs(coalesce(ours.{name}, 0) - coalesce(fals.{name}, 0)) > {_tolerance(name)}"
         for name in proof.sums
     )
     figures = ", ".join(f"coalesce(ours.{name}, 0), coalesce(fals.{name}, 0)" for name in proof.sums)
     whose = ", ".join(f"coalesce(ours.{name}, fals.{name})" for name in proof.key)
-    found = connection.execute(f"""
-        with ours as (select {key}, count(*) as n, {ours} from {source} group by {key}),
-        fals as (
-            select {key}, count(*) as n, {ours} from {quoted(totals)} where {proof.only} group by {key}
-        )
-        select {whose}, {figures} from ours full join fals on {same} where {off} order by all
-    """).fetchall()
+    both = _both_sums(proof, source, totals)
+    found = connection.execute(
+        f"select {whose}, {figures} from {both} where {off} order by all"
+    ).fetchall()
     return [_difference(proof, row[: len(proof.key)], row[len(proof.key) :]) for row in found]
+
+
+def _both_sums(proof: Proof, source: str, totals: Path) -> str:
+    """SQL for the sums per key, `ours` and `fals`, next to each other; with `n` amounts in each."""
+    none = {column.name for column in proof.columns if column.zero_is_none}
+    keys = ", ".join(f"nullif({name}, 0) as {name}" if name in none else name for name in proof.key)
+    sums = ", ".join(f"sum({name}) as {name}" for name in proof.sums)
+    numbers = ", ".join(str(number) for number in range(1, len(proof.key) + 1))
+    same = " and ".join(f"ours.{name} is not distinct from fals.{name}" for name in proof.key)
+    lines = f"select {keys}, count(*) as n, {sums} from"
+    return (
+        f"({lines} {source} group by {numbers}) as ours "
+        f"full join ({lines} {quoted(totals)} where {proof.only} group by {numbers}) as fals on {same}"
+    )
 
 
 def _difference(proof: Proof, key: tuple[Any, ...], figures: tuple[Decimal, ...]) -> str:
@@ -1150,9 +1212,10 @@ def _difference(proof: Proof, key: tuple[Any, ...], figures: tuple[Decimal, ...]
     return f"{which}: {sums}"
 
 
-def _tolerance(amount: str) -> str:
-    if amount == "quantity":
-        return (
-            f"greatest({HALF_NANO}, cast(coalesce(fals.quantity, 0) as decimal(26,0)) * 0.000000000001)"
-        )
-    return HALF_NANO
+def _tolerance(name: str) -> str:
+    """SQL for what our sum of the amounts may differ from fal's."""
+    each = HALF_NANO
+    if name == "quantity":
+        in_doubles = "cast(coalesce(fals.quantity, 0) as decimal(26,0)) * 0.000000000001"
+        each = f"greatest({HALF_NANO}, {in_doubles})"
+    return f"(coalesce(ours.n, 0) + coalesce(fals.n, 0)) * {each}"

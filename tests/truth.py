@@ -190,7 +190,7 @@ def spend_by_hour(account: Account, until: datetime = NOW) -> dict[Row, Row]:
     for one in _settled(account, until):
         key = (
             account.account, one.hour.replace(tzinfo=None), one.endpoint_id, one.unit, one.unit_price,
-            one.percent_discount, one.currency, credential_id(one.credential),
+            one.percent_discount or None, one.currency, credential_id(one.credential),
         )  # fmt: skip
         quantity, cost = sums.get(key, (Decimal(0), Decimal(0)))
         with localcontext(prec=60):

@@ -38,7 +38,7 @@ from faletl.errors import (
 )
 from faletl.places import copy_file, room, sync
 from faletl.warehouse import Lease, Warehouse, quoted, schema
-from faletl.warehouse.tables import BUILDS, WAREHOUSE
+from faletl.warehouse.tables import BUILDS, COUNTED_UNIT, WAREHOUSE
 from faletl.windows import instant
 
 log = logging.getLogger(__name__)
@@ -48,43 +48,96 @@ _POLL_SECONDS = 0.2
 
 _LITTLE = 32 * 2**20  # bytes of a file
 
-# Exact to 12 decimals, half away from zero; DECIMAL / DECIMAL would be a DOUBLE in DuckDB. Amounts
-# become whole numbers of 10^-12, which are divided by hand, six decimals at a time, so that nothing
-# overflows: the divisor may be up to 8 * 10^19. Divided by zero they are null to DuckDB, too: a case
-# that asked for it would have each of these terms computed anew.
+# Exact to 12 decimals, half away from zero; DECIMAL / DECIMAL would be a DOUBLE in DuckDB, and a product
+# of two amounts overflows from 10^14 on. So amounts become whole numbers of 10^-12, which are multiplied
+# and divided by hand, a few decimals at a time, so that no step overflows. What is too large for that is
+# NULL, and does not end a build; the functions of PostgreSQL have the same bounds. Divided by zero such
+# numbers are NULL to DuckDB, too: a case that asked for it would have these terms computed once more.
 MACROS = (
     """
     create or replace macro trillionths(a) as
-        cast(trunc(abs(cast(a as decimal(38,12)))) as hugeint) * 1000000000000
-        + cast((abs(cast(a as decimal(38,12))) % 1) * 1000000000000 as hugeint)
+        cast(replace(cast(abs(cast(a as decimal(38,12))) as varchar), '.', '') as hugeint)
+    """,
+    """
+    create or replace macro whole_quotient(a, b) as
+        case when a // b < 99999999999999999999999999 then a // b end * 1000000000000
+        + (a % b * 1000000) // b * 1000000
+        + (2 * (a % b * 1000000 % b) * 1000000 + b) // (2 * b)
     """,
     """
     create or replace macro quotient(a, b) as
-        sign(a) * sign(b) * cast(
-            trillionths(a) // trillionths(b) * 1000000000000
-            + (trillionths(a) % trillionths(b) * 1000000) // trillionths(b) * 1000000
-            + (2 * ((trillionths(a) % trillionths(b) * 1000000) % trillionths(b)) * 1000000
-                + trillionths(b)) // (2 * trillionths(b))
-        as decimal(38,0)) * 0.000000000001
+        sign(a) * sign(b) * cast(whole_quotient(
+            trillionths(a), trillionths(case when abs(b) < 80000000000000000000 then b end)
+        ) as decimal(38,0)) * 0.000000000001
     """,
-    # amount * part / whole, for a whole above zero: again exact, half away from zero. The product of two
-    # amounts would not fit, so the amount is taken nine decimals at a time.
+    # One step of a long multiplication and division: `rest` is what the digits before left over.
+    """
+    create or replace macro next_digits(rest, part, amount, digits) as
+        rest * 1000000000 + part * (amount // digits % 1000000000)
+    """,
+    """
+    create or replace macro whole_proportion(amount, part, whole) as
+        case
+            when part // whole < 9999999999999999999999999999999999999 // greatest(amount, 1)
+                then part // whole
+        end * amount
+        + next_digits(0, part % whole, amount, 1000000000000000000000000000)
+            // whole * 1000000000000000000000000000
+        + next_digits(
+            next_digits(0, part % whole, amount, 1000000000000000000000000000) % whole,
+            part % whole, amount, 1000000000000000000
+        ) // whole * 1000000000000000000
+        + next_digits(
+            next_digits(
+                next_digits(0, part % whole, amount, 1000000000000000000000000000) % whole,
+                part % whole, amount, 1000000000000000000
+            ) % whole,
+            part % whole, amount, 1000000000
+        ) // whole * 1000000000
+        + (2 * next_digits(
+            next_digits(
+                next_digits(
+                    next_digits(0, part % whole, amount, 1000000000000000000000000000) % whole,
+                    part % whole, amount, 1000000000000000000
+                ) % whole,
+                part % whole, amount, 1000000000
+            ) % whole,
+            part % whole, amount, 1
+        ) + whole) // (2 * whole)
+    """,
+    # amount * part / whole, for a whole above zero.
     """
     create or replace macro proportion(amount, part, whole) as
-        sign(amount) * sign(part) * cast(
-            trillionths(part) // trillionths(whole) * trillionths(amount)
-            + trillionths(part) % trillionths(whole) * (trillionths(amount) // 1000000000)
-                // trillionths(whole) * 1000000000
-            + (2 * (
-                trillionths(part) % trillionths(whole) * (trillionths(amount) // 1000000000)
-                    % trillionths(whole) * 1000000000
-                + trillionths(part) % trillionths(whole) * (trillionths(amount) % 1000000000)
-            ) + trillionths(whole)) // (2 * trillionths(whole))
-        as decimal(38,0)) * 0.000000000001
+        sign(amount) * sign(part) * cast(whole_proportion(
+            trillionths(case when abs(amount) < 1000000000000000000000000 then amount end),
+            trillionths(part),
+            trillionths(case when whole < 40000000000000000 then whole end)
+        ) as decimal(38,0)) * 0.000000000001
+    """,
+    """
+    create or replace macro times(a, b) as proportion(a, b, 1)
     """,
     # The clock of UTC at an instant, without the tables of time zones, which are slow to ask.
     """
     create or replace macro utc(instant) as make_timestamp(epoch_us(instant))
+    """,
+    # A number in front of a unit is a factor: `30 frames`, `1,000 tokens`, `1m tokens`. Only of texts
+    # and tokens, k and m are thousands and millions: `2k images` are large ones.
+    f"""
+    create or replace macro unit_name(unit) as nullif(
+        regexp_extract(lower(trim(unit)), '{COUNTED_UNIT}', 2)
+        || regexp_extract(lower(trim(unit)), '{COUNTED_UNIT}', 4),
+        ''
+    )
+    """,
+    f"""
+    create or replace macro unit_count(unit) as
+        cast(nullif(
+            replace(regexp_extract(lower(trim(unit)), '{COUNTED_UNIT}', 1), ',', ''), ''
+        ) as bigint)
+        * case regexp_extract(lower(trim(unit)), '{COUNTED_UNIT}', 3)
+            when 'k' then 1000 when 'm' then 1000000 else 1
+        end
     """,
     # ISO 4217 has a code for no currency.
     """

@@ -32,7 +32,7 @@ from faletl.errors import (
 )
 from faletl.money import PRECISION, SCALE
 from faletl.warehouse import Lease, Warehouse, quoted, schema
-from faletl.warehouse.tables import BUILDS, METADATA, SCHEMAS, WAREHOUSE
+from faletl.warehouse.tables import BUILDS, COUNTED_UNIT, METADATA, SCHEMAS, WAREHOUSE
 from faletl.windows import instant
 
 try:
@@ -67,25 +67,57 @@ _FUNCTIONS_IN = "staging"
 """The schema of the functions; sessions of ours look there for what has no schema."""
 
 # Exact to 12 decimals, half away from zero: a quotient of numerics has as many decimals as PostgreSQL
-# likes, so whole numbers of 10^-12 are divided instead. The same results as the macros of DuckDB.
+# likes, so whole numbers of 10^-12 are divided instead. The same results as the macros of DuckDB, NULL
+# included: what these cannot compute is NULL here, too.
 FUNCTIONS = (
     """
     create or replace function quotient(a numeric, b numeric) returns numeric
     language sql immutable parallel safe
-    return case when b <> 0 then
-        sign(a) * sign(b) * div(2000000000000 * abs(a) + abs(b), 2 * abs(b)) * 0.000000000001
+    return case
+        when
+            abs(b) < 80000000000000000000
+            and div(abs(a), nullif(abs(b), 0)) < 99999999999999999999999999
+            then sign(a) * sign(b) * div(2000000000000 * abs(a) + abs(b), 2 * abs(b)) * 0.000000000001
     end
     """,
     """
     create or replace function proportion(amount numeric, part numeric, whole numeric) returns numeric
     language sql immutable parallel safe
-    return sign(amount) * sign(part)
-        * div(2000000000000 * abs(amount) * abs(part) + whole, 2 * whole) * 0.000000000001
+    return case
+        when
+            abs(amount) < 1000000000000000000000000 and whole < 40000000000000000
+            and div(abs(part), nullif(whole, 0))
+            < div(9999999999999999999999999999999999999, greatest(1000000000000 * abs(amount), 1))
+            then sign(amount) * sign(part)
+                * div(2000000000000 * abs(amount) * abs(part) + whole, 2 * whole) * 0.000000000001
+    end
+    """,
+    """
+    create or replace function times(a numeric, b numeric) returns numeric
+    language sql immutable parallel safe
+    return proportion(a, b, 1)
     """,
     """
     create or replace function utc(instant timestamptz) returns timestamp
     language sql immutable parallel safe
     return instant at time zone 'UTC'
+    """,
+    f"""
+    create or replace function unit_name(unit text) returns text
+    language sql immutable parallel safe
+    return coalesce(
+        (regexp_match(lower(trim(unit)), '{COUNTED_UNIT}'))[2],
+        (regexp_match(lower(trim(unit)), '{COUNTED_UNIT}'))[4]
+    )
+    """,
+    f"""
+    create or replace function unit_count(unit text) returns bigint
+    language sql immutable parallel safe
+    return
+        cast(replace((regexp_match(lower(trim(unit)), '{COUNTED_UNIT}'))[1], ',', '') as bigint)
+        * case (regexp_match(lower(trim(unit)), '{COUNTED_UNIT}'))[3]
+            when 'k' then 1000 when 'm' then 1000000 else 1
+        end
     """,
     """
     create or replace function currency_code(currency text) returns text

@@ -118,6 +118,11 @@ _COUNT, _AT, _FLAG = sa.BigInteger(), _instant(), sa.Boolean()
 
 UNIT_FAMILIES = ("image", "pixel", "time", "text", "token", "compute", "request", "other")
 
+COUNTED_UNIT = (
+    "^([1-9][0-9]{0,8}|[1-9][0-9]{0,2}(?:,[0-9]{3}){1,2})(?: +([^ ].*)|([km]) +((?:token|character)s?))$"
+)
+"""A unit with a number in front: the number, then the unit, or k or m and the unit. Any regex engine."""
+
 SEED_UNIT = sa.Table(
     "seed_unit",
     METADATA,

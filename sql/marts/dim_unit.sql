@@ -8,14 +8,32 @@ units as (
     select unit from staging.int_billing_events_daily
     union
     select unit from staging.stg_fal__prices
+),
+
+-- A number in front of a unit is a factor. A line of the unit table for the whole text goes before that.
+counted as (
+    select
+        unit,
+        lower(trim(unit)) as spelled,
+        unit_count(unit) as unit_count,
+        unit_name(unit) as unit_name
+    from units
 )
 
 select
-    units.unit,  -- billing unit, exactly as fal writes it
-    coalesce(known.canonical_unit, units.unit) as canonical_unit,  -- one spelling; as billed when unknown
-    coalesce(known.family, 'other') as family,  -- image, pixel, time, text, token, compute, request, other
-    known.base_unit,  -- what a quantity can be counted in; null when unknown
-    known.factor  -- base units in one unit
-from units
+    counted.unit,  -- billing unit, exactly as fal writes it
+    case
+        when known.unit is not null then known.canonical_unit
+        when named.unit is null then counted.unit
+        when counted.unit_count = 1 then named.canonical_unit
+        else cast(counted.unit_count as varchar) || ' ' || named.canonical_unit || 's'
+    end as canonical_unit,  -- one spelling; as billed when unknown
+    coalesce(known.family, named.family, 'other') as family,  /* image, pixel, time, text, token, compute, request,
+    other */
+    coalesce(known.base_unit, named.base_unit) as base_unit,  -- what a quantity can be counted in; null when unknown
+    coalesce(known.factor, counted.unit_count * named.factor) as factor  -- base units in one unit
+from counted
 left join staging.seed_unit as known
-    on lower(trim(units.unit)) = known.unit
+    on counted.spelled = known.unit
+left join staging.seed_unit as named
+    on known.unit is null and counted.unit_name = named.unit

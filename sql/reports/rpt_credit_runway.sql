@@ -73,9 +73,12 @@ runways as (
         balances.*,
         averages.burn_7_days,
         averages.burn_30_days,
-        quotient(
-            balances.current_balance, coalesce(nullif(averages.burn_7_days, 0), averages.burn_30_days)
-        ) as days_left
+        case
+            when balances.current_balance <= 0 then cast(0 as decimal(38, 12))
+            else quotient(
+                balances.current_balance, coalesce(nullif(averages.burn_7_days, 0), averages.burn_30_days)
+            )
+        end as days_left
     from balances
     left join averages
         on balances.account = averages.account and balances.balance_date = averages.balance_date
@@ -85,10 +88,11 @@ select
     account,
     balance_date,
     currency,
-    current_balance,  -- credit left, as read last on that day
+    current_balance,  -- credit left, as read last on that day; negative where more was used than paid for
     burn_7_days,  -- average spend of the full days among the 7 before; null where none of them is loaded
     burn_30_days,  -- average spend of the full days among the 30 before; null where none of them is loaded
-    days_left,  -- current_balance / burn_7_days (burn_30_days where those 7 days cost nothing); null without spend
+    days_left,  /* current_balance / burn_7_days (burn_30_days where those 7 days cost nothing); 0 where nothing is
+    left; null without spend */
     case when days_left < 36525 then balance_date + cast(floor(days_left) as integer) end
         as empty_on  -- the day on which nothing is left at that pace; null where that is a century away
 from runways

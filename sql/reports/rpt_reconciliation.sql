@@ -68,11 +68,13 @@ usage_costs as (
         lines.endpoint_id,
         lines.currency,
         count(*) as line_count,
-        count(*) > count(known.unit) as has_unknown_unit,
+        count(*) > count(coalesce(known.unit, named.unit)) as has_unknown_unit,
         sum(lines.cost_total) as cost_total
     from marts.fct_usage as lines
     left join staging.seed_unit as known
         on lower(trim(lines.unit)) = known.unit
+    left join staging.seed_unit as named
+        on unit_name(lines.unit) = named.unit
     group by lines.account, lines.usage_date, lines.endpoint_id, lines.currency
 ),
 
@@ -92,7 +94,7 @@ compared as (
         usage_costs.cost_total as usage_cost_total,
         charges.cost_total as events_cost_total,
         coalesce(usage_costs.cost_total, 0) - coalesce(charges.cost_total, 0) as difference,
-        coalesce(usage_costs.line_count, 0) * 0.000000001 as tolerance,
+        (coalesce(usage_costs.line_count, 0) + coalesce(charges.charge_count, 0)) * 0.0000000005 as tolerance,
         charges.charge_count,
         coalesce(usage_costs.has_unknown_unit, false)
         or coalesce(charges.charges_without_unit, 0) > 0 as has_unknown_unit,

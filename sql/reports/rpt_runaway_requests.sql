@@ -94,7 +94,8 @@ select
     measured.currency,
     measured.cost_total,
     measured.usual_cost,  -- median of the median charges of history_days; without such, that of the day's other charges
-    measured.times_usual,  -- cost_total / usual_cost; null where nothing is known to be usual, or usual is free
+    measured.times_usual,  /* cost_total / usual_cost; null where nothing is known to be usual, or usual is free, or
+    the quotient is 10^26 or more */
     measured.history_days,  -- the last days before, up to 30, on which the endpoint was charged
     measured.charges_known,  -- charges that usual_cost stands on
     case
@@ -110,4 +111,5 @@ left join marts.dim_endpoint as endpoints
 where
     measured.times_usual >= thresholds.factor
     or measured.usual_cost = 0
+    or (measured.times_usual is null and measured.usual_cost > 0)
     or (measured.usual_cost is null and measured.cost_total >= thresholds.alone)

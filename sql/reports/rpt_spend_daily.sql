@@ -64,7 +64,10 @@ select
     billed.base_unit,  -- what the unit counts, by the table of units; null where it does not know
     quotient(
         priced.cost_total,
-        case when priced.quantity < 10000000000000 then priced.quantity * cast(billed.factor as bigint) end
+        case
+            when priced.quantity < quotient(10000000000000000000, billed.factor)
+                then priced.quantity * cast(billed.factor as bigint)
+        end
     ) as cost_per_base_unit,  -- cost_total / (quantity × factor): units of one kind become comparable
     priced.effective_unit_price,  -- cost_subtotal / quantity: what a unit cost before discount
     priced.list_unit_price,  -- list price of a list_unit at the end of the day; never part of a cost

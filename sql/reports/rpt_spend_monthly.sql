@@ -77,13 +77,13 @@ compared as (
             and lines.currency = previous.currency
 ),
 
+-- Where hardly anything was used before, the volume may be more than an amount can hold: null, as of new lines.
 split as (
     select
         *,
         case
             when is_comparable
                 then proportion(previous_cost_total, quantity - previous_quantity, previous_quantity)
-            else cast(0 as decimal(38, 12))
         end as change_from_volume
     from compared
 )
@@ -101,11 +101,13 @@ select
     split.cost_total,
     split.previous_cost_total,  -- charge of the month before; 0 where there was none, or none is loaded
     split.cost_change,  -- cost_total less previous_cost_total; exactly the sum of the three parts
-    case when split.is_comparable then split.cost_change - split.change_from_volume else 0 end
+    coalesce(split.cost_change - split.change_from_volume, 0)
         as change_from_price,  -- what a unit cost more or less, after discounts
-    split.change_from_volume,  -- more or fewer units, at what a unit cost the month before
-    case when split.is_comparable then 0 else split.cost_change end
-        as change_from_new_or_gone  -- nothing used in one of the two months; in an open month: so far
+    coalesce(split.change_from_volume, 0)
+        as change_from_volume,  -- more or fewer units, at what a unit cost the month before
+    case when split.change_from_volume is null then split.cost_change else 0 end
+        as change_from_new_or_gone  /* nothing used in one of the two months, or next to nothing before; in an open
+    month: so far */
 from split
 left join marts.dim_endpoint as endpoints
     on split.endpoint_id = endpoints.endpoint_id

@@ -20,7 +20,7 @@ select
     endpoint_id,
     unit,
     unit_price,
-    percent_discount,
+    nullif(percent_discount, 0) as percent_discount,  -- percentage taken off; null for none
     'USD' as currency,  -- billing events are in US dollars, by the names of their fields
     credential_id(api_key_id, login_username, auth_label)
         as credential_id,  -- key:…, user:…, label:… (where fal told no id) or none

@@ -16,7 +16,7 @@ select
     endpoint_id,
     unit,
     unit_price,
-    percent_discount,
+    nullif(percent_discount, 0) as percent_discount,  -- percentage taken off; null for none
     currency_code(currency) as currency,  -- ISO 4217 code of every amount; XXX when fal gave none
     credential_id(api_key_id, login_username, auth_label)
         as credential_id,  -- key:…, user:…, label:… (where fal told no id) or none

@@ -51,7 +51,7 @@ def charge_rows(account: Account) -> Counter[tuple[Any, ...]]:
     for one in account.billing_events(datetime.min.replace(tzinfo=UTC), NOW):
         rows[
             account.account, one.timestamp.replace(tzinfo=None), one.request_id, one.endpoint_id,
-            one.quantity, one.unit_price, one.percent_discount, credential_id(one.credential),
+            one.quantity, one.unit_price, one.percent_discount or None, credential_id(one.credential),
             one.cost_total, int((one.cost_total * 10**9).to_integral_value()),
         ] += 1  # fmt: skip
     return rows

@@ -210,12 +210,12 @@ def test_other_differences_have_the_first_reason_that_is_known(
     )
 
 
-@pytest.mark.parametrize(("nano", "status"), [(9, "matched"), (10, "differs"), (-10, "differs")])
-def test_a_nano_dollar_for_each_line_of_usage_is_let_pass(
+@pytest.mark.parametrize(("nano", "status"), [(13, "matched"), (14, "differs"), (-14, "differs")])
+def test_half_a_nano_dollar_for_each_line_of_usage_and_each_charge_is_let_pass(
     nano: int, status: str,
     clock: time_machine.Traveller, account: Account, settings: Settings, query: Query,
 ) -> None:  # fmt: skip
-    events = charges(account.lines)  # nine lines of FLUX a day
+    events = charges(account.lines)  # nine lines of FLUX a day, two charges of each
     events[0] = replace(events[0], cost_total=events[0].cost_total + Decimal(nano).scaleb(-9))
     account.events = events
     pipeline.run(settings)

@@ -254,6 +254,43 @@ def test_credits_that_nothing_is_spent_of_last_for_ever(
     assert query(f"{runways} where empty_on is null and days_left > 40000000") != []
 
 
+@pytest.mark.parametrize("balance", ["-0.18", "-999999999999999.999999999999", "0"])
+def test_credits_of_which_nothing_is_left_last_no_day(
+    balance: str, clock: time_machine.Traveller, account: Account, settings: Settings, query: Query
+) -> None:
+    account.balance = Decimal(balance)
+    runways = (
+        "select current_balance, burn_7_days > 0, days_left, empty_on from reports.rpt_credit_runway"
+    )
+    assert pipeline.run(settings).exit_code == 0
+    assert query(runways) == [(Decimal(balance), True, 0, NOW.date())]
+    assert query("select balance from marts.fct_credit_balance") == [(Decimal(balance),)]
+    account.lines.clear()  # and without any spend
+    assert pipeline.run(settings, Asked(start=truth.day(21))).exit_code == 0
+    assert query(f"{runways} where burn_30_days = 0") == [(Decimal(balance), False, 0, NOW.date())]
+
+
+def test_without_a_balance_there_is_no_reading_and_the_run_is_well(
+    clock: time_machine.Traveller, account: Account, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    body = b'{"username": "acme", "credits": null}'
+
+    def fault(request: Request) -> Fault | None:
+        is_asked = request.path == "/account/billing" and "expand" in request.query
+        return Fault(body=body) if is_asked else None
+
+    with Sandbox(account, fault=fault) as server:
+        settings = settings_for(server.url, tmp_path)
+        assert pipeline.run(settings).exit_code == 0
+        clock.shift(timedelta(hours=1))
+        assert pipeline.run(settings).exit_code == 0
+    assert caplog.text.count("fal sent no current_balance, so there is nothing to load") == 2
+    assert ask(settings, "select count(*) from raw.credits") == [(0,)]
+    assert ask(settings, "select count(*) from reports.rpt_credit_runway") == [(0,)]
+    assert ask(settings, "select count(*) from ops.quarantine") == [(0,)]
+    assert verify(settings).findings == []
+
+
 def test_a_day_that_closes_without_more_rows_counts_as_a_full_one(
     clock: time_machine.Traveller, account: Account, settings: Settings
 ) -> None:
@@ -287,8 +324,17 @@ SEEN_UNITS = {
     "images": ("image", "image", "image", 1),
     " Image": ("image", "image", "image", 1),
     "1000 characters ": ("1000 characters", "text", "character", 1000),
-    "1m tokens": ("1m tokens", "token", "token", 1_000_000),
+    "1m tokens": ("1000000 tokens", "token", "token", 1_000_000),
+    "1M tokens": ("1000000 tokens", "token", "token", 1_000_000),
+    "1,000 tokens": ("1000 tokens", "token", "token", 1000),
     "5 seconds": ("5 seconds", "time", "second", 5),
+    "10 minutes": ("10 minutes", "time", "second", 600),
+    "30 frames": ("30 frames", "other", "frame", 30),
+    "1 image": ("image", "image", "image", 1),
+    "3 units": ("3 units", "other", None, None),
+    "999,999,999 megapixels": ("999999999 megapixels", "pixel", "pixel", 999_999_999_000_000),
+    "2k images": ("2k images", "other", None, None),
+    "minute of video ": ("minute of video", "time", "second", 60),
     "megapixels": ("megapixel", "pixel", "pixel", 1_000_000),
     "units": ("unit", "other", None, None),
     "": ("unspecified", "other", None, None),
@@ -321,17 +367,27 @@ def test_units_stay_as_billed_beside_what_they_mean(
 def test_a_table_of_ones_own_tells_what_units_mean(
     clock: time_machine.Traveller, account: Account, sandbox: Sandbox, tmp_path: Path
 ) -> None:
-    account.lines = [line(NOW - DAY, FLUX, "7", "0.3", unit="Moon Phases"), line(NOW - DAY, VOICE)]
+    account.lines = [
+        line(NOW - DAY, FLUX, "7", "0.3", unit="Moon Phases"),
+        line(NOW - DAY, VOICE),
+        *(line(NOW - DAY, VIDEO, unit=unit) for unit in ("3 moon phases", "12 frames", "24 frames")),
+    ]
     units = tmp_path / "units.csv"
     header = "unit,canonical_unit,family,base_unit,factor\n"
-    units.write_text(f"{header}moon phases,moon phase,time,second,637861\nimages,picture,image,,\n")
+    units.write_text(
+        f"{header}moon phases,moon phase,time,second,637861\nimages,picture,image,,\n"
+        "12 frames,half a second,time,,\n"
+    )
     settings = settings_for(sandbox.url, tmp_path, units=units)
     pipeline.run(settings)
     meant = (
         "select unit, canonical_unit, family, base_unit, factor from marts.dim_unit "
-        "where unit in ('Moon Phases', 'images') order by 1"
+        "where unit <> '1000 characters' and unit <> 'unknown' order by all"
     )
     assert ask(settings, meant) == [
+        ("12 frames", "half a second", "time", None, None),  # a line goes before the rule
+        ("24 frames", "24 frames", "other", "frame", 24),
+        ("3 moon phases", "3 moon phases", "time", "second", 3 * 637861),
         ("Moon Phases", "moon phase", "time", "second", 637861),
         ("images", "picture", "image", None, None),
     ]

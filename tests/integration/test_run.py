@@ -600,6 +600,93 @@ def test_a_key_that_comes_twice_refuses_its_window(
     assert total(settings) == 0
 
 
+def test_a_recorded_charge_and_its_usage_are_loaded_and_match(
+    clock: time_machine.Traveller, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    quantity, nano = "2.6006458333333335", "2600646"
+    where = '"endpoint_id": "fal-ai/deepfilternet3", "unit_price": 0.001'
+    charge = (
+        f'{{{where}, "request_id": "r-1", "timestamp": "2026-11-22T03:44:17.164745999Z", '
+        f'"percent_discount": 0, "output_units": {quantity}, "cost_estimate_nano_usd": {nano}}}'
+    )
+    row = (
+        f'{{{where}, "unit": "seconds", "quantity": {quantity}, "percent_discount": null, "cost_total": '
+        '0.0026006458333333337, "cost": 0.0026006458333333337, "cost_subtotal": 0.0026006458333333337, '
+        '"cost_discount": 0, "currency": "USD"}'
+    )
+
+    def fault(request: Request) -> Fault | None:
+        if request.path not in ("/models/usage", "/models/billing-events"):
+            return None
+        is_day = request.query["start"][0].startswith("2026-11-22")
+        if request.path == "/models/billing-events":
+            body = f'{{"billing_events": [{charge if is_day else ""}]'
+        elif is_summary(request):
+            body = f'{{"summary": [{row.replace("null", "0") if is_day else ""}]'
+        else:
+            bucket = f'{{"bucket": "2026-11-22T03:00:00Z", "results": [{row}]}}'
+            body = f'{{"time_series": [{bucket if is_day else ""}]'
+        return Fault(body=f'{body}, "next_cursor": null, "has_more": false}}'.encode())
+
+    with Sandbox(truth.Account(), fault=fault) as server:
+        settings = settings_for(server.url, tmp_path)
+        report = pipeline.run(settings, Asked(truth.day(22), truth.day(23)))
+    assert report.exit_code == 0, report.failures
+    exact = Decimal("2.600645833333")
+    at = datetime(2026, 11, 22, 3, 44, 17, 164745, tzinfo=UTC)
+    assert ask(
+        settings, "select timestamp, quantity, cost_total, percent_discount from raw.billing_events"
+    ) == [(at, exact, Decimal("0.002600646"), 0)]
+    assert ask(settings, "select quantity, cost_total, percent_discount from marts.fct_usage") == [
+        (exact, Decimal("0.002600645833"), None)
+    ]
+    assert ask(settings, "select quantity, percent_discount from marts.fct_billing_event") == [
+        (exact, None)
+    ]
+    rounded = (
+        "select resource, rounded_amounts, proof from ops.loads where rows > 0 and resource like '%s%'"
+    )
+    assert ask(settings, f"{rounded} and window_start = '2026-11-22 00:00:00Z' order by all") == [
+        ("billing_events", 1, "summary"), ("usage", 4, "summary"),
+    ]  # fmt: skip
+    assert ask(settings, "select status, reason from reports.rpt_reconciliation") == [("matched", None)]
+    assert "differ" not in caplog.text
+
+
+@pytest.mark.parametrize(("ours", "fals"), [("null", "0"), ("0", "null"), ("0.0", "0")])
+def test_no_discount_and_a_discount_of_zero_are_one(
+    ours: str, fals: str, clock: time_machine.Traveller, tmp_path: Path
+) -> None:
+    noted, total = b'"percent_discount": null', summary("0.025")
+    assert isinstance(total, bytes)
+    answers = served_as(
+        usage_page(PLAIN).replace(noted, f'"percent_discount": {ours}'.encode()),
+        total.replace(noted, f'"percent_discount": {fals}'.encode()),
+    )
+    report, settings, _ = run_broken(one_row(), tmp_path, answers)
+    assert report.exit_code == 0, report.failures
+    assert ask(
+        settings, "select proof, count(*) from ops.loads where resource = 'usage' group by 1"
+    ) == [("summary", 3)]
+    assert ask(settings, "select percent_discount, cost_total from marts.fct_usage") == [
+        (None, Decimal("0.025"))
+    ]
+    held = ask(settings, "select percent_discount from raw.usage")
+    assert held == [(None if ours == "null" else 0,)]  # as fal sent it
+
+
+def test_rows_of_both_no_discounts_are_one_line_of_the_fact(
+    clock: time_machine.Traveller, account: Account, settings: Settings
+) -> None:
+    hour = account.lines[0].hour
+    account.lines = [line(hour, percent_discount=discount) for discount in (None, "0", "10")]
+    assert pipeline.run(settings).exit_code == 0
+    assert ask(settings, "select percent_discount, quantity from marts.fct_usage order by all") == [
+        (10, 1), (None, 2),
+    ]  # fmt: skip
+    assert verify(settings).findings == []
+
+
 def test_float_noise_is_rounded_and_counted(clock: time_machine.Traveller, tmp_path: Path) -> None:
     noisy = {**PLAIN, "cost_total": 0.1 + 0.2, "cost": 0.1 + 0.2, "cost_subtotal": 0.1 + 0.2}
     report, settings, _ = run_broken(one_row(), tmp_path, served_as(usage_page(noisy), summary("0.3")))

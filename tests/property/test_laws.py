@@ -6,8 +6,8 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
-from decimal import Decimal
+from datetime import date, datetime, timedelta
+from decimal import Decimal, localcontext
 from pathlib import Path
 
 import time_machine
@@ -19,7 +19,7 @@ from faletl import pipeline
 from faletl.config import Settings
 from faletl.plan import Asked
 from faletl.rebuild import rebuild
-from faletl.sandbox import Fault, Request, Sandbox, UsageLine
+from faletl.sandbox import BillingEvent, Calls, Fault, Request, Sandbox, UsageLine
 from faletl.verify import verify
 from tests import truth
 from tests.conftest import all_tables, ask, settings_for
@@ -105,6 +105,83 @@ def test_how_fal_cuts_and_orders_its_pages_does_not_matter(
         assert all_tables(cut) == all_tables(whole)
         assert digests(cut) == digests(whole)
         check_against_truth(account, whole)
+
+
+EDGES = ("0", "1e-12", "0.333333333333", "1", "999999999999999.999999999999", "999999999999999", "1e14")
+"""Amounts at the edges of what is taken in."""
+
+edges = st.sampled_from(EDGES).map(Decimal)
+hours_of_two_months = st.sampled_from(
+    [datetime(2026, *day, 5, tzinfo=NOW.tzinfo) for day in ((11, 30), (12, 1))]
+)
+extreme_lines = st.builds(
+    UsageLine,
+    hour=hours_of_two_months,
+    endpoint_id=st.sampled_from([FLUX, VIDEO]),
+    unit=st.sampled_from(["images", "999,999,999 megapixels", "compute seconds"]),
+    quantity=edges,
+    unit_price=edges,
+    percent_discount=st.sampled_from([None, Decimal(0), Decimal(100), Decimal("33.333333333333")]),
+    cost_subtotal=edges,
+    cost_discount=edges,
+    cost_total=edges,
+    currency=st.just("USD"),
+    credential=st.just(KEY),
+)
+extreme_charges = st.builds(
+    BillingEvent,
+    timestamp=hours_of_two_months,
+    request_id=st.uuids().map(str),
+    endpoint_id=st.sampled_from([FLUX, VIDEO]),
+    unit=st.sampled_from(["images", None]),
+    quantity=edges,
+    unit_price=edges,
+    percent_discount=st.none(),
+    cost_subtotal=edges,
+    cost_discount=st.just(Decimal(0)),
+    cost_total=st.sampled_from(["0", "1e-9", "1e-12", "9000000000"]).map(Decimal),
+    credential=st.just(KEY),
+)
+extreme_accounts = st.builds(
+    Account,
+    lines=st.lists(extreme_lines, min_size=6, max_size=30),
+    events=st.lists(extreme_charges, max_size=20),
+    failing=st.lists(
+        st.builds(
+            Calls,
+            hour=st.just(datetime(2026, 12, 1, 5, tzinfo=NOW.tzinfo)),
+            endpoint_id=st.sampled_from([FLUX, VIDEO]),
+            success_count=st.sampled_from([0, 1, 10**15]),
+            durations=st.tuples(edges, edges),
+        ),
+        max_size=1,
+    ),
+    balance=edges | edges.map(lambda amount: -amount),
+)
+
+
+@hypothesis_settings(
+    max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+@given(account=extreme_accounts, prices=st.tuples(edges, edges))
+def test_no_amount_that_is_taken_in_ends_a_build(
+    account: Account, prices: tuple[Decimal, Decimal]
+) -> None:
+    days = Asked(date(2026, 11, 30), date(2026, 12, 2))
+    with tempfile.TemporaryDirectory() as folder, time_machine.travel(NOW, tick=False) as clock:
+        clock.move_to(datetime(2026, 12, 1, 10, 30, tzinfo=NOW.tzinfo))
+        with Sandbox(account) as server:
+            settings = settings_for(server.url, Path(folder))
+            for number, price in enumerate(prices):
+                account.list_price(FLUX, str(price))
+                clock.shift(timedelta(days=number))
+                report = pipeline.run(settings, days)
+                assert report.exit_code == 0, report.failures
+        held = ask(settings, "select sum(quantity), sum(cost_total) from marts.fct_usage")
+        with localcontext(prec=60):
+            quantity = sum((one.quantity for one in account.lines), Decimal(0))
+            assert held == [(quantity, sum((one.cost_total for one in account.lines), Decimal(0)))]
+        assert verify(settings).findings == []
 
 
 @dataclass(frozen=True)

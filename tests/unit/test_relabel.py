@@ -73,7 +73,7 @@ def test_what_landed_has_the_label_that_its_account_has_now(
 
 def test_a_clock_that_is_behind_does_not_undo_a_rename() -> None:
     late, early = START + timedelta(seconds=3), START + timedelta(seconds=1)
-    made = [
+    made: list[Decision] = [
         AccountBound(decided_at=early, account="acme"),
         AccountRenamed(decided_at=early + timedelta(microseconds=1), account="acme", new_account="emea"),
     ]

@@ -52,18 +52,71 @@ def body(token: str) -> bytes:
 @example("12345678.123456789012")
 @example("1e22")
 @example("100000e-5")
-def test_a_number_is_kept_as_it_was_written_or_refused(token: str) -> None:
+@example("2.6006458333333335")
+@example("1.736111111111111e-05")
+@example("0.12345678901250")
+@example("1.23E-10")
+@example("0.0000123456789012")
+@example("0.1234567890124999999999999999999999999999999999")
+@example("999999999999999.9999999999994")
+@example("999999999999999.9999999999995")
+@example("1e15")
+@example("5e-13")
+@example("-0.0")
+@example("-0")
+def test_a_number_is_kept_to_the_twelfth_decimal_of_its_text_or_refused(token: str) -> None:
     kept, is_rounded = exact_text(token)
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            row = staged_rows(staged := stage(EVENTS, body(token), Path(folder)))[0]
-        except DataRefusedError:
-            assert not re.fullmatch(EXACT_TEXT, kept)
-            return
-    assert row["quantity"] == Decimal(kept)
-    assert staged.rounded_amounts == is_rounded
-    assert is_rounded or row["quantity"] == Decimal(token)
-    assert row["endpoint_id"] == "a/b\u2028c"
+    is_amount = re.fullmatch(EXACT_TEXT, kept) is not None
+    for sent in (token, token.upper()):
+        with tempfile.TemporaryDirectory() as folder:
+            if not is_amount:
+                with pytest.raises(DataRefusedError, match=r"below 10\^15|out of range"):
+                    stage(EVENTS, body(sent), Path(folder))
+                continue
+            row = staged_rows(staged := stage(EVENTS, body(sent), Path(folder)))[0]
+        assert row["quantity"] == Decimal(kept)
+        assert staged.rounded_amounts == is_rounded
+        assert is_rounded or row["quantity"] == Decimal(token)
+        assert row["endpoint_id"] == "a/b\u2028c"
+
+
+@pytest.mark.parametrize("blank", [" ", "\n", "\t ", "\r\n"])
+def test_a_long_number_is_exact_wherever_json_may_have_blanks(blank: str, tmp_path: Path) -> None:
+    amount = "0.123456789012345678901234567890"
+    for number, around in enumerate((f'{blank}"quantity":{amount}', f'"quantity"{blank}:{amount}',
+                                     f'"quantity":{blank}{amount}{blank}')):  # fmt: skip
+        sent = body("2").replace(b'"quantity": 2', around.encode())
+        staged = stage(EVENTS, sent, tmp_path / str(number))
+        assert staged_rows(staged)[0]["quantity"] == Decimal("0.123456789012")
+        assert staged.rounded_amounts == 1
+
+
+def test_only_amounts_that_are_loaded_are_counted_as_rounded(tmp_path: Path) -> None:
+    third = 124831 / 48000
+    sent = page(charge(quantity=third, output_units=third, new_field=third, request_id=f'"x":{third}'))
+    staged = stage(EVENTS, sent, tmp_path)
+    [row] = staged_rows(staged)
+    assert row["quantity"] == row["output_units"] == Decimal("2.600645833333")
+    assert row["request_id"] == f'"x":{third}'
+    assert staged.rounded_amounts == 2
+    model = {"models": [{"endpoint_id": "a", "metadata": {"duration_estimate": third}}]}
+    document = json.dumps({**model, "next_cursor": None, "has_more": False}).encode()
+    assert stage(RESOURCES["models"], document, tmp_path / "models").rounded_amounts == 0
+
+
+def test_a_charge_of_a_million_dollars_is_taken_from_its_nano_dollars(tmp_path: Path) -> None:
+    nano = 1_234_567_890_123_456_789
+    sent = page(charge(cost_total=None, cost_estimate_nano_usd=nano))
+    [row] = staged_rows(stage(EVENTS, sent, tmp_path))
+    assert row["cost_total"] == Decimal("1234567890.123456789")
+    assert row["cost_estimate_nano_usd"] == nano
+
+
+@pytest.mark.parametrize("nano", ["2600646.5", "1e-1", "9223372036854775808"])
+def test_nano_dollars_are_whole_or_refuse_their_row(nano: str, tmp_path: Path) -> None:
+    sent = page(charge(cost_estimate_nano_usd="nano")).replace(b'"nano"', nano.encode())
+    with pytest.raises(DataRefusedError, match="cost_estimate_nano_usd is no whole number"):
+        stage(EVENTS, sent, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +128,8 @@ def test_a_number_is_kept_as_it_was_written_or_refused(token: str) -> None:
         (b'"quantity": 2,', b'"quantity": 2, "quantity": 3, "unknown too": "\\u0022\\u0022",'),
         (b'{"billing_events"', b'{"billing_events" :\n [], "billing_events"'),
         (b'{"billing_events"', b'{"billing_event\\u0073": [], "billing_events"'),
+        (b'{"billing_events"', b'{"x": {"y": 1, "y": 1}, "billing_events"'),
+        (b'"has_more": false', b'"has_more": false, "n": 1%s, "n": 2' % (b"0" * 5000)),
     ],
 )
 def test_a_key_that_comes_twice_is_refused(once: bytes, twice: bytes, tmp_path: Path) -> None:
@@ -266,7 +321,20 @@ def test_costs_that_contradict_each_other_are_kept_and_counted(
         ({"cost_total": 40}, True),
         ({"quantity": 5}, True),
         ({"cost_subtotal": None, "quantity": 5}, False),  # before July 2026 discounts were not told
-        ({"quantity": 10**25, "unit_price": 10**12}, True),
+        ({"quantity": 10**15 - 1, "unit_price": 10**15 - 1}, True),
+        (
+            {
+                "quantity": 10**15 - 1,
+                "unit_price": 1,
+                "cost_subtotal": 10**15 - 1,
+                "percent_discount": None,
+                "cost_total": 10**15 - 1,
+            },
+            False,
+        ),
+        ({"quantity": 1e-12, "unit_price": 10**15 - 1, "cost_subtotal": 1000, "cost_total": 900}, False),
+        ({"quantity": 1e-12, "unit_price": 10**15 - 1, "cost_subtotal": 900, "cost_total": 810}, True),
+        ({"percent_discount": 0, "cost_total": 40}, False),
     ],
 )
 def test_a_cost_that_is_not_that_of_quantity_price_and_discount_is_kept_and_counted(
@@ -278,3 +346,169 @@ def test_a_cost_that_is_not_that_of_quantity_price_and_discount_is_kept_and_coun
     document = {"time_series": series, "next_cursor": None, "has_more": False}
     staged = stage(RESOURCES["usage"], json.dumps(document).encode(), tmp_path)
     assert staged.doubtful_rows == is_odd
+
+
+# --- Where one odd row decides for itself alone ---------------------------------------------------
+
+PRICES, MODELS, ANALYTICS, CREDITS = (RESOURCES[n] for n in ("prices", "models", "analytics", "credits"))
+
+
+def prices(*records: str) -> bytes:
+    """A page of the price list."""
+    listed = ",".join(records)
+    return f'{{"prices": [{listed}], "next_cursor": null, "has_more": false}}'.encode()
+
+
+def price(endpoint_id: str, amount: str, unit: str = "images") -> str:
+    """A line of the price list; the amount is JSON."""
+    rest = f'"unit": "{unit}", "unit_price": {amount}, "currency": "USD"'
+    return f'{{"endpoint_id": "{endpoint_id}", {rest}}}'
+
+
+@pytest.mark.parametrize(
+    ("odd", "why"),
+    [
+        (price("b", "null"), "unit_price is null"),
+        (price("b", "NaN"), "unit_price is text where a number belongs"),
+        (price("b", "-Infinity"), "unit_price is text where a number belongs"),
+        (price("b", '"0.1"'), "unit_price is text where a number belongs"),
+        (price("b", "-1"), "unit_price is negative: -1"),
+        (price("b", "1e15"), "unit_price must be a number below 10^15 that does not round to zero"),
+        (price("b", "1e-13"), "unit_price must be a number below 10^15 that does not round to zero"),
+        (price("b", "1e999"), "unit_price is out of range"),
+        (price("", "1"), "endpoint_id is empty"),
+        ('{"endpoint_id": "b"}', "unit is missing"),
+        (price("b", '1, "endpoint_id": "b"'), "has the key 'endpoint_id' twice in one object"),
+        ("null", "the row is null"),
+        ("[]", "the row is a list where an object belongs"),
+    ],
+)
+def test_one_odd_price_is_quarantined_and_the_others_are_loaded(
+    odd: str, why: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    staged = stage(PRICES, prices(price("a", "0.5"), odd, price("c", "1")), tmp_path)
+    assert [row["endpoint_id"] for row in staged_rows(staged)] == ["a", "c"]
+    assert staged.proof == "none"
+    [quarantined] = staged.findings.set_aside
+    assert (quarantined.page, quarantined.row, staged.findings.breaches) == (1, 2, 1)
+    assert why in quarantined.reason
+    assert quarantined.raw_json.replace('"NaN"', "NaN").replace('"-Infinity"', "-Infinity") == odd
+    assert "they are quarantined and the others are loaded" in caplog.text
+    if quarantined.endpoint_id:
+        assert f"page 1 row 2 ({quarantined.endpoint_id}): " in caplog.text
+
+
+def test_a_price_list_that_contradicts_itself_of_one_endpoint_is_taken_of_the_others(
+    tmp_path: Path,
+) -> None:
+    twice = (price("b", "0.04"), price("b", "0.5", "seconds"))
+    staged = stage(PRICES, prices(price("a", "0.5"), *twice, price("c", "1"), price("c", "1")), tmp_path)
+    assert [row["endpoint_id"] for row in staged_rows(staged)] == ["a", "c"]
+    assert [one.row for one in staged.findings.set_aside] == [2, 3]
+    assert "the same endpoint_id comes twice, with other values" in staged.findings.set_aside[0].reason
+    assert staged.repeated_rows == 1  # the same price again is the same price
+
+
+def test_an_odd_model_is_quarantined_and_the_others_are_loaded(tmp_path: Path) -> None:
+    models = [
+        {"endpoint_id": "a", "metadata": {"display_name": "A"}},
+        {"endpoint_id": "b", "metadata": {"display_name": 5}},
+        {"endpoint_id": None, "metadata": None},
+        {"endpoint_id": "c", "metadata": {"category": "x"}},
+        {"endpoint_id": "c", "metadata": {"category": "y"}},
+        {"endpoint_id": "d", "metadata": None},
+    ]
+    document = {"models": models, "next_cursor": None, "has_more": False}
+    staged = stage(MODELS, json.dumps(document).encode(), tmp_path)
+    assert [row["endpoint_id"] for row in staged_rows(staged)] == ["a", "d"]
+    assert [one.row for one in staged.findings.set_aside] == [2, 3, 4, 5]
+
+
+def analytics(*records: str) -> bytes:
+    """A page of a bucket's requests; the records are JSON."""
+    bucket = f'{{"bucket": "{DAY}T05:00:00Z", "results": [{",".join(records)}]}}'
+    return f'{{"time_series": [{bucket}], "next_cursor": null, "has_more": false}}'.encode()
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["NaN", "Infinity", "-Infinity", "null", '"soon"', "true", "{}", "-1", "1e15", "1e-13", "1e999"],
+)
+def test_a_duration_that_is_none_is_empty_and_its_row_is_loaded(
+    value: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    odd = f'{{"endpoint_id": "b", "request_count": 7, "p50_duration": {value}, "p75_duration": 2.5}}'
+    good = '{"endpoint_id": "a", "request_count": 1, "p50_duration": 0.12345678901234567}'
+    staged = stage(ANALYTICS, analytics(good, odd), tmp_path)
+    first, second = staged_rows(staged)
+    assert (first["p50_duration"], second["p50_duration"]) == (Decimal("0.123456789012"), None)
+    assert (second["request_count"], second["p75_duration"]) == (7, Decimal("2.5"))
+    assert staged.findings.breaches == 0
+    is_said = "values that cannot be used and stay empty (page 1 row 2 (b): p50_duration" in caplog.text
+    assert is_said == (value != "null")
+    retyped = [(one.field, one.kind) for one in staged.findings.drifts if one.kind != "missing"]
+    is_number = value.lstrip("-")[:1].isdigit() or value == "null"
+    assert retyped == ([] if is_number else [("p50_duration", "retyped")])
+
+
+@pytest.mark.parametrize("value", ["0.5", "-1", "NaN", "true", "1000000000000001"])
+def test_an_odd_count_quarantines_its_row_alone(value: str, tmp_path: Path) -> None:
+    good, odd = (
+        f'{{"endpoint_id": "{name}", "request_count": {count}, "success_count": 1}}'
+        for name, count in (("a", 1), ("b", value))
+    )
+    staged = stage(ANALYTICS, analytics(good, odd), tmp_path)
+    assert [row["endpoint_id"] for row in staged_rows(staged)] == ["a"]
+    assert [one.endpoint_id for one in staged.findings.set_aside] == ["b"]
+
+
+def account(credit: str) -> bytes:
+    """The answer about the account; its credits are JSON."""
+    return f'{{"username": "acme", "credits": {credit}}}'.encode()
+
+
+@pytest.mark.parametrize(
+    ("balance", "kept"),
+    [
+        ("97.39741458333333", "97.397414583333"),
+        ("-0.18", "-0.18"),
+        ("-0.30000000000000004", "-0.3"),
+        ("-1.5e-05", "-0.000015"),
+        ("-999999999999999.999999999999", "-999999999999999.999999999999"),
+        ("0", "0"),
+        ("-0.0", "0"),
+        ('"6.92"', "6.92"),
+        ('"-6.92"', "-6.92"),
+        ('"97.39741458333333333"', "97.397414583333"),
+        ('"1e2"', "100"),
+    ],
+)
+def test_a_balance_of_any_sign_is_a_reading(balance: str, kept: str, tmp_path: Path) -> None:
+    staged = stage(CREDITS, account(f'{{"current_balance": {balance}, "currency": "USD"}}'), tmp_path)
+    [row] = staged_rows(staged)
+    assert row["current_balance"] == Decimal(kept)
+    drifts = [(one.field, one.kind) for one in staged.findings.drifts]
+    assert drifts == ([("credits.current_balance", "retyped")] if balance[0] == '"' else [])
+    assert staged.rounded_amounts == (len(balance.strip('"-')) > 14 and not balance.startswith("-9"))
+
+
+@pytest.mark.parametrize("sent", ['{"username": "acme"}', *(
+    account(credit).decode() for credit in ("null", "{}", '{"current_balance": null, "currency": "USD"}')
+)])  # fmt: skip
+def test_without_a_balance_there_is_no_reading_and_one_sentence(
+    sent: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    staged = stage(CREDITS, sent.encode(), tmp_path)
+    assert staged_rows(staged) == []
+    assert staged.findings.breaches == 0
+    assert staged.findings.drifts == ()
+    [said] = caplog.messages
+    assert "fal sent no current_balance, so there is nothing to load" in said
+
+
+@pytest.mark.parametrize("balance", ["NaN", '"much"', '"0x10"', "true", "1e15", "-1e15", "1e-13"])
+def test_a_balance_that_is_no_number_is_quarantined(balance: str, tmp_path: Path) -> None:
+    staged = stage(CREDITS, account(f'{{"current_balance": {balance}, "currency": "USD"}}'), tmp_path)
+    assert staged_rows(staged) == []
+    [quarantined] = staged.findings.set_aside
+    assert "current_balance" in quarantined.reason
