@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 from datetime import UTC, date, datetime
 from decimal import Decimal
-from typing import Literal
+from typing import Any, Literal
 
 import sqlalchemy as sa
 
-from faletl import decisions, landing, pipeline, relabel
+from faletl import decisions, holds, landing, pipeline, relabel
 from faletl.config import Settings
 from faletl.decisions import WindowAccepted
-from faletl.errors import UsageError
+from faletl.errors import DataRefusedError, UsageError
+from faletl.landing import Landed, Manifest
 from faletl.load import confirm_window, replace_window
 from faletl.money import plain
 from faletl.pipeline import Report
 from faletl.places import scratch_folder
 from faletl.staging import Staged, stage_window
 from faletl.warehouse import open_warehouse
-from faletl.warehouse.tables import HOLDS, QUARANTINE
+from faletl.warehouse.tables import HOLDS, LOADS, QUARANTINE
 from faletl.windows import Window
 
 
@@ -45,10 +47,13 @@ def accept(
         raise UsageError("--reason needs a text that says why, on one line")
     report = Report(pipeline.new_run_id())
     held = _one_of(settings, HOLDS, resource, day, account)
+    refused = None if held or is_kept else _one_of(settings, QUARANTINE, resource, day, account)
     if held is not None and is_kept:
         _keep(settings, report, held, reason)
     elif held is not None:
         _load_held(settings, report, held, reason)
+    elif refused is not None:
+        _load_refused(settings, report, refused, reason)
     if not report.outcomes and not report.failures:
         raise UsageError(
             f"nothing of {resource} {day} is held{'' if is_kept else ' or quarantined'}; faletl status "
@@ -80,17 +85,66 @@ def _one_of(
     return found[-1] if found else None
 
 
-def _load_held(settings: Settings, report: Report, held: sa.RowMapping, reason: str) -> None:
-    landed = relabel.opener(settings)(landing.root(settings) / held["landing_path"])
+def _opened(settings: Settings, row: sa.RowMapping) -> Landed:
+    """The extract that the row is about."""
+    landed = relabel.opener(settings)(landing.root(settings) / row["landing_path"])
     if landed is None:
-        raise UsageError(f"the account {held['account']!a} was forgotten meanwhile (faletl accounts)")
+        raise UsageError(f"the account {row['account']!a} was forgotten meanwhile (faletl accounts)")
+    return landed
+
+
+def _load_held(settings: Settings, report: Report, held: sa.RowMapping, reason: str) -> None:
+    landed = _opened(settings, held)
+    with open_warehouse(settings).reading() as connection:
+        accepted = holds.accepted_rows(connection)
     with scratch_folder() as scratch:
-        staged = stage_window(settings, landed, scratch)
-        _load(settings, report, staged, _acceptance(held, "held", held["rows_digest"], reason))
+        staged = stage_window(settings, landed, scratch, accepted)
+        _load(settings, report, staged, _acceptance(held, "held", reason))
+
+
+def _load_refused(settings: Settings, report: Report, refused: sa.RowMapping, reason: str) -> None:
+    """Load an extract whose rows break a contract rule; one that does not any longer needs no word."""
+    landed = _opened(settings, refused)
+    with scratch_folder() as scratch:
+        try:
+            stage_window(settings, landed, scratch).discard()
+        except DataRefusedError as error:
+            digest = error.findings.rows_digest if error.findings else ""
+        else:
+            raise UsageError(
+                "the quarantined rows do not keep their window from being loaded; load them with "
+                "faletl quarantine retry"
+            )
+        staged = stage_window(settings, landed, scratch, {digest})
+        before = _loaded_figures(settings, landed.manifest)
+        acceptance = _acceptance(
+            {
+                **refused,
+                "rows_digest": digest,
+                "rows_loaded": before.rows,
+                "cost_total_loaded": before.cost_total,
+                "rows_extracted": staged.rows,
+                "cost_total_extracted": Decimal(staged.cost_total),
+            },
+            "refused",
+            reason,
+        )
+        _load(settings, report, staged, acceptance)
+
+
+def _loaded_figures(settings: Settings, manifest: Manifest) -> holds.Figures:
+    """What is loaded of the window now."""
+    loaded = sa.select(LOADS.c.rows, LOADS.c.cost_total).where(
+        holds.of_window(LOADS, manifest.account, manifest.resource, manifest.window.day),
+        LOADS.c.is_current,
+    )
+    with open_warehouse(settings).reading() as connection:
+        found = connection.execute(loaded).first() if connection is not None else None
+    return holds.Figures(found.rows, found.cost_total) if found else holds.Figures(0, None)
 
 
 def _keep(settings: Settings, report: Report, held: sa.RowMapping, reason: str) -> None:
-    acceptance = _acceptance(held, "kept", held["rows_digest"], reason)
+    acceptance = _acceptance(held, "kept", reason)
     with open_warehouse(settings).lease(f"faletl accept, run {report.run_id}") as lease:
         confirm_window(settings, lease, acceptance)
     window = Window.of_day(held["window_start"].astimezone(UTC).date())
@@ -107,7 +161,7 @@ def _load(settings: Settings, report: Report, staged: Staged, acceptance: Window
 
 
 def _acceptance(
-    held: sa.RowMapping, accepted: Literal["held", "kept"], rows_digest: str, reason: str
+    held: Mapping[Any, Any], accepted: Literal["held", "kept", "refused"], reason: str
 ) -> WindowAccepted:
     return WindowAccepted(
         decided_at=datetime.now(UTC),
@@ -118,7 +172,7 @@ def _acceptance(
         window_start=held["window_start"].astimezone(UTC),
         load_id=held["load_id"],
         accepted=accepted,
-        rows_digest=rows_digest,
+        rows_digest=held["rows_digest"],
         reason=reason,
         rows_before=held["rows_loaded"],
         rows_after=held["rows_extracted"],

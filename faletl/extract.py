@@ -49,7 +49,8 @@ class Origin:
     The run, or this task of it, began `at`. `planned_from` is, per resource, the first day of the plan;
     `fencing_token` the newest one that was known when the run was planned. `unknown_ids` are, per
     resource, those that fal answered 404 for, added by whichever read found them. What landed before
-    the label was bound (`bound_at`) may be of another account: it is not taken up.
+    the label was bound (`bound_at`) may be of another account: it is not taken up. `accepted` are
+    fingerprints of rows that break their contract and that a person accepted.
     """
 
     account: str
@@ -59,6 +60,7 @@ class Origin:
     planned_from: Mapping[str, date]
     unknown_ids: Mapping[str, set[str]]
     bound_at: datetime = LONG_AGO
+    accepted: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

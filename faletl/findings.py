@@ -5,6 +5,7 @@ It is kept in tables of ops, for reads that were loaded and for reads that were 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,6 +87,12 @@ class Findings:
     set_aside: tuple[SetAside, ...] = ()
     drifts: tuple[Drift, ...] = ()
     validations: tuple[Validation, ...] = ()
+
+    @property
+    def rows_digest(self) -> str:
+        """A fingerprint of the rows that were quarantined, in whatever order they came."""
+        rows = sorted(one.raw_json for one in self.set_aside)
+        return hashlib.sha256(repr((self.breaches, rows)).encode()).hexdigest()
 
 
 def keep_findings(

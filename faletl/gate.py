@@ -60,9 +60,10 @@ class Subject:
     def of(cls, staged: Staged) -> Subject:
         """The staged window, before it is loaded."""
         manifest = staged.landed.manifest
+        resource = staged.resource
         return cls(
             account=manifest.account,
-            resource=staged.resource,
+            resource=resource.with_any_sign if staged.is_accepted else resource,
             window=manifest.window,
             source=staged.source,
             expected_rows=(
@@ -71,7 +72,11 @@ class Subject:
                 - staged.dropped_rows
                 - staged.repeated_rows
             ),
-            control_total=None if staged.control_total is None else Decimal(staged.control_total),
+            control_total=(
+                None
+                if staged.control_total is None or staged.is_accepted
+                else Decimal(staged.control_total)
+            ),
             read_at=manifest.started_at,
         )
 

@@ -8,7 +8,6 @@ every row: then one missing row is enough, and the hold is final (docs/decisions
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
@@ -216,22 +215,13 @@ def of_window(table: sa.Table, account: str, resource: str, day: date) -> sa.Col
 
 # --- ops.acceptances ------------------------------------------------------------------------------
 
-Accepted = Mapping[tuple[str, str, date], frozenset[str]]
-"""Fingerprints of rows that a person accepted as missing, or as they are, per account, resource, day."""
 
-
-def accepted(connection: sa.Connection | None) -> Accepted:
-    """Every acceptance in force."""
-    found: dict[tuple[str, str, date], frozenset[str]] = {}
+def accepted_rows(connection: sa.Connection | None) -> frozenset[str]:
+    """Fingerprints of the rows that break their contract and that a person accepted."""
     if connection is None:
-        return found
-    columns = (ACCEPTANCES.c.account, ACCEPTANCES.c.resource, ACCEPTANCES.c.window_start)
-    for account, resource, start, digest in connection.execute(
-        sa.select(*columns, ACCEPTANCES.c.rows_digest)
-    ):
-        key = (account, resource, start.astimezone(UTC).date())
-        found[key] = found.get(key, frozenset()) | {digest}
-    return found
+        return frozenset()
+    found = sa.select(ACCEPTANCES.c.rows_digest).where(ACCEPTANCES.c.accepted == "refused")
+    return frozenset(connection.execute(found).scalars())
 
 
 def acceptance_of(connection: sa.Connection, manifest: Manifest, rows_digest: str) -> str | None:
@@ -255,3 +245,13 @@ def enter(connection: sa.Connection, acceptance: WindowAccepted) -> None:
             **values, accepted_by=acceptance.decided_by, accepted_at=acceptance.decided_at
         )
     )
+
+
+def is_refused_window_accepted(connection: sa.Connection, load: sa.RowMapping) -> bool:
+    """Whether the load brought rows that a contract rule refuses, and a person accepted."""
+    day = load["window_start"].astimezone(UTC).date()
+    found = sa.select(sa.func.count()).select_from(ACCEPTANCES).where(
+        of_window(ACCEPTANCES, load["account"], load["resource"], day),
+        ACCEPTANCES.c.accepted == "refused",
+    )  # fmt: skip
+    return connection.execute(found).scalar_one() > 0

@@ -16,7 +16,7 @@ from typing import Self, TypedDict
 
 import msgspec
 
-from faletl import accounts, horizons, landing
+from faletl import accounts, holds, horizons, landing
 from faletl.accounts import SignedIn
 from faletl.check import check
 from faletl.client import FalClient
@@ -109,6 +109,7 @@ class Plan(msgspec.Struct, frozen=True):
     planned_from: dict[str, date]
     windows: list[Planned]
     bound_at: datetime = LONG_AGO
+    accepted: list[str] = []
 
     @property
     def origin(self) -> Origin:
@@ -123,6 +124,7 @@ class Plan(msgspec.Struct, frozen=True):
             self.planned_from,
             unknown_ids,
             self.bound_at,
+            frozenset(self.accepted),
         )
 
 
@@ -153,7 +155,7 @@ def make_plan(settings: Settings, asked: Asked, *, is_first_due: bool = False) -
         tasks = [*first, *rest]
         by_ids = [task for task in tasks if task.resource.ids_per_call is not None]
         known = {(t.resource.name, t.window): t for t in with_ids(connection, account, by_ids, now)}
-        token = fencing_token(connection)
+        token, accepted = fencing_token(connection), sorted(holds.accepted_rows(connection))
     if by_ids and not known:
         log.warning("no endpoint is known yet to ask for; load usage or models first")
     planned_from = first_planned(tasks)
@@ -161,7 +163,7 @@ def make_plan(settings: Settings, asked: Asked, *, is_first_due: bool = False) -
     windows = [Planned.of(t, now) for t in tasks if t.resource.ids_per_call is None or t.ids]
     if not windows:
         return None
-    made = Plan(run_id, account, token, planned_from, windows, signed_in.bound_at)
+    made = Plan(run_id, account, token, planned_from, windows, signed_in.bound_at, accepted)
     folder = landing.root(settings) / ".plans"
     path = folder / f"{made.run_id}.json"
     try:

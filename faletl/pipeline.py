@@ -187,6 +187,8 @@ def load_reads(
 ) -> None:
     """Stage and load complete reads in the order given; those that are refused go to the report."""
     warehouse = open_warehouse(settings)
+    with warehouse.reading() as connection:
+        accepted = holds.accepted_rows(connection)
     with (
         scratch_folder() as scratch,
         _loader(settings, warehouse, report) as load,
@@ -194,7 +196,7 @@ def load_reads(
         for done, landed in enumerate(reads):
             progress("loading", done, len(reads))
             try:
-                staged = stage_window(settings, landed, scratch)
+                staged = stage_window(settings, landed, scratch, accepted)
             except FaletlError as error:
                 task = Task(RESOURCES[landed.manifest.resource], landed.manifest.window)
                 report.failures.append((task, error.at(account=landed.manifest.account)))
@@ -382,7 +384,7 @@ def _extracted(
         with warehouse.reading() as connection:
             tasks = plan(settings, connection, label, asked, now, owners=account.owners)
             first, tasks = charges_first(connection, label, tasks)
-            token = fencing_token(connection)
+            token, accepted = fencing_token(connection), holds.accepted_rows(connection)
         unknown_ids = {name: set[str]() for name in RESOURCES}
         origin = Origin(
             label,
@@ -392,6 +394,7 @@ def _extracted(
             first_planned([*first, *tasks]),
             unknown_ids,
             account.bound_at,
+            accepted,
         )
         seen = Seen()
         refused = set[str]()
@@ -508,7 +511,7 @@ def prove_or_reread(
                 landing.drop(retry.landed.folder)  # what is needed of it was taken over
         try:
             with _staging:
-                return stage_window(settings, landed, scratch)
+                return stage_window(settings, landed, scratch, origin.accepted)
         except (ContractError, DataRefusedError, UnprovenError) as error:
             following = next_try(task.resource, landed, error.unproven, is_first=retry is None)
             if following is None:

@@ -8,7 +8,7 @@ restatements, whichever warehouse had loaded them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -108,9 +108,10 @@ def _rebuild_all(settings: Settings, report: Report, progress: Progress) -> None
         needed = _needed(past, ledger)
         with lease.transaction():
             _restore_what_was_decided(settings, lease, ledger)
+            accepted = holds.accepted_rows(lease.connection)
         for done, one in enumerate(past):
             progress("loading", done, len(past))
-            if staged := _staged_again(settings, one, needed, scratch):
+            if staged := _staged_again(settings, one, needed, scratch, accepted):
                 outcomes, lease = replay(settings, fresh, lease, [(staged, one.receipt)])
                 report.outcomes.append(pipeline.outcome_of(staged, outcomes[0]))
                 staged.discard()
@@ -146,6 +147,7 @@ def _rebuild_day(settings: Settings, report: Report, day: date) -> None:
     ):
         with lease.transaction():
             ledger = read_ledger(lease.connection, day)
+            accepted = holds.accepted_rows(lease.connection)
         past = _history(settings, ledger, day)
         _refuse_gaps(ledger, past)
         if not past:
@@ -154,7 +156,7 @@ def _rebuild_day(settings: Settings, report: Report, day: date) -> None:
         again = [
             (staged, one.receipt)
             for one in past
-            if (staged := _staged_again(settings, one, needed, scratch, is_strict=True))
+            if (staged := _staged_again(settings, one, needed, scratch, accepted, is_strict=True))
         ]
         outcomes, _ = replay(settings, warehouse, lease, again, forget=day)
     for (staged, _), outcome in zip(again, outcomes, strict=True):
@@ -342,14 +344,20 @@ def _refuse_gaps(ledger: Ledger, past: Sequence[Loaded]) -> None:
 
 
 def _staged_again(
-    settings: Settings, one: Loaded, needed: set[str], scratch: Path, *, is_strict: bool = False
+    settings: Settings,
+    one: Loaded,
+    needed: set[str],
+    scratch: Path,
+    accepted: Container[str],
+    *,
+    is_strict: bool = False,
 ) -> Staged | None:
     """The rows of an earlier read; None for one that is refused now, or damaged and not needed.
 
     One that is needed and refused is an error where it `is_strict`.
     """
     try:
-        return stage_window(settings, one.landed, scratch)
+        return stage_window(settings, one.landed, scratch, accepted)
     except TamperedError as error:
         if one.load_id in needed:
             raise

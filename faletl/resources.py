@@ -135,6 +135,12 @@ class Resource:
         return tuple(column.name for column in self.columns if column.name in names)
 
     @property
+    def with_any_sign(self) -> Resource:
+        """The same resource, where a person accepted amounts that are negative."""
+        proof = self.proof and replace(self.proof, columns=_with_any_sign(self.proof.columns))
+        return replace(self, columns=_with_any_sign(self.columns), proof=proof)
+
+    @property
     def needs(self) -> str:
         """The permissions that a key needs to read it, and the presets that carry them."""
         permissions = self.permission.replace(",", ", ") or "no permission"
@@ -143,6 +149,11 @@ class Resource:
     def column(self, name: str) -> Column:
         """The column of that name."""
         return next(column for column in self.columns if column.name == name)
+
+
+def _with_any_sign(columns: tuple[Column, ...]) -> tuple[Column, ...]:
+    numbers = (Kind.AMOUNT, Kind.WHOLE)
+    return tuple(replace(c, is_level=True) if c.kind in numbers else c for c in columns)
 
 
 _ENDPOINT = Column(

@@ -14,7 +14,7 @@ import json
 import logging
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal, localcontext
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -82,7 +82,8 @@ class Staged:
     `source` is the SQL of DuckDB for them, to stand behind `from`: a query over Parquet `files`, with
     the columns of the raw table. `digest` depends on the rows alone: not on their order, their pages, or
     the load. `proof` says how completeness was shown: `summary`, `two walks`, `none` (the resource has
-    no control total) or `differs` (a day still open). `control_total` is fal's own sum of the window's
+    no control total) or `differs` (a day still open, or one that a person accepted: `is_accepted`).
+    `control_total` is fal's own sum of the window's
     cost, where it told one. `asked_ids` are the endpoints that the rows speak for; None where they speak
     for all.
     """
@@ -101,6 +102,7 @@ class Staged:
     doubtful_rows: int
     rounded_amounts: int
     cost_total: str
+    is_accepted: bool
     findings: Findings
     endpoint_ids: frozenset[str]
     asked_ids: frozenset[str] | None
@@ -111,8 +113,13 @@ class Staged:
             file.unlink(missing_ok=True)
 
 
-def stage_window(settings: Settings, landed: Landed, scratch: Path) -> Staged:
+def stage_window(
+    settings: Settings, landed: Landed, scratch: Path, accepted: Container[str] = ()
+) -> Staged:
     """Type, check and prove the rows of a complete read; Parquet files go to `scratch`.
+
+    `accepted` are fingerprints of rows that break their contract and that a person accepted: then
+    negative amounts are taken as they are, and the window is loaded without what cannot be typed.
 
     Raises:
         TamperedError: a landed page is not the one that was landed.
@@ -123,7 +130,7 @@ def stage_window(settings: Settings, landed: Landed, scratch: Path) -> Staged:
     resource = RESOURCES[manifest.resource]
     try:
         with _engine(settings, scratch, landed) as connection:
-            return _stage(connection, landed, resource, scratch)
+            return _stage(connection, landed, resource, scratch, accepted)
     except FaletlError as error:
         raise error.at(resource=resource.name, window=str(manifest.window)) from None
     except duckdb.InvalidInputException as error:
@@ -145,14 +152,20 @@ def stage_window(settings: Settings, landed: Landed, scratch: Path) -> Staged:
 
 
 def _stage(
-    connection: duckdb.DuckDBPyConnection, landed: Landed, resource: Resource, scratch: Path
+    connection: duckdb.DuckDBPyConnection,
+    landed: Landed,
+    resource: Resource,
+    scratch: Path,
+    accepted: Container[str],
 ) -> Staged:
     manifest = landed.manifest
     path = scratch / f"{manifest.load_id}.parquet"
     typed = _typed(connection, landed, resource, "rows", path)
-    findings = Findings(
-        landed, typed.breaches, typed.set_aside, tuple(_drifts(typed.contract, manifest.window))
-    )
+    is_accepted = typed.breaches > 0 and _findings(landed, typed).rows_digest in accepted
+    as_read = resource.with_any_sign if is_accepted else resource
+    if is_accepted:
+        typed = _typed(connection, landed, as_read, "rows", path)
+    findings = _findings(landed, typed)
     held, inside = connection.execute(
         f"select count(*), count(*) filter (where _is_inside) from {quoted(path)} where _breach = ''"
     ).fetchone() or (0, 0)
@@ -169,7 +182,9 @@ def _stage(
     rows, hashes, doubtful, total, endpoint_ids = found or (0, None, 0, "0", None)
     digest = digest_of((rows, hashes))
     try:
-        proof, control_total = _prove(connection, landed, resource, source, digest, typed, scratch)
+        proof, control_total = _prove(
+            connection, landed, as_read, source, digest, typed, scratch, is_accepted=is_accepted
+        )
     except FaletlError as error:
         error.findings = findings
         raise
@@ -194,10 +209,17 @@ def _stage(
         doubtful_rows=doubtful,
         rounded_amounts=typed.rounded,
         cost_total=total,
+        is_accepted=is_accepted,
         findings=findings,
         endpoint_ids=frozenset(endpoint_ids or ()),
         asked_ids=manifest.asked_ids if resource.ids_per_call else None,
     )
+
+
+def _findings(landed: Landed, typed: Typed) -> Findings:
+    """What was noticed of the rows."""
+    drifts = tuple(_drifts(typed.contract, landed.manifest.window))
+    return Findings(landed, typed.breaches, typed.set_aside, drifts)
 
 
 def _why_dropped(resource: Resource, rows: int) -> str:
@@ -666,9 +688,9 @@ def _cast(text: str, column: Column, *, is_bounded: bool) -> str:
     point = f"strpos({text}, '.')"
     is_plain = f"{text} >= '0' and {text} < ':' and not contains({text}, 'e')"
     match column.kind:
-        case Kind.AMOUNT if column.is_level:
-            is_good = rf"regexp_full_match({text}, '-?\d+(\.\d{{1,{SCALE}}})?')"
-            return f"case when {is_good} then {decimal_of(text, is_bounded=is_bounded)} end"
+        case Kind.AMOUNT | Kind.WHOLE if column.is_level:
+            size = _cast(f"ltrim({text}, '-')", replace(column, is_level=False), is_bounded=is_bounded)
+            return f"case when {text} < '0' then -({size}) else {size} end"
         case Kind.AMOUNT | Kind.SECONDS:
             is_short = f"strlen({text}) <= {len('0.') + SCALE}"
             is_good = (
@@ -854,9 +876,9 @@ def _count(connection: duckdb.DuckDBPyConnection, query: str) -> int:
 
 
 def _proof_columns(resource: Resource) -> tuple[Column, ...]:
-    proof = resource.proof
+    proof = resource.with_any_sign.proof  # a sum may have any sign
     names = (*proof.key, *proof.sums, "currency") if proof else ()
-    return tuple(c for c in proof.columns if c.name in names) if proof else ()
+    return tuple(column for column in (proof.columns if proof else ()) if column.name in names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -890,6 +912,8 @@ def _prove(
     digest: str,
     typed: Typed,
     scratch: Path,
+    *,
+    is_accepted: bool,
 ) -> tuple[str, str | None]:
     """Show that the rows are all there; returns how, and fal's total. docs/fal-api.md, "Control totals".
 
@@ -904,10 +928,10 @@ def _prove(
     for part in parts:
         last = first + part.pages - 1
         if len(parts) == 1:
-            rows = _Rows(source, digest, typed, first, last)
+            rows = _Rows(source, digest, typed, first, last, is_accepted)
         else:
             own = f"(select * from {source} where _page between {first} and {last})"
-            rows = _Rows(own, _digest(connection, resource, own), typed, first, last)
+            rows = _Rows(own, _digest(connection, resource, own), typed, first, last, is_accepted)
         verdicts.append(_prove_part(connection, landed, part, resource, rows, scratch))
         first = last + 1
     total = _sum(verdict.total for verdict in verdicts)
@@ -917,6 +941,8 @@ def _prove(
     unproven = [verdict for verdict in verdicts if verdict.unproven]
     if not unproven:
         return ("two walks" if "two walks" in proofs else "summary"), total
+    if is_accepted:
+        return "differs", total
     if manifest.window.is_provisional:
         log.warning("%s, window %s: the day is still open and does not add up to fal's control total "
                     "yet (%s)", resource.name, manifest.window, unproven[0].why)  # fmt: skip
@@ -980,10 +1006,13 @@ class _Rows:
     typed: Typed
     first_page: int
     last_page: int
+    is_accepted: bool
 
     @property
     def breaches(self) -> int:
-        """How many rows of these pages were set aside, as far as that is known."""
+        """How many rows of these pages are quarantined, as far as known, and not accepted."""
+        if self.is_accepted:
+            return 0
         aside = self.typed.set_aside
         of_others = sum(not self.first_page <= one.page <= self.last_page for one in aside)
         return self.typed.breaches - of_others

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from faletl import pipeline
+from faletl import holds, pipeline
 from faletl.config import Settings
 from faletl.errors import DataRefusedError
 from faletl.findings import Validation, keep_validations
@@ -86,13 +86,14 @@ def _judged(warehouse: Warehouse, gate: Gate, load: sa.RowMapping, scratch: Path
         if connection is None or not connection.execute(held).scalar():
             return None
         warehouse.hand_out(connection, rows_of_window(resource, load["account"], window), path)
+        is_accepted = holds.is_refused_window_accepted(connection, load)
         subject = Subject(
             account=load["account"],
-            resource=resource,
+            resource=resource.with_any_sign if is_accepted else resource,
             window=window,
             source=quoted(path),
             expected_rows=load["rows"],
-            control_total=load["control_total"],
+            control_total=None if is_accepted else load["control_total"],
             read_at=load["last_read_at"],
         )
         validations = gate.judge(connection, subject)

@@ -19,7 +19,7 @@ from typing import Any
 import duckdb
 import sqlalchemy as sa
 
-from faletl import landing, models, relabel
+from faletl import holds, landing, models, relabel
 from faletl.config import Settings
 from faletl.errors import FaletlError, StorageError, UsageError
 from faletl.landing import Landed
@@ -156,7 +156,7 @@ def _changed_rows(
         day = load.window_start.astimezone(UTC).date()
         if not load.is_current and load_id not in held:
             continue
-        digest = _digest_now(settings, load)
+        digest = _digest_now(settings, connection, load)
         if digest is None:
             yield (
                 f"{table}, window {day}: the rows of load {load_id} cannot be compared, as an older "
@@ -185,7 +185,7 @@ def _held_digests(warehouse: Warehouse, connection: sa.Connection, resource: str
             return {load_id: digest_of(sums) for load_id, *sums in found.fetchall()}
 
 
-def _digest_now(settings: Settings, load: sa.Row[Any]) -> str | None:
+def _digest_now(settings: Settings, connection: sa.Connection, load: sa.Row[Any]) -> str | None:
     """The digest of what was loaded; where another faletl made that of the ledger, of the landed pages.
 
     None where these cannot be staged any more.
@@ -193,15 +193,19 @@ def _digest_now(settings: Settings, load: sa.Row[Any]) -> str | None:
     if load.digest.endswith(DIGEST_FORM):
         return str(load.digest)
     with scratch_folder() as scratch:
-        staged = _staged(settings, load.landing_path, scratch)
+        staged = _staged(settings, connection, load.landing_path, scratch)
         return None if staged is None else staged.digest
 
 
-def _staged(settings: Settings, landing_path: str, scratch: Path) -> Staged | None:
+def _staged(
+    settings: Settings, connection: sa.Connection, landing_path: str, scratch: Path
+) -> Staged | None:
     """The rows of a read, from its landed pages; None where these are not as they were loaded."""
     try:
         landed = relabel.opener(settings)(landing.root(settings) / landing_path)
-        return stage_window(settings, landed, scratch) if landed else None
+        if landed is None:
+            return None
+        return stage_window(settings, landed, scratch, holds.accepted_rows(connection))
     except StorageError:
         raise  # nobody knows what lies there
     except FaletlError:
@@ -215,7 +219,7 @@ def _are_landed(
     names = [column.name for column in resource.columns]
     table = RAW[resource.name]
     with scratch_folder() as scratch:
-        staged = _staged(settings, landing_path, scratch)
+        staged = _staged(settings, connection, landing_path, scratch)
         if staged is None:
             return False
         with duckdb.connect() as engine:

@@ -24,6 +24,7 @@ from faletl.errors import HeldError, UsageError
 from faletl.plan import Asked
 from faletl.rebuild import prune, rebuild
 from faletl.sandbox import Sandbox
+from faletl.validate import validate
 from faletl.verify import verify
 from tests import laws, truth
 from tests.conftest import Query, all_tables, ask, opened, settings_for, total
@@ -289,6 +290,32 @@ def test_a_refused_day_that_holds_nothing_is_a_row_of_its_own(
     assert extract(settings, YOUNG).exit_code == 0
     assert alerts(settings) == [("refused", subject, True) for subject in subjects]
     assert query("select distinct status from reports.rpt_reconciliation") == [("matched",)]
+
+
+def test_accept_loads_a_day_with_a_negative_line_and_later_ones_with_the_same_line(
+    account: Account, settings: Settings, clock: time_machine.Traveller
+) -> None:
+    account.lines.append(line(at_hour(YOUNG, 5), quantity="-1"))
+    account.events = []
+    assert extract(settings, YOUNG).exit_code == 3
+    with pytest.raises(UsageError, match="nothing of billing_events 2026-11-21 is held"):
+        accept(settings, "billing_events", YOUNG, reason=REASON)
+    report = accept(settings, "usage", YOUNG, reason=REASON)
+    assert [(one.outcome, one.rows) for one in report.outcomes] == [("loaded", 5)]
+    assert total(settings) == Decimal("39.975")
+    assert ask(settings, "select count(*) from ops.failures where resource = 'usage'") == [(0,)]
+    assert ("refused", f"usage {YOUNG}", True) in alerts(settings)
+    assert verify(settings).findings == []
+    assert validate(settings, Asked(resources=["usage"])).exit_code == 0
+    clock.shift(timedelta(hours=1))
+    again = extract(settings, YOUNG)
+    assert [one.outcome for one in again.outcomes if one.resource == "usage"] == ["unchanged"]
+    before = all_tables(settings)
+    rebuild(settings)
+    assert all_tables(settings) == before
+    account.lines.append(line(at_hour(YOUNG, 6), quantity="-2"))
+    assert extract(settings, YOUNG).exit_code == 3
+    assert total(settings) == Decimal("39.975")
 
 
 @hypothesis.settings(max_examples=8)

@@ -657,11 +657,11 @@ def test_a_recorded_charge_and_its_usage_are_loaded_and_match(
 def test_no_discount_and_a_discount_of_zero_are_one(
     ours: str, fals: str, clock: time_machine.Traveller, tmp_path: Path
 ) -> None:
-    noted, total = b'"percent_discount": null', summary("0.025")
-    assert isinstance(total, bytes)
+    noted, total = b'"percent_discount": null', summary("0.025").body
+    assert total is not None
     answers = served_as(
         usage_page(PLAIN).replace(noted, f'"percent_discount": {ours}'.encode()),
-        total.replace(noted, f'"percent_discount": {fals}'.encode()),
+        Fault(body=total.replace(noted, f'"percent_discount": {fals}'.encode())),
     )
     report, settings, _ = run_broken(one_row(), tmp_path, answers)
     assert report.exit_code == 0, report.failures
