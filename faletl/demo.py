@@ -193,7 +193,7 @@ ANSWERS = (
         "Where does it go, and does the bill match the list price? The last 30 days.",
         """
         select
-            endpoint_id as endpoint, unit, sum(quantity) as quantity,
+            endpoint_id as endpoint, unit, round(sum(quantity), 3) as quantity,
             round(sum(cost_total), 2) as cost_usd,
             round(quotient(sum(cost_subtotal), sum(quantity)), 6) as paid_per_unit,
             arg_max(list_unit_price, usage_date) as list_price,

@@ -45,9 +45,9 @@ from faletl.sandbox import FULL_KEY, Fault, Request, Sandbox
 from tests import laws
 from tests.conftest import ask
 from tests.faults import KINDS, Faults
-from tests.feed import Feed, money
+from tests.feed import Feed, money, quantity, unit_price
 from tests.servers import Postgres, Service, free_ports, wait_for
-from tests.truth import Account
+from tests.truth import Account, rounded
 
 ACCOUNT = "chaos"
 NAMESPACE = "CHAOS_HAS_A_NAMESPACE"
@@ -412,8 +412,8 @@ def differences(settings: Settings, feed: Feed) -> dict[str, int]:
     for number in range(feed.days):
         day = feed.day(number)
         served = Counter(
-            (one.at.replace(tzinfo=None), one.request_id, one.endpoint_id, Decimal(one.quantity),
-             Decimal(money(one.nano)))
+            (one.at.replace(tzinfo=None), one.request_id, one.endpoint_id,
+             rounded(Decimal(quantity(one.endpoint_id, one.count))), Decimal(money(one.nano)))
             for one in feed.events(number)
         )  # fmt: skip
         held = Counter(
@@ -425,8 +425,14 @@ def differences(settings: Settings, feed: Feed) -> dict[str, int]:
         )
         lines = Counter(
             {
-                (day, hour, endpoint_id, Decimal(money(price)), Decimal(quantity)): 1
-                for (hour, endpoint_id, price), quantity in feed.by_hour(number).items()
+                (
+                    day,
+                    hour,
+                    endpoint_id,
+                    Decimal(unit_price(endpoint_id, price)),
+                    rounded(Decimal(quantity(endpoint_id, count))),
+                ): 1
+                for (hour, endpoint_id, price), count in feed.by_hour(number).items()
             }
         )
         used = Counter(

@@ -15,19 +15,20 @@ from functools import lru_cache
 from typing import NamedTuple
 
 ENDPOINTS = tuple(f"bench/endpoint-{number:02d}" for number in range(50))
-NANO_PRICES = (25_000_000, 1_500, 333_333_333, 40_000_000, 7)  # of one unit, in turn
+NANO_PRICES = (25_000_000, 1_500, 333_333_333, 40_000_000, 7)  # of one part of a unit, in turn
+PARTS = (1, 24, 1, 1, 48_000)  # of a unit: an image, or a second of 24 frames or 48,000 samples
 MICROSECONDS = 86_400_000_000
 TWIN_EVERY = 1000
 CURSOR = "page-{}"
 
 
 class Event(NamedTuple):
-    """One charge."""
+    """One charge, of whole parts of a unit."""
 
     at: datetime
     request_id: str
     endpoint_id: str
-    quantity: int
+    units: int
     nano: int
 
 
@@ -64,13 +65,13 @@ class Feed:
         revision, begin = self.revision(number), datetime.combine(self.day(number), time(), UTC)
         for of_day in range(first, self.events_per_day if end is None else end):
             event = of_day - 1 if of_day % TWIN_EVERY == TWIN_EVERY - 1 else of_day
-            quantity = 1 + (event + number + revision) % 7
+            count = 1 + (event + number + revision) % 7
             yield Event(
                 begin + timedelta(microseconds=event * MICROSECONDS // self.events_per_day),
                 f"req-{number:04d}-{event:08d}-6f1c-4a27-9f0e",
                 ENDPOINTS[event % len(ENDPOINTS)],
-                quantity,
-                quantity * NANO_PRICES[event % len(NANO_PRICES)],
+                count,
+                count * NANO_PRICES[event % len(NANO_PRICES)],
             )
 
     def page(self, number: int, page: int) -> bytes:
@@ -79,9 +80,10 @@ class Feed:
         end = min(first + self.page_rows, self.events_per_day)
         rows = ",".join(
             f'{{"request_id":"{one.request_id}","endpoint_id":"{one.endpoint_id}",'
-            f'"timestamp":"{one.at:%Y-%m-%dT%H:%M:%S.%f}Z","quantity":{one.quantity},'
-            f'"output_units":{one.quantity},"unit":"images",'
-            f'"unit_price":{money(one.nano // one.quantity)},"percent_discount":null,'
+            f'"timestamp":"{one.at:%Y-%m-%dT%H:%M:%S.%f}000Z",'
+            f'"quantity":{quantity(one.endpoint_id, one.units)},'
+            f'"output_units":{quantity(one.endpoint_id, one.units)},"unit":"images",'
+            f'"unit_price":{unit_price(one.endpoint_id, one.nano // one.units)},"percent_discount":0,'
             f'"cost_subtotal":{money(one.nano)},"cost_discount":0,"cost_total":{money(one.nano)},'
             f'"cost_estimate_nano_usd":{one.nano},"auth_method":"prod",'
             f'"auth_method_structured":{{"detail":"prod","api_key_id":"key-1"}}}}'
@@ -98,8 +100,8 @@ class Feed:
         begin = datetime.combine(self.day(number), time(), UTC)
         hours = self.by_hour(number)
         whole: Counter[tuple[str, int]] = Counter()
-        for (_, endpoint_id, price), quantity in hours.items():
-            whole[endpoint_id, price] += quantity
+        for (_, endpoint_id, price), count in hours.items():
+            whole[endpoint_id, price] += count
         series = ",".join(
             f'{{"bucket":"{begin + timedelta(hours=hour):%Y-%m-%dT%H:%M:%SZ}","results":['
             + ",".join(
@@ -114,7 +116,7 @@ class Feed:
         ).encode()
 
     def by_hour(self, number: int) -> Counter[tuple[int, str, int]]:
-        """The day's quantities by hour, endpoint and price in nano-dollars."""
+        """The day's parts of units by hour, endpoint and price of a part in nano-dollars."""
         return _by_hour(self.first, self.events_per_day, number, self.revision(number))
 
 
@@ -125,7 +127,7 @@ def _by_hour(
     feed = Feed(first, number + 1, events_per_day, revisions=[revision] * (number + 1))
     sums: Counter[tuple[int, str, int]] = Counter()
     for one in feed.events(number):
-        sums[one.at.hour, one.endpoint_id, one.nano // one.quantity] += one.quantity
+        sums[one.at.hour, one.endpoint_id, one.nano // one.units] += one.units
     return sums
 
 
@@ -134,11 +136,26 @@ def money(nano: int) -> str:
     return f"{nano // 10**9}.{nano % 10**9:09d}"
 
 
-def _line(endpoint_id: str, nano_price: int, quantity: int) -> str:
-    cost = money(quantity * nano_price)
+def parts(endpoint_id: str) -> int:
+    """How many parts a unit of the endpoint has."""
+    return PARTS[int(endpoint_id[-2:]) % len(PARTS)]
+
+
+def quantity(endpoint_id: str, count: int) -> str:
+    """So many parts in units, as fal writes it: a double of up to 17 digits where it is no whole one."""
+    return repr(count / parts(endpoint_id)) if parts(endpoint_id) > 1 else str(count)
+
+
+def unit_price(endpoint_id: str, nano_price: int) -> str:
+    """The price of a unit in dollars, by that of a part in nano-dollars."""
+    return money(nano_price * parts(endpoint_id))
+
+
+def _line(endpoint_id: str, nano_price: int, count: int) -> str:
+    cost = money(count * nano_price)
     return (
-        f'{{"endpoint_id":"{endpoint_id}","unit":"images","quantity":{quantity},'
-        f'"unit_price":{money(nano_price)},"percent_discount":null,"cost_subtotal":{cost},'
-        f'"cost_discount":0,"cost_total":{cost},"cost":{cost},"currency":"USD","auth_method":"prod",'
+        f'{{"endpoint_id":"{endpoint_id}","unit":"images","quantity":{quantity(endpoint_id, count)},'
+        f'"unit_price":{unit_price(endpoint_id, nano_price)},"percent_discount":null,'
+        f'"cost_subtotal":{cost},"cost_discount":0,"cost_total":{cost},"cost":{cost},"currency":"USD","auth_method":"prod",'
         '"auth_method_structured":{"detail":"prod","api_key_id":"key-1"}}'
     )

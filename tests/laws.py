@@ -19,6 +19,7 @@ import zstandard
 
 from faletl.config import Settings
 from tests.conftest import ask, opened
+from tests.truth import rounded
 
 RECORDS = {"usage": ("time_series", "results"), "billing_events": ("billing_events",)}
 LAYERS = (
@@ -110,7 +111,7 @@ def check_lineage(settings: Settings, days: Collection[str] | None = None) -> No
 
 
 def _landed_costs(folder: Path, records: tuple[str, ...]) -> dict[tuple[int, int], tuple[str, Decimal]]:
-    """Endpoint and cost of each record of the read, by page and row."""
+    """Endpoint and cost of each record of the extract, by page and row, to the 12th decimal."""
     manifest = json.loads((folder / "manifest.json").read_bytes())
     pages = [page for call in manifest["calls"] if call["label"] == "rows" for page in call["pages"]]
     found = {}
@@ -123,7 +124,7 @@ def _landed_costs(folder: Path, records: tuple[str, ...]) -> dict[tuple[int, int
             rows = [inner for one in rows for inner in one[step]]
         assert len(rows) == page["rows"], folder / page["file"]
         for row, one in enumerate(rows, 1):
-            found[number, row] = (one["endpoint_id"], one["cost_total"])
+            found[number, row] = (one["endpoint_id"], rounded(one["cost_total"]))
     return found
 
 

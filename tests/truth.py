@@ -1,21 +1,23 @@
 """A fal account that a test holds in its hands: what the API serves, and what faletl must make of it.
 
+A test writes down what is due to the last digit; the account serves it as fal would: in doubles.
 The figures are computed here from the served lines with Python's own Decimal and Fraction, by other
-code than the warehouse's.
+code than the warehouse's: each served amount is rounded half-even at the 12th decimal, then added up.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, time, timedelta
-from decimal import ROUND_DOWN, ROUND_HALF_UP, Decimal, localcontext
+from decimal import ROUND_DOWN, ROUND_HALF_EVEN, Decimal, localcontext
 from fractions import Fraction
 from typing import Any
 
 from faletl.sandbox import BillingEvent, Calls, Credential, UsageLine
 
+NANO = Decimal("1e-9")
 NOW = datetime(2026, 11, 23, 10, 30, tzinfo=UTC)
 KEY = Credential("backend", api_key_id="key-1")
 LOGIN = Credential("User token", login_username="alice")
@@ -39,22 +41,50 @@ def line(
     credential: Credential = KEY,
 ) -> UsageLine:
     """A line of usage whose costs follow from quantity, price and discount."""
+    percent = None if percent_discount is None else Decimal(percent_discount)
+    return UsageLine(
+        hour=hour,
+        endpoint_id=endpoint_id,
+        unit=unit,
+        quantity=Decimal(quantity),
+        unit_price=Decimal(unit_price),
+        percent_discount=percent,
+        **costs(Decimal(quantity), Decimal(unit_price), percent),
+        currency=currency,
+        credential=credential,
+    )
+
+
+def costs(quantity: Decimal, unit_price: Decimal, percent_discount: Decimal | None) -> dict[str, Any]:
+    """What so much costs, to the last digit."""
     with localcontext(prec=60):
-        subtotal = Decimal(quantity) * Decimal(unit_price)
-        discount = subtotal * Decimal(percent_discount or 0) / 100
-        return UsageLine(
-            hour=hour,
-            endpoint_id=endpoint_id,
-            unit=unit,
-            quantity=Decimal(quantity),
-            unit_price=Decimal(unit_price),
-            percent_discount=None if percent_discount is None else Decimal(percent_discount),
-            cost_subtotal=subtotal,
-            cost_discount=discount,
-            cost_total=subtotal - discount,
-            currency=currency,
-            credential=credential,
-        )
+        subtotal = quantity * unit_price
+        discount = subtotal * (percent_discount or 0) / 100
+        total = subtotal - discount
+    return {"cost_subtotal": subtotal, "cost_discount": discount, "cost_total": total}
+
+
+def as_sent(one: UsageLine) -> UsageLine:
+    """The line with its costs as products of doubles, as fal sends them.
+
+    Costs that a test made up, and those of numbers that no double is, stay as they are.
+    """
+    factors = (one.quantity, one.unit_price, one.percent_discount or Decimal(0))
+    due = costs(one.quantity, one.unit_price, one.percent_discount)
+    is_made_up = any(getattr(one, name) != cost for name, cost in due.items())
+    if is_made_up or any(nearest_double(factor) != factor for factor in factors):
+        return one
+    quantity, unit_price, percent = map(float, factors)
+    subtotal = quantity * unit_price
+    total = subtotal * (1 - percent / 100)
+    sent = {"cost_subtotal": subtotal, "cost_discount": subtotal - total, "cost_total": total}
+    texts: dict[str, Any] = {name: Decimal(repr(cost)) for name, cost in sent.items()}
+    return replace(one, **texts)
+
+
+def nearest_double(number: Decimal) -> Decimal:
+    """The double that is nearest to the number, as its text says it."""
+    return Decimal(repr(float(number)))
 
 
 @dataclass
@@ -74,6 +104,11 @@ class Account:
     listed: dict[str, dict[str, Any]] = field(default_factory=dict)
     balance: Decimal = Decimal("24.5")
     requests: str = ""
+    clock: Callable[[], datetime] = lambda: datetime.now(UTC)
+
+    def now(self) -> datetime:
+        """The present, as fal's clock tells it."""
+        return self.clock()
 
     def models(self) -> list[dict[str, Any]]:
         """The catalogue."""
@@ -85,7 +120,7 @@ class Account:
 
     def usage(self, start: datetime, end: datetime) -> Iterable[UsageLine]:
         """The lines of the hours asked for."""
-        return [one for one in self.lines if start <= one.hour < end]
+        return [as_sent(one) for one in self.lines if start <= one.hour < end]
 
     def billing_events(self, start: datetime, end: datetime) -> Iterable[BillingEvent]:
         """The charges of the instants asked for."""
@@ -118,15 +153,17 @@ class Account:
 def charges(lines: Iterable[UsageLine], requests: str = "") -> list[BillingEvent]:
     """Two charges of one request for each line in US dollars, with exact twins where lines are twins.
 
-    A third of a line that costs something goes to the first charge, in whole nano-dollars.
+    A third of a line that costs something goes to the first charge; both are whole nano-dollars, each
+    rounded by itself. Where nothing is taken off, a charge says 0.
     """
     events = []
     for one in lines:
         if one.currency != "USD":
             continue
         with localcontext(prec=60):
-            first = (one.cost_total / 3).quantize(Decimal("1e-9"), rounding=ROUND_DOWN)
-            for part, cost in enumerate((first, one.cost_total - first)):
+            first = (one.cost_total / 3).quantize(NANO, rounding=ROUND_DOWN)
+            second = (one.cost_total - first).quantize(NANO)
+            for part, cost in enumerate((first, second)):
                 events.append(  # a comprehension would hide the split
                     BillingEvent(
                         timestamp=one.hour + timedelta(minutes=part, microseconds=part),
@@ -135,7 +172,7 @@ def charges(lines: Iterable[UsageLine], requests: str = "") -> list[BillingEvent
                         unit=one.unit if part else None,
                         quantity=one.quantity if part else None,
                         unit_price=one.unit_price,
-                        percent_discount=one.percent_discount,
+                        percent_discount=one.percent_discount or Decimal(0),
                         cost_subtotal=cost,
                         cost_discount=Decimal(0),
                         cost_total=cost,
@@ -155,7 +192,7 @@ def two_days() -> Account:
                 line(at, FLUX, "3", "0.025", percent_discount="10"),
                 line(at, FLUX, "2", "0.025", credential=LOGIN),
                 line(at, FLUX, "1.5", "0.03", unit="megapixels"),
-                line(at, VIDEO, "0.123456789", "0.4", unit="second", credential=NOBODY),
+                line(at, VIDEO, "0.12345679", "0.4", unit="second", credential=NOBODY),
                 line(at, VOICE, "16.374837", "0.02", unit="1000 characters "),
             ]
     account.catalogue = [
@@ -204,7 +241,7 @@ def charged(account: Account, until: datetime = NOW) -> Counter[Row]:
     return Counter(
         (
             account.account, one.timestamp.replace(tzinfo=None), one.request_id, one.endpoint_id,
-            credential_id(one.credential), one.cost_total,
+            credential_id(one.credential), rounded(one.cost_total),
         )
         for one in account.billing_events(datetime.min.replace(tzinfo=UTC), last)
     )  # fmt: skip
@@ -231,9 +268,31 @@ def quotient(numerator: Decimal, denominator: Decimal) -> Decimal | None:
 
 
 def _settled(account: Account, until: datetime) -> Iterator[UsageLine]:
-    """The lines that a run at `until` may read: of hours that ended five minutes ago."""
+    """What a run at `until` may read, row by row: of hours that ended five minutes ago.
+
+    Lines that fal does not tell apart are one row, whose amounts are added up as fal does. The amounts
+    are those that are kept of the row's.
+    """
     last = (until - timedelta(minutes=5)).replace(minute=0, second=0, microsecond=0)
-    return (one for one in account.lines if one.hour < last)
+    rows: dict[Row, list[UsageLine]] = {}
+    for one in account.usage(datetime.min.replace(tzinfo=UTC), last):
+        grain = (
+            one.hour, one.endpoint_id, one.unit, one.unit_price, one.percent_discount, one.currency,
+            one.credential,
+        )  # fmt: skip
+        rows.setdefault(grain, []).append(one)
+    names = ("quantity", "cost_subtotal", "cost_discount", "cost_total")
+    for lines in rows.values():
+        kept: dict[str, Any] = {n: rounded(added_up([getattr(one, n) for one in lines])) for n in names}
+        yield replace(lines[0], unit_price=rounded(lines[0].unit_price), **kept)
+
+
+def added_up(amounts: list[Decimal]) -> Decimal:
+    """The sum as fal sends it: a double, unless one of the amounts is none."""
+    with localcontext(prec=60):
+        exact = sum(amounts, Decimal(0))
+    is_of_doubles = all(nearest_double(amount) == amount for amount in amounts)
+    return nearest_double(exact) if is_of_doubles else exact
 
 
 def at_hour(on: date, hour: int) -> datetime:
@@ -247,5 +306,6 @@ def day(number: int) -> date:
 
 
 def rounded(amount: Decimal) -> Decimal:
-    """To twelve decimals, as a column holds it."""
-    return amount.quantize(Decimal("1e-12"), rounding=ROUND_HALF_UP)
+    """Half-even to twelve decimals, as a column holds it."""
+    with localcontext(prec=60):
+        return amount.quantize(Decimal("1e-12"), rounding=ROUND_HALF_EVEN)

@@ -7,7 +7,7 @@ Example:
 
 from faletl.invented import BILLING_KEY, FULL_KEY, READONLY_KEY
 from faletl.invented import KEYS as DEFAULT_KEYS
-from faletl.sandbox.server import Fault, Request, Sandbox
+from faletl.sandbox.server import Conduct, Fault, Request, Sandbox
 from faletl.sandbox.world import BillingEvent, Calls, Credential, UsageLine, World, invented_world
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "READONLY_KEY",
     "BillingEvent",
     "Calls",
+    "Conduct",
     "Credential",
     "Fault",
     "Request",

@@ -33,7 +33,7 @@ from urllib.parse import parse_qs, urlsplit
 from zoneinfo import ZoneInfo
 
 from faletl.invented import HEADER, KEYS
-from faletl.sandbox.world import BillingEvent, Calls, Credential, UsageLine, World
+from faletl.sandbox.world import BillingEvent, Calls, Credential, UsageLine, World, as_double
 
 BASE_PATH = "/v1"
 LOOPBACK, EVERYWHERE = "127.0.0.1", "0.0.0.0"  # noqa: S104 only where --host asks for it
@@ -67,6 +67,7 @@ FILTERS = {
 # Lines that differ in one of these make rows of their own.
 USAGE_GRAIN = ("endpoint_id", "unit", "unit_price", "percent_discount", "currency")
 EXACT = Context(prec=200)  # whatever amounts a world makes up
+DOUBLE_DIGITS = 15  # with which any number is a double's text
 
 # The kinds of estimate: what a quantity is called, and the least one.
 ESTIMATES = {
@@ -137,6 +138,44 @@ class Fault:
     drop: bool = False
 
 
+Span = tuple[datetime, datetime]
+"""From an instant until another one, exclusive, on the clock of the world."""
+
+
+@dataclass(frozen=True)
+class Conduct:
+    """What fal may do to an account, as data; by the clock of the world. No answer tells of it.
+
+    Usage, charges and requests of days (UTC) that ended more than `retention_days` days ago are no
+    longer served, and in each of the `brown_outs` those of no day that has ended: empty, totals and
+    all. In each of the spans of `account_refused`, /account/billing answers 403. From each instant of
+    `renamed` on, the account bears that name.
+    """
+
+    retention_days: int | None = None
+    brown_outs: Sequence[Span] = ()
+    account_refused: Sequence[Span] = ()
+    renamed: Sequence[tuple[datetime, str]] = ()
+
+    def first_served(self, now: datetime) -> datetime:
+        """The instant from which on usage, charges and requests are served."""
+        today = now.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+        if _is_within(now, self.brown_outs):
+            return today
+        if self.retention_days is None:
+            return datetime.min.replace(tzinfo=UTC)
+        return today - timedelta(days=self.retention_days)
+
+    def name_at(self, now: datetime, account: str) -> str:
+        """The name of the account; `account` until it is renamed."""
+        names = [name for instant, name in sorted(self.renamed) if instant <= now]
+        return names[-1] if names else account
+
+
+def _is_within(instant: datetime, spans: Iterable[Span]) -> bool:
+    return any(start <= instant < end for start, end in spans)
+
+
 class Refusal(Exception):  # noqa: N818 a proper answer, not a failure of the sandbox
     """Answered as fal's error body with this status."""
 
@@ -155,7 +194,7 @@ class Sandbox:
     break the answer. With `as_of`, the API is the one of that day: what was added later is unknown to
     it, whatever the world holds. With `has_time_cursors`, a cursor of usage, analytics or billing events
     is a bare instant, as in an example of fal's: rows of that second (or bucket) that did not fit on
-    the page before are lost.
+    the page before are lost. `conduct` is what else fal may do to an account.
     """
 
     def __init__(
@@ -169,9 +208,11 @@ class Sandbox:
         fault: Callable[[Request], Fault | None] | None = None,
         as_of: date | None = None,
         has_time_cursors: bool = False,
+        conduct: Conduct | None = None,
     ) -> None:
         self.world = world
         self.has_time_cursors = has_time_cursors
+        self.conduct = conduct or Conduct()
         self.as_of = as_of
         self.keys = keys
         self.page_size = page_size
@@ -461,6 +502,7 @@ def report(
     def bucket_name(hour: datetime) -> str:
         return bucket_of(hour, timeframe, zone).astimezone(zone).isoformat()
 
+    start = max(start, first_served(sandbox))
     records = [record for record in held(start, end) if is_asked(record, query)]
     records.sort(key=attrgetter("hour"))
     groups: dict[tuple[str | None, object], list[Hourly]] = {}  # None is the bucket of the summary
@@ -488,6 +530,7 @@ def billing_events(sandbox: Sandbox, query: Query) -> Json:
     longest = limits_of(path, sandbox.as_of).get("range_days_max")
     if longest and end - start > timedelta(days=longest):
         raise Refusal(400, f"start and end lie more than {longest} days apart")
+    start = max(start, first_served(sandbox))
     events = [event for event in sandbox.world.billing_events(start, end) if is_asked(event, query)]
     events.sort(key=attrgetter("timestamp", "request_id"), reverse=True)
     page, cursor = cut_page(
@@ -498,9 +541,12 @@ def billing_events(sandbox: Sandbox, query: Query) -> Json:
 
 def billing(sandbox: Sandbox, query: Query) -> Json:
     """The account's name, and its credits when asked for."""
+    now = now_of(sandbox.world)
+    if _is_within(now, sandbox.conduct.account_refused):
+        raise Refusal(403, "Access denied")
     credits_asked = "credits" in query.get("expand", [])
     extra = {"credits": sandbox.world.credits()} if credits_asked else {}
-    return {"username": sandbox.world.account, **extra}
+    return {"username": sandbox.conduct.name_at(now, sandbox.world.account), **extra}
 
 
 ANSWERS: Mapping[str, Callable[[Sandbox, Any], Json]] = {  # of a query, or of a body
@@ -558,6 +604,11 @@ def read_range(world: World, query: Query) -> tuple[datetime, datetime]:
     return start, end
 
 
+def first_served(sandbox: Sandbox) -> datetime:
+    """The instant from which on the sandbox serves what was used."""
+    return sandbox.conduct.first_served(now_of(sandbox.world))
+
+
 def now_of(world: World) -> datetime:
     """The present. An invented world has a clock of its own, which a test may have set."""
     now: datetime = getattr(world, "now", lambda: datetime.now(UTC))()
@@ -612,7 +663,7 @@ def is_asked(record: object, query: Query) -> bool:
 
 
 def usage_row(lines: Sequence[UsageLine], expand: Sequence[str]) -> Json:
-    """One row of usage: what the lines have in common, and the exact sums of their amounts."""
+    """One row of usage: what the lines have in common, and the sums of their amounts."""
     first = lines[0]
     cost_total = total(line.cost_total for line in lines)
     return {
@@ -633,10 +684,11 @@ def usage_row(lines: Sequence[UsageLine], expand: Sequence[str]) -> Json:
 def event_row(event: BillingEvent, expand: Sequence[str]) -> Json:
     """One charge."""
     nano_usd = event.cost_total.scaleb(9, EXACT)
+    at = event.timestamp.astimezone(UTC)
     return {
         "request_id": event.request_id,
         "endpoint_id": event.endpoint_id,
-        "timestamp": event.timestamp.astimezone(UTC).replace(tzinfo=None).isoformat() + "Z",
+        "timestamp": f"{at:%Y-%m-%dT%H:%M:%S}.{at.microsecond:06d}000Z",
         "quantity": event.quantity,
         "output_units": event.quantity,
         "unit": event.unit,
@@ -645,7 +697,7 @@ def event_row(event: BillingEvent, expand: Sequence[str]) -> Json:
         "cost_subtotal": event.cost_subtotal,
         "cost_discount": event.cost_discount,
         "cost_total": event.cost_total,
-        "cost_estimate_nano_usd": nano_usd.to_integral_value(ROUND_HALF_EVEN),
+        "cost_estimate_nano_usd": int(nano_usd.to_integral_value(ROUND_HALF_EVEN)),
         **caller(event.credential, expand),
     }
 
@@ -670,8 +722,17 @@ def analytics_row(calls: Sequence[Calls], metrics: Sequence[str]) -> Json:
 
 
 def total(amounts: Iterable[Decimal]) -> Decimal:
-    """The exact sum."""
-    return reduce(EXACT.add, amounts)
+    """The sum: the double that is nearest to it, or all its digits where an amount is no double."""
+    summands = list(amounts)
+    whole = reduce(EXACT.add, summands, Decimal(0))
+    if len(whole.as_tuple().digits) <= DOUBLE_DIGITS or not all(map(is_double, summands)):
+        return whole
+    return as_double(float(whole))
+
+
+def is_double(amount: Decimal | int) -> bool:
+    """Whether the number is what a double is written as."""
+    return as_double(float(amount)) == amount
 
 
 def cut_page(
@@ -736,11 +797,12 @@ def read_cursor(path: str, query: Query) -> int:
 
 
 def to_json(value: object) -> str:
-    """JSON with every Decimal in plain notation, digit by digit; `json` would want floats."""
+    """JSON with every Decimal as a double is written; one that is no double, digit by digit."""
     if isinstance(value, str):
         return encode_basestring_ascii(value)
     if isinstance(value, Decimal):
-        return format(value, "f")
+        text = repr(float(value)).removesuffix(".0")
+        return text if Decimal(text) == value else format(value, "f")
     if isinstance(value, dict):
         fields = [f"{encode_basestring_ascii(k)}:{to_json(v)}" for k, v in value.items()]
         return "{" + ",".join(fields) + "}"

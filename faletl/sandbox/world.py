@@ -3,7 +3,9 @@
 The invented one is a mid-size team that spends 100 to 600 USD a day, and once a month or so far more
 on a single call. Everything in it follows from the seed and the hour asked for: ask a day at once or
 hour by hour, today or next year, and the same lines come back. Prices change for every seed alike.
-Chance works on whole numbers only, so that no platform rounds it differently.
+Chance works on whole numbers only, and amounts are quotients, products and sums of doubles, as fal's
+seem to be: of both, every platform makes the same. So a quantity may have 17 digits, and a price, too.
+A charge is rounded to a nano-dollar, each by itself; usage is not (docs/fal-api.md, "Billing events").
 
 Where things come late, what is shown of an hour follows from the clock as well, and from nothing else.
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -158,31 +161,33 @@ CALLERS = (
 
 COMPUTE_SECONDS = "compute seconds"
 
-# What one call takes of a unit: on average, and the smallest step of it. Steps are as fine as nine
-# decimals of cost allow after a price of up to six decimals and a discount in whole tenths.
+# What one call takes of a unit: on average, and into how many steps the unit is cut. Seconds of video
+# are frames at 24 a second, and what is measured in sound is samples.
 CALL_OF_UNIT = {
-    "images": ("1", "1"),
-    "videos": ("1", "1"),
-    "video segments": ("1", "1"),
-    "generations": ("1", "1"),
-    "seconds": ("5", "5"),
-    "5 seconds": ("1", "1"),
-    "minutes": ("1.5", "0.01"),
-    "compute seconds": ("4.2", "0.01"),
-    "megapixels": ("1.05", "0.01"),
-    "processed megapixels": ("1.05", "0.01"),
-    "units": ("1", "0.01"),
-    "1000 characters": ("0.62", "0.001"),
-    "1000 tokens": ("108", "0.001"),
-    "1m tokens": ("0.108", "0.000001"),
+    "images": ("1", 1),
+    "videos": ("1", 1),
+    "video segments": ("1", 1),
+    "generations": ("1", 1),
+    "seconds": ("5", 24),
+    "5 seconds": ("1", 1),
+    "30 frames": ("6", 30),
+    "minutes": ("1.5", 60),
+    "compute seconds": ("4.2", 1000),
+    "megapixels": ("1.05", 100),
+    "processed megapixels": ("1.05", 100),
+    "units": ("1", 100),
+    "1000 characters": ("0.62", 1000),
+    "1000 tokens": ("108", 1000),
+    "1m tokens": ("0.108", 10**6),
 }
+SAMPLES = 48_000  # a second of sound
 
 
 class Stream(NamedTuple):
     """One endpoint in use. What is not said here is as in the price list.
 
-    `calls` are those of a working day at full size, one figure per caller. A stream flows in every
-    `months`-th month only.
+    `calls` are those of a working day at full size, one figure per caller. `steps` are those that a unit
+    is cut into. A stream flows in every `months`-th month only.
     """
 
     endpoint_id: str
@@ -190,6 +195,7 @@ class Stream(NamedTuple):
     billed_unit: str = ""
     unit_price: str = ""
     call: str = ""
+    steps: int = 0
     is_discounted: bool = False
     months: int = 1
 
@@ -210,6 +216,8 @@ STREAMS = (
     Stream("fal-ai/ideogram/v3", (35, 0, 0, 0), months=2),
     Stream("openai/gpt-image-2", (55, 0, 10, 0), call="0.22"),
     Stream("fal-ai/birefnet/v2", (2400, 900, 0, 12)),
+    # What runs on several machines has several prices at once: here a price by the second of each.
+    Stream("fal-ai/birefnet/v2", (700, 200, 0, 0), unit_price="0.00111"),
     Stream("fal-ai/esrgan", (300, 600, 0, 0)),
     Stream("fal-ai/topaz/upscale/image", (70, 0, 0, 0), call="8.4"),
     Stream("fal-ai/bria/background/remove", (190, 0, 12, 0)),
@@ -245,15 +253,23 @@ STREAMS = (
     Stream("fal-ai/elevenlabs/tts/turbo-v2.5", (420, 0, 0, 0), billed_unit="1000 characters "),
     Stream("fal-ai/kokoro", (0, 900, 0, 0)),
     Stream("fal-ai/minimax/speech-02-hd", (60, 0, 5, 0)),
-    Stream("fal-ai/mmaudio-v2", (80, 0, 0, 0)),
+    Stream("fal-ai/mmaudio-v2", (80, 0, 0, 0), call="10", steps=SAMPLES),
+    Stream("veed/video-background-removal", (45, 0, 0, 0)),
     Stream("fal-ai/elevenlabs/music", (4, 0, 1, 0), months=2),
     # The team's own endpoint: billed, yet in no catalogue and without a list price.
     Stream(
         "acme/product-photo",
         (380, 0, 15, 0),
         billed_unit="compute seconds",
-        unit_price="0.00125",
+        unit_price="0.00125",  # 4.50 USD an hour
         call="9.5",
+    ),
+    Stream(
+        "acme/product-photo",
+        (90, 0, 0, 0),
+        billed_unit="compute seconds",
+        unit_price="0.001736111111111111",  # 6.25 USD an hour
+        call="6.5",
     ),
 )
 
@@ -279,7 +295,7 @@ PRICE_CHANGES = {
     "fal-ai/topaz/upscale/image": PriceChange(1, 6, 0, ("0.012",)),
     "fal-ai/wan/v2.2-a14b/image-to-video": PriceChange(1, 22, 9, ("0.07", "0.075")),
     "fal-ai/nano-banana-2": PriceChange(2, 3, 16, ("0.07", "0.074", "0.077")),
-    "fal-ai/esrgan": PriceChange(2, 18, 0, ("0.00125",)),
+    "fal-ai/esrgan": PriceChange(2, 18, 0, ("0.001736111111111111",)),  # 6.25 USD an hour
     "fal-ai/recraft-v3": PriceChange(3, 9, 0, ("0.05", "0.045")),
     "fal-ai/elevenlabs/tts/turbo-v2.5": PriceChange(3, 28, 17, ("0.04", "0.045")),
     "fal-ai/veo3.1/fast/image-to-video": PriceChange(4, 13, 18, ("0.12", "0.135")),
@@ -301,12 +317,13 @@ RUNAWAY_ENDPOINTS = {
     "fal-ai/kling-video/v3/pro/image-to-video",
     "bytedance/seedance-2.0/enterprise/v2/image-to-video",
 }
-RUNAWAY_CALLS = range(600, 1000)
+RUNAWAY_CALLS = range(730, 830)
 RUNAWAY_STRETCH = timedelta(days=30)
 RUNAWAY_HOURS = range(8 * 24, 24 * 24)  # of a stretch
 
 PERCENT_DISCOUNT = Decimal(10)  # of discounted streams, for calls made with a key
 NO_DISCOUNT = Decimal(0)
+NANO = Decimal("1e-9")
 
 UNPRICED = {
     "fal-ai/any-llm": "llm",
@@ -344,7 +361,7 @@ PERMILLE_OF_CALLS = {
 }
 
 FOUNDED = datetime(2025, 1, 1, tzinfo=UTC)  # nothing was used before
-CREDIT_LEVEL = Decimal(5000)  # what the balance is brought up to each Monday, 00:00 UTC
+CREDIT_LEVEL = 5000.0  # USD, what the balance is brought up to each Monday, 00:00 UTC
 
 
 class Change(NamedTuple):
@@ -404,13 +421,13 @@ class InventedWorld:
             yield from self._shown(hour, now, zip(lines_of_hour(self.seed, hour)))
 
     def billing_events(self, start: datetime, end: datetime) -> Iterator[BillingEvent]:
-        """The charges of `[start, end)` whose hours are over: together, exactly the usage."""
+        """The charges of `[start, end)` whose hours are over: the usage, to half a nano for each."""
         now = self.now()
         first = max(start, FOUNDED).astimezone(UTC).replace(minute=0, second=0, microsecond=0)
         for hour in _hours(first, end, now):
             for event in self._shown(hour, now, events_of_hour(self.seed, hour)):
                 if start <= event.timestamp < end:
-                    yield event
+                    yield _as_told(event)
 
     def calls(self, start: datetime, end: datetime) -> Iterator[Calls]:
         """The calls of the hours that begin in `[start, end)` and are over; never late."""
@@ -425,8 +442,8 @@ class InventedWorld:
         """The level of Monday less what was charged since; it falls by the hour."""
         now = self.now().astimezone(UTC)
         monday = now.replace(hour=0, minute=0, second=0, microsecond=0) - now.weekday() * 24 * HOUR
-        spent = sum((line.cost_total for line in self.usage(monday, now)), Decimal(0))
-        return {"current_balance": max(CREDIT_LEVEL - spent, Decimal(0)), "currency": "USD"}
+        spent = math.fsum(line.cost_total for line in self.usage(monday, now))
+        return {"current_balance": as_double(max(CREDIT_LEVEL - spent, 0.0)), "currency": "USD"}
 
     def _shown(
         self, hour: datetime, now: datetime, of_lines: Iterable[Iterable[Shown]]
@@ -538,13 +555,13 @@ def changes_of_hour(seed: int, hour: datetime) -> Mapping[int, Change]:
 
 @lru_cache(maxsize=32 * 24)
 def events_of_hour(seed: int, hour: datetime) -> tuple[tuple[BillingEvent, ...], ...]:
-    """The charges behind each line of the hour, which add up to it."""
+    """The charges behind each line of the hour, which add up to it but for half a nano for each."""
     chance = Random(f"{seed} {hour.isoformat()} events")  # noqa: S311
     runaways = runaways_of_hour(seed, hour)
     return tuple(
-        (_event(line, line.quantity, *_request(line, chance)),)
+        (_event(line, float(line.quantity), *_request(line, chance)),)
         if line in runaways
-        else tuple(_events(line, chance))
+        else tuple(_events(line, _steps_of(line.endpoint_id, line.unit), chance))
         for line in lines_of_hour(seed, hour)
     )
 
@@ -557,8 +574,8 @@ def calls_of_hour(seed: int, hour: datetime) -> tuple[Calls, ...]:
     for line, events in zip(lines_of_hour(seed, hour), events_of_hour(seed, hour), strict=True):
         charged = requests.setdefault(line.endpoint_id, {})
         for event in events:
-            seconds = event.cost_subtotal / line.unit_price if line.unit == COMPUTE_SECONDS else 0
-            charged[event.request_id] = charged.get(event.request_id, Decimal(0)) + seconds
+            seconds = event.quantity if line.unit == COMPUTE_SECONDS else None
+            charged[event.request_id] = charged.get(event.request_id, Decimal(0)) + (seconds or 0)
     calls = [
         _calls(hour, endpoint_id, tuple(charged.values()), chance)
         for endpoint_id, charged in requests.items()
@@ -583,7 +600,7 @@ class _Metered(NamedTuple):
     endpoint_id: str
     unit: str
     unit_price: Decimal
-    step: Decimal
+    steps: int  # of one unit
     steps_a_call: int
     is_discounted: bool
 
@@ -594,47 +611,64 @@ def _line(
     steps = calls * metered.steps_a_call
     if metered.steps_a_call > 1:
         steps = max(steps * chance.randrange(80, 121) // 100, 1)
-    quantity = steps * metered.step
-    percent = PERCENT_DISCOUNT if metered.is_discounted and credential.api_key_id else None
+    percent = PERCENT_DISCOUNT if metered.is_discounted and credential.api_key_id else NO_DISCOUNT
+    # Where nothing is taken off, usage says so in two ways.
+    says_nothing = not percent and credential.api_key_id
     return UsageLine(
         hour=hour,
         endpoint_id=metered.endpoint_id,
         unit=metered.unit,
-        quantity=quantity,
+        quantity=as_double(steps / metered.steps),
         unit_price=metered.unit_price,
-        percent_discount=percent,
-        **_costs(quantity, metered.unit_price, percent),
+        percent_discount=None if says_nothing else percent,
+        **_costs(steps / metered.steps, metered.unit_price, percent),
         currency="USD",
         credential=credential,
     )
 
 
-def _costs(
-    quantity: Decimal, unit_price: Decimal, percent_discount: Decimal | None
-) -> dict[str, Decimal]:
-    subtotal = quantity * unit_price
-    discount = NO_DISCOUNT if percent_discount is None else subtotal * percent_discount / 100
-    return {"cost_subtotal": subtotal, "cost_discount": discount, "cost_total": subtotal - discount}
+def as_double(number: float) -> Decimal:
+    """The number as an encoder of doubles writes it: with as few digits as tell it from all others."""
+    return Decimal(repr(number).removesuffix(".0"))
 
 
-def _events(line: UsageLine, chance: Random) -> Iterator[BillingEvent]:
+def _costs(quantity: float, unit_price: Decimal, percent_discount: Decimal) -> dict[str, Any]:
+    """What usage tells of so much: computed in doubles and not rounded."""
+    subtotal = quantity * float(unit_price)
+    total = subtotal * (1 - float(percent_discount) / 100)
+    return {
+        "cost_subtotal": as_double(subtotal),
+        "cost_discount": as_double(subtotal - total),
+        "cost_total": as_double(total),
+    }
+
+
+def _charged(quantity: float, unit_price: Decimal, percent_discount: Decimal) -> dict[str, Any]:
+    """What a charge tells of so much: rounded to a nano-dollar by itself."""
+    costs = _costs(quantity, unit_price, percent_discount)
+    subtotal, total = (costs[name].quantize(NANO) for name in ("cost_subtotal", "cost_total"))
+    return {"cost_subtotal": subtotal, "cost_discount": subtotal - total, "cost_total": total}
+
+
+def _events(line: UsageLine, steps_a_unit: int, chance: Random) -> Iterator[BillingEvent]:
     """One to four charges, as many as the line has smallest steps; a few share a request."""
-    places = -int(line.quantity.as_tuple().exponent)
-    steps = int(line.quantity.scaleb(places))
+    steps = round(float(line.quantity) * steps_a_unit)
     cuts = chance.sample(range(1, steps), min(chance.randrange(4), steps - 1))
     request_id = ""
     for first, last in pairwise((0, *sorted(cuts), steps)):
         if not request_id or chance.randrange(50):
             request_id, timestamp = _request(line, chance)
-        event = _event(line, Decimal(last - first).scaleb(-places), request_id, timestamp)
-        is_unit_told, is_quantity_told = chance.randrange(50), chance.randrange(100)
-        if not (is_unit_told and is_quantity_told):
-            event = replace(
-                event,
-                unit=event.unit if is_unit_told else None,
-                quantity=event.quantity if is_quantity_told else None,
-            )
-        yield event
+        yield _event(line, (last - first) / steps_a_unit, request_id, timestamp)
+
+
+def _as_told(event: BillingEvent) -> BillingEvent:
+    """The charge as it is served: a few leave out the unit, or the quantity."""
+    drawn = int(event.request_id[:8], 16)
+    if not drawn % 50:
+        event = replace(event, unit=None)
+    if drawn % 100 in (0, 1):
+        event = replace(event, quantity=None)
+    return event
 
 
 def _request(line: UsageLine, chance: Random) -> tuple[str, datetime]:
@@ -643,29 +677,31 @@ def _request(line: UsageLine, chance: Random) -> tuple[str, datetime]:
     return request_id, line.hour + timedelta(microseconds=chance.randrange(3600 * 10**6))
 
 
-def _event(line: UsageLine, quantity: Decimal, request_id: str, timestamp: datetime) -> BillingEvent:
+def _event(line: UsageLine, quantity: float, request_id: str, timestamp: datetime) -> BillingEvent:
     """The charge for so much of the line."""
+    percent = line.percent_discount or NO_DISCOUNT
     return BillingEvent(
         timestamp=timestamp,
         request_id=request_id,
         endpoint_id=line.endpoint_id,
         unit=line.unit,
-        quantity=quantity,
+        quantity=as_double(quantity),
         unit_price=line.unit_price,
-        percent_discount=line.percent_discount,
-        **_costs(quantity, line.unit_price, line.percent_discount),
+        percent_discount=percent,
+        **_charged(quantity, line.unit_price, percent),
         credential=line.credential,
     )
 
 
 def _times(record: Shown, times: int) -> Shown:
-    """The record with so many times the amounts. They keep their decimals."""
+    """The record of so many times the quantity."""
+    quantity = float(record.quantity or 0) * times
+    costs = _charged if isinstance(record, BillingEvent) else _costs
+    percent = record.percent_discount or NO_DISCOUNT
     return replace(
         record,
-        quantity=record.quantity and record.quantity * times,
-        cost_subtotal=record.cost_subtotal * times,
-        cost_discount=record.cost_discount * times,
-        cost_total=record.cost_total * times,
+        quantity=as_double(quantity),
+        **costs(quantity, record.unit_price or NO_DISCOUNT, percent),
     )
 
 
@@ -716,15 +752,28 @@ def _metered_at(stream: Stream, hour: datetime) -> _Metered:
 @cache
 def _metered(stream: Stream, listed: Price) -> _Metered:
     unit = stream.billed_unit or listed.unit
-    call, step = CALL_OF_UNIT.get(unit) or CALL_OF_UNIT[listed.unit]  # "second" like "seconds"
+    call, _ = _call_of(stream.endpoint_id, unit)
+    steps = _steps_of(stream.endpoint_id, unit)
     return _Metered(
         endpoint_id=stream.endpoint_id,
         unit=unit,
         unit_price=Decimal(stream.unit_price) if stream.unit_price else listed.unit_price,
-        step=Decimal(step),
-        steps_a_call=int(Decimal(stream.call or call) / Decimal(step)),
+        steps=steps,
+        steps_a_call=int(Decimal(stream.call or call) * steps),
         is_discounted=stream.is_discounted,
     )
+
+
+def _call_of(endpoint_id: str, unit: str) -> tuple[str, int]:
+    """The entry of `CALL_OF_UNIT`; a unit that has none, as "second", counts as the one of the list."""
+    return CALL_OF_UNIT.get(unit) or CALL_OF_UNIT[_price_list()[endpoint_id]["unit"]]
+
+
+@cache
+def _steps_of(endpoint_id: str, unit: str) -> int:
+    """Into how many steps the unit is cut where the endpoint is billed by it."""
+    own = (stream.steps for stream in STREAMS if stream.endpoint_id == endpoint_id and stream.steps)
+    return next(own, 0) or _call_of(endpoint_id, unit)[1]
 
 
 @cache
