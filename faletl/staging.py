@@ -918,7 +918,7 @@ def _prove(
     """Show that the rows are all there; returns how, and fal's total. docs/fal-api.md, "Control totals".
 
     Fal's own sums do, part by part, and where there are none or those of another ledger, two equal
-    walks. Rows that were set aside may be missing only where fal's sums say that they are of no value.
+    walks. Quarantined rows may be missing only where fal's sums say that they are of no value.
     """
     manifest, parts = landed.manifest, landed.manifest.parts
     if resource.proof is None:  # a row that cannot be right decides for itself alone
@@ -1029,7 +1029,7 @@ def _prove_part(
     """Compare the rows of a part with fal's total of it, or with those of its other walk.
 
     Raises:
-        DataRefusedError: rows of the part were set aside that are of value, as far as can be told.
+        DataRefusedError: rows of the part are quarantined that are of value, as far as fal's sums show.
     """
     landed = Landed(whole.folder, whole.manifest.of(part))
     proof, compared, moved = resource.proof, _Compared(), ""
@@ -1051,7 +1051,7 @@ def _prove_part(
         )  # fmt: skip
         error = _refused(whole, "rows", rows.typed, because)
         if has_lost and part.window.halves(resource.smallest_part):
-            error.unproven = [unproven]  # what is missing may be lost between pages, not set aside
+            error.unproven = [unproven]  # what is missing may be lost between pages
         raise error
     can_stand_in = part.has("again") and (proof.two_walks_suffice or not compared.differs)
     is_equal = can_stand_in and (

@@ -432,7 +432,7 @@ def test_amounts_are_compared_exactly(clock: time_machine.Traveller, tmp_path: P
         assert pipeline.run(settings, Asked(truth.day(22), truth.day(23), ["usage"])).exit_code == 0
     assert total(settings) == Decimal("90071992547409.000000001")
     with opened(settings) as connection:
-        connection.execute("update ops.loads set control_total = control_total + 0.0000000011")
+        connection.execute("update ops.loads set control_total = control_total + 0.0000000021")
     found = validate(settings)
     assert found.exit_code == 3
     [wrong] = [

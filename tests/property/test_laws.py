@@ -127,7 +127,18 @@ extreme_charges = st.builds(
 )
 extreme_accounts = st.builds(
     Account,
-    lines=st.lists(extreme_lines, min_size=6, max_size=30),
+    lines=st.lists(
+        extreme_lines,
+        min_size=6,
+        max_size=30,
+        unique_by=lambda one: (  # lines of one key would be one row, and that too large
+            one.hour,
+            one.endpoint_id,
+            one.unit,
+            one.unit_price,
+            one.percent_discount or 0,
+        ),
+    ),
     events=st.lists(extreme_charges, max_size=20),
     failing=st.lists(
         st.builds(
