@@ -156,7 +156,7 @@ def _read(body: bytes, kind: str) -> tuple[Decimal, str]:
         raise ContractError(f"fal made another estimate than {kind}, which was asked for")
     written, _ = exact_text(bytes(answer.total_cost).decode("utf-8", "replace"))
     if not re.fullmatch(EXACT_TEXT, written, re.ASCII):
-        raise ContractError("fal's estimate is no amount that can be held exactly")
+        raise ContractError("fal's estimate must be an amount below 10^15")
     return Decimal(written), answer.currency
 
 

@@ -62,8 +62,7 @@ def answering(text: str) -> Any:
         ("acme/a==7", "acme/a=", "7"),
         ("acme/a=007.50", "acme/a", "7.5"),
         ("acme/a=1e3", "acme/a", "1000"),
-        ("acme/a=12345678901234567890123456.123456789012", "acme/a",
-         "12345678901234567890123456.123456789012"),
+        ("acme/a=123456789012345.123456789012", "acme/a", "123456789012345.123456789012"),
     ],
 )  # fmt: skip
 def test_a_quantity_is_sent_digit_by_digit(text: str, endpoint_id: str, quantity: str) -> None:
@@ -108,7 +107,7 @@ def test_calls_are_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("written", "total"),
     [("0.1", "0.1"), ("0", "0"), ("1e-6", "0.000001"), ("0.30000000000000004", "0.3"),
-     ("12345678901234567890.123456789012", "12345678901234567890.123456789012")],
+     ("0.1234567890125", "0.123456789012"), ("123456789012345.123456789012",) * 2],
 )  # fmt: skip
 def test_a_figure_is_read_by_its_text(written: str, total: str) -> None:
     with Sandbox(truth.two_days(), fault=answering(written)) as server:
@@ -116,7 +115,7 @@ def test_a_figure_is_read_by_its_text(written: str, total: str) -> None:
     assert (one.total_cost, one.currency) == (Decimal(total), "USD")
 
 
-@pytest.mark.parametrize("written", ["-1", "1e999", "null", '"1"', "true", "0.1234567890123", "[]"])
+@pytest.mark.parametrize("written", ["-1", "1e999", "null", '"1"', "true", "1000000000000000", "[]"])
 def test_a_figure_that_is_no_amount_breaks_the_contract(written: str) -> None:
     with (
         Sandbox(truth.two_days(), fault=answering(written)) as server,
