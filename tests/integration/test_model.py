@@ -533,11 +533,12 @@ def test_two_accounts_with_the_same_endpoints_and_labels_never_mix(
     clock: time_machine.Traveller, account: Account, settings: Settings, tmp_path: Path
 ) -> None:
     other = truth.two_days()
-    other.account = "other"
+    other.account, other.requests = "other", "other's "
     other.lines = [replace(one, quantity=one.quantity + 1) for one in other.lines[:7]]
     pipeline.run(settings)
-    with Sandbox(other) as server:
-        pipeline.run(settings_for(server.url, tmp_path))
+    key = "another-key:of-another-account"
+    with Sandbox(other, keys={key: "FULL"}) as server:
+        pipeline.run(settings_for(server.url, tmp_path, key=key))
     for one in (account, other):
         mine = f"where account = '{one.account}'"
         assert Counter(ask(settings, f"{HELD_CHARGES} {mine}")) == charge_rows(one)
