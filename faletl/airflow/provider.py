@@ -37,7 +37,7 @@ def provider_info() -> dict[str, Any]:
                     },
                     "account": {
                         "label": "Account",
-                        "description": "Label of the account; empty for its name on fal.",
+                        "description": "Label of the account; empty for the one it has, or its name on fal.",
                         "schema": {"type": ["string", "null"]},
                     },
                     "rate": {

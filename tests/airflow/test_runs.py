@@ -15,6 +15,7 @@ from faletl import pipeline
 from faletl.landing import complete_reads
 from faletl.plan import Asked
 from faletl.sandbox import FULL_KEY, Fault, Request, Sandbox
+from tests import truth
 from tests.airflow.conftest import Airflow, few, settings_of
 from tests.conftest import settings_for
 from tests.leaks import everything_in, leaks
@@ -126,6 +127,18 @@ def test_a_backfill_by_form_loads_the_days_and_resources_that_it_names(
     settings = settings_of(airflow)
     days = Counter(path.parent.name for path in complete_reads(settings))
     assert days == {f"{start}": 2, f"{start + timedelta(days=1)}": 2}
+
+
+@pytest.mark.parametrize("day", ["2006-11-01", "9999-12-31"])
+def test_a_day_of_the_form_that_fal_cannot_have_is_refused_at_once(
+    day: str, airflow: Airflow, served: Sandbox
+) -> None:
+    airflow.connect(served.url)
+    form = {"start": day, "resources": ["usage"]}
+    [run] = airflow.test({"dag_id": "fal_backfill", "conf": form})
+    assert run["tasks"]["usage.plan"] == "failed"
+    assert f"--start {day} is out of range" in run["log"]
+    assert airflow.rows("select max(try_number) from task_instance") == [(1,)]
 
 
 def test_a_run_by_hand_fetches_the_days_of_its_interval_anew(airflow: Airflow, served: Sandbox) -> None:
@@ -248,24 +261,35 @@ def test_no_part_of_a_key_is_left_anywhere_whether_fal_takes_it_or_not(
 
 
 def test_each_connection_is_an_account_with_dags_of_its_own(airflow: Airflow, served: Sandbox) -> None:
-    airflow.connect(served.url, account="one")
-    airflow.connect(served.url, connection="fal_acme", account="two")
+    other = few()
+    other.account, other.requests = "other", "other/"
     form = {"start": f"{TODAY - timedelta(days=2)}", "end": f"{TODAY}", "resources": ["usage"]}
-
-    runs = airflow.test(
-        {"dag_id": "fal_backfill", "conf": form},
-        {"dag_id": "fal_backfill__acme", "conf": form},
-        "fal_spend",
-        FALETL_CONNECTIONS="fal_default, fal_acme",
-    )
+    with Sandbox(other, keys={truth.OTHER_KEY: "FULL"}) as second:
+        airflow.connect(served.url, account="one")
+        airflow.connect(second.url, truth.OTHER_KEY, "fal_acme", account="two")
+        runs = airflow.test(
+            {"dag_id": "fal_backfill", "conf": form},
+            {"dag_id": "fal_backfill__acme", "conf": form},
+            "fal_spend",
+            FALETL_CONNECTIONS="fal_default, fal_acme",
+        )
+        airflow.connect(second.url, truth.OTHER_KEY, "fal_acme", account="one")
+        [swapped] = airflow.test(
+            {"dag_id": "fal_backfill__acme", "conf": form}, FALETL_CONNECTIONS="fal_default, fal_acme"
+        )
 
     assert [run["state"] for run in runs] == ["success"] * 3
     with duckdb.connect(str(published(airflow)), read_only=True) as connection:
         spent = connection.execute(
             "select account, sum(cost_total) from reports.rpt_spend_daily group by 1 order by 1"
         ).fetchall()
+        bound = connection.execute("select account, usernames from ops.accounts order by 1").fetchall()
     assert [account for account, _ in spent] == ["one", "two"]
     assert spent[0][1] == spent[1][1] > 0
+    assert bound == [("one", '["acme"]'), ("two", '["other"]')]
+    assert swapped["state"] == "failed"
+    assert swapped["tasks"]["usage.plan"] == "failed"
+    assert "FALETL_ACCOUNT is 'one', but the key in FAL_KEY is account 'two' here" in swapped["log"]
 
 
 def test_the_sensor_of_the_deadline_waits_for_the_whole_day(served: Sandbox, tmp_path: Path) -> None:

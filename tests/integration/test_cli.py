@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import json
 import os
+import pkgutil
 import re
 import shutil
 import subprocess
 import sys
-from datetime import timedelta
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
+from typing import NoReturn
 
 import duckdb
 import pytest
+import time_machine
 
 from docs import examples
-from faletl import __version__
+from faletl import __version__, demo, pipeline
 from faletl.answers import Format, print_query
 from faletl.config import Settings
 from faletl.demo import ANSWERS
 from faletl.errors import UsageError
+from faletl.pipeline import Report, silent
 from faletl.resources import RESOURCES
 from faletl.sandbox import FULL_KEY, Fault, Request, Sandbox
 from tests import truth
-from tests.conftest import published_path, settings_for
-from tests.forked import called, environment
+from tests.conftest import ask, published_path, settings_for
+from tests.forked import Trap, called, environment
 from tests.leaks import everything_in, leaks
 
 SUM = "select sum(cost_total) from reports.rpt_spend_daily"
@@ -200,6 +205,24 @@ def test_csv_cells_cannot_become_formulas(readable: Settings) -> None:
         (["run", "--start", "2026-11-31"], {}, "'2026-11-31' is not a date"),
         (["run", "--start", "2026-11-02", "--end", "2026-11-02"], {}, "--end is exclusive"),
         (["run", "--start", "2999-01-01"], {}, "--start 2999-01-01 is out of range"),
+        (["run", "--start", "2020-12-31"], {}, "name a day from 2021-01-01"),
+        (["run", "--start", "0001-01-01", "--end", "0001-01-02"], {}, "out of range"),
+        (["run", "--end", "9999-12-31"], {}, "--end 9999-12-31 is out of range"),
+        (["run", "--start", "２０２６-11-01"], {}, "is not a date like 2026-11-01"),
+        (["run", "--start", "2026-W44-1"], {}, "is not a date like 2026-11-01"),
+        (["run", "--start", "20261101"], {}, "is not a date like 2026-11-01"),
+        (["extract", "--start", "2006-11-01"], {}, "out of range"),
+        (["load", "--start", "9999-12-31"], {}, "out of range"),
+        (["validate", "--start", "0001-01-01"], {}, "out of range"),
+        (["stage", "--out", "o", "--end", "0001-01-01"], {}, "out of range"),
+        (["rebuild", "--window", "9999-12-31"], {}, "--window 9999-12-31 is out of range"),
+        (["horizon", "--set", "2020-12-31"], {}, "--set 2020-12-31 is out of range"),
+        (["horizon", "--set", "tomorrow"], {}, "is not a date like 2026-11-01"),
+        (["horizon", "--resource", "invoices"], {}, "is none of usage"),
+        (["run"], {"FALETL_FIRST_DAYS": "99999999999"}, "FALETL_FIRST_DAYS"),
+        (["run"], {"FALETL_ACCOUNT": "x" * 201}, "FALETL_ACCOUNT: must be a printable label"),
+        (["accounts", "rename", "a", "b"], {}, "there is no account yet"),
+        (["accounts", "forget", "a"], {}, "there is no account yet"),
         (["run", "--resource", "invoices"], {}, "is none of usage"),
         (["run"], {"FALETL_API_URL": "http://192.0.2.1/v1"}, "plain http"),
         (["run"], {"FALETL_API_URL": "file:///etc/passwd"}, "https://"),
@@ -278,6 +301,48 @@ def test_errors_can_be_read_by_machines(tmp_path: Path) -> None:
     assert last["resource"] in RESOURCES  # whichever asked first
 
 
+def test_accounts_and_horizons_are_shown_renamed_moved_and_forgotten(tmp_path: Path) -> None:
+    rows = ("sql", "select count(*) from raw.usage", "--format", "csv")
+    with Sandbox(truth.two_days()) as server:
+        settings = settings_for(server.url, tmp_path)
+        nobody = "there is no account yet; run faletl run first\n"
+        assert faletl("accounts", settings=settings).stdout == nobody
+        assert "nothing was asked for yet" in faletl("horizon", settings=settings).stdout
+        assert loaded(settings).returncode == 0
+        listed = faletl("accounts", "list", settings=settings).stdout
+        assert re.search(r"^acme +acme +1 +sandbox +\S+Z +2026-11-21 +\S+$", listed, re.MULTILINE)
+        assert faletl("accounts", settings=settings).stdout == listed
+        shown = faletl("horizon", "--resource", "usage", settings=settings).stdout
+        assert re.search(r"^acme +usage +2026-11-21$", shown, re.MULTILINE)
+        assert "billing_events" not in shown
+        moved = faletl("horizon", "--set", "2026-11-22", settings=settings)
+        assert (moved.returncode, moved.stderr) == (0, "")
+        assert len(re.findall("2026-11-22", moved.stdout)) == 3
+    renamed = faletl("accounts", "rename", "acme", "emea", settings=settings)
+    assert renamed.returncode == 0, renamed.stderr
+    assert "account acme is now emea" in renamed.stdout
+    assert "published" in renamed.stdout
+    before = faletl(*rows, settings=settings).stdout
+    refused = faletl("accounts", "forget", "emea", settings=settings)
+    assert refused.returncode == 2
+    told = r"this would delete account 'emea': \d+ rows of 3 days, 2026-11-21 to \S+; .* add --yes"
+    assert re.search(told, refused.stderr)
+    assert faletl(*rows, settings=settings).stdout == before
+    assert faletl("accounts", "forget", "emea", "--yes", settings=settings).returncode == 0
+    assert faletl("accounts", settings=settings).stdout == nobody
+    assert faletl("rebuild", settings=settings).returncode == 0
+    assert faletl(*rows, settings=settings).stdout.endswith("\n0\n")
+
+
+def test_days_up_to_an_end_are_due_without_a_start(tmp_path: Path) -> None:
+    with Sandbox(truth.two_days()) as server:
+        settings = settings_for(server.url, tmp_path)
+        dry = faletl(
+            "run", "--end", "2026-11-23", "--dry-run", settings=settings, CLOCK=truth.NOW.isoformat()
+        )
+    assert re.search(r"^usage +2 +2026-11-21 … 2026-11-22 +4$", dry.stdout, re.MULTILINE), dry.stdout
+
+
 @pytest.mark.xdist_group("demo")
 def test_demo_answers_and_keeps_to_its_own_folder(tmp_path: Path) -> None:
     """When it is called again, two hours later; docs/examples.py calls it first."""
@@ -302,6 +367,104 @@ def test_demo_answers_and_keeps_to_its_own_folder(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"faletl-demo"}
     assert FULL_KEY not in done.stdout + done.stderr
     assert leaks(CANARY, everything_in(tmp_path) + done.stdout.encode()) == set()
+
+    inside = tmp_path / "faletl-demo"
+    for command in (["status"], ["sql", SUM], ["verify"], ["accounts"], ["landing", "du"]):
+        done = faletl(*command, folder=inside, CLOCK=later)
+        assert done.returncode == 0, done.stderr
+    assert faletl("verify", folder=inside).stdout.endswith("landed pages, sums and models\n")
+    for command in (["run"], ["extract"], ["check"], ["estimate", "fal-ai/veo3.1=1"]):
+        for key in ("", CANARY):
+            done = faletl(*command, folder=inside, FAL_KEY=key, CLOCK=later)
+            assert done.returncode == 2
+            assert "start its API with faletl sandbox" in done.stderr
+
+
+class Interrupted(BaseException):
+    """Ctrl-C."""
+
+
+def interrupt() -> NoReturn:
+    """Have it pressed."""
+    raise Interrupted
+
+
+@pytest.mark.duckdb_only("the demo keeps a file")
+def test_a_demo_that_is_interrupted_ends_with_the_answers_of_one_that_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def world(now: Callable[[], datetime], **_: object) -> truth.Account:
+        account = truth.Account("sandbox", [truth.line(at, truth.FLUX, "3") for at in used])
+        account.catalogue = [{"endpoint_id": truth.FLUX}]
+        account.list_price(truth.FLUX, "0.022" if now() < used[-1] else "0.025")
+        return account
+
+    settings_of = demo._settings
+    used = [datetime(2026, month, 1, 7, tzinfo=UTC) for month in (10, 11)]
+    monkeypatch.setattr(
+        demo, "_settings", lambda folder, **given: settings_of(folder, gate=False, **given)
+    )
+    monkeypatch.setattr(demo, "invented_world", world)
+    with time_machine.travel(datetime(2026, 11, 1, 11, 10, tzinfo=UTC), tick=True):
+        undisturbed, _ = demo.run(tmp_path / "undisturbed", silent)
+        for function, nth in (
+            ("faletl.client.FalClient.get", 1),
+            ("faletl.landing.leave_receipt", 1),  # the catalogue of then is loaded,
+            ("faletl.landing.leave_receipt", 1),  # and now the prices of then
+            ("faletl.landing.leave_receipt", 9),
+        ):
+            with monkeypatch.context() as patch:
+                patch.setattr(function, pkgutil.resolve_name(function))  # to be put back
+                Trap(function, nth=nth, springs=interrupt)()
+                with pytest.raises(Interrupted):
+                    demo.run(tmp_path / "disturbed", silent)
+        disturbed, report = demo.run(tmp_path / "disturbed", silent)
+    assert report.exit_code == 0
+    assert ask(undisturbed, "select count(*) from reports.rpt_price_changes") == [(1,)]
+    for _, query in ANSWERS:
+        assert ask(disturbed, query) == ask(undisturbed, query), query
+
+
+def test_a_demo_leaves_a_folder_in_use_as_it_is(tmp_path: Path) -> None:
+    for name in ("notes.txt", "warehouse.duckdb", "faletl.duckdb"):
+        (folder := tmp_path / name.partition(".")[0]).mkdir()
+        (folder / name).write_bytes(b"mine")
+        (folder / "owners.csv").write_bytes(b"mine, too")
+        done = faletl("demo", "--folder", str(folder))
+        assert done.returncode == 2
+        assert "no demo made" in done.stderr
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+            name: b"mine", "owners.csv": b"mine, too",
+        }  # fmt: skip
+    done = faletl("demo", "--folder", str(tmp_path / "notes" / "notes.txt"))
+    assert done.returncode == 2
+
+
+@pytest.mark.duckdb_only("the demo keeps a file")
+def test_the_folder_of_an_older_demo_is_taken_over_and_a_real_warehouse_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    account = truth.two_days()
+    with Sandbox(account) as server, time_machine.travel(truth.NOW, tick=False):
+        for name, is_taken in (("sandbox", True), ("acme", False)):
+            folder = tmp_path / name
+            folder.mkdir()
+            account.account = name
+            pipeline.run(settings_for(server.url, folder))
+            (folder / "owners.csv").write_text("account,credential_id,owner,team,cost_centre\n")
+            before = (folder / "warehouse.duckdb").read_bytes()
+            monkeypatch.setattr(demo, "_load", lambda folder, *_: (demo._settings(folder), Report("x")))
+            if is_taken:
+                settings, _ = demo.run(folder, silent)
+                assert ask(settings, "select min(usage_date) from reports.rpt_spend_daily") == [
+                    (truth.day(21),)
+                ]
+                assert not (folder / "warehouse.duckdb").exists()
+                assert (folder / "faletl.duckdb").exists()
+            else:
+                with pytest.raises(UsageError, match="no demo made"):
+                    demo.run(folder, silent)
+                assert (folder / "warehouse.duckdb").read_bytes() == before
 
 
 def test_what_landed_is_pruned_verified_and_rebuilt_from_a_terminal(tmp_path: Path) -> None:
