@@ -39,7 +39,7 @@ def provider_info() -> dict[str, Any]:
                     },
                     "account": {
                         "label": "Account",
-                        "description": "Label of the account; empty for the one it has, or fal's name of it.",
+                        "description": "Label of the account; if empty, the one it has, or fal's name.",
                         "schema": {"type": ["string", "null"]},
                     },
                     "rate": {

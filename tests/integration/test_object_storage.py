@@ -145,9 +145,9 @@ def test_a_read_that_is_killed_twice_goes_on_at_the_page_where_it_ended(
     stored: Settings, sandbox: Sandbox, aws: dict[str, str]
 ) -> None:
     more = {"FALETL_PARALLEL": "1", **aws}
-    # The account's name, the first page, both of the total, again the first page, the second; the name,
-    # the second page, the third.
-    for nth in (6, 3):
+    # The account's name, a question that binds its key, the first page, both of the total, again the
+    # first page, the second; the name, the second page, the third.
+    for nth in (7, 3):
         kill = Trap("faletl.client.FalClient.get", nth=nth)
         assert start(stored, kill, command="extract", **more).finish()[0] == -signal.SIGKILL
     assert list(landing.complete_reads(stored)) == []

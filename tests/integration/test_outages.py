@@ -79,12 +79,19 @@ def test_a_run_that_only_failed_leaves_all_as_it_was_and_the_next_one_mends_it(
     with Sandbox(account, fault=fault) as server:
         settings = settings_for(server.url, tmp_path, account="acme")
         assert pipeline.run(settings, Asked(truth.day(21), truth.day(23))).exit_code == 0
-        before, held = readers_copy(settings), ask(settings, HELD, opened)
+        before, held = spend(settings), ask(settings, HELD, opened)
         for name, (broken_by, code) in FAULTS.items():
             broken.append(broken_by)
+            was_shown = readers_copy(settings)
             report = pipeline.run(settings, USAGE_22)
-            assert (report.exit_code, report.build, report.published) == (code, None, None), name
-            assert readers_copy(settings) == before, name
+            assert report.exit_code == code, name
+            if code == 3:  # that the day is refused is news to reports, its spend is not
+                is_refused = ask(settings, REFUSED)
+                assert is_refused == [("refused",)], name
+            else:
+                assert (report.build, report.published) == (None, None), name
+                assert readers_copy(settings) == was_shown, name
+            assert spend(settings) == before, name
             assert ask(settings, HELD, opened) == held, name
             [(_, error)] = report.failures
             check_sentence(str(error), name)
@@ -103,6 +110,18 @@ def test_a_run_that_only_failed_leaves_all_as_it_was_and_the_next_one_mends_it(
 
 
 HELD = "select count(*), sum(cost_total), min(_load_id), max(_load_id) from raw.usage"
+
+
+REFUSED = (
+    "select distinct status from reports.rpt_reconciliation where usage_date = '2026-11-22' "
+    "and reason like 'usage%'"
+)
+
+
+def spend(settings: Settings) -> object:
+    """All that readers have but for what is known of refused days."""
+    tables = all_tables(settings)
+    return {name: rows for name, rows in tables.items() if name != "reports.rpt_reconciliation"}
 
 
 def readers_copy(settings: Settings) -> object:
