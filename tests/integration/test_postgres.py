@@ -245,7 +245,6 @@ def test_a_load_and_a_build_that_are_killed_at_any_step_are_done_or_not(
     days = Asked(truth.day(21), truth.day(23), ["usage"])
     assert pipeline.extract(on_server, days).exit_code == 0
     for kill in (
-        Trap("faletl.warehouse.schema.create"),
         Trap("faletl.warehouse.postgres.PostgresWarehouse.take_in"),
         Trap("faletl.load._enter"),  # all written, not committed
     ):
