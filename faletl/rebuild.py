@@ -295,7 +295,7 @@ def _loadable(settings: Settings, complete: Iterable[Path], past: Sequence[Loade
     for manifest in _manifests(settings, (one for one in complete if one.name not in loaded)):
         began_at = _began_at(manifest)
         token, last = newest.get(_window_of(manifest), (0, began_at))
-        if token <= manifest.fencing_token or last <= began_at:
+        if token <= manifest.fencing_token or last < began_at:
             found.add(manifest.load_id)
     return found
 
