@@ -54,7 +54,7 @@ def test_every_figure_of_a_run_is_that_of_the_served_account(
     assert hourly == truth.spend_by_hour(account)
 
 
-RECORDED = "c39b5fe5863d48322e3b8d4ee798074caf56bef910bfd0de89eb07202ed81690"
+RECORDED = "cbaa1490de30137b213bf356bebf9b2afd95efa836dbbf10c61ae7d37e05938e"
 """Of what raw holds of the served account, with the digests in its ledger."""
 
 
