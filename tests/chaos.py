@@ -413,7 +413,7 @@ def differences(settings: Settings, feed: Feed) -> dict[str, int]:
         day = feed.day(number)
         served = Counter(
             (one.at.replace(tzinfo=None), one.request_id, one.endpoint_id,
-             rounded(Decimal(quantity(one.endpoint_id, one.count))), Decimal(money(one.nano)))
+             rounded(Decimal(quantity(one.endpoint_id, one.pieces))), Decimal(money(one.nano)))
             for one in feed.events(number)
         )  # fmt: skip
         held = Counter(

@@ -28,7 +28,7 @@ class Event(NamedTuple):
     at: datetime
     request_id: str
     endpoint_id: str
-    count: int
+    pieces: int
     nano: int
 
 
@@ -81,9 +81,9 @@ class Feed:
         rows = ",".join(
             f'{{"request_id":"{one.request_id}","endpoint_id":"{one.endpoint_id}",'
             f'"timestamp":"{one.at:%Y-%m-%dT%H:%M:%S.%f}000Z",'
-            f'"quantity":{quantity(one.endpoint_id, one.count)},'
-            f'"output_units":{quantity(one.endpoint_id, one.count)},"unit":"images",'
-            f'"unit_price":{unit_price(one.endpoint_id, one.nano // one.count)},"percent_discount":0,'
+            f'"quantity":{quantity(one.endpoint_id, one.pieces)},'
+            f'"output_units":{quantity(one.endpoint_id, one.pieces)},"unit":"images",'
+            f'"unit_price":{unit_price(one.endpoint_id, one.nano // one.pieces)},"percent_discount":0,'
             f'"cost_subtotal":{money(one.nano)},"cost_discount":0,"cost_total":{money(one.nano)},'
             f'"cost_estimate_nano_usd":{one.nano},"auth_method":"prod",'
             f'"auth_method_structured":{{"detail":"prod","api_key_id":"key-1"}}}}'
@@ -127,7 +127,7 @@ def _by_hour(
     feed = Feed(first, number + 1, events_per_day, revisions=[revision] * (number + 1))
     sums: Counter[tuple[int, str, int]] = Counter()
     for one in feed.events(number):
-        sums[one.at.hour, one.endpoint_id, one.nano // one.count] += one.count
+        sums[one.at.hour, one.endpoint_id, one.nano // one.pieces] += one.pieces
     return sums
 
 
