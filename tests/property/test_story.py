@@ -18,6 +18,7 @@ from collections import Counter
 from dataclasses import replace
 from datetime import timedelta
 from decimal import Decimal
+from email.utils import format_datetime
 from pathlib import Path
 
 import time_machine
@@ -29,7 +30,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from faletl import pipeline
 from faletl.plan import Asked
 from faletl.rebuild import rebuild
-from faletl.sandbox import BILLING_KEY, FULL_KEY, Conduct, Sandbox, UsageLine
+from faletl.sandbox import BILLING_KEY, FULL_KEY, Conduct, Fault, Request, Sandbox, UsageLine
 from faletl.verify import verify
 from tests import laws, truth
 from tests.conftest import all_tables, published_path, settings_for
@@ -82,9 +83,8 @@ class Story(RuleBasedStateMachine):
         self.server = Sandbox(self.account, page_size=4)
         self.server.__enter__()
         self.settings = settings_for(self.server.url, self.folder, first_days=3)
-        self.faults = Faults(0)
+        self._break_answers(Faults(0))
         self.faults.is_on = False
-        break_answers(self.server, self.faults)
 
     def teardown(self) -> None:
         """The end of every story: one clean run."""
@@ -121,8 +121,7 @@ class Story(RuleBasedStateMachine):
 
     @rule(seed=st.integers(0, 10**6), share=st.sampled_from([0.05, 0.2]))
     def answers_break_from_now_on(self, seed: int, share: float) -> None:
-        self.faults = Faults(seed, share)
-        break_answers(self.server, self.faults)
+        self._break_answers(Faults(seed, share))
 
     @precondition(lambda self: self.faults.is_on)
     @rule()
@@ -167,6 +166,19 @@ class Story(RuleBasedStateMachine):
     @rule(trap=st.none() | traps)
     def a_rebuild(self, trap: Trap | None) -> None:
         self._finish(self._start(trap, "rebuild"))
+
+    def _break_answers(self, faults: Faults) -> None:
+        """Let the server break what it answers; all of it is dated by the clock of the story."""
+        self.faults = faults
+        break_answers(self.server, faults)
+        broken = self.server.fault
+
+        def dated(request: Request) -> Fault:
+            fault = (broken and broken(request)) or Fault()
+            date = format_datetime(self.now, usegmt=True)  # a rebuild follows fal's clock
+            return replace(fault, headers={"Date": date, **fault.headers})
+
+        self.server.fault = dated
 
     def _start(self, trap: Trap | None, command: str) -> Child:
         self.now += timedelta(seconds=1)
