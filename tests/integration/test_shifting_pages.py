@@ -97,11 +97,16 @@ def told(resource: Resource, lines: list[UsageLine]) -> Rows:
             (one.timestamp, one.endpoint_id, one.request_id, one.cost_total) for one in charges(lines)
         )
     sums: dict[tuple[Any, ...], list[Decimal]] = {}
-    for one in lines:
+    for one in map(truth.as_sent, lines):
         amounts = sums.setdefault((one.hour, one.endpoint_id, one.credential.detail), [Decimal(0)] * 2)
         amounts[0] += one.quantity
         amounts[1] += one.cost_total
-    return Counter((*key, *amounts) for key, amounts in sums.items())
+    return Counter((*key, *map(as_summed, amounts)) for key, amounts in sums.items())
+
+
+def as_summed(amount: Decimal) -> Decimal:
+    """The sum as fal sends it, as a double, and as it is held: rounded half-even at the 12th decimal."""
+    return truth.nearest_double(amount).quantize(Decimal("1e-12"))
 
 
 def at(hour: int) -> datetime:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import shutil
 import signal
 import tarfile
+from collections.abc import Iterator
+from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 
 import duckdb
@@ -31,7 +34,45 @@ from tests.forked import Trap, start
 
 OLDER = Path(__file__).parents[1] / "older"
 
+PRECISE = Decimal("0.123456789")
+"""Seconds of video, to more digits than fal sends today."""
+
 pytestmark = pytest.mark.duckdb_only("what is older is a DuckDB file; of PostgreSQL there is one test")
+
+
+def served_then() -> truth.Account:
+    """The account that those warehouses were made of.
+
+    Where nothing was taken off, a charge said so with null, and some were no whole nano-dollars.
+    """
+    account = truth.two_days()
+    account.lines = [
+        replace(one, **truth.costs(PRECISE, one.unit_price, None), quantity=PRECISE)
+        if one.endpoint_id == truth.VIDEO else one
+        for one in account.lines
+    ]  # fmt: skip
+    of_line = {(one.hour, one.endpoint_id, one.quantity): one.cost_total for one in account.lines}
+    account.events, before = [], Decimal(0)
+    for one in truth.charges(account.lines):
+        hour = one.timestamp.replace(minute=0, microsecond=0)
+        cost = of_line[hour, one.endpoint_id, one.quantity] - before if one.quantity else one.cost_total
+        before = cost
+        account.events.append(
+            replace(
+                one,
+                percent_discount=one.percent_discount or None,
+                cost_subtotal=cost,
+                cost_total=cost,
+            )
+        )
+    return account
+
+
+@pytest.fixture
+def sandbox() -> Iterator[Sandbox]:
+    """A server of that account."""
+    with Sandbox(served_then(), page_size=4) as server:
+        yield server
 
 
 @pytest.fixture(params=sorted(path.name for path in OLDER.iterdir()))

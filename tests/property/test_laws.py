@@ -161,9 +161,9 @@ extreme_accounts = st.builds(
 def test_no_amount_that_is_taken_in_ends_a_build(
     account: Account, prices: tuple[Decimal, Decimal]
 ) -> None:
-    days = Asked(date(2026, 11, 30), date(2026, 12, 2))
     with tempfile.TemporaryDirectory() as folder, time_machine.travel(NOW, tick=False) as clock:
         clock.move_to(datetime(2026, 12, 1, 10, 30, tzinfo=NOW.tzinfo))
+        days = Asked(date(2026, 11, 30), date(2026, 12, 2))
         with Sandbox(account) as server:
             settings = settings_for(server.url, Path(folder))
             for number, price in enumerate(prices):
