@@ -200,7 +200,7 @@ def _started_at(attempt: Attempt, retry: Retry | None) -> datetime:
 def _fal_started_at(asking: _Asking, attempt: Attempt, retry: Retry | None) -> datetime | None:
     """When that was by fal's own clock; None where fal did not say.
 
-    Of an extract that goes on with earlier pages, our clock tells how much earlier these are.
+    If the extract goes on with earlier pages, our own clock shows how much earlier these were asked for.
     """
     at = asking.first_date
     if at and attempt.earlier:
@@ -234,7 +234,7 @@ def _ask_part(
     """Ask for the rows of a part of the window, or of all of it, and for their control total.
 
     Where fal refuses the total to this key, rows of several pages are asked for in halves, and twice.
-    The rows of an `earlier` extract of the part stand beside the new ones.
+    The rows of an `earlier` extract of the part are kept next to the new ones, to be compared.
     """
     resource = asking.resource
     if resource.proof is None:
@@ -394,7 +394,7 @@ class _Asking:
         self.calls += self._attempt.keep(landed, part)
 
     def adopt(self, landed: Landed, part: Part) -> None:
-        """Keep the rows of an earlier extract of a part beside those of this one."""
+        """Keep the rows of an earlier extract of a part next to those of this one."""
         self.calls += self._attempt.adopt(landed, part)
 
     def refuse_gone_path(self, number: int, sample: Sequence[str], unknown: Collection[str]) -> None:

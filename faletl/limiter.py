@@ -66,7 +66,7 @@ class Limiter:
 
         self._most = per_second or math.inf
         self._rate = self._most
-        self._least = min(self._most, 1 / patience.pause_seconds)
+        self._least = min(self._most, 1 / (patience.pause_seconds or 1e-6))
         self._patience = patience
         self._clock = clock
         self._lock = threading.Lock()
@@ -134,7 +134,7 @@ class Limiter:
             pause = max(wait, min(pause, self._patience.pause_seconds))
             self._next = max(self._next or 0.0, now + pause)
             if self.circuit is None:
-                self.circuit = self._opened(now, error, wait)
+                self.circuit = self._opened(now + pause, error, wait)
             return self._failures == 1
 
     def _slow_down(self, now: float, sent_at: float) -> None:
@@ -142,11 +142,10 @@ class Limiter:
             return  # it was sent at a rate that was cut meanwhile
         if self._target is None:
             lately = sum(at > now - 1 for at in self._sent)
-            self._target = (self._rate if self._rate < math.inf else max(1, lately)) / 2
-            self._rate = self._target
+            refused = self._rate if self._rate < math.inf else max(1, lately)
+            self._rate = self._target = max(self._least, refused / 2)
         else:
-            self._rate /= REFUSED_AGAIN
-        self._rate = max(self._rate, self._least)
+            self._rate = max(self._least, self._rate / REFUSED_AGAIN)
         self._cut_at = now
 
     def _recover(self, target: float) -> None:
@@ -160,10 +159,10 @@ class Limiter:
         self._growth = target / SUCCESSES_TO_GROW
         self._target, self._counting_since, self._answers = None, now, 0
 
-    def _opened(self, now: float, error: FaletlError, wait: int) -> CircuitOpenError | None:
+    def _opened(self, next_try: float, error: FaletlError, wait: int) -> CircuitOpenError | None:
         """The error of an open circuit, if it is to open now."""
         is_too_long = wait > self._patience.retry_after_seconds
-        silence = max(now, self._next or now) - self._failing_since  # at the next try
+        silence = next_try - self._failing_since
         is_silent = self._failures >= MAX_FAILURES or silence > self._patience.give_up_seconds
         if not (is_too_long or is_silent):
             return None
@@ -175,7 +174,7 @@ class Limiter:
 
 
 def _moment_after(wait: int) -> str:
-    """When so many seconds will have gone by, in parentheses; nothing for none, or for an eternity."""
+    """The moment after that many seconds, in parentheses; nothing for none, or for an eternity."""
     try:
         at = datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=wait)
     except OverflowError:

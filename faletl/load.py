@@ -558,12 +558,14 @@ def pages_per_window(connection: sa.Connection, account: str) -> Mapping[str, fl
     """How many pages a read of each resource's loaded windows asks for on average.
 
     The control total behind the rows is not counted. Where there are several pages, one in front of
-    them is asked for, and if fal tells it, the first page once more behind it.
+    them is asked for, and if fal tells it, the first page once more behind it. If fal refuses it, the
+    day is asked for in parts, twice, and for about one page more each time that a part is halved.
     """
     is_told = LOADS.c.proof == "summary"
     is_framed = sa.and_(LOADS.c.pages > 1, LOADS.c.proof != "none", LOADS.c.is_provisional.is_(False))
-    walked = LOADS.c.pages * sa.case((LOADS.c.proof == "two walks", 2), else_=1)
-    walked += sa.case((sa.and_(is_framed, is_told), 2), (is_framed, 1), else_=0)
+    is_halved = sa.and_(is_framed, LOADS.c.proof == "two walks", LOADS.c.control_total.is_(None))
+    walked = LOADS.c.pages * sa.case((is_halved, 3), (LOADS.c.proof == "two walks", 2), else_=1)
+    walked += sa.case((is_halved, 0), (sa.and_(is_framed, is_told), 2), (is_framed, 1), else_=0)
     found = connection.execute(
         sa.select(LOADS.c.resource, sa.func.sum(walked), sa.func.count())
         .where(LOADS.c.account == account, LOADS.c.is_current)

@@ -28,8 +28,8 @@ MAX_RECORDS = 100_000
 """Of one page, ten times what fal documents. Lists around records (buckets) count like these."""
 
 _COUNTED_ABOVE = 400_000
-"""Commas in a page above which its records are counted before any becomes a Python object; so many take
-28 MiB. A page of 10,000 charges has some 150,000."""
+"""Commas in a page above which its records are counted before any becomes a Python object: that number
+of objects takes 28 MiB. A page of 10,000 charges has some 150,000 commas."""
 
 _NUL = re.compile(rb"(?<!\\)(\\\\)*\\u0000")  # not an escaped backslash before u0000
 _BOM = b"\xef\xbb\xbf"

@@ -827,7 +827,7 @@ def _prove(
     """Show that the rows are all there; returns how, and fal's total. docs/fal-api.md, "Control totals".
 
     Fal's own sums do, part by part, and where there are none or those of another ledger, two equal
-    walks. Rows that were set aside may be missing only where fal's sums say that they are of no value.
+    walks. Quarantined rows may be missing only where fal's sums say that they are of no value.
     """
     manifest, parts = landed.manifest, landed.manifest.parts
     if resource.proof is None:
@@ -895,10 +895,10 @@ def _sum(totals: Iterable[str | None]) -> str | None:
 
 def _require_whole(landed: Landed) -> None:
     """Raises TamperedError where the parts of the window leave some of it out, or overlap."""
-    window = landed.manifest.window
-    edges = [(part.window.start, part.window.end) for part in landed.manifest.parts]
-    ends = [window.start, *(end for _, end in edges)]
-    if [start for start, _ in edges] != ends[:-1] or ends[-1] != window.end:
+    window, parts = landed.manifest.window, landed.manifest.parts
+    starts, ends = [part.window.start for part in parts], [part.window.end for part in parts]
+    has_rows = all(part.has("rows") for part in parts)
+    if not has_rows or [*starts, window.end] != [window.start, *ends]:
         raise TamperedError(
             f"the manifest in {landed.folder} does not cover its window; read the window again with "
             "faletl run --start … --end …",
@@ -918,7 +918,7 @@ class _Rows:
 
     @property
     def breaches(self) -> int:
-        """How many rows of these pages were set aside, as far as that is known."""
+        """How many rows of these pages are quarantined, as far as that is known."""
         aside = self.typed.set_aside
         of_others = sum(not self.first_page <= one.page <= self.last_page for one in aside)
         return self.typed.breaches - of_others
@@ -935,7 +935,7 @@ def _prove_part(
     """Compare the rows of a part with fal's total of it, or with those of its other walk.
 
     Raises:
-        DataRefusedError: rows of the part were set aside that are of value, as far as can be told.
+        DataRefusedError: rows of the part are quarantined that are of value, as far as fal's sums show.
     """
     landed = Landed(whole.folder, whole.manifest.of(part))
     proof, compared, moved = resource.proof, _Compared(), ""
@@ -957,7 +957,7 @@ def _prove_part(
         )  # fmt: skip
         error = _refused(whole, "rows", rows.typed, because)
         if has_lost and part.window.halves(resource.smallest_part):
-            error.unproven = [unproven]  # what is missing may be lost between pages, not set aside
+            error.unproven = [unproven]  # what is missing may be lost between pages
         raise error
     can_stand_in = part.has("again") and (proof.two_walks_suffice or not compared.differs)
     is_equal = can_stand_in and (
@@ -1068,7 +1068,9 @@ def _compared(
 
 def _is_less(connection: duckdb.DuckDBPyConnection, proof: Proof, source: str, totals: Path) -> bool:
     """Whether we hold less of something than fal says, by more than what fal may have rounded."""
-    key = ", ".join(proof.key)
+    amounts = {column.name for column in proof.columns if column.kind is Kind.AMOUNT}
+    # Fal says null in one place and 0 in another where there is no discount.
+    key = ", ".join(f"coalesce({n}, 0) as {n}" if n in amounts else n for n in proof.key)
     sums = ", ".join(f"sum({name}) as {name}" for name in proof.sums)
     same = " and ".join(f"ours.{name} is not distinct from fals.{name}" for name in proof.key)
     less = " or ".join(
@@ -1078,9 +1080,9 @@ def _is_less(connection: duckdb.DuckDBPyConnection, proof: Proof, source: str, t
     return bool(
         _count(
             connection,
-            f"with ours as (select {key}, count(*) as n, {sums} from {source} group by {key}), "
+            f"with ours as (select {key}, count(*) as n, {sums} from {source} group by all), "
             f"fals as (select {key}, count(*) as n, {sums} from {quoted(totals)} "
-            f"where {proof.only} group by {key}) "
+            f"where {proof.only} group by all) "
             f"select count(*) from fals left join ours on {same} where {less}",
         )
     )

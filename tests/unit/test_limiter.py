@@ -254,6 +254,12 @@ def test_limiter_lets_a_server_come_back_within_a_minute(status: int) -> None:
     assert hand.limiter.circuit is not None
 
 
+def test_limiter_of_a_very_low_rate_does_not_take_its_own_pauses_for_silence() -> None:
+    hand = Hand(per_second=1 / 300)
+    hand.limiter.failed(hand.send(), refused(status=503))
+    assert hand.limiter.circuit is None
+
+
 def test_limiter_counts_failures_since_the_last_answer_alone() -> None:
     hand = Hand()
     slow = hand.send()
