@@ -66,7 +66,7 @@ class Limiter:
 
         self._most = per_second or math.inf
         self._rate = self._most
-        self._least = min(self._most, 1 / patience.pause_seconds)
+        self._least = min(self._most, 1 / (patience.pause_seconds or 1e-6))
         self._patience = patience
         self._clock = clock
         self._lock = threading.Lock()

@@ -986,10 +986,10 @@ def _sum(totals: Iterable[str | None]) -> str | None:
 
 def _require_whole(landed: Landed) -> None:
     """Raises TamperedError where the parts of the window leave some of it out, or overlap."""
-    window = landed.manifest.window
-    edges = [(part.window.start, part.window.end) for part in landed.manifest.parts]
-    ends = [window.start, *(end for _, end in edges)]
-    if [start for start, _ in edges] != ends[:-1] or ends[-1] != window.end:
+    window, parts = landed.manifest.window, landed.manifest.parts
+    starts, ends = [part.window.start for part in parts], [part.window.end for part in parts]
+    has_rows = all(part.has("rows") for part in parts)
+    if not has_rows or [*starts, window.end] != [window.start, *ends]:
         raise TamperedError(
             f"the manifest in {landed.folder} does not cover its window; read the window again with "
             "faletl run --start … --end …",

@@ -78,7 +78,7 @@ MACROS = (
     """
     create or replace macro whole_proportion(amount, part, whole) as
         case
-            when part // whole < 9999999999999999999999999999999999999 // greatest(amount, 1)
+            when amount = 0 or part // whole < 9999999999999999999999999999999999999 // amount
                 then part // whole
         end * amount
         + next_digits(0, part % whole, amount, 1000000000000000000000000000)

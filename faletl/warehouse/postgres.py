@@ -86,8 +86,11 @@ FUNCTIONS = (
     return case
         when
             abs(amount) < 1000000000000000000000000 and whole < 40000000000000000
-            and div(abs(part), nullif(whole, 0))
-            < div(9999999999999999999999999999999999999, greatest(1000000000000 * abs(amount), 1))
+            and (
+                amount = 0
+                or div(abs(part), nullif(whole, 0))
+                < div(9999999999999999999999999999999999999, nullif(1000000000000 * abs(amount), 0))
+            )
             then sign(amount) * sign(part)
                 * div(2000000000000 * abs(amount) * abs(part) + whole, 2 * whole) * 0.000000000001
     end

@@ -68,7 +68,14 @@ def rows_of(engine: Engine, query: str) -> list[tuple[Any, ...]]:
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(LINES)
 @example(
-    [(10**27 - 1, 10**27 - 1, 10**27 - 2), (10**27 - 1, 1, 1), (MOST, MOST, MOST), (1, -1, 2 * 10**12)]
+    [
+        (10**27 - 1, 10**27 - 1, 10**27 - 2),
+        (10**27 - 1, 1, 1),
+        (MOST, MOST, MOST),
+        (1, -1, 2 * 10**12),
+        (0, MOST, 1),
+        (0, 0, MOST),
+    ]
 )
 def test_quotients_and_products_are_exact_or_null_on_each_warehouse(
     engine: Engine, lines: list[tuple[int, int, int]]
