@@ -14,6 +14,7 @@ from faletl import decisions, holds, landing, pipeline, relabel
 from faletl.config import Settings
 from faletl.decisions import WindowAccepted
 from faletl.errors import DataRefusedError, UsageError
+from faletl.findings import acceptance_key
 from faletl.landing import Landed, Manifest
 from faletl.load import confirm_window, replace_window
 from faletl.money import plain
@@ -115,7 +116,8 @@ def _load_refused(settings: Settings, report: Report, refused: sa.RowMapping, re
                 "the quarantined rows do not keep their window from being loaded; load them with "
                 "faletl quarantine retry"
             )
-        staged = stage_window(settings, landed, scratch, {digest})
+        accepted = {acceptance_key(landed.manifest.account, digest)}
+        staged = stage_window(settings, landed, scratch, accepted)
         before = _loaded_figures(settings, landed.manifest)
         acceptance = _acceptance(
             {

@@ -50,7 +50,7 @@ class Origin:
     `fencing_token` the newest one that was known when the run was planned. `unknown_ids` are, per
     resource, those that fal answered 404 for, added by whichever read found them. What landed before
     the label was bound (`bound_at`) may be of another account: it is not taken up. `accepted` are
-    fingerprints of rows that break their contract and that a person accepted.
+    keys of what people accepted of rows that break their contract.
     """
 
     account: str

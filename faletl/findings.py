@@ -90,9 +90,19 @@ class Findings:
 
     @property
     def rows_digest(self) -> str:
-        """A fingerprint of the rows that were quarantined, in whatever order they came."""
+        """A fingerprint of the window's quarantined rows, in whatever order they came.
+
+        An account's label is not in it, so that what a person accepted holds after a rename.
+        """
+        manifest = self.landed.manifest
         rows = sorted(one.raw_json for one in self.set_aside)
-        return hashlib.sha256(repr((self.breaches, rows)).encode()).hexdigest()
+        whole = (manifest.resource, str(manifest.window.day), self.breaches, rows)
+        return hashlib.sha256(repr(whole).encode()).hexdigest()
+
+
+def acceptance_key(account: str, rows_digest: str) -> str:
+    """What tells one acceptance of refused rows from all others."""
+    return f"{rows_digest} {account}"
 
 
 def keep_findings(

@@ -4,21 +4,25 @@
 
 A file holds the rows of one window as its raw table has them. A window that was loaded anew gets a new
 file in place of the old one, so a day's folder always holds that day, once: what is copied by day
-(docs/warehouses.md) can be copied again at any time.
+(docs/warehouses.md) can be copied again at any time. Of a label that was renamed or forgotten, the
+folders of these days are emptied: what they held is in others now, or nowhere.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC
+from datetime import UTC, date
 from pathlib import Path
 from urllib.parse import quote
 
 import sqlalchemy as sa
 
+from faletl import decisions
+from faletl.accounts import known_accounts
 from faletl.config import Settings
+from faletl.decisions import AccountForgotten, AccountRenamed
 from faletl.errors import StorageError
 from faletl.load import current_loads, rows_of_window
 from faletl.pipeline import DUE, Progress, silent
@@ -42,7 +46,7 @@ def hand_over(settings: Settings, out: Path, asked: Asked = DUE, progress: Progr
 
     Raises:
         UsageError: there is no warehouse yet.
-        StorageError: the folder cannot be written.
+        StorageError: the folder cannot be written, or the landing folder cannot be read.
     """
     warehouse, handed = open_warehouse(settings), Handed()
     loads = current_loads(warehouse, asked)
@@ -58,6 +62,10 @@ def hand_over(settings: Settings, out: Path, asked: Asked = DUE, progress: Progr
                 progress("handing over", done, len(loads))
                 _fill(warehouse, folder, mine, handed, Path(scratch))
                 done += len(mine)
+        for label in _former_labels(settings, warehouse):
+            for old in _files_of(out, label, asked):
+                old.unlink()
+                handed.deleted.append(old)
     except OSError as error:
         raise StorageError(f"cannot write {error.filename or out}: {error.strerror}") from None
     progress("handing over", done, len(loads))
@@ -66,7 +74,33 @@ def hand_over(settings: Settings, out: Path, asked: Asked = DUE, progress: Progr
 
 def _folder(out: Path, load: sa.RowMapping) -> Path:
     day = load["window_start"].astimezone(UTC).date()
-    return out / str(load["resource"]) / f"account={quote(load['account'], safe='')}" / f"day={day}"
+    return out / str(load["resource"]) / _of_account(load["account"]) / f"day={day}"
+
+
+def _of_account(label: str) -> str:
+    return f"account={quote(label, safe='')}"
+
+
+def _files_of(out: Path, label: str, asked: Asked) -> Iterator[Path]:
+    """The files of the label's windows that are asked for."""
+    for folder in out.glob(f"*/{_of_account(label)}/day=*"):
+        day = date.fromisoformat(folder.name.removeprefix("day="))
+        if asked.includes(folder.parents[1].name, Window.of_day(day)):
+            yield from folder.glob("*.parquet")
+
+
+def _former_labels(settings: Settings, warehouse: Warehouse) -> set[str]:
+    """The labels that people renamed or forgot, and that are no account's now.
+
+    Folders of labels that nobody ever decided about stay: another warehouse may hand over to `out`, too.
+    """
+    ended = {
+        one.account
+        for one in decisions.recorded(settings)
+        if isinstance(one, AccountRenamed | AccountForgotten)
+    }
+    with warehouse.reading() as connection:
+        return ended - set(known_accounts(connection) if connection is not None else ())
 
 
 def _fill(

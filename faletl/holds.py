@@ -18,6 +18,7 @@ import sqlalchemy as sa
 from faletl import alerts
 from faletl.config import Settings
 from faletl.decisions import WindowAccepted
+from faletl.findings import acceptance_key
 from faletl.landing import Manifest, relative_path
 from faletl.money import plain
 from faletl.resources import Resource
@@ -75,10 +76,9 @@ def loss_of(
     before = _loaded_figures(connection, resource, current, replaced)
     after = Figures(staged.rows, None if before.cost_total is None else Decimal(staged.cost_total))
     is_old = manifest.started_at - manifest.window.end > SERVED_FOR
-    if before.rows and not after.rows:
-        return Loss(before, after, f"all of {current['digest']}", is_old)
-    if is_old and (missing := _missing_rows(warehouse, connection, staged, replaced)):
-        return Loss(before, after, missing, is_final=True)
+    is_emptied = before.rows > 0 and not after.rows
+    if (is_old or is_emptied) and (missing := _missing_rows(warehouse, connection, staged, replaced)):
+        return Loss(before, after, f"{missing} of {before}" if is_emptied else missing, is_old)
     is_less = after.rows < before.rows or (after.cost_total or 0) < (before.cost_total or 0)
     return Loss(before, after) if is_less else None
 
@@ -102,7 +102,8 @@ def _missing_rows(
     """A fingerprint of the loaded rows that the extract lacks; None where it lacks none.
 
     Rows are told apart by when and for what they were charged, not by amounts or labels: fal may
-    restate these, and the row is still there.
+    restate these, and the row is still there. An account's label is not in it either, so that what a
+    person accepted holds after a rename.
     """
     table = RAW[staged.resource.name]
     names = staged.resource.identifying
@@ -217,11 +218,13 @@ def of_window(table: sa.Table, account: str, resource: str, day: date) -> sa.Col
 
 
 def accepted_rows(connection: sa.Connection | None) -> frozenset[str]:
-    """Fingerprints of the rows that break their contract and that a person accepted."""
+    """The keys of what people accepted of rows that break their contract."""
     if connection is None:
         return frozenset()
-    found = sa.select(ACCEPTANCES.c.rows_digest).where(ACCEPTANCES.c.accepted == "refused")
-    return frozenset(connection.execute(found).scalars())
+    found = sa.select(ACCEPTANCES.c.account, ACCEPTANCES.c.rows_digest).where(
+        ACCEPTANCES.c.accepted == "refused"
+    )
+    return frozenset(acceptance_key(*row) for row in connection.execute(found))
 
 
 def acceptance_of(connection: sa.Connection, manifest: Manifest, rows_digest: str) -> str | None:

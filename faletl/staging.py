@@ -33,7 +33,7 @@ from faletl.errors import (
     TamperedError,
     UnprovenError,
 )
-from faletl.findings import Drift, Findings, SetAside
+from faletl.findings import Drift, Findings, SetAside, acceptance_key
 from faletl.landing import MANIFEST, Landed, Manifest, Part
 from faletl.money import (
     DECIMAL_TYPE,
@@ -118,7 +118,7 @@ def stage_window(
 ) -> Staged:
     """Type, check and prove the rows of a complete read; Parquet files go to `scratch`.
 
-    `accepted` are fingerprints of rows that break their contract and that a person accepted: then
+    `accepted` are keys of what people accepted of rows that break their contract: then
     negative amounts are taken as they are, and the window is loaded without what cannot be typed.
 
     Raises:
@@ -161,7 +161,8 @@ def _stage(
     manifest = landed.manifest
     path = scratch / f"{manifest.load_id}.parquet"
     typed = _typed(connection, landed, resource, "rows", path)
-    is_accepted = typed.breaches > 0 and _findings(landed, typed).rows_digest in accepted
+    key = acceptance_key(manifest.account, _findings(landed, typed).rows_digest)
+    is_accepted = typed.breaches > 0 and key in accepted
     as_read = resource.with_any_sign if is_accepted else resource
     if is_accepted:
         typed = _typed(connection, landed, as_read, "rows", path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from faletl.config import Settings
 from faletl.errors import StorageError, UsageError
 from faletl.handover import hand_over
 from faletl.plan import Asked
+from faletl.rename import forget, rename
 from faletl.resources import RESOURCES
 from faletl.sandbox import Sandbox
 from faletl.warehouse.tables import RAW
@@ -73,6 +75,20 @@ def test_the_files_hold_raw_and_follow_it(
     assert ([path.parent.name for path in later.written], later.unchanged) == (["day=2026-11-22"], 2)
     assert len(later.deleted) == 1
     check()
+
+    others = out / "usage" / "account=of another warehouse" / "day=2026-11-22" / "1.parquet"
+    others.parent.mkdir(parents=True)
+    others.write_bytes(b"theirs")
+    rename(settings, "acme/é =1", "acme [1]*?")
+    renamed = hand_over(settings, out, Asked(resources=["usage"]))
+    assert len(renamed.written) == len(renamed.deleted) == 3
+    assert others.read_bytes() == b"theirs"
+    shutil.rmtree(others.parents[1])
+    assert len(hand_over(settings, out).deleted) == 9
+    check()
+    forget(settings, "acme [1]*?")
+    assert len(hand_over(settings, out).deleted) == 12
+    assert list(out.rglob("*.parquet")) == []
 
 
 def test_a_folder_that_cannot_be_written_is_told(

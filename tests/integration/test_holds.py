@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from dataclasses import replace
 from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -23,6 +24,7 @@ from faletl.config import Settings
 from faletl.errors import HeldError, UsageError
 from faletl.plan import Asked
 from faletl.rebuild import prune, rebuild
+from faletl.rename import rename
 from faletl.sandbox import Sandbox
 from faletl.validate import validate
 from faletl.verify import verify
@@ -33,6 +35,9 @@ from tests.truth import NOW, Account, at_hour, line
 DAY = timedelta(days=1)
 YOUNG, OLD = truth.day(21), NOW.date() - timedelta(days=60)
 """A day that ended less than 45 days ago, and one that ended before that."""
+
+OTHER = YOUNG - DAY
+"""A day without charges."""
 
 REASON = "fal confirmed it"
 
@@ -227,6 +232,29 @@ def test_accept_keep_confirms_what_is_loaded_until_other_rows_are_missing(
     assert total(settings) == 40
 
 
+def test_what_was_accepted_holds_after_a_rename_and_a_rebuild(
+    account: Account, settings: Settings
+) -> None:
+    account.lines.append(line(at_hour(OTHER, 5), quantity="-1"))
+    account.events = []
+    for day in (YOUNG, OLD, OTHER):
+        extract(settings, day)
+    empty(account, YOUNG)
+    account.lines.remove(next(one for one in account.lines if one.hour.date() == OLD))
+    for day in (YOUNG, OLD):
+        extract(settings, day)
+    for day in (YOUNG, OTHER):
+        accept(settings, "usage", day, reason=REASON)
+    accept(settings, "usage", OLD, reason=REASON, is_kept=True)
+    rename(settings, "acme", "Acme Inc.")
+    before = all_tables(settings)
+    rebuild(settings)
+    assert all_tables(settings) == before
+    for day in (YOUNG, OLD, OTHER):
+        [usage] = pipeline.run(settings, Asked(day, day + DAY, ["usage"])).outcomes
+        assert usage.outcome == "unchanged"
+
+
 def test_accept_refuses_what_is_not_held(account: Account, settings: Settings) -> None:
     with pytest.raises(UsageError, match="nothing of usage 2026-11-21 is held"):
         accept(settings, "usage", YOUNG, reason=REASON)
@@ -313,8 +341,23 @@ def test_accept_loads_a_day_with_a_negative_line_and_later_ones_with_the_same_li
     before = all_tables(settings)
     rebuild(settings)
     assert all_tables(settings) == before
-    account.lines.append(line(at_hour(YOUNG, 6), quantity="-2"))
-    assert extract(settings, YOUNG).exit_code == 3
+    account.lines += [line(at_hour(YOUNG, 6), quantity="-2"), line(at_hour(OTHER, 5), quantity="-1")]
+    for day in (YOUNG, OTHER):  # a row that is not accepted; the accepted row on another day
+        assert extract(settings, day).exit_code == 3
+    assert total(settings) == Decimal("39.975")
+
+
+def test_what_was_accepted_for_an_account_does_not_hold_for_another(
+    account: Account, settings: Settings
+) -> None:
+    account.lines.append(line(at_hour(YOUNG, 5), quantity="-1"))
+    account.events = []
+    extract(settings, YOUNG)
+    accept(settings, "usage", YOUNG, reason=REASON)
+    other = replace(account, account="initech", requests="initech")
+    with Sandbox(other, keys={truth.OTHER_KEY: "FULL"}) as server:
+        theirs = settings_for(server.url, Path(settings.landing).parent, key=truth.OTHER_KEY)
+        assert extract(theirs, YOUNG).exit_code == 3
     assert total(settings) == Decimal("39.975")
 
 
