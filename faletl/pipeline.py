@@ -175,7 +175,7 @@ def load(settings: Settings, asked: Asked = DUE, progress: Progress = silent) ->
     warehouse = open_warehouse(settings)
     waiting = [
         landed
-        for landed in _not_loaded(settings, warehouse, report)
+        for landed in not_loaded(settings, warehouse, report)
         if asked.includes(landed.manifest.resource, landed.manifest.window)
     ]
     load_reads(settings, waiting, report, progress)
@@ -693,10 +693,10 @@ def _recordable(
             yield task, error, str(account)
 
 
-def _not_loaded(settings: Settings, warehouse: Warehouse, report: Report | None = None) -> list[Landed]:
+def not_loaded(settings: Settings, warehouse: Warehouse, report: Report) -> list[Landed]:
     """Complete reads that are newer than what is loaded; of a day only its newest.
 
-    Those that cannot be opened go to the report, if there is one.
+    Those that cannot be opened go to the report.
     """
     with warehouse.reading() as connection:
         loaded = loaded_reads(connection) if connection is not None else {}
@@ -706,8 +706,6 @@ def _not_loaded(settings: Settings, warehouse: Warehouse, report: Report | None 
         try:
             landed = open_read(folder)
         except FaletlError as error:
-            if report is None:
-                raise
             report.failures.append((None, error))
             continue
         if landed is None:

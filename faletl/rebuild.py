@@ -34,6 +34,8 @@ from faletl.landing import Landed, Manifest, Receipt
 from faletl.load import Ledger, read_ledger, replay
 from faletl.pipeline import Progress, Report
 from faletl.places import scratch_folder
+from faletl.plan import Task
+from faletl.resources import RESOURCES
 from faletl.staging import Staged, stage_window
 from faletl.warehouse import Lease, open_warehouse
 from faletl.warehouse.tables import WAREHOUSE
@@ -84,6 +86,7 @@ def rebuild(settings: Settings, day: date | None = None, progress: Progress = pi
     else:
         _rebuild_day(settings, report, day)
     if report.outcomes:
+        _note_refused(settings, day)
         pipeline.build_and_publish(settings, report)
     return report
 
@@ -162,6 +165,25 @@ def _rebuild_day(settings: Settings, report: Report, day: date) -> None:
     for (staged, _), outcome in zip(again, outcomes, strict=True):
         report.outcomes.append(pipeline.outcome_of(staged, outcome))
     _complete_receipts(past)
+
+
+def _note_refused(settings: Settings, day: date | None) -> None:
+    """Record which windows (of one UTC day) are not loaded because their newest extract is refused."""
+    warehouse, noted = open_warehouse(settings), Report(pipeline.new_run_id())
+    waiting = pipeline.not_loaded(settings, warehouse, noted)
+    with warehouse.reading() as connection:
+        accepted = holds.accepted_rows(connection)
+    with scratch_folder() as scratch:
+        for landed in waiting:
+            manifest = landed.manifest
+            if day not in (None, manifest.window.day):
+                continue
+            try:
+                stage_window(settings, landed, scratch, accepted).discard()
+            except (ContractError, DataRefusedError, UnprovenError) as error:
+                task = Task(RESOURCES[manifest.resource], manifest.window)
+                noted.failures.append((task, error.at(account=manifest.account)))
+    pipeline.record_failures(settings, noted)
 
 
 def prune(settings: Settings, *, is_dry: bool = False) -> tuple[list[Path], int]:

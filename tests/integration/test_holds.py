@@ -314,6 +314,10 @@ def test_a_refused_day_that_holds_nothing_is_a_row_of_its_own(
     assert query("select open_failures from reports.rpt_freshness where resource = 'usage'") == [(1,)]
     subjects = [f"billing_events {YOUNG}", f"usage {YOUNG}"]
     assert alerts(settings) == [("refused", subject, False) for subject in subjects]
+    for day in (None, YOUNG):
+        rebuild(settings, day)
+        assert query("select open_failures from reports.rpt_freshness where resource = 'usage'") == [(1,)]
+        assert alerts(settings) == [("refused", subject, False) for subject in subjects]
     account.lines.pop()
     assert extract(settings, YOUNG).exit_code == 0
     assert alerts(settings) == [("refused", subject, True) for subject in subjects]
