@@ -48,10 +48,12 @@ def accept(
         raise UsageError("--reason needs a text that says why, on one line")
     report = Report(pipeline.new_run_id())
     held = _one_of(settings, HOLDS, resource, day, account)
-    refused = None if held or is_kept else _one_of(settings, QUARANTINE, resource, day, account)
+    refused = None if is_kept else _one_of(settings, QUARANTINE, resource, day, account)
+    # The newest extract is meant: its id begins with when it began.
+    is_held_newest = refused is None or (held is not None and held["load_id"] > refused["load_id"])
     if held is not None and is_kept:
         _keep(settings, report, held, reason)
-    elif held is not None:
+    elif held is not None and is_held_newest:
         _load_held(settings, report, held, reason)
     elif refused is not None:
         _load_refused(settings, report, refused, reason)
@@ -77,7 +79,7 @@ def _one_of(
     if account is not None:
         query = query.where(table.c.account == account)
     if table is QUARANTINE:
-        query = query.where(table.c.resolved_at.is_(None)).order_by(table.c.seen_at)
+        query = query.where(table.c.resolved_at.is_(None)).order_by(table.c.load_id)
     with open_warehouse(settings).reading() as connection:
         found = connection.execute(query).mappings().all() if connection is not None else []
     if len(accounts := sorted({row["account"] for row in found})) > 1:
@@ -88,7 +90,8 @@ def _one_of(
 
 def _opened(settings: Settings, row: sa.RowMapping) -> Landed:
     """The extract that the row is about."""
-    landed = relabel.opener(settings)(landing.root(settings) / row["landing_path"])
+    with open_warehouse(settings).reading() as connection:
+        landed = relabel.opener(settings, connection)(landing.root(settings) / row["landing_path"])
     if landed is None:
         raise UsageError(f"the account {row['account']!a} was forgotten meanwhile (faletl accounts)")
     return landed
@@ -148,7 +151,7 @@ def _loaded_figures(settings: Settings, manifest: Manifest) -> holds.Figures:
 def _keep(settings: Settings, report: Report, held: sa.RowMapping, reason: str) -> None:
     acceptance = _acceptance(held, "kept", reason)
     with open_warehouse(settings).lease(f"faletl accept, run {report.run_id}") as lease:
-        confirm_window(settings, lease, acceptance)
+        confirm_window(settings, lease, acceptance, held["last_extracted_at"])
     window = Window.of_day(held["window_start"].astimezone(UTC).date())
     folder = landing.root(settings) / held["landing_path"]
     kept = pipeline.Outcome(held["resource"], window, "kept", held["rows_loaded"], folder)

@@ -20,7 +20,7 @@ import msgspec
 from faletl import landing
 from faletl.config import Settings
 from faletl.errors import StorageError, TamperedError, UsageError
-from faletl.landing import Instant
+from faletl.landing import Instant, Manifest
 from faletl.pages import UNREADABLE
 from faletl.places import at, storage_error, write_durably
 
@@ -152,6 +152,16 @@ def _decoded(path: str, content: bytes) -> Decision:
     except UNREADABLE as error:
         raise TamperedError(f"{path} cannot be read: {error}", file=path) from None
     return decision
+
+
+def accept_command(manifest: Manifest) -> str:
+    """The command that accepts the window's extract, but for the reason."""
+    return f"faletl accept {manifest.resource} {manifest.window.day} {account_option(manifest.account)}"
+
+
+def account_option(label: str) -> str:
+    """The option of a command that names the account."""
+    return f"--account {label!r}"
 
 
 def user_name() -> str:

@@ -11,7 +11,7 @@ folders of these days are emptied: what they held is in others now, or nowhere.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date
 from pathlib import Path
@@ -20,7 +20,6 @@ from urllib.parse import quote
 import sqlalchemy as sa
 
 from faletl import decisions
-from faletl.accounts import known_accounts
 from faletl.config import Settings
 from faletl.decisions import AccountForgotten, AccountRenamed
 from faletl.errors import StorageError
@@ -62,10 +61,10 @@ def hand_over(settings: Settings, out: Path, asked: Asked = DUE, progress: Progr
                 progress("handing over", done, len(loads))
                 _fill(warehouse, folder, mine, handed, Path(scratch))
                 done += len(mine)
-        for label in _former_labels(settings, warehouse):
-            for old in _files_of(out, label, asked):
-                old.unlink()
-                handed.deleted.append(old)
+        for label in _ended_labels(settings):
+            for folder in _folders_of(out, label, asked):
+                if folder not in by_folder:
+                    _empty(folder, handed)
     except OSError as error:
         raise StorageError(f"cannot write {error.filename or out}: {error.strerror}") from None
     progress("handing over", done, len(loads))
@@ -81,26 +80,24 @@ def _of_account(label: str) -> str:
     return f"account={quote(label, safe='')}"
 
 
-def _files_of(out: Path, label: str, asked: Asked) -> Iterator[Path]:
-    """The files of the label's windows that are asked for."""
+def _folders_of(out: Path, label: str, asked: Asked) -> Iterator[Path]:
+    """The folders of the label's days that are asked for."""
     for folder in out.glob(f"*/{_of_account(label)}/day=*"):
         day = date.fromisoformat(folder.name.removeprefix("day="))
         if asked.includes(folder.parents[1].name, Window.of_day(day)):
-            yield from folder.glob("*.parquet")
+            yield folder
 
 
-def _former_labels(settings: Settings, warehouse: Warehouse) -> set[str]:
-    """The labels that people renamed or forgot, and that are no account's now.
+def _ended_labels(settings: Settings) -> set[str]:
+    """The labels that people renamed or forgot once; one may be that of another account now.
 
     Folders of labels that nobody ever decided about stay: another warehouse may hand over to `out`, too.
     """
-    ended = {
+    return {
         one.account
         for one in decisions.recorded(settings)
         if isinstance(one, AccountRenamed | AccountForgotten)
     }
-    with warehouse.reading() as connection:
-        return ended - set(known_accounts(connection) if connection is not None else ())
 
 
 def _fill(
@@ -126,7 +123,11 @@ def _fill(
             warehouse.hand_out(connection, rows, part)
         part.replace(path)
         handed.written.append(path)
+    _empty(folder, handed, paths)
+
+
+def _empty(folder: Path, handed: Handed, kept: Collection[Path] = ()) -> None:
     for old in folder.glob("*.parquet"):
-        if old not in paths:
+        if old not in kept:
             old.unlink()
             handed.deleted.append(old)

@@ -17,14 +17,14 @@ import sqlalchemy as sa
 
 from faletl import alerts
 from faletl.config import Settings
-from faletl.decisions import WindowAccepted
+from faletl.decisions import WindowAccepted, accept_command
 from faletl.findings import acceptance_key
 from faletl.landing import Manifest, relative_path
 from faletl.money import plain
 from faletl.resources import Resource
 from faletl.staging import Staged
 from faletl.warehouse import Lease, Warehouse
-from faletl.warehouse.tables import ACCEPTANCES, HOLDS, RAW
+from faletl.warehouse.tables import ACCEPTANCES, HOLDS, QUARANTINE, RAW
 from faletl.windows import Window
 
 SERVED_FOR = timedelta(days=45)
@@ -174,6 +174,15 @@ def is_held(connection: sa.Connection, manifest: Manifest) -> bool:
     return connection.execute(found).scalar_one() > 0
 
 
+def is_open(connection: sa.Connection, load_id: str) -> bool:
+    """Whether the extract is held, or rows of it are quarantined still."""
+    held = sa.select(HOLDS.c.load_id).where(HOLDS.c.load_id == load_id)
+    quarantined = sa.select(QUARANTINE.c.load_id).where(
+        QUARANTINE.c.load_id == load_id, QUARANTINE.c.resolved_at.is_(None)
+    )
+    return connection.execute(sa.union(held, quarantined)).first() is not None
+
+
 def release(connection: sa.Connection, account: str, resource: str, day: date, at: datetime) -> None:
     """Inside a transaction: the window is not held any longer."""
     connection.execute(sa.delete(HOLDS).where(of_window(HOLDS, account, resource, day)))
@@ -182,7 +191,7 @@ def release(connection: sa.Connection, account: str, resource: str, day: date, a
 
 def sentence(manifest: Manifest, loss: Loss) -> str:
     """What is held, both figures, and what to do about it."""
-    accept = f"faletl accept {manifest.resource} {manifest.window.day} --account {manifest.account!r}"
+    accept = accept_command(manifest)
     if loss.is_final:
         return (
             f"held: {loss.before} are loaded and stay, though fal serves only {loss.after} of this day, "

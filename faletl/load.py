@@ -106,6 +106,7 @@ def replace_window(
 
     Raises:
         LeaseLostError: a newer run took over; nothing is changed.
+        UsageError: what was accepted is out of date; nothing is changed.
         WarehouseError: the database did not keep what it was given; nothing is changed.
     """
     with _written(staged):
@@ -114,6 +115,11 @@ def replace_window(
                 holds.enter(lease.connection, acceptance)
             done = _replace(settings, warehouse, lease, staged)
             if acceptance is not None:
+                if done.outcome == "superseded":
+                    raise UsageError(
+                        "another extract of that day was loaded meanwhile, so nothing is accepted; "
+                        "faletl status shows what is held or refused now"
+                    )
                 decisions.record(settings, acceptance)
         if done.receipt is not None:
             landing.leave_receipt(staged.landed.folder, done.receipt)
@@ -122,8 +128,13 @@ def replace_window(
     return Replaced(done.outcome, done.loss)
 
 
-def confirm_window(settings: Settings, lease: Lease, acceptance: WindowAccepted) -> None:
-    """What is loaded of a held window is right: it is not held any longer; raises LeaseLostError."""
+def confirm_window(
+    settings: Settings, lease: Lease, acceptance: WindowAccepted, extracted_at: datetime
+) -> None:
+    """What is loaded of a held window is right: it is not held any longer; raises LeaseLostError.
+
+    `extracted_at` is when the held extract began.
+    """
     account, resource = acceptance.account, acceptance.resource
     day = acceptance.window_start.date()
     with lease.transaction():
@@ -131,7 +142,8 @@ def confirm_window(settings: Settings, lease: Lease, acceptance: WindowAccepted)
         holds.enter(connection, acceptance)
         holds.release(connection, account, resource, day, acceptance.decided_at)
         loaded = sa.and_(holds.of_window(LOADS, account, resource, day), LOADS.c.is_current)
-        connection.execute(sa.update(LOADS).where(loaded).values(data_version=data_version))
+        confirmed = {**_as_confirmed(Window.of_day(day), extracted_at), "data_version": data_version}
+        connection.execute(sa.update(LOADS).where(loaded).values(confirmed))
         decisions.record(settings, acceptance)
 
 
@@ -245,7 +257,7 @@ def _replace(
     if current is not None and is_same and current["load_id"] == manifest.load_id:
         receipt = _receipt(connection, current["fencing_token"], current["loaded_at"], "loaded")
         return _Done("unchanged", receipt)
-    if current is not None and then is None and _is_newer(current, manifest):
+    if current is not None and then is None and _is_newer(connection, current, manifest):
         return _Done("superseded")
     at = then.loaded_at if then else datetime.now(UTC)
     loss, is_kept = None, False
@@ -267,7 +279,7 @@ def _replace(
     extract = _columns_of_extract(staged, lease.token, current)
     if current is not None and outcome == "unchanged":
         if is_kept:  # the rows are still those of the load, and so are their proof and their pages
-            extract = {name: extract[name] for name in ("last_read_at", "is_settled")}
+            extract = _as_confirmed(manifest.window, manifest.started_at)
         if is_news:
             extract["data_version"] = data_version
         same = LOADS.c.load_id == current["load_id"]
@@ -359,6 +371,16 @@ def _columns_of_extract(staged: Staged, token: int, current: sa.RowMapping | Non
     }
 
 
+def _as_confirmed(window: Window, extracted_at: datetime) -> dict[str, Any]:
+    """What ops.loads says of rows that stay, though a closed window's extract lacks some of them."""
+    return {
+        "window_end": window.end,
+        "last_read_at": extracted_at,
+        "is_provisional": False,
+        "is_settled": window.has_settled(extracted_at),
+    }
+
+
 def _hold(
     settings: Settings, lease: Lease, staged: Staged, loss: Loss, at: datetime, *, is_all: bool
 ) -> _Done:
@@ -369,6 +391,13 @@ def _hold(
         _forget_failures(connection, manifest, at)
     keep_findings(settings, lease, staged.findings, "refused", at=at)
     holds.hold(settings, lease, staged, loss, data_version)
+    if loss.is_final:  # nobody looks at the window again
+        loaded = sa.and_(
+            holds.of_window(LOADS, manifest.account, manifest.resource, manifest.window.day),
+            LOADS.c.is_current,
+        )
+        settled = _as_confirmed(manifest.window, manifest.started_at)
+        connection.execute(sa.update(LOADS).where(loaded).values(settled))
     return _Done("held", _receipt(connection, lease.token, at, "held"), loss=loss)
 
 
@@ -393,13 +422,16 @@ def _close_what_was_open(
         _remember_unknown(connection, manifest)
 
 
-def _is_newer(current: sa.RowMapping, manifest: Manifest) -> bool:
+def _is_newer(connection: sa.Connection, current: sa.RowMapping, manifest: Manifest) -> bool:
     """Whether the window was loaded under a lease that this extract did not know when it was planned.
 
-    The extract of the current load may be loaded again: rows of it were quarantined (quarantine.py).
+    An extract that is held, or of which rows are quarantined still, is the newest one: any that was
+    loaded later would have ended that. Its token says less, as those of a rebuild are newer than all.
     """
+    if current["last_fencing_token"] <= manifest.fencing_token:
+        return False
     is_own = manifest.load_id in (current["load_id"], current["last_load_id"])
-    return not is_own and current["last_fencing_token"] > manifest.fencing_token
+    return not (is_own or holds.is_open(connection, manifest.load_id))
 
 
 def _digest_of_ids(staged: Staged) -> str | None:
@@ -574,16 +606,27 @@ def _forget_failures(connection: sa.Connection, manifest: Manifest, at: datetime
     is_lock = FAILURES.c.error == AccountLockedError.__name__
     was_locked = sa.and_(FAILURES.c.account == manifest.account, is_lock)
     gone = sa.delete(FAILURES).where(sa.or_(_failures_of(manifest), was_locked))
-    errors = set(connection.execute(gone.returning(FAILURES.c.error)).scalars())
-    if errors:
-        subject = f"{manifest.resource} {manifest.window.day}"
+    found = connection.execute(
+        gone.returning(FAILURES.c.error, FAILURES.c.resource, FAILURES.c.window_start)
+    ).all()
+    for _, resource, start in found:
+        subject = f"{resource} {start.astimezone(UTC).date()}"
         alerts.resolve(connection, "refused", manifest.account, subject, at)
-    if AccountLockedError.__name__ in errors:
+    if any(error == AccountLockedError.__name__ for error, *_ in found):
         alerts.resolve(connection, "locked", manifest.account, LOCKED, at)
 
 
 def _failures_of(manifest: Manifest) -> sa.ColumnElement[bool]:
-    return holds.of_window(FAILURES, manifest.account, manifest.resource, manifest.window.day)
+    """Those of the window; of a snapshot also those of earlier ones, as it says all that they would."""
+    own = holds.of_window(FAILURES, manifest.account, manifest.resource, manifest.window.day)
+    if not manifest.window.is_snapshot:
+        return own
+    earlier = sa.and_(
+        FAILURES.c.account == manifest.account,
+        FAILURES.c.resource == manifest.resource,
+        FAILURES.c.window_start <= manifest.window_start,
+    )
+    return sa.or_(own, earlier)
 
 
 def _remember_unknown(connection: sa.Connection, manifest: Manifest) -> None:
@@ -618,7 +661,8 @@ def record_failure(
 ) -> None:
     """Keep a window's failure for `faletl status`, in place of an older one, and what was noticed.
 
-    A window that is refused (exit code 3) raises an alert, and is news to reports when it first is.
+    A window that is refused (exit code 3) raises an alert, and is news to reports when it first is. It
+    stays refused while fal cannot be asked again.
     """
     same = sa.and_(
         FAILURES.c.account == account,
@@ -628,9 +672,15 @@ def record_failure(
     is_refused = error.exit_code == REFUSED
     with lease.transaction():
         connection, now = lease.connection, datetime.now(UTC)
-        known = connection.execute(
-            sa.select(FAILURES.c.data_version).where(same, FAILURES.c.error == type(error).__name__)
-        ).scalar()
+        before = connection.execute(
+            sa.select(FAILURES.c.error, FAILURES.c.exit_code, FAILURES.c.data_version).where(same)
+        ).first()
+        is_lock = isinstance(error, AccountLockedError)
+        if before is not None and before.exit_code == REFUSED and not (is_refused or is_lock):
+            return
+        known = (
+            before.data_version if before is not None and before.error == type(error).__name__ else None
+        )
         data_version = fence(lease, changes_data=is_refused and known is None)
         connection.execute(sa.delete(FAILURES).where(same))
         connection.execute(
@@ -652,7 +702,7 @@ def record_failure(
             key = (resource, window.start.isoformat(), run_id)
             alert = alerts.Alert("refused", account, f"{resource} {window.day}", str(error), key)
             alerts.raise_alert(connection, alert, now)
-        if isinstance(error, AccountLockedError):
+        if is_lock:
             alert = alerts.Alert("locked", account, LOCKED, error.message, (run_id,))
             alerts.raise_alert(connection, alert, now)
 
@@ -845,10 +895,14 @@ def read_ledger(connection: sa.Connection, day: date | None = None) -> Ledger:
         query = query.where(loads.window_start >= window.start, loads.window_start < window.end)
     found = connection.execute(query).all()
     standing = _standing_loads(connection)
-    own_id, held = "", frozenset[str]()
+    own_id, held = "", dict[str, Receipt]()
     if columns_of(connection, HOLDS):  # a warehouse of schema 5
         own_id = connection.execute(sa.select(WAREHOUSE.c.warehouse_id)).scalar_one()
-        held = frozenset(connection.execute(sa.select(HOLDS.c.load_id)).scalars())
+        token = connection.execute(sa.select(WAREHOUSE.c.fencing_token)).scalar_one()
+        held = {
+            load_id: Receipt(token, at, "held", own_id)
+            for load_id, at in connection.execute(sa.select(HOLDS.c.load_id, HOLDS.c.last_extracted_at))
+        }
     confirmed = {
         one.last_load_id: Receipt(one.last_fencing_token, one.last_read_at, "unchanged", own_id)
         for one in found
@@ -856,13 +910,13 @@ def read_ledger(connection: sa.Connection, day: date | None = None) -> Ledger:
     loaded = {one.load_id: Receipt(one.fencing_token, one.loaded_at, "loaded", own_id) for one in found}
     return Ledger(
         warehouse_id=own_id,
-        receipts=confirmed | loaded,
+        receipts=held | confirmed | loaded,
         needed=frozenset(
             one.load_id
             for one in found
             if one.is_current or not one.is_provisional or one.load_id in standing
         ),
-        held=held,
+        held=frozenset(held),
     )
 
 

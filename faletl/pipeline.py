@@ -172,14 +172,18 @@ def dry_run(settings: Settings, asked: Asked = DUE) -> list[Forecast]:
 def load(settings: Settings, asked: Asked = DUE, progress: Progress = silent) -> Report:
     """Stage, prove and load what has landed and is not loaded yet; asks fal nothing."""
     report = Report(new_run_id())
-    warehouse = open_warehouse(settings)
+    load_waiting(settings, asked, report, progress)
+    return report
+
+
+def load_waiting(settings: Settings, asked: Asked, report: Report, progress: Progress = silent) -> None:
+    """As `load`; what became of each window goes to the report."""
     waiting = [
         landed
-        for landed in not_loaded(settings, warehouse, report)
+        for landed in _not_loaded(settings, open_warehouse(settings), report)
         if asked.includes(landed.manifest.resource, landed.manifest.window)
     ]
     load_reads(settings, waiting, report, progress)
-    return report
 
 
 def load_reads(
@@ -618,6 +622,7 @@ def _load_batch(
                         judged = gate().passed(lease.connection, staged) if settings.gate else staged
             except DataRefusedError as error:
                 landing.refuse(staged.landed.folder)
+                error.at(account=staged.landed.manifest.account)
                 report.failures.append((Task(resource, window), error))
                 continue
             replaced = replace_window(settings, warehouse, lease, judged)
@@ -693,15 +698,15 @@ def _recordable(
             yield task, error, str(account)
 
 
-def not_loaded(settings: Settings, warehouse: Warehouse, report: Report) -> list[Landed]:
+def _not_loaded(settings: Settings, warehouse: Warehouse, report: Report) -> list[Landed]:
     """Complete reads that are newer than what is loaded; of a day only its newest.
 
     Those that cannot be opened go to the report.
     """
     with warehouse.reading() as connection:
         loaded = loaded_reads(connection) if connection is not None else {}
+        open_read = relabel.opener(settings, connection)
     newest: dict[tuple[str, ...], Landed] = {}
-    open_read = relabel.opener(settings)
     for folder in landing.complete_reads(settings):
         try:
             landed = open_read(folder)

@@ -56,7 +56,8 @@ def retry(settings: Settings, load_ids: Sequence[str] = (), progress: Progress =
         raise UsageError(f"nothing is open of a read {gone[0]!a}; see faletl quarantine list --all")
     rows = {row["load_id"]: row for row in found if not load_ids or row["load_id"] in load_ids}
     folders = [landing.root(settings) / row["landing_path"] for row in rows.values()]
-    opened = map(relabel.opener(settings), folders)
+    with open_warehouse(settings).reading() as connection:
+        opened = [relabel.opener(settings, connection)(folder) for folder in folders]
     pipeline.load_reads(settings, [landed for landed in opened if landed], report, progress)
     for one in report.outcomes:
         if one.outcome != "loaded":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
 import msgspec
@@ -34,8 +34,7 @@ from faletl.landing import Landed, Manifest, Receipt
 from faletl.load import Ledger, read_ledger, replay
 from faletl.pipeline import Progress, Report
 from faletl.places import scratch_folder
-from faletl.plan import Task
-from faletl.resources import RESOURCES
+from faletl.plan import Asked
 from faletl.staging import Staged, stage_window
 from faletl.warehouse import Lease, open_warehouse
 from faletl.warehouse.tables import WAREHOUSE
@@ -85,8 +84,8 @@ def rebuild(settings: Settings, day: date | None = None, progress: Progress = pi
         _rebuild_all(settings, report, progress)
     else:
         _rebuild_day(settings, report, day)
-    if report.outcomes:
-        _note_refused(settings, day)
+    if report.outcomes or report.build:
+        _load_what_waits(settings, report, day)
         pipeline.build_and_publish(settings, report)
     return report
 
@@ -95,10 +94,10 @@ def _rebuild_all(settings: Settings, report: Report, progress: Progress) -> None
     warehouse, holder = open_warehouse(settings), f"faletl rebuild, run {report.run_id}"
     ledger = _readable_ledger(settings)
     past = _history(settings, ledger)
-    _refuse_gaps(ledger, past)
-    if not past:
+    _refuse_gaps(settings, ledger, past)
+    if not past and not ledger.needed:
         return
-    newest = max(max(one.receipt.fencing_token, _planned_under(one)) for one in past)
+    newest = max((max(one.receipt.fencing_token, _planned_under(one)) for one in past), default=0)
     with (
         warehouse.renewed(holder, newest, read_ledger) as (fresh, last),
         scratch_folder() as scratch,
@@ -107,7 +106,7 @@ def _rebuild_all(settings: Settings, report: Report, progress: Progress) -> None
         # Now that nobody else can load any more: somebody may have, and died before the receipt.
         ledger = last or ledger
         past = _history(settings, ledger)
-        _refuse_gaps(ledger, past)
+        _refuse_gaps(settings, ledger, past)
         needed = _needed(past, ledger)
         with lease.transaction():
             _restore_what_was_decided(settings, lease, ledger)
@@ -149,10 +148,11 @@ def _rebuild_day(settings: Settings, report: Report, day: date) -> None:
         warehouse.lease(f"faletl rebuild, run {report.run_id}") as lease,
     ):
         with lease.transaction():
+            relabel.require_followed(lease.connection, decisions.recorded(settings))
             ledger = read_ledger(lease.connection, day)
             accepted = holds.accepted_rows(lease.connection)
         past = _history(settings, ledger, day)
-        _refuse_gaps(ledger, past)
+        _refuse_gaps(settings, ledger, past)
         if not past:
             return
         needed = _needed(past, ledger)
@@ -167,23 +167,17 @@ def _rebuild_day(settings: Settings, report: Report, day: date) -> None:
     _complete_receipts(past)
 
 
-def _note_refused(settings: Settings, day: date | None) -> None:
-    """Record which windows (of one UTC day) are not loaded because their newest extract is refused."""
-    warehouse, noted = open_warehouse(settings), Report(pipeline.new_run_id())
-    waiting = pipeline.not_loaded(settings, warehouse, noted)
-    with warehouse.reading() as connection:
-        accepted = holds.accepted_rows(connection)
-    with scratch_folder() as scratch:
-        for landed in waiting:
-            manifest = landed.manifest
-            if day not in (None, manifest.window.day):
-                continue
-            try:
-                stage_window(settings, landed, scratch, accepted).discard()
-            except (ContractError, DataRefusedError, UnprovenError) as error:
-                task = Task(RESOURCES[manifest.resource], manifest.window)
-                noted.failures.append((task, error.at(account=manifest.account)))
-    pipeline.record_failures(settings, noted)
+def _load_what_waits(settings: Settings, report: Report, day: date | None) -> None:
+    """Load extracts (of one UTC day) that landed after those that were loaded; show which are refused.
+
+    A refused window is no failure of the rebuild: it was refused before.
+    """
+    waiting = Report(report.run_id)
+    asked = pipeline.DUE if day is None else Asked(day, day + timedelta(days=1))
+    pipeline.load_waiting(settings, asked, waiting)
+    report.outcomes += waiting.outcomes
+    for _, error in waiting.failures:
+        log.warning("%s", error)
 
 
 def prune(settings: Settings, *, is_dry: bool = False) -> tuple[list[Path], int]:
@@ -193,7 +187,7 @@ def prune(settings: Settings, *, is_dry: bool = False) -> tuple[list[Path], int]
     interrupted reads that can still be taken up.
 
     Raises:
-        UsageError: there is no warehouse to tell what is needed.
+        UsageError: there is no warehouse to tell what is needed, or it does not follow a rename yet.
         StorageError: a folder cannot be deleted.
     """
     dropped = list(landing.interrupted_reads(settings, datetime.now(UTC) - RESUME_WITHIN))
@@ -206,9 +200,11 @@ def prune(settings: Settings, *, is_dry: bool = False) -> tuple[list[Path], int]
                     "is FALETL_WAREHOUSE right? faletl rebuild makes it anew"
                 )
             return [], 0
+        relabel.require_followed(connection, decisions.recorded(settings))
         ledger = read_ledger(connection)
         past = _history(settings, ledger)
     kept = _needed(past, ledger) | _loadable(settings, complete, past)
+    kept |= _loaded_elsewhere(complete, past, ledger)
     dropped += [folder for folder in complete if folder.name not in kept]
     size = sum(landing.size(folder) for folder in dropped)
     if not is_dry:
@@ -322,6 +318,17 @@ def _loadable(settings: Settings, complete: Iterable[Path], past: Sequence[Loade
     return found
 
 
+def _loaded_elsewhere(complete: Iterable[Path], past: Sequence[Loaded], ledger: Ledger) -> set[str]:
+    """The extracts of accounts that are forgotten here, which another warehouse may still hold."""
+    loaded = {one.load_id for one in past}
+    return {
+        folder.name
+        for folder in complete
+        if folder.name not in loaded
+        and any(one.warehouse_id not in ("", ledger.warehouse_id) for one in landing.receipts(folder))
+    }
+
+
 def _manifests(settings: Settings, folders: Iterable[Path]) -> Iterator[Manifest]:
     """The manifests that can be read; a read without one can be neither loaded nor rebuilt from."""
     open_read = relabel.opener(settings)
@@ -355,11 +362,19 @@ def _readable_ledger(settings: Settings) -> Ledger:
         return Ledger()
 
 
-def _refuse_gaps(ledger: Ledger, past: Sequence[Loaded]) -> None:
-    """Raises TamperedError when something is loaded whose landed pages are gone: it would be lost."""
-    if gone := sorted(ledger.needed - {one.load_id for one in past}):
+def _refuse_gaps(settings: Settings, ledger: Ledger, past: Sequence[Loaded]) -> None:
+    """Raises TamperedError when something is loaded whose landed pages are gone: it would be lost.
+
+    Those of an account that was forgotten in another warehouse are left out, as they are meant to be.
+    """
+    gone = ledger.needed - {one.load_id for one in past}
+    if gone:
+        open_read = relabel.opener(settings)
+        complete = (one for one in landing.complete_reads(settings) if one.name in gone)
+        gone -= {folder.name for folder in complete if open_read(folder) is None}
+    if gone:
         raise TamperedError(
-            f"the landed pages of {len(gone)} loads are gone (the first is {gone[0]}), and a rebuild "
+            f"the landed pages of {len(gone)} loads are gone (the first is {min(gone)}), and a rebuild "
             "would lose their rows: is FALETL_LANDING right? Restore them, read these days again with "
             "faletl run --start … --end …, or move the warehouse away to rebuild without them"
         )

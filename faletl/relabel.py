@@ -18,20 +18,54 @@ from faletl import accounts, decisions, horizons, landing
 from faletl.accounts import Account
 from faletl.config import Settings
 from faletl.decisions import AccountBound, AccountForgotten, AccountRenamed, Decision, HorizonSet
+from faletl.errors import UsageError
 from faletl.horizons import Horizon, Horizons
 from faletl.landing import Landed, Manifest
+from faletl.warehouse.tables import WAREHOUSE
+from faletl.windows import LONG_AGO
 
 _SLACK = timedelta(milliseconds=1)
 """By how much the instant of a decision may lie behind its own: see `decisions.next_instant`."""
 
 
-def opener(settings: Settings) -> Callable[[Path], Landed | None]:
+def opener(
+    settings: Settings, connection: sa.Connection | None = None
+) -> Callable[[Path], Landed | None]:
     """Return what opens landed extracts under the labels of today; None for a forgotten account's.
 
-    Raises: `decisions.recorded`; and from each call as `landing.open_read`.
+    With a `connection` they are opened for its warehouse.
+
+    Raises: as `decisions.recorded` and `require_followed`; from each call as `landing.open_read`.
     """
     made = decisions.recorded(settings)
+    if connection is not None:
+        require_followed(connection, made)
     return lambda folder: relabelled(landing.open_read(folder), made)
+
+
+def require_followed(connection: sa.Connection, made: Iterable[Decision]) -> None:
+    """Raises UsageError if a label of the warehouse was renamed or forgotten in another one.
+
+    Warehouses that share a landing folder share its accounts. What landed before would be loaded under
+    the new label, while the tables still hold the old one.
+    """
+    until = connection.execute(sa.select(WAREHOUSE.c.decided_until)).scalar_one() or LONG_AGO
+    known = accounts.known_accounts(connection)
+    for one in made:
+        if isinstance(one, AccountRenamed | AccountForgotten) and one.decided_at > until:
+            mine = known.get(one.account)
+            if mine is not None and (mine.bound_at or LONG_AGO) <= one.decided_at:
+                raise UsageError(
+                    f"another warehouse of this landing folder has renamed or forgotten the account "
+                    f"{one.account!a}; faletl rebuild makes this one follow"
+                )
+
+
+def follow(connection: sa.Connection, made: Iterable[Decision]) -> None:
+    """Inside a transaction: the tables are as these decisions want them."""
+    instants = [one.decided_at for one in made if isinstance(one, AccountRenamed | AccountForgotten)]
+    if instants:
+        connection.execute(sa.update(WAREHOUSE).values(decided_until=max(instants)))
 
 
 def relabelled(landed: Landed, made: Sequence[Decision]) -> Landed | None:
@@ -94,6 +128,7 @@ def restore(connection: sa.Connection, made: Sequence[Decision], manifests: Iter
         accounts.keep(connection, account)
     for owner, mine in rows.items():
         horizons.replace(connection, owner, mine)
+    follow(connection, made)
 
 
 def _planned(manifests: Iterable[Manifest]) -> dict[str, Horizons]:

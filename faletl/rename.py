@@ -14,7 +14,7 @@ from typing import Any
 import duckdb
 import sqlalchemy as sa
 
-from faletl import decisions, models, pipeline
+from faletl import decisions, models, pipeline, relabel
 from faletl.accounts import Account, known_accounts
 from faletl.config import Settings, is_label
 from faletl.decisions import AccountForgotten, AccountRenamed
@@ -25,7 +25,7 @@ from faletl.places import scratch_folder
 from faletl.resources import RESOURCES, Resource
 from faletl.staging import digest_of, digest_sums, hash_expression
 from faletl.warehouse import Lease, Warehouse, open_warehouse, quoted
-from faletl.warehouse.tables import LOADS, METADATA, RAW
+from faletl.warehouse.tables import ALERTS, LOADS, METADATA, RAW
 
 
 def rename(settings: Settings, old: str, new: str) -> Report:
@@ -34,7 +34,8 @@ def rename(settings: Settings, old: str, new: str) -> Report:
     Fingerprints of charges hold the label, so they are computed again (CHANGELOG, "Data").
 
     Raises:
-        UsageError: there is no such account, or one with the new label; nothing is changed.
+        UsageError: there is no such account, or one with the new label; or another warehouse of the
+            landing folder has renamed or forgotten one. Nothing is changed.
     """
     if not is_label(new):
         raise UsageError(f"{new[:80]!a} cannot be a label: it must be printable and of 200 characters")
@@ -46,6 +47,7 @@ def rename(settings: Settings, old: str, new: str) -> Report:
     ):
         known = known_accounts(lease.connection)
         _require(known, old)
+        relabel.require_followed(lease.connection, decisions.recorded(settings))
         if new in known:
             raise UsageError(
                 f"there is an account {new!a} already, and two cannot become one; name another label"
@@ -56,8 +58,9 @@ def rename(settings: Settings, old: str, new: str) -> Report:
             sa.update(LOADS).where(LOADS.c.account == new).values(data_version=version)
         )
         models.make_next_build_full(lease.connection)
-        decisions.record(
+        _decide(
             settings,
+            lease.connection,
             AccountRenamed(
                 decided_at=decisions.next_instant(settings),
                 decided_by=decisions.user_name(),
@@ -103,17 +106,19 @@ def forget(settings: Settings, label: str) -> Report:
     forgotten by mistake can be extracted again.
 
     Raises:
-        UsageError: there is no such account; nothing is changed.
+        UsageError: there is no such account, or as for `rename`; nothing is changed.
     """
     warehouse = _existing_warehouse(settings)
     with warehouse.lease("faletl accounts forget") as lease, lease.transaction():
         _require(known_accounts(lease.connection), label)
+        relabel.require_followed(lease.connection, decisions.recorded(settings))
         fence(lease, changes_data=True)
         for column in _labels():
             lease.connection.execute(sa.delete(column.table).where(column == label))
         models.make_next_build_full(lease.connection)
-        decisions.record(
+        _decide(
             settings,
+            lease.connection,
             AccountForgotten(
                 decided_at=decisions.next_instant(settings),
                 decided_by=decisions.user_name(),
@@ -121,6 +126,13 @@ def forget(settings: Settings, label: str) -> Report:
             ),
         )
     return _built(settings)
+
+
+def _decide(
+    settings: Settings, connection: sa.Connection, decision: AccountRenamed | AccountForgotten
+) -> None:
+    relabel.follow(connection, [decision])
+    decisions.record(settings, decision)
 
 
 def _existing_warehouse(settings: Settings) -> Warehouse:
@@ -161,6 +173,14 @@ def _rename_rows(
             )
     for column in _labels():
         lease.connection.execute(sa.update(column.table).where(column == old).values({column.name: new}))
+    names_new = sa.func.replace(
+        ALERTS.c.detail, decisions.account_option(old), decisions.account_option(new)
+    )
+    lease.connection.execute(
+        sa.update(ALERTS)
+        .where(ALERTS.c.account == new, ALERTS.c.resolved_at.is_(None))
+        .values(detail=names_new)
+    )
 
 
 def _rehash(

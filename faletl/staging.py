@@ -24,6 +24,7 @@ import msgspec
 
 from faletl.config import Settings
 from faletl.contract import LIST, OBJECT, Contract, Tree, records_of, tree_of
+from faletl.decisions import accept_command
 from faletl.errors import (
     ContractError,
     DataRefusedError,
@@ -754,11 +755,11 @@ def _breaches(column: Column) -> Iterator[tuple[str, str]]:
         yield f"strlen({text}) > {column.longest}", f"'{too_long}'"
 
 
-def _refused(landed: Landed, label: str, typed: Typed, because: str) -> DataRefusedError:
+def _refused(landed: Landed, label: str, typed: Typed, because: str, cure: str = "") -> DataRefusedError:
     """The error for a window whose rows cannot all be taken."""
     page = typed.set_aside[0].page
     return DataRefusedError(
-        f"{_told(typed, because)}; the window is not loaded",
+        f"{_told(typed, because)}; the window is not loaded{cure}",
         page=page,
         rows=typed.breaches,
         request_id=landed.manifest.pages(label)[page - 1].request_id,
@@ -1050,7 +1051,8 @@ def _prove_part(
         because = _NO_TOTAL if not compared.differs else (
             "fal's control total says that they are of value (faletl quarantine list shows them)"
         )  # fmt: skip
-        error = _refused(whole, "rows", rows.typed, because)
+        cure = f"; to load it all the same: {accept_command(whole.manifest)} --reason TEXT"
+        error = _refused(whole, "rows", rows.typed, because, cure)
         if has_lost and part.window.halves(resource.smallest_part):
             error.unproven = [unproven]  # what is missing may be lost between pages
         raise error

@@ -172,6 +172,10 @@ WAREHOUSE = _ops_table(
     held_since=(_AT, "when"),
     data_version=(_COUNT, "grows with every change of a raw table"),
     warehouse_id=(_TEXT, "the warehouse among those that share a landing folder; receipts carry it"),
+    decided_until=(
+        _AT,
+        "newest rename or forget of an account that its tables follow; null without any",
+    ),
 )
 
 LOADS = _ops_table(

@@ -454,6 +454,64 @@ def test_a_rename_survives_a_rebuild_with_its_horizons_and_keys(
     assert verify(settings).findings == []
 
 
+@pytest.fixture
+def second(settings: Settings, tmp_path: Path) -> Settings:
+    """Settings of another warehouse of the same landing folder, loaded as the first one is."""
+    (tmp_path / "second").mkdir()
+    second = settings_for(settings.api_url, tmp_path / "second", landing=settings.landing)
+    pipeline.run(settings)
+    pipeline.run(second)
+    return second
+
+
+def labels(settings: Settings) -> set[str]:
+    """Of all that is loaded, and of the accounts that are known."""
+    query = (
+        "select account from ops.loads union select _account from raw.usage "
+        "union select account from ops.accounts"
+    )
+    return {label for (label,) in ask(settings, query, opened)}
+
+
+def test_a_rename_in_one_warehouse_mixes_no_labels_in_another(
+    settings: Settings, second: Settings, clock: time_machine.Traveller
+) -> None:
+    rename(settings, "acme", "emea")
+    before = all_tables(second)
+    cure = "has renamed or forgotten the account 'acme'; faletl rebuild makes this one follow"
+    for refused in (
+        lambda: rebuild(second, truth.day(21)),
+        lambda: pipeline.load(second),
+        lambda: prune(second),
+        lambda: rename(second, "acme", "apac"),
+    ):
+        with pytest.raises(UsageError, match=cure):
+            refused()
+    clock.shift(timedelta(hours=1))
+    pipeline.run(second)
+    assert labels(second) == {"acme"}
+    assert all_tables(second)["reports.rpt_spend_daily"] == before["reports.rpt_spend_daily"]
+    rebuild(second)
+    assert labels(second) == {"emea"}
+    rebuild(second, truth.day(21))
+    assert pipeline.run(second).account == "emea"
+    assert labels(settings) == {"emea"}
+    rename(second, "emea", "acme")
+    assert labels(second) == {"acme"}
+
+
+def test_an_account_that_one_warehouse_forgot_stays_in_another_until_it_is_rebuilt(
+    settings: Settings, second: Settings
+) -> None:
+    before = all_tables(second)
+    forget(settings, "acme")
+    prune(settings)
+    assert verify(second).findings == []
+    assert all_tables(second) == before
+    rebuild(second)
+    assert labels(second) == set()
+
+
 def test_a_day_of_a_renamed_account_is_made_again_from_its_older_pages(settings: Settings) -> None:
     pipeline.run(settings)
     rename(settings, "acme", "emea")

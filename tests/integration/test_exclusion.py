@@ -45,9 +45,9 @@ def test_a_load_that_dies_before_its_receipt_is_not_lost_to_a_rebuild_that_waite
     def dies(*_: object) -> None:
         raise Dies
 
-    def meanwhile(ledger: Ledger, past: Sequence[rebuilding.Loaded]) -> None:
+    def meanwhile(_: Settings, ledger: Ledger, past: Sequence[rebuilding.Loaded]) -> None:
         """The rebuild has read the ledger, and waits for the warehouse: the load has it still."""
-        refuse_gaps(ledger, past)
+        refuse_gaps(settings, ledger, past)
         with monkeypatch.context() as patch:
             patch.setattr(landing, "leave_receipt", dies)
             with pytest.raises(Dies):

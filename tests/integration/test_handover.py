@@ -86,7 +86,14 @@ def test_the_files_hold_raw_and_follow_it(
     shutil.rmtree(others.parents[1])
     assert len(hand_over(settings, out).deleted) == 9
     check()
-    forget(settings, "acme [1]*?")
+    rename(settings, "acme [1]*?", "acme/é =1")  # the first label is in use again
+    left = next(out.glob("usage/account=acme%20*/day=2026-11-22/*.parquet"))
+    stale = out / "usage" / "account=acme%2F%C3%A9%20%3D1" / "day=2026-11-01" / left.name
+    stale.parent.mkdir(parents=True)
+    shutil.copy(left, stale)  # a day that only an earlier holder of the label had
+    hand_over(settings, out)
+    check()
+    forget(settings, "acme/é =1")
     assert len(hand_over(settings, out).deleted) == 12
     assert list(out.rglob("*.parquet")) == []
 

@@ -17,7 +17,7 @@ import time_machine
 from hypothesis import given
 from hypothesis import strategies as st
 
-from faletl import pipeline
+from faletl import landing, pipeline
 from faletl.accept import accept
 from faletl.answers import status
 from faletl.config import Settings
@@ -25,7 +25,8 @@ from faletl.errors import HeldError, UsageError
 from faletl.plan import Asked
 from faletl.rebuild import prune, rebuild
 from faletl.rename import rename
-from faletl.sandbox import Sandbox
+from faletl.sandbox import Fault, Sandbox
+from faletl.staging import stage_window
 from faletl.validate import validate
 from faletl.verify import verify
 from tests import laws, truth
@@ -38,6 +39,8 @@ YOUNG, OLD = truth.day(21), NOW.date() - timedelta(days=60)
 
 OTHER = YOUNG - DAY
 """A day without charges."""
+
+TODAY = NOW.date()
 
 REASON = "fal confirmed it"
 
@@ -247,12 +250,138 @@ def test_what_was_accepted_holds_after_a_rename_and_a_rebuild(
         accept(settings, "usage", day, reason=REASON)
     accept(settings, "usage", OLD, reason=REASON, is_kept=True)
     rename(settings, "acme", "Acme Inc.")
+    [open_one] = ask(
+        settings,
+        "select detail from ops.alerts where subject like 'ana%21' and resolved_at is null",
+        through=opened,
+    )
+    assert "faletl accept analytics 2026-11-21 --account 'Acme Inc.'" in open_one[0]
     before = all_tables(settings)
     rebuild(settings)
     assert all_tables(settings) == before
     for day in (YOUNG, OLD, OTHER):
         [usage] = pipeline.run(settings, Asked(day, day + DAY, ["usage"])).outcomes
         assert usage.outcome == "unchanged"
+
+
+@pytest.mark.parametrize("day", [None, YOUNG])
+def test_what_is_held_or_refused_can_be_accepted_after_a_rebuild(
+    day: Any, account: Account, settings: Settings, clock: time_machine.Traveller
+) -> None:
+    extract(settings, YOUNG)
+    account.events = []
+    account.lines = [line(at_hour(YOUNG, 5), quantity="-1"), *account.lines]
+    clock.shift(timedelta(hours=1))
+    assert extract(settings, YOUNG).exit_code == 3
+    rebuild(settings, day)
+    for resource in ("usage", "billing_events"):
+        report = accept(settings, resource, YOUNG, reason=REASON)
+        assert [one.outcome for one in report.outcomes] == ["loaded"]
+    assert total(settings) == Decimal("39.975")
+    assert freshness(settings) == {}
+    assert ask(settings, "select count(*) from ops.failures", through=opened) == [(0,)]
+
+
+def test_accept_means_the_newest_extract(
+    account: Account, settings: Settings, clock: time_machine.Traveller
+) -> None:
+    extract(settings, YOUNG)
+    lines = account.lines
+    empty(account, YOUNG)
+    clock.shift(timedelta(hours=1))
+    pipeline.run(settings, Asked(YOUNG, YOUNG + DAY, ["usage"]))
+    account.lines = [*lines, line(at_hour(YOUNG, 5), quantity="-1")]
+    clock.shift(timedelta(hours=1))
+    refused = pipeline.run(settings, Asked(YOUNG, YOUNG + DAY, ["usage"]))
+    assert "faletl accept usage 2026-11-21 --account 'acme' --reason TEXT" in str(refused.failures[0][1])
+    accept(settings, "usage", YOUNG, reason=REASON)
+    assert total(settings) == Decimal("39.975")
+    assert freshness(settings) == {}
+
+
+def test_accept_of_an_extract_that_another_one_replaced_accepts_nothing(
+    account: Account, settings: Settings, clock: time_machine.Traveller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extract(settings, YOUNG)
+    lines = account.lines
+    empty(account, YOUNG)
+    clock.shift(timedelta(hours=1))
+    extract(settings, YOUNG)
+
+    def meanwhile(*given: Any) -> Any:
+        account.lines = lines
+        clock.shift(timedelta(hours=1))
+        extract(settings, YOUNG)
+        return stage_window(*given)
+
+    monkeypatch.setattr("faletl.accept.stage_window", meanwhile)
+    with pytest.raises(UsageError, match="another extract of that day was loaded meanwhile"):
+        accept(settings, "usage", YOUNG, reason=REASON)
+    assert total(settings) == 40
+    assert ask(settings, "select count(*) from ops.acceptances", through=opened) == [(0,)]
+
+
+def test_a_day_that_is_held_for_good_counts_as_settled(
+    account: Account, settings: Settings, clock: time_machine.Traveller, query: Query
+) -> None:
+    account.lines.append(line(at_hour(TODAY, 1)))
+    pipeline.run(settings, Asked(TODAY, TODAY + DAY, ["usage"]))
+    clock.shift(60 * DAY)
+    account.lines = []
+    assert extract(settings, TODAY).exit_code == 0
+    state = "select is_provisional, is_settled, window_end from ops.loads where is_current and rows > 0"
+    settled = [(False, True, at_hour(TODAY + DAY, 0))]
+    assert query(state) == settled
+    rebuild(settings)
+    assert query(state) == settled
+
+
+def test_a_day_whose_rows_are_kept_is_not_open_any_more(
+    account: Account, settings: Settings, clock: time_machine.Traveller, query: Query
+) -> None:
+    account.lines.append(line(at_hour(TODAY, 1)))
+    pipeline.run(settings, Asked(TODAY, TODAY + DAY, ["usage"]))
+    clock.shift(2 * DAY)
+    account.lines = [one for one in account.lines if one.hour.date() != TODAY]
+    assert extract(settings, TODAY).exit_code == 3
+    accept(settings, "usage", TODAY, reason=REASON, is_kept=True)
+    state = "select is_provisional, is_settled from ops.loads where is_current and rows > 0"
+    assert query(state) == [(False, True)]
+    rebuild(settings)
+    assert query(state) == [(False, True)]
+    clock.shift(timedelta(hours=1))
+    [due] = [one for one in pipeline.dry_run(settings) if one.resource == "usage"]
+    assert TODAY not in {window.day for window in due.windows}
+
+
+def test_a_kill_between_a_hold_and_its_receipt_loses_nothing(
+    account: Account, settings: Settings
+) -> None:
+    extract(settings, YOUNG)
+    empty(account, YOUNG)
+    extract(settings, YOUNG)
+    held = ask(settings, "select landing_path from ops.holds", through=opened)
+    for (path,) in held:
+        Path(settings.landing, path, landing.RECEIPT).unlink()
+    before = freshness(settings)
+    rebuild(settings)
+    assert freshness(settings) == before
+    assert len(ask(settings, "select landing_path from ops.holds", through=opened)) == len(held)
+    assert total(settings) == 40
+
+
+def test_a_refused_day_stays_refused_while_fal_is_down(
+    account: Account, settings: Settings, sandbox: Sandbox, query: Query
+) -> None:
+    account.lines.append(line(at_hour(YOUNG, 5), quantity="-1"))
+    extract(settings, YOUNG)
+    shown = "select usage_date, status, reason from reports.rpt_reconciliation order by all"
+    before = query(shown)
+    sandbox.fault = lambda request: Fault(status=503) if request.path == "/models/usage" else None
+    assert extract(settings, YOUNG).exit_code == 1
+    pipeline.build(settings, full=True)
+    assert query(shown) == before
+    assert query("select error from ops.failures where resource = 'usage'") == [("DataRefusedError",)]
 
 
 def test_accept_refuses_what_is_not_held(account: Account, settings: Settings) -> None:
@@ -316,7 +445,9 @@ def test_a_refused_day_that_holds_nothing_is_a_row_of_its_own(
     assert alerts(settings) == [("refused", subject, False) for subject in subjects]
     for day in (None, YOUNG):
         rebuild(settings, day)
-        assert query("select open_failures from reports.rpt_freshness where resource = 'usage'") == [(1,)]
+        assert query("select open_failures from reports.rpt_freshness where resource = 'usage'") == [
+            (1,)
+        ]
         assert alerts(settings) == [("refused", subject, False) for subject in subjects]
     account.lines.pop()
     assert extract(settings, YOUNG).exit_code == 0

@@ -23,6 +23,7 @@ from tests import truth
 from tests.conftest import all_tables, ask, opened, published_path, settings_for, total
 from tests.integration.test_cli import faletl
 from tests.servers import free_ports
+from tests.truth import Account
 
 USAGE_22 = Asked(truth.day(22), truth.day(23), ["usage"])
 
@@ -116,6 +117,20 @@ REFUSED = (
     "select distinct status from reports.rpt_reconciliation where usage_date = '2026-11-22' "
     "and reason like 'usage%'"
 )
+
+
+def test_a_newer_snapshot_ends_what_failed_of_earlier_ones(
+    clock: time_machine.Traveller, account: Account, sandbox: Sandbox, settings: Settings
+) -> None:
+    account.list_price(truth.FLUX, "0.025")
+    sandbox.fault = lambda request: Fault(status=400) if request.path == "/models/pricing" else None
+    assert pipeline.run(settings).exit_code == 3
+    sandbox.fault = None
+    clock.shift(timedelta(days=1))
+    assert pipeline.run(settings).exit_code == 0
+    assert ask(settings, "select count(*) from ops.failures", opened) == [(0,)]
+    open_ones = "select subject from ops.alerts where resolved_at is null"
+    assert ask(settings, open_ones, opened) == []
 
 
 def spend(settings: Settings) -> object:

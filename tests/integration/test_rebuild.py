@@ -250,6 +250,21 @@ def test_damage_to_pages_that_nothing_stands_on_is_no_hindrance(
     assert all_tables(settings) == before
 
 
+def test_a_damaged_extract_that_was_refused_is_no_hindrance(
+    clock: time_machine.Traveller, account: Account, settings: Settings, tmp_path: Path
+) -> None:
+    pipeline.run(settings)
+    account.lines.append(line(at("22T05"), VIDEO, "-2"))
+    clock.shift(timedelta(hours=1))
+    assert pipeline.run(settings, Asked(truth.day(22), truth.day(23), ["usage"])).exit_code == 3
+    before = all_tables(settings)
+    damaged(max((tmp_path / "landing/acme/usage/2026-11-22").iterdir()))
+    for day in (None, truth.day(22)):
+        rebuild(settings, day)
+        after = all_tables(settings)
+        assert after["reports.rpt_spend_daily"] == before["reports.rpt_spend_daily"]
+
+
 def test_pages_that_only_restatements_stand_on_are_missed_too(
     clock: time_machine.Traveller, account: Account, settings: Settings, tmp_path: Path
 ) -> None:
