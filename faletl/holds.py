@@ -184,9 +184,10 @@ def is_open(connection: sa.Connection, load_id: str) -> bool:
 
 
 def release(connection: sa.Connection, account: str, resource: str, day: date, at: datetime) -> None:
-    """Inside a transaction: the window is not held any longer."""
-    connection.execute(sa.delete(HOLDS).where(of_window(HOLDS, account, resource, day)))
-    alerts.resolve(connection, "held", account, f"{resource} {day}", at)
+    """Inside a transaction: the window, if it is held, is not any longer."""
+    held = sa.delete(HOLDS).where(of_window(HOLDS, account, resource, day)).returning(HOLDS.c.load_id)
+    if connection.execute(held).first() is not None:
+        alerts.resolve(connection, "held", account, f"{resource} {day}", at)
 
 
 def sentence(manifest: Manifest, loss: Loss) -> str:

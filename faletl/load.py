@@ -415,8 +415,7 @@ def _close_what_was_open(
     connection: sa.Connection, manifest: Manifest, at: datetime, *, is_all: bool
 ) -> None:
     """The window is loaded: neither held nor refused any longer."""
-    if holds.is_held(connection, manifest):
-        holds.release(connection, manifest.account, manifest.resource, manifest.window.day, at)
+    holds.release(connection, manifest.account, manifest.resource, manifest.window.day, at)
     if is_all:
         _forget_failures(connection, manifest, at)
         _remember_unknown(connection, manifest)
