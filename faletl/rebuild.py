@@ -32,10 +32,11 @@ from faletl.errors import (
 from faletl.extract import RESUME_WITHIN
 from faletl.landing import Landed, Manifest, Receipt
 from faletl.load import Ledger, read_ledger, replay
+from faletl.overlap import UnknownOverlapError, in_order, refuse_shared
 from faletl.pipeline import Progress, Report
 from faletl.places import scratch_folder
 from faletl.plan import Task
-from faletl.resources import RESOURCES
+from faletl.resources import BILLING_EVENTS, RESOURCES
 from faletl.staging import Staged, stage_window
 from faletl.warehouse import Lease, open_warehouse
 from faletl.warehouse.tables import WAREHOUSE
@@ -173,17 +174,37 @@ def _note_refused(settings: Settings, day: date | None) -> None:
     waiting = pipeline.not_loaded(settings, warehouse, noted)
     with warehouse.reading() as connection:
         accepted = holds.accepted_rows(connection)
+    loadable = set[tuple[str, ...]]()
     with scratch_folder() as scratch:
-        for landed in waiting:
+        for landed in in_order(waiting):
             manifest = landed.manifest
             if day not in (None, manifest.window.day):
                 continue
             try:
-                stage_window(settings, landed, scratch, accepted).discard()
+                staged = stage_window(settings, landed, scratch, accepted)
+                _refuse_overlap(settings, staged, noted, loadable)
+                staged.discard()
+                loadable.add(_window_of(manifest))
             except (ContractError, DataRefusedError, UnprovenError) as error:
                 task = Task(RESOURCES[manifest.resource], manifest.window)
                 noted.failures.append((task, error.at(account=manifest.account)))
     pipeline.record_failures(settings, noted)
+
+
+def _refuse_overlap(
+    settings: Settings, staged: Staged, noted: Report, loadable: Container[tuple[str, ...]]
+) -> None:
+    """Raises SharedChargesError or UnknownOverlapError as a load would, after the `loadable` windows."""
+    manifest, warehouse = staged.landed.manifest, open_warehouse(settings)
+    with warehouse.reading() as connection:
+        if connection is None:
+            return
+        try:
+            refuse_shared(settings, warehouse, connection, staged, pipeline.shared_days(noted))
+        except UnknownOverlapError:
+            charges = (manifest.account, BILLING_EVENTS.name, manifest.window.day.isoformat())
+            if charges not in loadable:
+                raise
 
 
 def prune(settings: Settings, *, is_dry: bool = False) -> tuple[list[Path], int]:

@@ -316,7 +316,9 @@ def test_a_refused_day_that_holds_nothing_is_a_row_of_its_own(
     assert alerts(settings) == [("refused", subject, False) for subject in subjects]
     for day in (None, YOUNG):
         rebuild(settings, day)
-        assert query("select open_failures from reports.rpt_freshness where resource = 'usage'") == [(1,)]
+        assert query("select open_failures from reports.rpt_freshness where resource = 'usage'") == [
+            (1,)
+        ]
         assert alerts(settings) == [("refused", subject, False) for subject in subjects]
     account.lines.pop()
     assert extract(settings, YOUNG).exit_code == 0
