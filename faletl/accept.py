@@ -18,6 +18,7 @@ from faletl.findings import acceptance_key
 from faletl.landing import Landed, Manifest
 from faletl.load import confirm_window, replace_window
 from faletl.money import plain
+from faletl.overlap import refuse_shared
 from faletl.pipeline import Report
 from faletl.places import scratch_folder
 from faletl.staging import Staged, stage_window
@@ -43,6 +44,7 @@ def accept(
     Raises:
         UsageError: nothing of that day is held or refused, or that of several accounts is.
         TamperedError: the landed pages of the extract are not those that were landed.
+        SharedChargesError, UnknownOverlapError: it is, or may be, loaded under another label.
     """
     if not reason.strip() or not reason.isprintable():
         raise UsageError("--reason needs a text that says why, on one line")
@@ -161,6 +163,8 @@ def _keep(settings: Settings, report: Report, held: sa.RowMapping, reason: str) 
 def _load(settings: Settings, report: Report, staged: Staged, acceptance: WindowAccepted) -> None:
     warehouse = open_warehouse(settings)
     with warehouse.lease(f"faletl accept, run {report.run_id}") as lease:
+        with lease.transaction():
+            refuse_shared(settings, warehouse, lease.connection, staged)
         replaced = replace_window(settings, warehouse, lease, staged, acceptance)
     pipeline.note_outcome(report, staged, replaced)
 

@@ -1,13 +1,14 @@
 """Overlap: the charges of one account under two labels, which would be counted twice.
 
-A request is charged to one account. So a day of charges whose request ids are loaded under another
-label is refused, and usage of that day with it: usage has no request ids, so the charges of a new
-label are extracted and loaded first.
+A request is charged to one account, so a day of charges whose request ids are loaded under another
+label is refused. Usage has no request ids. It is refused while nothing tells its label from another
+one that holds something of that day. What tells two labels apart is in the tables alone: a day of
+which both hold charges, as the second one would have been refused if it had shared any.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from datetime import date
 
 import duckdb
@@ -15,8 +16,9 @@ import sqlalchemy as sa
 
 from faletl.config import Settings
 from faletl.errors import DataRefusedError
+from faletl.landing import Landed
 from faletl.plan import Task
-from faletl.resources import BILLING_EVENTS, USAGE
+from faletl.resources import BILLING_EVENTS, USAGE, Resource
 from faletl.staging import Staged
 from faletl.warehouse import Warehouse, quoted
 from faletl.warehouse.tables import FAILURES, LOADS, RAW
@@ -24,7 +26,11 @@ from faletl.windows import Window
 
 
 class SharedChargesError(DataRefusedError):
-    """The account is another one's a second time: its charges are loaded under another label. Exit 3."""
+    """Charges, or the usage that they are of, are loaded under another label already. Exit 3."""
+
+
+class UnknownOverlapError(DataRefusedError):
+    """Nothing tells yet whether usage is loaded under another label already. Exit 3."""
 
 
 def charges_first(
@@ -32,28 +38,24 @@ def charges_first(
 ) -> tuple[list[Task], list[Task]]:
     """Split the tasks into what must be loaded first, and the rest, in their order.
 
-    First come the charges of each day whose usage is asked for, where the label has none yet and
-    others do: they tell whether the usage is that of another label. They are added where they were not
-    asked for.
+    First come the charges, if usage is asked for of a day on which only they can tell the label from
+    another one. Those of such a day are added where they were not asked for.
     """
-    usage = [task.window for task in tasks if task.resource is USAGE]
-    if connection is None or not usage or not _is_new_among_others(connection, account):
+    doubtful = []
+    if connection is not None and _has_others(connection, account):
+        usage = [task.window for task in tasks if task.resource is USAGE]
+        doubtful = [window for window in usage if _suspects(connection, account, window.day)[0]]
+    if not doubtful:
         return [], list(tasks)
-    mine = [task for task in tasks if task.resource is BILLING_EVENTS]
-    asked = {task.window.day for task in mine}
-    mine += [Task(BILLING_EVENTS, window) for window in usage if window.day not in asked]
-    return mine, [task for task in tasks if task.resource is not BILLING_EVENTS]
+    charges = [task for task in tasks if task.resource is BILLING_EVENTS]
+    asked = {task.window.day for task in charges}
+    charges += [Task(BILLING_EVENTS, window) for window in doubtful if window.day not in asked]
+    return charges, [task for task in tasks if task.resource is not BILLING_EVENTS]
 
 
-def _is_new_among_others(connection: sa.Connection, account: str) -> bool:
-    """Whether no charges of the label are loaded yet, and charges of others are."""
-    holders = connection.execute(
-        sa.select(LOADS.c.account)
-        .where(LOADS.c.resource == BILLING_EVENTS.name, LOADS.c.is_current, LOADS.c.rows > 0)
-        .distinct()
-    ).scalars()
-    labels = set(holders)
-    return bool(labels) and account not in labels
+def in_order(reads: Iterable[Landed]) -> list[Landed]:
+    """The extracts in the order given, but charges first: they tell whose usage it is."""
+    return sorted(reads, key=lambda landed: landed.manifest.resource != BILLING_EVENTS.name)
 
 
 def refuse_shared(
@@ -61,29 +63,29 @@ def refuse_shared(
     warehouse: Warehouse,
     connection: sa.Connection,
     staged: Staged,
-    refused: Collection[date],
+    refused: Collection[tuple[str, date]] = (),
 ) -> None:
-    """Raises SharedChargesError for a window that would, or may, count charges of another label again.
+    """Refuse a window that would, or may, count what is loaded under another label once more.
 
-    `refused` are the days whose charges this run has refused for the same reason.
+    `refused` are the accounts and days of which this run has refused the charges for that reason.
+
+    Raises:
+        SharedChargesError: request ids of the day are loaded under another label.
+        UnknownOverlapError: usage, and the charges that would tell whose it is are not loaded.
     """
+    account, day = staged.landed.manifest.account, staged.landed.manifest.window.day
     if staged.resource not in (USAGE, BILLING_EVENTS) or not staged.rows:
         return
-    account, day = staged.landed.manifest.account, staged.landed.manifest.window.day
-    if not (others := _holders(connection, account, day)):
+    if not _has_others(connection, account):
         return
     if staged.resource is BILLING_EVENTS:
         _refuse_charges(settings, warehouse, connection, staged)
-    elif day in refused or _are_charges_refused(connection, account, day):
-        raise SharedChargesError(
-            f"the charges of that day are loaded under account {_listed(others)} already, so usage of "
-            f"account {account!a} would count twice; {_CURE}"
-        )
-    elif _is_new_among_others(connection, account) and not _has_charges(connection, account, day):
-        raise SharedChargesError(
-            f"usage of the new account {account!a} is loaded after the charges of that day, which tell "
-            f"whether they are those of account {_listed(others)}; load them first: faletl run"
-        )
+    else:
+        is_refused = (account, day) in refused
+        others, is_shared = _suspects(connection, account, day, is_refused=is_refused)
+        if others and _has_charges(settings, staged):
+            is_charged = bool(_holders(connection, BILLING_EVENTS, day).intersection(others))
+            raise _overlap(account, day, others, is_shared=is_shared, is_charged=is_charged)
 
 
 _CURE = "use one key for the account, or take one label out: faletl accounts forget"
@@ -95,6 +97,8 @@ def _refuse_charges(
     manifest, charges = staged.landed.manifest, RAW[BILLING_EVENTS.name].c
     day, time = Window.of_day(manifest.window.day), charges[str(BILLING_EVENTS.time)]
     theirs = sa.and_(charges["_account"] != manifest.account, time >= day.start, time < day.end)
+    if not connection.execute(sa.select(sa.exists().where(theirs))).scalar_one():
+        return
     path = staged.files[0].parent / f"{manifest.load_id}.others.parquet"
     found = sa.select(charges.request_id, charges["_account"]).where(theirs).distinct()
     warehouse.hand_out(connection, found, path)
@@ -109,46 +113,126 @@ def _refuse_charges(
         other, requests = shared[0]
         raise SharedChargesError(
             f"{requests:,} requests of account {manifest.account!a} are loaded under account {other!a} "
-            f"already, so they would count twice; {_CURE}"
+            f"already, so they would count twice; {_CURE}",
+            account=manifest.account,
         )
 
 
-def _of_day(account: sa.ColumnElement[bool], day: date) -> sa.ColumnElement[bool]:
-    """Current loads of charges on that day."""
-    window, loads = Window.of_day(day), LOADS.c
-    return sa.and_(
-        account,
-        loads.resource == BILLING_EVENTS.name,
-        loads.window_start >= window.start,
-        loads.window_start < window.end,
-        loads.is_current,
+def _has_charges(settings: Settings, staged: Staged) -> bool:
+    """Whether some of the usage is in US dollars, as all charges are."""
+    in_dollars = f"select 1 from {staged.source} where coalesce(currency, 'USD') = 'USD' limit 1"
+    with duckdb.connect(config={"memory_limit": settings.memory}) as engine:
+        return engine.execute(in_dollars).fetchone() is not None
+
+
+def _overlap(
+    account: str, day: date, others: Sequence[str], *, is_shared: bool, is_charged: bool
+) -> DataRefusedError:
+    """Why usage of that day is refused; `is_charged` says whether the others hold charges of it."""
+    names = ", ".join(map(ascii, others))
+    if is_shared:
+        return SharedChargesError(
+            f"charges of that day are loaded under account {names} already, so usage of account "
+            f"{account!a} would count twice; {_CURE}",
+            account=account,
+        )
+    if is_charged:
+        return UnknownOverlapError(
+            f"usage of account {account!a} is loaded after its charges of that day, which tell whether "
+            f"they are those of account {names}, and it has none yet; load them first, with a key that "
+            "may read them: faletl run",
+            account=account,
+        )
+    return UnknownOverlapError(
+        f"usage of that day is loaded under account {names}, but no charges, which tell whether it is "
+        f"that of account {account!a}; load them first, with the key of account {names}: "
+        f"faletl run --start {day}",
+        account=account,
     )
 
 
-def _holders(connection: sa.Connection, account: str, day: date) -> list[str]:
-    """The other labels of which charges of that day are loaded."""
-    others = sa.and_(_of_day(LOADS.c.account != account, day), LOADS.c.rows > 0)
-    return sorted(connection.execute(sa.select(LOADS.c.account).where(others).distinct()).scalars())
+def _has_others(connection: sa.Connection, account: str) -> bool:
+    """Whether the warehouse holds anything of another label: of most it does not."""
+    others = sa.exists().where(LOADS.c.account != account, LOADS.c.is_current)
+    return bool(connection.execute(sa.select(others)).scalar_one())
 
 
-def _has_charges(connection: sa.Connection, account: str, day: date) -> bool:
-    """Whether the charges of that day are loaded, be they none."""
-    mine = sa.exists().where(_of_day(LOADS.c.account == account, day))
-    return bool(connection.execute(sa.select(mine)).scalar_one())
+def _suspects(
+    connection: sa.Connection, account: str, day: date, *, is_refused: bool = False
+) -> tuple[list[str], bool]:
+    """The labels whose usage of that day may be this one's, and whether shared charges show it.
+
+    Where charges of the day are refused, other days say nothing of it: a key may see charges of several
+    accounts.
+    """
+    if not (present := _present(connection, day) - {account}):
+        return [], False
+    failed = _refused_before(connection, account, day)
+    if is_refused or BILLING_EVENTS.name in failed:
+        return sorted(present - _apart_from(connection, account) or present), True
+    return sorted(present - _apart_from(connection, account, day if failed else None)), bool(failed)
 
 
-def _are_charges_refused(connection: sa.Connection, account: str, day: date) -> bool:
-    """Whether an earlier run refused the charges of that day as those of another label."""
+def _present(connection: sa.Connection, day: date) -> set[str]:
+    """The labels that hold charges of that day, or usage that should have some.
+
+    A label without charges of any day is left out, unless fal failed to give some: its key may not read
+    them.
+    """
+    charged = _holders(connection, BILLING_EVENTS, day)
+    if not (others := _holders(connection, USAGE, day) - charged):
+        return charged
+    is_failed = FAILURES.c.resource == BILLING_EVENTS.name
+    failed = set(connection.execute(sa.select(FAILURES.c.account).where(is_failed)).scalars())
+    others &= failed | _holders(connection, BILLING_EVENTS)
+    usage, window = RAW[USAGE.name].c, Window.of_day(day)
+    in_dollars = sa.select(usage["_account"]).where(
+        usage["_account"].in_(sorted(others)),
+        usage.bucket >= window.start,
+        usage.bucket < window.end,
+        sa.func.coalesce(usage.currency, "USD") == "USD",
+    )
+    return charged | set(connection.execute(in_dollars.distinct()).scalars())
+
+
+def _holders(connection: sa.Connection, resource: Resource, day: date | None = None) -> set[str]:
+    """The labels that hold rows of that day, or of any day."""
+    holders = sa.select(LOADS.c.account).where(_holds(LOADS, resource, day)).distinct()
+    return set(connection.execute(holders).scalars())
+
+
+def _apart_from(connection: sa.Connection, account: str, day: date | None = None) -> set[str]:
+    """The labels that hold charges of a day, or of that day, of which this one holds charges, too."""
+    mine, theirs = LOADS.alias("mine"), LOADS.alias("theirs")
+    found = connection.execute(
+        sa.select(theirs.c.account)
+        .join(mine, mine.c.window_start == theirs.c.window_start)
+        .where(
+            _holds(mine, BILLING_EVENTS, day),
+            _holds(theirs, BILLING_EVENTS, day),
+            mine.c.account == account,
+        )
+        .distinct()
+    )
+    return set(found.scalars())
+
+
+def _holds(loads: sa.FromClause, resource: Resource, day: date | None = None) -> sa.ColumnElement[bool]:
+    """Current loads with rows of that day, or of any day."""
+    holds = sa.and_(loads.c.resource == resource.name, loads.c.is_current, loads.c.rows > 0)
+    if day is None:
+        return holds
+    window = Window.of_day(day)
+    return sa.and_(holds, loads.c.window_start >= window.start, loads.c.window_start < window.end)
+
+
+def _refused_before(connection: sa.Connection, account: str, day: date) -> set[str]:
+    """Of which resources earlier runs refused that day because its charges are shared."""
     window, failures = Window.of_day(day), FAILURES.c
-    refused = sa.exists().where(
+    found = sa.select(failures.resource).where(
         failures.account == account,
-        failures.resource == BILLING_EVENTS.name,
         failures.window_start >= window.start,
         failures.window_start < window.end,
         failures.error == SharedChargesError.__name__,
     )
-    return bool(connection.execute(sa.select(refused)).scalar_one())
-
-
-def _listed(labels: Collection[str]) -> str:
-    return ", ".join(map(ascii, labels))
+    return set(connection.execute(found).scalars())

@@ -47,7 +47,7 @@ from faletl.load import (
     record_failure,
     replace_window,
 )
-from faletl.overlap import SharedChargesError, charges_first, refuse_shared
+from faletl.overlap import SharedChargesError, charges_first, in_order, refuse_shared
 from faletl.places import scratch_folder
 from faletl.plan import (
     Asked,
@@ -58,7 +58,7 @@ from faletl.plan import (
     plan,
     with_ids,
 )
-from faletl.resources import BILLING_EVENTS, MODELS, RESOURCES, USAGE, Resource
+from faletl.resources import MODELS, RESOURCES, USAGE, Resource
 from faletl.staging import Staged, UnprovenPart, stage_window
 from faletl.warehouse import Warehouse, open_warehouse
 from faletl.warehouse.tables import BUILDS, LOADS, WAREHOUSE
@@ -189,7 +189,7 @@ def load_waiting(settings: Settings, asked: Asked, report: Report, progress: Pro
 def load_reads(
     settings: Settings, reads: Sequence[Landed], report: Report, progress: Progress = silent
 ) -> None:
-    """Stage and load complete reads in the order given; those that are refused go to the report."""
+    """Stage and load complete reads, charges first; those that are refused go to the report."""
     warehouse = open_warehouse(settings)
     with warehouse.reading() as connection:
         accepted = holds.accepted_rows(connection)
@@ -197,7 +197,7 @@ def load_reads(
         scratch_folder() as scratch,
         _loader(settings, warehouse, report) as load,
     ):
-        for done, landed in enumerate(reads):
+        for done, landed in enumerate(in_order(reads)):
             progress("loading", done, len(reads))
             try:
                 staged = stage_window(settings, landed, scratch, accepted)
@@ -618,7 +618,8 @@ def _load_batch(
             try:
                 with lease.transaction():
                     if not is_already_loaded(lease.connection, staged):
-                        refuse_shared(settings, warehouse, lease.connection, staged, _shared(report))
+                        refused = _shared_days(report)
+                        refuse_shared(settings, warehouse, lease.connection, staged, refused)
                         judged = gate().passed(lease.connection, staged) if settings.gate else staged
             except DataRefusedError as error:
                 landing.refuse(staged.landed.folder)
@@ -651,10 +652,10 @@ def note_outcome(report: Report, staged: Staged, replaced: Replaced) -> None:
     report.failures.append((Task(RESOURCES[name], window), error))
 
 
-def _shared(report: Report) -> set[date]:
-    """The days whose charges were refused because they are loaded under another label."""
+def _shared_days(report: Report) -> set[tuple[str, date]]:
+    """The accounts and days refused because their charges are loaded under another label."""
     return {
-        task.window.day
+        (str(error.facts["account"]), task.window.day)
         for task, error in report.failures
         if task and isinstance(error, SharedChargesError)
     }
@@ -722,7 +723,7 @@ def _not_loaded(settings: Settings, warehouse: Warehouse, report: Report) -> lis
             key = (*key, manifest.load_id)
         if read_at is None or manifest.started_at > read_at:
             newest[key] = max(newest.get(key, landed), landed, key=_newness)
-    order = [BILLING_EVENTS.name, *RESOURCES]  # charges tell whose usage it is (faletl/overlap.py)
+    order = list(RESOURCES)
     return sorted(
         newest.values(),
         key=lambda landed: (order.index(landed.manifest.resource), landed.manifest.started_at),

@@ -6,20 +6,22 @@ import json
 import logging
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from datetime import timedelta
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from datetime import date, timedelta
 from pathlib import Path
 
 import pytest
 import time_machine
 
 from faletl import landing, pieces, pipeline
+from faletl.accept import accept
 from faletl.accounts import known_accounts
 from faletl.config import Settings
 from faletl.decisions import AccountBound, recorded
 from faletl.errors import CheckFailedError, LeaseLostError, UsageError
 from faletl.invented import HEADER
-from faletl.overlap import SharedChargesError
+from faletl.overlap import SharedChargesError, UnknownOverlapError
 from faletl.plan import Asked
 from faletl.rebuild import prune, rebuild
 from faletl.rename import extent, forget, rename
@@ -387,6 +389,266 @@ def test_usage_of_a_new_label_is_not_loaded_before_its_charges(
     assert pipeline.load(second).exit_code == 0
 
 
+TWICE = """
+    select usage_date from reports.rpt_spend_daily group by usage_date having count(distinct account) > 1
+"""
+REFUSED = (
+    "select account, resource, cast(window_start as date), error from ops.failures where account = '{}' "
+    "order by all"
+)
+CHARGES = "/models/billing-events"
+
+
+@dataclass
+class Label:
+    """One of several labels: what runs under it, what fal serves it, and the server that does."""
+
+    settings: Settings
+    account: Account
+    server: Sandbox
+
+    def run(self, *resources: str) -> pipeline.Report:
+        """What is due."""
+        return pipeline.run(self.settings, Asked(resources=resources))
+
+    def refused(self) -> set[tuple[str, date]]:
+        """The windows that the ledger says are refused as those of another label."""
+        found = ask(self.settings, REFUSED.format(self.account.account), opened)
+        return {(name, day) for _, name, day, error in found if error == "SharedChargesError"}
+
+
+Labels = dict[str, Label]
+
+
+@pytest.fixture
+def labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Labels]:
+    """One account of fal under two labels, of which beta reaches further back; gamma is another one."""
+    monkeypatch.setattr("faletl.client.TRIES", 1)
+    days = [truth.day(number) for number in range(18, 27)]
+    lines = [truth.line(truth.at_hour(day, hour), quantity="4") for day in days for hour in (1, 2)]
+    acme = Account(lines=lines, catalogue=truth.two_days().catalogue)
+    keys = {"acme": FULL_KEY, "beta": OTHER_KEY, "gamma": "third-account:0123456789abcdef"}
+    found: Labels = {}
+    with ExitStack() as stack:
+        for name, key in keys.items():
+            requests = "gamma/" if name == "gamma" else ""
+            account = replace(acme, account=name, requests=requests)
+            server = stack.enter_context(Sandbox(account, keys={key: "FULL"}))
+            first_days = 2 if name == "acme" else 4
+            settings = settings_for(server.url, tmp_path, key=key, first_days=first_days)
+            found[name] = Label(settings, account, server)
+        yield found
+
+
+def both_of(day: date) -> set[tuple[str, date]]:
+    """Charges and usage of a day."""
+    return {("usage", day), ("billing_events", day)}
+
+
+@pytest.mark.parametrize("order", [("acme", "beta"), ("beta", "acme")])
+def test_each_day_of_an_account_is_loaded_under_one_of_its_labels_whichever_runs_first(
+    order: tuple[str, str], labels: Labels, clock: time_machine.Traveller
+) -> None:
+    assert labels["acme"].run().exit_code == 0
+    assert labels["beta"].run().exit_code == 3
+    assert labels["beta"].refused() >= both_of(truth.day(22)) | both_of(truth.day(23))
+    for number in (24, 25):
+        clock.shift(timedelta(days=1))
+        first, second = (labels[name] for name in order)
+        first.run()
+        assert second.run().exit_code == 3
+        assert second.refused() >= both_of(truth.day(number))
+        assert ask(first.settings, TWICE) == []
+    days = "select distinct usage_date from reports.rpt_spend_daily order by all"
+    loaded = [day for (day,) in ask(labels["acme"].settings, days)]
+    assert loaded == [truth.day(number) for number in range(19, 26)]
+
+
+def test_usage_alone_of_a_label_with_charges_of_its_own_is_loaded_after_its_charges(
+    labels: Labels, clock: time_machine.Traveller
+) -> None:
+    for name in ("acme", "beta"):
+        labels[name].run()
+    clock.shift(timedelta(days=1))
+    labels["acme"].run("usage", "billing_events")
+    second = labels["beta"].settings
+    path = pieces.make_plan(second, Asked(truth.day(24), truth.day(25), ["usage"]))
+    assert path is not None
+    assert [one.resource for one in pieces.read_plan(path).windows] == ["billing_events", "usage"]
+    for piece in reversed(pieces.pieces(path)):
+        pieces.extract_piece(second, piece)
+    report = pieces.load_plan(second, path)
+    assert [type(error) for _, error in report.failures] == [SharedChargesError] * 2
+    assert labels["beta"].run("usage").exit_code == 3
+    assert ask(second, TWICE) == []
+
+
+def test_a_rebuild_shows_the_days_that_are_refused_as_those_of_another_label(
+    labels: Labels, clock: time_machine.Traveller
+) -> None:
+    labels["acme"].run()
+    beta = labels["beta"]
+    beta.run()
+    statuses = "select account, usage_date, status, reason from reports.rpt_reconciliation order by all"
+    before = beta.refused(), ask(beta.settings, statuses)
+    assert any(status == "refused" for *_, status, _ in before[1])
+    clock.shift(timedelta(minutes=20))
+    rebuild(beta.settings)
+    assert (beta.refused(), ask(beta.settings, statuses)) == before
+    assert beta.run("usage").exit_code == 3
+    assert ask(beta.settings, TWICE) == []
+
+
+def test_a_rebuild_does_not_call_refused_what_can_be_loaded_after_its_charges(labels: Labels) -> None:
+    labels["acme"].run()
+    gamma = labels["gamma"].settings
+    assert pipeline.extract(gamma, Asked(resources=["usage", "billing_events"])).exit_code == 0
+    rebuild(gamma)
+    assert labels["gamma"].refused() == set()
+    assert ask(gamma, "select * from ops.failures", opened) == []
+    assert pipeline.load(gamma).exit_code == 0
+
+
+@pytest.mark.parametrize("is_rebuilt", [False, True])
+def test_charges_that_fal_fails_to_give_open_no_way_for_the_usage_of_another_label(
+    is_rebuilt: bool, labels: Labels, clock: time_machine.Traveller
+) -> None:
+    acme, beta = labels["acme"], labels["beta"]
+    acme.run()
+    beta.server.fault = refusing(503, CHARGES)
+    report = beta.run()
+    unknown = {task.window.day for task, error in report.failures if task and is_unknown(error)}
+    assert unknown == {truth.day(number) for number in (21, 22, 23)}
+    beta.server.fault = None
+    beta.run()
+    beta.server.fault = refusing(503, CHARGES)
+    for _ in range(2):
+        clock.shift(timedelta(hours=1))
+        if is_rebuilt:
+            rebuild(beta.settings)
+        assert beta.run().exit_code == 3
+        assert ask(acme.settings, TWICE) == []
+
+
+def is_unknown(error: Exception) -> bool:
+    """Whether usage waits for the charges that tell whose it is, and the error says so."""
+    return isinstance(error, UnknownOverlapError) and "'acme'" in str(error)
+
+
+@pytest.mark.parametrize("is_first_run", [False, True])
+def test_usage_without_its_charges_keeps_that_of_another_label_out(
+    is_first_run: bool, labels: Labels, clock: time_machine.Traveller
+) -> None:
+    acme, beta = labels["acme"], labels["beta"]
+    if not is_first_run:
+        acme.run()
+        clock.shift(timedelta(days=1))
+    acme.server.fault = refusing(503, CHARGES)
+    assert acme.run().exit_code == 1
+    report = beta.run()
+    today = max(task.window.day for task, error in report.failures if task and is_unknown(error))
+    assert today == truth.day(23 if is_first_run else 24)
+    acme.server.fault = None
+    assert acme.run().exit_code == 3
+    assert beta.run().exit_code == 3
+    assert ask(acme.settings, TWICE) == []
+
+
+@pytest.mark.parametrize("order", [("acme", "beta"), ("beta", "acme")])
+def test_charges_that_come_later_than_usage_let_no_day_in_twice(
+    order: tuple[str, str], labels: Labels, clock: time_machine.Traveller
+) -> None:
+    for name in ("acme", "beta"):
+        labels[name].run()
+    clock.shift(timedelta(days=1))
+    first, second = (labels[name] for name in order)
+    earlier = [one for one in first.account.lines if one.hour.date() < truth.day(24)]
+    first.account.events = second.account.events = truth.charges(earlier)
+    report = first.run("usage", "billing_events")
+    today = {one.resource: one.rows for one in report.outcomes if one.window.day == truth.day(24)}
+    assert today["usage"] > 0 == today["billing_events"]
+    second.run("usage", "billing_events")
+    first.account.events = second.account.events = None
+    for label in (second, first, second):
+        clock.shift(timedelta(minutes=30))
+        label.run("usage", "billing_events")
+        assert ask(first.settings, TWICE) == []
+
+
+def test_what_is_accepted_of_another_label_is_refused_all_the_same(labels: Labels) -> None:
+    acme, beta, day = labels["acme"], labels["beta"], truth.day(22)
+    for label in (acme, beta):
+        account = label.account
+        account.events = truth.charges(account.lines)
+        account.lines = [*account.lines, truth.line(truth.at_hour(day, 5), quantity="-1")]
+        pipeline.run(label.settings, Asked(day, day + timedelta(days=1), ["usage", "billing_events"]))
+        if label is acme:
+            accept(label.settings, "usage", day, reason="known", account="acme")
+    before = all_tables(acme.settings)
+    with pytest.raises(SharedChargesError, match="'acme'"):
+        accept(beta.settings, "usage", day, reason="known", account="beta")
+    assert all_tables(acme.settings) == before
+
+
+def test_accounts_that_are_told_apart_ask_and_load_as_if_they_were_alone(
+    labels: Labels, clock: time_machine.Traveller
+) -> None:
+    acme, gamma = labels["acme"], labels["gamma"]
+    acme.run()
+    assert gamma.run().exit_code == 0
+    clock.shift(timedelta(days=1))
+    acme.run()
+    asked = len(gamma.server.requests)
+    day = truth.day(24)
+    report = pipeline.run(gamma.settings, Asked(day, day + timedelta(days=1), ["usage"]))
+    assert [one.outcome for one in report.outcomes] == ["loaded"]
+    assert CHARGES not in {request.path for request in gamma.server.requests[asked:]}
+    clock.shift(timedelta(days=1))
+    acme.run()
+    gamma.server.fault = refusing(503, CHARGES)
+    report = gamma.run("usage", "billing_events")
+    assert report.exit_code == 1
+    loaded = {(one.resource, one.window.day) for one in report.outcomes}
+    assert ("usage", truth.day(25)) in loaded
+
+
+def test_a_key_that_may_not_read_charges_keeps_no_other_account_out_and_is_refused_beside_one(
+    labels: Labels, clock: time_machine.Traveller
+) -> None:
+    acme, gamma = labels["acme"], labels["gamma"]
+    gamma.server.fault = refusing(403, CHARGES)
+    assert gamma.run("usage").exit_code == 0
+    assert acme.run().exit_code == 0
+    assert set(spent(acme.settings)) == {"acme", "gamma"}
+    before = all_tables(acme.settings)
+    clock.shift(timedelta(hours=1))
+    report = gamma.run("usage")
+    assert report.exit_code == 2
+    assert "billing" in str(report.failures[0][1])
+    assert all_tables(acme.settings) == before
+
+
+def test_usage_in_another_currency_needs_no_charges(labels: Labels) -> None:
+    acme, gamma = labels["acme"], labels["gamma"]
+    acme.run()
+    gamma.account.lines = [replace(one, currency="EUR") for one in gamma.account.lines]
+    assert gamma.run("usage").exit_code == 0
+    assert set(spent(gamma.settings)) == {"acme", "gamma"}
+
+
+def test_what_one_label_is_refused_is_loaded_of_others_that_landed(labels: Labels) -> None:
+    acme = labels["acme"]
+    acme.run()
+    asked = Asked(truth.day(22), truth.day(23), ["usage", "billing_events"])
+    for name in ("beta", "gamma"):
+        assert pipeline.extract(labels[name].settings, asked).exit_code == 0
+    report = pipeline.load(acme.settings)
+    assert {error.facts["account"] for _, error in report.failures} == {"beta"}
+    assert labels["beta"].refused() == both_of(truth.day(22))
+    held = "select distinct _account from raw.usage order by all"
+    assert ask(acme.settings, held, opened) == [("acme",), ("gamma",)]
+
+
 def test_a_request_under_two_labels_fails_the_build_and_says_what_helps(
     account: Account, settings: Settings
 ) -> None:
@@ -464,7 +726,7 @@ def second(settings: Settings, tmp_path: Path) -> Settings:
     return second
 
 
-def labels(settings: Settings) -> set[str]:
+def held_labels(settings: Settings) -> set[str]:
     """Of all that is loaded, and of the accounts that are known."""
     query = (
         "select account from ops.loads union select _account from raw.usage "
@@ -489,15 +751,15 @@ def test_a_rename_in_one_warehouse_mixes_no_labels_in_another(
             refused()
     clock.shift(timedelta(hours=1))
     pipeline.run(second)
-    assert labels(second) == {"acme"}
+    assert held_labels(second) == {"acme"}
     assert all_tables(second)["reports.rpt_spend_daily"] == before["reports.rpt_spend_daily"]
     rebuild(second)
-    assert labels(second) == {"emea"}
+    assert held_labels(second) == {"emea"}
     rebuild(second, truth.day(21))
     assert pipeline.run(second).account == "emea"
-    assert labels(settings) == {"emea"}
+    assert held_labels(settings) == {"emea"}
     rename(second, "emea", "acme")
-    assert labels(second) == {"acme"}
+    assert held_labels(second) == {"acme"}
 
 
 def test_an_account_that_one_warehouse_forgot_stays_in_another_until_it_is_rebuilt(
@@ -509,7 +771,7 @@ def test_an_account_that_one_warehouse_forgot_stays_in_another_until_it_is_rebui
     assert verify(second).findings == []
     assert all_tables(second) == before
     rebuild(second)
-    assert labels(second) == set()
+    assert held_labels(second) == set()
 
 
 def test_a_day_of_a_renamed_account_is_made_again_from_its_older_pages(settings: Settings) -> None:
