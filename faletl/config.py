@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import hmac
 import ipaddress
 import re
 import secrets
-from collections.abc import Collection
+from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Self
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 import pydantic
 from pydantic import ByteSize, Field, SecretStr, field_validator, model_validator
@@ -20,12 +19,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from faletl.errors import SettingsError
 from faletl.invented import DEMO_MARK, KEYS
+from faletl.redaction import without
 from faletl.resources import MAKE_A_KEY
-
-REDACTED = "[key]"
-
-SHORTEST_HALF = 8
-"""A shorter half of a key would redact innocent text; fal's are much longer."""
 
 Threshold = Annotated[Decimal, Field(gt=0, max_digits=26, decimal_places=12)]
 """An amount above zero that a column of amounts holds exactly."""
@@ -217,41 +212,19 @@ class Settings(BaseSettings):
     def redact(self, text: str) -> str:
         """`text` without any form in which a key of ours, or half of one, may have been echoed."""
         told = text.encode("utf-8", "surrogatepass")
-        return _without(told, self._forms(with_ids=True)).decode("utf-8", "replace")
+        return without(told, self._secrets(with_ids=True)).decode("utf-8", "replace")
 
     def redact_bytes(self, body: bytes) -> bytes:
         """The same for an answer of fal, in which the id of a key is data: fal bills by it."""
-        return _without(body, self._forms(with_ids=False))
+        return without(body, self._secrets(with_ids=False))
 
-    def _forms(self, *, with_ids: bool) -> list[bytes]:
-        """The keys and their secret halves, plain, percent-encoded and in base64; longest first."""
-        forms: set[str] = set()
+    def _secrets(self, *, with_ids: bool) -> Iterator[str]:
+        """The keys and their secret halves."""
         for secret in (self.key, self.metrics_key, self.proxy):
-            if secret is None:
-                continue
-            whole = secret.get_secret_value()
-            key_id, _, half = whole.partition(":")
-            for text in (whole, half, key_id) if with_ids else (whole, half):
-                if text is not whole and len(text) < SHORTEST_HALF:
-                    continue
-                forms |= {text, quote(text, safe="")}
-                # Inside longer base64 a text shows in one of three alignments; its first and last
-                # characters also depend on the neighbours and are left out.
-                for lead in range(3):
-                    coded = base64.b64encode(b"\0" * lead + text.encode()).decode()
-                    forms.add(coded[4 if lead else 0 : len(coded) // 4 * 4 - 4])
-        return [form.encode() for form in sorted(forms, key=len, reverse=True) if len(form) >= 8]
-
-
-def _without(body: bytes, forms: Collection[bytes]) -> bytes:
-    # A form that holds another one cannot be where that is not: a large page is searched for few.
-    shortest = (form for form in forms if not any(one in form for one in forms if one != form))
-    if not any(form in body for form in shortest):
-        return body
-    for form in forms:
-        if form in body:
-            body = body.replace(form, REDACTED.encode())
-    return body
+            if secret is not None:
+                whole = secret.get_secret_value()
+                key_id, _, half = whole.partition(":")
+                yield from (whole, half, key_id) if with_ids else (whole, half)
 
 
 def _hashed(salt: str, key: SecretStr | None) -> str:

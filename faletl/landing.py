@@ -28,10 +28,11 @@ import msgspec
 import zstandard
 
 from faletl.client import Params
-from faletl.config import REDACTED, Settings
+from faletl.config import Settings
 from faletl.errors import StorageError, TamperedError, UsageError
 from faletl.pages import UNREADABLE, Page
 from faletl.places import Disk, at, place, reach, storage_error, write_durably
+from faletl.redaction import REDACTED
 from faletl.resources import RESOURCES
 from faletl.windows import Window
 

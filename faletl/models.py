@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import logging
 import re
 import secrets
@@ -23,7 +24,7 @@ from datetime import UTC, date, datetime, timedelta
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import sqlalchemy as sa
 import sqlglot
@@ -770,14 +771,43 @@ def _seed_rows(
 ) -> Iterator[dict[str, str]]:
     names = [column.name for column in table.columns]
     for path in filter(None, (sql_folder() / "seeds" / ours, theirs)):
+        lines = csv.DictReader(io.StringIO(_seed_text(path, setting), newline=""))
+        line = 2
         try:
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                for row in csv.DictReader(file):
-                    yield {name: row[name] or "" for name in names}
-        except (OSError, KeyError, UnicodeDecodeError, csv.Error) as error:
+            for row in lines:
+                yield _fields_of(row, names)
+                line = lines.line_num + 1
+        except (KeyError, csv.Error) as error:
             raise SettingsError(
-                f"{setting}: {path} is no CSV table with the columns {', '.join(names)} ({error})"
+                f"{setting}: {path}, line {line}, is no line of a CSV table with the columns "
+                f"{', '.join(names)} ({error})"
             ) from None
+
+
+def _fields_of(row: Mapping[str | None, Any], names: list[str]) -> dict[str, str]:
+    """The fields of a line; raises csv.Error where an unquoted comma has made more of them."""
+    if any(row.get(None, ())):
+        raise csv.Error("it has more fields than the first line; quote those that have a comma in them")
+    return {name: row[name] or "" for name in names}
+
+
+def _seed_text(path: Path, setting: str) -> str:
+    """The text of a seed; raises SettingsError where it is none that a database could hold."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise SettingsError(f"{setting}: {path} cannot be read: {error.strerror}") from None
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise SettingsError(
+            f"{setting}: {path}, line {line}, is no text in UTF-8; save it as such"
+        ) from None
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise SettingsError(f"{setting}: {path}, line {line}, has a NUL character; delete it")
+    return text
 
 
 def _models_digest(settings: Settings) -> str:

@@ -42,13 +42,14 @@ class FalHook(BaseHook):
         Raises:
             SettingsError: a value cannot be right, or there is no such connection.
         """
-        from faletl.config import SHORTEST_HALF, Settings
+        from faletl.config import Settings
+        from faletl.redaction import SHORTEST
 
         settings = Settings.load(**_given(self.fal_conn_id))
         for key in (settings.key_for(), settings.key_for(metrics=True)):
             # Airflow masks what the password holds, whole; fal could repeat half of a key.
             for half in key.split(":", 1) if key else ():
-                if len(half) >= SHORTEST_HALF:
+                if len(half) >= SHORTEST:
                     mask_secret(half)
         return settings
 

@@ -20,7 +20,7 @@ import time_machine
 
 from faletl import models, pipeline
 from faletl.config import Settings
-from faletl.errors import TamperedError, UnprovenError
+from faletl.errors import SettingsError, TamperedError, UnprovenError
 from faletl.plan import Asked
 from faletl.rebuild import prune, rebuild
 from faletl.resources import BILLING_EVENTS, RESOURCES, Kind, Resource
@@ -527,6 +527,27 @@ def test_spend_by_credential_names_owners_and_shows_who_has_none(
     pipeline.publish(settings)
     owned = "select owner, team from marts.dim_credential where credential_id = 'none'"
     assert ask(settings, owned) == [("web", "UNMAPPED")]
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b",key:key-1,a\0b,,\n", "line 3, has a NUL character; delete it"),
+        (b",key:key-1,Zo\xeb,,\n", "line 3, is no text in UTF-8; save it as such"),
+        (b",key:key-1,Acme, Inc.,team,CC-1\n", "line 3, .*quote those that have a comma in them"),
+        (b",key:key-1," + b"x" * 200_000 + b",,\n", "line 3, .*field limit"),
+    ],
+)  # fmt: skip
+def test_a_line_of_a_seed_that_cannot_be_meant_is_refused_by_its_number(
+    content: bytes, why: str, clock: time_machine.Traveller, settings: Settings, tmp_path: Path
+) -> None:
+    pipeline.run(settings)
+    before = all_tables(settings)
+    owners = tmp_path / "owners.csv"
+    owners.write_bytes(b"account,credential_id,owner,team,cost_centre\n,none,web,,\n" + content)
+    with pytest.raises(SettingsError, match=f"^FALETL_OWNERS: {owners}, {why}"):
+        pipeline.build(settings.model_copy(update={"owners": owners}))
+    assert all_tables(settings) == before
 
 
 def test_two_accounts_with_the_same_endpoints_and_labels_never_mix(

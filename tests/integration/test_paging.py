@@ -26,7 +26,7 @@ from faletl import client as client_module
 from faletl import landing, pipeline
 from faletl.accounts import look_up
 from faletl.client import FalClient, MalformedBodyError
-from faletl.config import REDACTED, Settings
+from faletl.config import Settings
 from faletl.errors import (
     ApiUnavailableError,
     ContractError,
@@ -39,6 +39,7 @@ from faletl.extract import Origin, Retry, fetch_window
 from faletl.landing import Landed, Receipt
 from faletl.pages import MAX_EMPTY_PAGES, MAX_RECORDS, read_envelope, walk
 from faletl.plan import Asked
+from faletl.redaction import REDACTED
 from faletl.resources import BILLING_EVENTS, CREDITS, MODELS, PRICES, USAGE, Resource
 from faletl.sandbox import BILLING_KEY, FULL_KEY, Fault, Request, Sandbox
 from faletl.sandbox.server import answer

@@ -29,8 +29,9 @@ import typer
 from faletl import cli, pipeline
 from faletl.accounts import look_up
 from faletl.client import FalClient
-from faletl.config import REDACTED, Settings
+from faletl.config import Settings
 from faletl.errors import ApiUnavailableError
+from faletl.redaction import REDACTED
 from faletl.sandbox import Credential, Fault, Request, Sandbox
 from tests import truth
 from tests.conftest import ask, opened, settings_for

@@ -15,8 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from faletl.config import REDACTED, Settings
+from faletl.config import Settings
 from faletl.errors import SettingsError
+from faletl.redaction import REDACTED
 from faletl.resources import KEY_COMMAND
 
 KEY = "QZJXWVKY-7931:GHQZPLKX4680WVQJZ"

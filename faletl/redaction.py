@@ -1,0 +1,84 @@
+"""Redaction: a secret that fal echoes is taken out of it, in any form that can be turned back.
+
+That is in other case, as escapes of JSON and percent-encoded, in any mixture; as hex; in base64.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Iterable, Iterator
+
+REDACTED = "[key]"
+
+SHORTEST = 8
+"""A shorter text would redact innocent ones; the halves of fal's keys are much longer."""
+
+_JSON_ESCAPE = re.compile(rb"\\u00([2-7][0-9a-fA-F])")
+_PERCENT_ESCAPE = re.compile(rb"%([2-7][0-9a-fA-F])")
+
+
+def without(body: bytes, secrets: Iterable[str]) -> bytes:
+    """Return the body with `REDACTED` in place of each of the secrets."""
+    longest_first = sorted({one for one in secrets if len(one) >= SHORTEST}, key=len, reverse=True)
+    flat, folded = _flat(body), body.lower()
+    folded_flat = folded if flat is body else flat.lower()
+    for secret in longest_first:
+        if _is_shown(secret.lower().encode(), folded, folded_flat):
+            body = re.sub(_escaped(secret), REDACTED.encode(), body, flags=re.IGNORECASE)
+        in_hex = secret.encode().hex().encode()
+        if in_hex in folded:
+            body = re.sub(in_hex, REDACTED.encode(), body, flags=re.IGNORECASE)
+        for coded in _in_base64(secret):
+            if coded in flat:
+                body = re.sub(_escaped_signs(coded), REDACTED.encode(), body)
+    return body
+
+
+def _is_shown(secret: bytes, folded: bytes, folded_flat: bytes) -> bool:
+    """A quick look, as pages are large; what is shown for certain, or perhaps."""
+    return secret in folded or any(
+        one in folded_flat for one in (secret.replace(b"\\", b""), _flat(secret))
+    )
+
+
+def _flat(text: bytes) -> bytes:
+    """The text without escapes; the same object where there are none."""
+    if b"%" in text:
+        text = _PERCENT_ESCAPE.sub(_character, text)
+    if b"\\" in text:
+        text = _JSON_ESCAPE.sub(_character, text).replace(b"\\", b"")
+    return text
+
+
+def _character(escape: re.Match[bytes]) -> bytes:
+    return bytes.fromhex(escape[1].decode())
+
+
+def _escaped(text: str) -> bytes:
+    """A pattern for the text, of which any character may be escaped, even more than once."""
+    return b"".join(map(_character_pattern, text))
+
+
+def _character_pattern(one: str) -> bytes:
+    codes = b"|".join(b"%02x" % ord(case) for case in sorted({one, one.lower(), one.upper()}))
+    return b"(?:(?:\\\\+u00|%%)(?:%b)|\\\\*%b)" % (codes, re.escape(one.encode()))
+
+
+def _escaped_signs(coded: bytes) -> bytes:
+    """A pattern for base64, of which JSON escapes slashes, and a URL both signs."""
+    slash, plus = b"(?:\\\\*/|%2[fF])", b"(?:[+]|%2[bB])"
+    return re.escape(coded).replace(b"/", slash).replace(b"\\+", plus)
+
+
+def _in_base64(secret: str) -> Iterator[bytes]:
+    """What shows of the secret wherever it stands in longer base64, of either alphabet.
+
+    It has one of three alignments there; its first and last characters also depend on the neighbours
+    and are left out.
+    """
+    for lead in range(3):
+        coded = base64.b64encode(b"\0" * lead + secret.encode())
+        inner = coded[4 if lead else 0 : len(coded) // 4 * 4 - 4]
+        if len(inner) >= SHORTEST:
+            yield from {inner, inner.translate(bytes.maketrans(b"+/", b"-_"))}
