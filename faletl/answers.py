@@ -51,9 +51,11 @@ def print_query(settings: Settings, query: str, form: Format) -> None:
     """Run one select on what is published and write its rows to stdout.
 
     Raises:
-        UsageError: nothing is published yet, or the query is none.
+        UsageError: nothing is published yet, or the query is none; or it would have powers over the
+            server of the database.
     """
     warehouse = open_warehouse(settings)
+    warehouse.require_reader()
     try:
         if form == "parquet":
             if sys.stdout.isatty():

@@ -35,10 +35,12 @@ from faletl.config import Settings
 from faletl.errors import CheckFailedError, SettingsError, TamperedError, WarehouseError
 from faletl.load import changed_days, fence
 from faletl.money import plain
+from faletl.places import sql_folder
 from faletl.resources import RESOURCES
-from faletl.warehouse import Lease, Warehouse, quoted
+from faletl.warehouse import Lease, Warehouse, ownership, quoted
 from faletl.warehouse.tables import (
     BUILDS,
+    LAYERS,
     RAW,
     SCHEMA_VERSION,
     SCHEMAS,
@@ -51,9 +53,6 @@ from faletl.warehouse.tables import (
 )
 
 log = logging.getLogger(__name__)
-
-LAYERS = ("staging", "marts", "reports")
-"""Folders of sql/ in build order; inside a folder what is read comes before what reads it."""
 
 SOURCE_DIALECT = "duckdb"
 
@@ -138,12 +137,6 @@ class Build:
     checks: int
     runaways: int = 0
     dearest_runaways: tuple[str, ...] = ()
-
-
-def sql_folder() -> Path:
-    """Where the SQL lies: inside the installed package, or beside it in a checkout."""
-    inside = Path(__file__).parent / "sql"
-    return inside if inside.is_dir() else Path(__file__).parent.parent / "sql"
 
 
 @cache
@@ -444,7 +437,8 @@ def build(
         CheckFailedError: a check returned rows; nothing is changed.
         LeaseLostError: a newer run took over; nothing is changed.
         TamperedError: tables are not those of the last build, and only a full one makes them anew.
-        SettingsError: the table of units or of owners cannot be read.
+        SettingsError: the table of units or of owners cannot be read; or somebody else's table or view
+            has the name of one of ours.
     """
     started_at = datetime.now(UTC)
     connection = lease.connection
@@ -518,6 +512,7 @@ def _make_room(
     connection: sa.Connection, warehouse: Warehouse, seeds: Mapping[str, list[_SeedRow]]
 ) -> None:
     """Make all that models stand on, and their views and empty tables."""
+    ownership.claim(connection, [model.table for model in models()])
     warehouse.define_functions(connection)
     _plant(connection, seeds)
     for table in RAW.values():

@@ -248,6 +248,12 @@ class Store:
         return nullcontext()
 
 
+def sql_folder() -> Path:
+    """Where the SQL lies: inside the installed package, or beside it in a checkout."""
+    inside = Path(__file__).parent / "sql"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "sql"
+
+
 def at(path: Path) -> type[Disk] | type[Store]:
     """What reads and writes there."""
     return Disk if _fs(path) is None else Store

@@ -28,7 +28,7 @@ from faletl.places import scratch_folder
 from faletl.resources import RESOURCES, Resource
 from faletl.staging import DIGEST_FORM, Staged, digest_of, digest_sums, stage_window
 from faletl.warehouse import Warehouse, open_warehouse, quoted, schema
-from faletl.warehouse.tables import LOADS, RAW
+from faletl.warehouse.tables import LAYERS, LOADS, RAW
 from faletl.windows import Window
 
 _TURN_SECONDS = 1.0
@@ -114,9 +114,9 @@ def _altered_tables(connection: sa.Connection) -> Iterator[str]:
 
 def _altered_models(connection: sa.Connection) -> Iterator[str]:
     """Models whose table or view is gone, or has other columns."""
-    held = schema.columns_held(connection, models.LAYERS)
+    held = schema.columns_held(connection, LAYERS)
     for table, made in models.column_comments().items():
-        if table.startswith(models.LAYERS) and list(made) != list(held.get(table, ())):
+        if table.startswith(LAYERS) and list(made) != list(held.get(table, ())):
             yield f"{table} has other columns than its SQL makes; faletl build --full makes it anew"
 
 

@@ -70,6 +70,9 @@ class Warehouse(Protocol):
     def published(self) -> AbstractContextManager[sa.Connection | None]:
         """A connection for one select of a reader: never blocks a run, never sees half of one."""
 
+    def require_reader(self) -> None:
+        """Raises UsageError where a reader's query would have powers over the server."""
+
     def export(self, query: str, path: Path) -> bool:
         """Write the rows of a reader's query to a Parquet file; False when nothing is published."""
 

@@ -208,6 +208,9 @@ class DuckDBWarehouse:
                 sa.event.listen(connection, "before_cursor_execute", _refuse_all_but_selects)
             yield connection
 
+    def require_reader(self) -> None:
+        """Nothing: the published copy is opened so that no query can leave it."""
+
     def export(self, query: str, path: Path) -> bool:
         """Write the rows of a reader's query to a Parquet file; see the protocol."""
         with self._confined(path) as connection:

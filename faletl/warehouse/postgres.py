@@ -9,6 +9,7 @@ truncated, so that not even a transaction that began before sees a table half fi
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -31,8 +32,8 @@ from faletl.errors import (
     WarehouseError,
 )
 from faletl.money import PRECISION, SCALE
-from faletl.warehouse import Lease, Warehouse, quoted, schema
-from faletl.warehouse.tables import BUILDS, COUNTED_UNIT, METADATA, SCHEMAS, WAREHOUSE
+from faletl.warehouse import Lease, Warehouse, ownership, quoted, schema
+from faletl.warehouse.tables import BUILDS, COUNTED_UNIT, METADATA, OBJECTS, SCHEMAS, WAREHOUSE
 from faletl.windows import instant
 
 try:
@@ -56,6 +57,48 @@ _HOLDERS_SESSION = f"""
 
 _OURS = "faletl, "
 """What names of our sessions begin with; the process follows, as far as there is room for it."""
+
+_ALL_OBJECTS = """
+    select nspname || '.' || relname
+    from pg_class join pg_namespace on pg_namespace.oid = relnamespace
+    where nspname = any(:schemas)
+    union
+    select nspname || '.' || proname
+    from pg_proc join pg_namespace on pg_namespace.oid = pronamespace
+    where nspname = any(:schemas)
+"""
+
+_VIEWS_OVER = """
+    with recursive views (oid) as (
+        select distinct ev_class from pg_depend join pg_rewrite on pg_rewrite.oid = objid
+        where refobjid = to_regclass(:name) and ev_class <> refobjid
+        union
+        select ev_class from views join pg_depend on refobjid = views.oid
+        join pg_rewrite on pg_rewrite.oid = objid and ev_class <> refobjid
+    )
+    select nspname || '.' || relname from views join pg_class using (oid)
+    join pg_namespace on pg_namespace.oid = relnamespace
+"""
+
+_HAS_BUILD = """
+    select exists (
+        select from pg_class join pg_namespace on pg_namespace.oid = relnamespace
+        where nspname = 'reports' and relname = 'rpt_freshness'
+    )
+"""
+"""A build makes all of reports in one transaction. Readers may look here, and not into ops."""
+
+_TOO_MIGHTY = """
+    select rolname from pg_roles where rolname = session_user and (
+        rolsuper
+        or pg_has_role(oid, 'pg_read_server_files', 'member')
+        or pg_has_role(oid, 'pg_write_server_files', 'member')
+        or pg_has_role(oid, 'pg_execute_server_program', 'member')
+    )
+"""
+
+_OF_ANOTHER_SHAPE = (psycopg.errors.InvalidTableDefinition, psycopg.errors.WrongObjectType)
+"""Why a view cannot take the place of what is there: it has other columns, or that is a table."""
 
 _BLOCK = 2**20  # bytes that are sent at once
 
@@ -215,10 +258,20 @@ class PostgresWarehouse:
     def published(self) -> Iterator[sa.Connection | None]:
         """What was committed last; it cannot be changed."""
         with self._connected(is_reading=True, is_readers=True) as connection:
-            has_build = _is_there(connection) and schema.newest_build(connection) is not None
+            has_build = connection.exec_driver_sql(_HAS_BUILD).scalar_one()
             # A cursor of the server holds one statement, and no more of its rows than are looked at.
             connection.execution_options(stream_results=True)
             yield connection if has_build else None
+
+    def require_reader(self) -> None:
+        """Refuse a superuser and its like; see the protocol."""
+        with self._connected(is_reading=True) as connection:
+            role = connection.execute(sa.text(_TOO_MIGHTY)).scalar()
+        if role is not None:
+            raise UsageError(
+                f"the role {role!a} of FALETL_WAREHOUSE may read files of the server, or more, and a "
+                "query could use that; let another role read (faletl grant --reader ROLE) and ask as it"
+            )
 
     def export(self, query: str, path: Path) -> bool:
         """Write the rows of a reader's query to a Parquet file; see the protocol."""
@@ -265,7 +318,8 @@ class PostgresWarehouse:
                 with suppress(sa.exc.ProgrammingError), connection.begin_nested():
                     answer = ask(connection)  # not where a table or column is gone
                 for table in METADATA.sorted_tables:
-                    _make_empty(connection, table)
+                    if table is not OBJECTS:  # what was made stays
+                        _make_empty(connection, table)
                 schema.initialise(connection, token)
             else:
                 self._create(connection, token)
@@ -322,9 +376,15 @@ class PostgresWarehouse:
             return [(name, ours) for name, ours, _ in _described(found)]
 
     def make_view(self, connection: sa.Connection, name: str, select: str) -> None:
-        """Make the view anew; see the protocol."""
-        connection.exec_driver_sql(f"drop view if exists {name}")
-        connection.exec_driver_sql(f"create view {name} as {select}")
+        """Replace the view in its place, so that views of readers stay; see the protocol."""
+        try:
+            with connection.begin_nested():
+                connection.exec_driver_sql(f"create or replace view {name} as {select}")
+        except sa.exc.ProgrammingError as error:
+            if not isinstance(error.orig, _OF_ANOTHER_SHAPE):
+                raise
+            _drop(connection, name)
+            connection.exec_driver_sql(f"create view {name} as {select}")
 
     def make_table(self, connection: sa.Connection, name: str, select: str, by: str | None) -> None:
         """Empty the table if it has those columns, so that its readers keep it; else make it anew."""
@@ -332,7 +392,7 @@ class PostgresWarehouse:
         if _columns(connection, name) == columns:
             connection.exec_driver_sql(f"delete from {name}")
             return
-        connection.exec_driver_sql(f"drop table if exists {name}")
+        _drop(connection, name)
         told = ", ".join(f'"{column}" {kind}' for column, kind in columns)
         connection.exec_driver_sql(f"create table {name} ({told})")
         if by is not None:
@@ -437,13 +497,18 @@ class PostgresWarehouse:
         return WarehouseError(f"the warehouse cannot be reached: {said}")
 
     def _create(self, connection: sa.Connection, token: int = 0) -> None:
+        found = connection.execute(sa.text(_ALL_OBJECTS), {"schemas": list(SCHEMAS)}).scalars()
+        functions = {
+            f"{_FUNCTIONS_IN}.{name}" for name in re.findall(r"function (\w+)", "".join(FUNCTIONS))
+        }
+        ownership.refuse((ownership.planned() | functions).intersection(found), self._where)
+        held = connection.execute(sa.text("select nspname from pg_namespace")).scalars().all()
         try:
             with connection.begin_nested():
-                schemas = sa.text("select nspname from pg_namespace")
-                schema.create(connection, token, connection.execute(schemas).scalars().all())
-                for name, comment in SCHEMAS.items():
-                    quoted = comment.replace("'", "''")
-                    connection.exec_driver_sql(f"comment on schema {name} is '{quoted}'")
+                schema.create(connection, token, held)
+                for name in SCHEMAS.keys() - held:
+                    told = SCHEMAS[name].replace("'", "''")
+                    connection.exec_driver_sql(f"comment on schema {name} is '{told}'")
                 self.define_functions(connection)
         except sa.exc.ProgrammingError as error:
             raise SettingsError(
@@ -550,8 +615,27 @@ def _make_empty(connection: sa.Connection, table: sa.Table) -> None:
     if [(name, kind.lower()) for name, kind in made] == [(name, kind.lower()) for name, kind in held]:
         connection.execute(sa.delete(table))
         return
-    connection.exec_driver_sql(f"drop table if exists {table.fullname} cascade")  # views of ours
+    _drop(connection, table.fullname)
     table.create(connection)
+
+
+def _drop(connection: sa.Connection, name: str) -> None:
+    """Drop the table or view of ours, if it is there, with views of ours that read it.
+
+    Raises:
+        SettingsError: somebody else's view reads it; nothing is dropped.
+    """
+    known = sa.text("select relkind from pg_class where oid = to_regclass(:name)")
+    kind = connection.execute(known, {"name": name}).scalar()
+    if kind is None:
+        return
+    readers = set(connection.execute(sa.text(_VIEWS_OVER), {"name": name}).scalars())
+    if theirs := sorted(readers - ownership.planned()):
+        raise SettingsError(
+            f"{name} gets other columns, and {', '.join(theirs)} of somebody else read it; nothing was "
+            "changed. Drop them, run faletl build, and make them again"
+        )
+    connection.exec_driver_sql(f"drop {'view' if kind == 'v' else 'table'} {name} cascade")
 
 
 def _cursor(connection: sa.Connection) -> psycopg.Cursor[Any]:

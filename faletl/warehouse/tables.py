@@ -26,6 +26,9 @@ SCHEMAS: Mapping[str, str] = {
 }
 """What each schema is for, in reading order: in docs/, and as a comment where a database keeps it."""
 
+LAYERS = ("staging", "marts", "reports")
+"""Schemas of what `sql/` selects, in build order."""
+
 METADATA = sa.MetaData()
 
 
@@ -176,6 +179,13 @@ WAREHOUSE = _ops_table(
         _AT,
         "newest rename or forget of an account that its tables follow; null without any",
     ),
+)
+
+OBJECTS = _ops_table(
+    "objects",
+    "Tables and views of staging, marts and reports that faletl made; others are never touched.",
+    ("name",),
+    name=(_TEXT, "the table or view, with its schema"),
 )
 
 LOADS = _ops_table(

@@ -18,7 +18,7 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, get_args
 
 import duckdb
 import psycopg
@@ -27,7 +27,7 @@ import sqlalchemy as sa
 import time_machine
 
 from faletl import load, models, pipeline
-from faletl.answers import print_query
+from faletl.answers import Format, print_query
 from faletl.config import Settings
 from faletl.errors import (
     LeaseLostError,
@@ -339,9 +339,41 @@ def test_a_reader_never_fails_and_never_sees_half_of_a_run(
     assert total(settings) == sum(one.cost_total for one in account.lines)
 
 
+def of_role(settings: Settings, role: str, *rights: str) -> Settings:
+    """The same settings for a role that is no superuser, with these rights."""
+    with psycopg.connect(settings.warehouse, autocommit=True) as owner:
+        owner.execute(f"drop role if exists {role}")
+        owner.execute(f"create role {role} login nosuperuser nocreatedb nocreaterole")
+        for right in rights:
+            owner.execute(f"grant {right} to {role}")
+    warehouse = settings.warehouse.replace("//faletl@", f"//{role}@")
+    return settings.model_copy(update={"warehouse": warehouse})
+
+
+def test_a_query_has_no_powers_over_the_server(
+    clock: time_machine.Traveller, on_server: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline.run(on_server)
+    file_reader = of_role(on_server, "file_reader", "pg_read_server_files")
+    for mighty in (on_server, file_reader):
+        for form in get_args(Format):
+            with pytest.raises(UsageError, match="may read files of the server, or more"):
+                print_query(mighty, "select pg_read_file('/etc/passwd')", form)
+    asker = of_role(on_server, "asker")
+    open_warehouse(on_server).grant("asker")
+    capsys.readouterr()
+    print_query(asker, "select count(*) > 0 as has_rows from reports.rpt_spend_daily", "csv")
+    assert capsys.readouterr().out == "has_rows\nTrue\n"
+    with pytest.raises(UsageError, match="permission denied"):
+        print_query(asker, "select count(*) from raw.usage", "csv")
+
+
 def test_a_query_of_a_reader_can_change_nothing(
     clock: time_machine.Traveller, on_server: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    on_server = of_role(
+        on_server, "asking_loader", "create on database " + on_server.warehouse.rpartition("/")[2]
+    )
     with pytest.raises(UsageError, match="nothing is published yet"):
         print_query(on_server, "select 1", "csv")
     pipeline.run(on_server)
@@ -452,17 +484,70 @@ def test_the_loader_needs_no_superuser(
     assert verify(settings).findings == []
 
 
+EVERY_OBJECT = """
+    select nspname, relname, pg_class.oid
+    from pg_class join pg_namespace on pg_namespace.oid = relnamespace
+    where nspname !~ '^(pg_|information_schema)' order by 1, 2
+"""
+
+THEIRS = {
+    "create table raw.models (mine int)": ["raw.models"],
+    "create table marts.dim_date (holiday text)": ["marts.dim_date"],
+    "create view staging.stg_fal__models as select 1 as mine": ["staging.stg_fal__models"],
+    "create table ops.loads (mine int); create view reports.rpt_spend_daily as select 1 as mine": [
+        "ops.loads", "reports.rpt_spend_daily",
+    ],
+    "create function staging.quotient(numeric, numeric) returns numeric language sql return 1": [
+        "staging.quotient"
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("made", THEIRS)
 def test_a_database_of_somebody_else_is_left_alone(
+    made: str, clock: time_machine.Traveller, on_server: Settings
+) -> None:
+    with psycopg.connect(on_server.warehouse, autocommit=True) as owner:
+        for name in ("raw", "staging", "marts", "reports", "ops"):
+            owner.execute(f"create schema {name}")
+            owner.execute(f"comment on schema {name} is 'theirs'")
+        owner.execute(made.encode())
+        before = owner.execute(EVERY_OBJECT).fetchall()
+        for _ in range(2):  # the first try is no reason to take them for ours
+            report = pipeline.run(on_server)
+            assert report.exit_code == 2
+            told = str(report.failures[-1][1])
+            assert f"holds {', '.join(THEIRS[made])} of somebody else" in told
+        assert owner.execute(EVERY_OBJECT).fetchall() == before
+        comments = (
+            "select distinct obj_description(oid) from pg_namespace where nspname in ('raw', 'marts')"
+        )
+        assert owner.execute(comments).fetchall() == [("theirs",)]
+
+
+def test_schemas_of_somebody_else_are_shared_where_no_name_is_the_same(
     clock: time_machine.Traveller, on_server: Settings
 ) -> None:
-    with psycopg.connect(on_server.warehouse) as owner:
-        owner.execute("create schema raw; create table raw.models (mine int)")
-    report = pipeline.run(on_server)
-    assert report.exit_code == 2
-    assert "give faletl a database of its own" in str(report.failures[-1][1])
-    with psycopg.connect(on_server.warehouse) as owner:
-        assert owner.execute("select to_regnamespace('ops')").fetchone() == (None,)
-        owner.execute("select mine from raw.models")
+    theirs = "create schema marts; create table marts.dim_customer (name text); create schema staging"
+    with psycopg.connect(on_server.warehouse, autocommit=True) as owner:
+        owner.execute(theirs)
+        owner.execute("insert into marts.dim_customer values ('theirs')")
+        assert pipeline.run(on_server).exit_code == 0
+        rebuild(on_server)
+        assert owner.execute("select name from marts.dim_customer").fetchall() == [("theirs",)]
+
+
+def test_what_a_later_version_would_make_is_not_taken_from_somebody_else(
+    clock: time_machine.Traveller, on_server: Settings
+) -> None:
+    pipeline.run(on_server)
+    with psycopg.connect(on_server.warehouse, autocommit=True) as owner:
+        # As if dim_unit were a table that only this version makes.
+        owner.execute("delete from ops.objects where name = 'marts.dim_unit'")
+        owner.execute("drop table marts.dim_unit; create table marts.dim_unit (mine text)")
+        with pytest.raises(SettingsError, match=r"holds marts\.dim_unit of somebody else"):
+            pipeline.build(on_server, full=True)
+        owner.execute("select mine from marts.dim_unit")
 
 
 def test_views_of_users_keep_a_table_that_would_get_another_shape(
@@ -470,14 +555,18 @@ def test_views_of_users_keep_a_table_that_would_get_another_shape(
 ) -> None:
     pipeline.run(on_server)
     with psycopg.connect(on_server.warehouse) as owner:
-        owner.execute("create view public.mine as select unit from marts.dim_unit")
+        owner.execute("create view public.units as select unit from marts.dim_unit")
+        owner.execute("create view public.mine as select unit from public.units")
+        owner.execute("create view public.rows as select * from staging.stg_fal__usage")
     pipeline.build(on_server, full=True)  # the same shape is no hindrance
+    assert ask(on_server, "select count(*) > 0 from public.rows") == [(True,)]
     with psycopg.connect(on_server.warehouse) as owner:
         owner.execute("alter table marts.dim_unit add column more int")
-    with pytest.raises(WarehouseError, match="other objects depend on it"):
+    named = r"marts\.dim_unit gets other columns, and public\.mine, public\.units of somebody else"
+    with pytest.raises(SettingsError, match=named):
         pipeline.build(on_server, full=True)
     with psycopg.connect(on_server.warehouse) as owner:
-        owner.execute("drop view public.mine")
+        owner.execute("drop view public.units cascade")
     pipeline.build(on_server, full=True)
     assert ask(on_server, "select count(*) from marts.dim_unit")[0][0] > 0
 

@@ -26,10 +26,10 @@ from faletl.models import (
     models,
     restricted,
     spans,
-    sql_folder,
     tables_read,
     translate,
 )
+from faletl.places import sql_folder
 from faletl.warehouse.duckdb import MACROS
 from faletl.warehouse.tables import METADATA, SCHEMAS
 from tests.truth import quotient

@@ -1,0 +1,47 @@
+"""Ownership: what faletl made in a database that others use, too. It replaces and drops nothing else.
+
+`ops.objects` names the tables and views that are ours. A warehouse of an older faletl has no such names;
+there everything that has the name of one of ours is, as that faletl made it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+import sqlalchemy as sa
+
+from faletl.errors import SettingsError
+from faletl.places import sql_folder
+from faletl.warehouse.schema import columns_held
+from faletl.warehouse.tables import BUILDS, LAYERS, METADATA, OBJECTS
+
+
+def planned() -> frozenset[str]:
+    """Every table and view that faletl makes, with its schema."""
+    models = (path for layer in LAYERS for path in (sql_folder() / layer).glob("*.sql"))
+    tables = (table.fullname for table in METADATA.sorted_tables)
+    return frozenset([*tables, *(f"{path.parent.name}.{path.stem}" for path in models)])
+
+
+def refuse(theirs: Iterable[str], where: str) -> None:
+    """Raises SettingsError if there are objects of others where faletl would make its own."""
+    if names := sorted(theirs):
+        raise SettingsError(
+            f"{where} holds {', '.join(names)} of somebody else, where faletl would make its own; "
+            "nothing was changed. Set FALETL_WAREHOUSE to another database, or rename theirs"
+        )
+
+
+def claim(connection: sa.Connection, tables: Collection[str]) -> None:
+    """Inside a transaction: register what a build is about to make.
+
+    Raises:
+        SettingsError: something has one of these names that faletl did not make.
+    """
+    known = set(connection.execute(sa.select(OBJECTS.c.name)).scalars())
+    there = set(columns_held(connection, LAYERS)).intersection(tables)
+    has_build = connection.execute(sa.select(BUILDS.c.build_id).limit(1)).first() is not None
+    if known or not has_build:  # else an older faletl made them
+        refuse(there - known, "the warehouse")
+    if new := sorted(set(tables) - known):
+        connection.execute(sa.insert(OBJECTS), [{"name": name} for name in new])
