@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import shutil
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -117,8 +118,18 @@ def _shown(value: object) -> str:
         return ""
     if isinstance(value, Decimal):
         return plain(value)
-    text = value.isoformat(" ") if isinstance(value, datetime) else str(value)
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return _printable(value.isoformat(" ") if isinstance(value, datetime) else str(value))
+
+
+def _printable(text: str) -> str:
+    """The text with control characters, and others that nobody sees, made visible."""
+    return (
+        text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    )
+
+
+_FORMULA = re.compile(r"(?:^|(?<=;))(?= *[=+@-])")
+"""Where a formula would begin."""
 
 
 def _write_csv(names: Sequence[str], rows: sa.CursorResult[Any]) -> None:
@@ -132,11 +143,11 @@ def _write_csv(names: Sequence[str], rows: sa.CursorResult[Any]) -> None:
 
 
 def _csv_cell(value: object) -> object:
-    """A cell that no spreadsheet takes for a formula."""
+    """A cell that no spreadsheet takes for a formula, also where it splits cells at semicolons."""
     if isinstance(value, Decimal):
         return plain(value)
-    if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r"):
-        return f"'{value}"
+    if isinstance(value, str):
+        return _FORMULA.sub("'", _printable(value))
     return value.isoformat() if isinstance(value, datetime) else value
 
 
@@ -147,6 +158,8 @@ def _write_json(names: Sequence[str], rows: sa.CursorResult[Any]) -> None:
     sys.stdout.write("[")
     for number, row in enumerate(rows):
         line = encoder.encode(dict(zip(names, row, strict=True))).decode()
+        if not line.isprintable():  # what is not, is in a text
+            line = "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line)
         sys.stdout.write(f"{',' if number else ''}\n{line}")
     sys.stdout.write("\n]\n")
 

@@ -128,8 +128,14 @@ def options(
     ] = False,
 ) -> None:
     """Remember what holds for every command."""
+    from faletl.config import unknown_variables
+
     _Options.debug, _Options.log_format = debug, log_format
     _set_up_logging()
+    for name, meant in unknown_variables().items():
+        logging.getLogger("faletl").warning(
+            "%s is no setting of faletl%s", name, f"; is {meant} meant?" if meant else ""
+        )
 
 
 @app.command(epilog="Example: FAL_KEY=id:secret faletl run --start 2026-11-01 --end 2026-11-08")
@@ -269,7 +275,7 @@ def stage(
     end: End = None,
     resource: Resources = None,
 ) -> None:
-    """Loaded windows as typed Parquet, a folder a day, for another engine; only what is new since."""
+    """Loaded days as typed Parquet, a file each, for another engine; only what is new since."""
     from faletl.config import Settings
     from faletl.handover import hand_over
     from faletl.plan import Asked
@@ -277,8 +283,8 @@ def stage(
     with _progress() as progress:
         handed = hand_over(Settings.load(), out, Asked(start, end, resource or ()), progress)
     typer.echo(
-        f"{out}: {len(handed.written):,} windows written, {handed.unchanged:,} there already, "
-        f"{len(handed.deleted):,} files out of date deleted"
+        f"{out}: {len(handed.written):,} files written, {handed.unchanged:,} there already, "
+        f"{len(handed.deleted):,} deleted"
     )
 
 

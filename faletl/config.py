@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from decimal import Decimal
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Self
 from urllib.parse import urlsplit
@@ -27,6 +29,11 @@ Threshold = Annotated[Decimal, Field(gt=0, max_digits=26, decimal_places=12)]
 
 LONGEST_LABEL = 200
 """Characters of an account's label."""
+
+_Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+_OF_AIRFLOW = ("FALETL_CONNECTIONS", "FALETL_OWNER")
+"""Variables that DAGs read (docs/airflow.md)."""
 
 FINGERPRINT = "sha256$"
 """What the fingerprint of a key begins with, and no label: one may stand where the other is meant."""
@@ -64,8 +71,10 @@ class Settings(BaseSettings):
     publish: str | None = Field(None, validation_alias="FALETL_PUBLISH")
     first_days: Annotated[int, Field(ge=0, le=36_500)] = Field(30, validation_alias="FALETL_FIRST_DAYS")
     parallel: Annotated[int, Field(ge=1, le=64)] = Field(4, validation_alias="FALETL_PARALLEL")
-    rate: Annotated[float, Field(ge=0)] = Field(5, validation_alias="FALETL_RATE")
-    max_body: ByteSize = Field(ByteSize(64 * 2**20), validation_alias="FALETL_MAX_BODY")
+    rate: _Finite = Field(5, validation_alias="FALETL_RATE")
+    max_body: Annotated[ByteSize, Field(gt=0)] = Field(
+        ByteSize(64 * 2**20), validation_alias="FALETL_MAX_BODY"
+    )
     memory: str = Field("256MB", validation_alias="FALETL_MEMORY")
     units: Path | None = Field(None, validation_alias="FALETL_UNITS")
     gate: bool = Field(True, validation_alias="FALETL_GATE")
@@ -77,7 +86,7 @@ class Settings(BaseSettings):
     proxy: SecretStr | None = Field(None, validation_alias="FALETL_PROXY")
     ca_file: Path | None = Field(None, validation_alias="FALETL_CA_FILE")
     allow_http: bool = Field(False, validation_alias="FALETL_ALLOW_HTTP")
-    lock_seconds: Annotated[float, Field(ge=0)] = Field(120, validation_alias="FALETL_LOCK_SECONDS")
+    lock_seconds: _Finite = Field(120, validation_alias="FALETL_LOCK_SECONDS")
 
     @classmethod
     def load(cls, **given: object) -> Self:
@@ -130,12 +139,28 @@ class Settings(BaseSettings):
                 "must be a folder, or a URL such as s3://bucket/prefix: no user, password, query or "
                 "fragment; what opens the bucket is set in the environment, as for AWS's own tools"
             )
+        if Path(landing).is_file():
+            raise ValueError("is a file, and must be a folder")
         return landing
+
+    @field_validator("units", "owners", "ca_file")
+    @classmethod
+    def _file_is_there(cls, path: Path | None) -> Path | None:
+        if path is not None and not path.is_file():
+            raise ValueError("there is no such file")
+        return path
+
+    @field_validator("expectations")
+    @classmethod
+    def _folder_is_there(cls, path: Path | None) -> Path | None:
+        if path is not None and not path.is_dir():
+            raise ValueError("there is no such folder")
+        return path
 
     @field_validator("memory")
     @classmethod
     def _memory_is_a_size(cls, memory: str) -> str:
-        if not re.fullmatch(r"\d+(\.\d+)? ?([KMGT]i?B)", memory):
+        if not re.fullmatch(r"(?=.*[1-9])\d+(\.\d+)? ?([KMGT]i?B)", memory):
             raise ValueError("must be a size for DuckDB, such as 256MB")
         return memory
 
@@ -230,6 +255,13 @@ class Settings(BaseSettings):
 def _hashed(salt: str, key: SecretStr | None) -> str:
     assert key is not None  # noqa: S101  # who asks has looked
     return hashlib.sha256(f"{salt}{key.get_secret_value().partition(':')[0]}".encode()).hexdigest()
+
+
+def unknown_variables() -> Mapping[str, str | None]:
+    """Variables of the environment that look like settings and are none; with what may be meant."""
+    known = [*map(_variable, Settings.model_fields), *_OF_AIRFLOW]
+    odd = sorted(name for name in os.environ if name.startswith("FALETL_") and name not in known)
+    return {name: next(iter(get_close_matches(name, known, n=1)), None) for name in odd}
 
 
 def is_label(text: str) -> bool:

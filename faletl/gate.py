@@ -20,15 +20,17 @@ from pathlib import Path
 from statistics import median_low
 from typing import TYPE_CHECKING, Any
 
+import duckdb
 import sqlalchemy as sa
 
 from faletl.config import Settings
-from faletl.errors import DataRefusedError
+from faletl.errors import DataRefusedError, SettingsError
 from faletl.findings import Validation
 from faletl.models import known_units
 from faletl.money import plain
 from faletl.resources import Resource
 from faletl.staging import Staged
+from faletl.warehouse import quoted
 from faletl.warehouse.duckdb import MACROS
 from faletl.warehouse.tables import LOADS, RAW
 from faletl.windows import DAY, WEEK, Window
@@ -129,10 +131,17 @@ class Gate:
         self._batches = asset.add_batch_definition_whole_table("window")
         self._engine = source.get_execution_engine().engine
         with self._engine.connect() as connection:
-            for setting in ("TimeZone = 'UTC'", "enable_external_file_cache = false"):
-                connection.execute(sa.text(f"set global {setting}"))
             for macro in MACROS:
                 connection.exec_driver_sql(macro)
+            for setting in (
+                "TimeZone = 'UTC'",
+                "enable_external_file_cache = false",
+                f"allowed_directories = [{quoted(scratch)}]",  # staged rows, units and prices
+                "enable_external_access = false",
+                "lock_configuration = true",
+            ):
+                connection.exec_driver_sql(f"set global {setting}")
+        sa.event.listen(self._engine, "before_cursor_execute", _refuse_all_but_a_select)
 
     def passed(self, connection: sa.Connection, staged: Staged) -> Staged:
         """The staged window with what was found of it; what is not as expected is logged.
@@ -163,7 +172,7 @@ class Gate:
 
         facts = self._facts(connection, subject)
         suite = suite_of(facts, self._own.get(subject.resource.name, ()))
-        with self._engine.connect() as engine:
+        with self._engine.connect().execution_options(**_OURS) as engine:
             engine.exec_driver_sql(
                 f"create or replace view staged_window as select * from {subject.source}"  # noqa: S608
             )
@@ -192,6 +201,21 @@ class Gate:
             prices=prices,
             usual_rows=None if window.is_provisional else _usual_rows(connection, subject),
         )
+
+
+_OURS = {"is_of_faletl": True}
+"""The option of statements that are no part of a suite."""
+
+
+def _refuse_all_but_a_select(
+    connection: sa.Connection, _cursor: object, statement: str, *_: object
+) -> None:
+    """Suites are data: what the user's SQL makes of itself must not write, nor set anything."""
+    if connection.get_execution_options().keys() & _OURS:
+        return
+    kinds = [one.type for one in duckdb.extract_statements(statement)]
+    if kinds != [duckdb.StatementType.SELECT]:
+        raise SettingsError("an expectation may only select; its SQL has other statements")
 
 
 _LEVELS = {"critical": logging.ERROR, "warning": logging.WARNING, "info": logging.DEBUG}

@@ -458,9 +458,10 @@ def _current_load(connection: sa.Connection, staged: Staged) -> sa.RowMapping | 
     return connection.execute(newest).mappings().first()
 
 
-def rows_of_window(resource: Resource, account: str, window: Window) -> sa.Select[Any]:
-    """What raw holds of the window, whichever loads brought it."""
-    return sa.select(RAW[resource.name]).where(_is_of(resource, account, window))
+def rows_of_windows(resource: Resource, account: str, windows: Iterable[Window]) -> sa.Select[Any]:
+    """What raw holds of the windows, whichever loads brought it."""
+    held = (_is_of(resource, account, window) for window in windows)
+    return sa.select(RAW[resource.name]).where(sa.or_(sa.false(), *held))
 
 
 def _rows_of(staged: Staged) -> sa.ColumnElement[bool]:

@@ -292,25 +292,28 @@ def write_durably(path: Path, content: bytes) -> None:
         raise storage_error(error, path, needed=len(content)) from None
 
 
-_SCRATCH, _HELD = "faletl-", ".held"
-
-_YOUNG_SECONDS = 60
-"""A folder that nobody holds may be about to be held by whoever made it."""
+_UNHELD, _SCRATCH, _HELD = ".faletl-new-", "faletl-", ".held"
 
 
 @contextmanager
-def scratch_folder() -> Iterator[Path]:
-    """A folder below TMPDIR for as long as it is needed; raises StorageError.
+def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
+    """A folder below TMPDIR, or hidden in `parent`, as long as it is needed; raises StorageError.
 
     A process that is killed cannot delete its own: a later one does.
     """
     with ExitStack() as stack:
         try:
-            made = tempfile.TemporaryDirectory(prefix=_SCRATCH, ignore_cleanup_errors=True)
-            folder = Path(stack.enter_context(made))
-            stack.enter_context(filelock.FileLock(folder / _HELD, thread_local=False))
+            made = Path(tempfile.mkdtemp(prefix=_UNHELD, dir=parent))
+            stack.callback(shutil.rmtree, made, ignore_errors=True)
+            stack.enter_context(filelock.FileLock(made / _HELD, thread_local=False))
+            # It gets its name when it is held: whoever finds one that is not may delete it.
+            shown = _SCRATCH if parent is None else f".{_SCRATCH}"
+            folder = made.with_name(shown + made.name.removeprefix(_UNHELD))
+            shutil.move(made, folder)
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
         except OSError as error:
-            raise storage_error(error, Path(error.filename or os.environ.get("TMPDIR") or "/")) from None
+            told = error.filename or parent or os.environ.get("TMPDIR") or "/"
+            raise storage_error(error, Path(told)) from None
         _delete_what_the_dead_left(folder.parent)
         yield folder
 
@@ -318,17 +321,25 @@ def scratch_folder() -> Iterator[Path]:
 @cache
 def _delete_what_the_dead_left(parent: Path) -> None:
     """Once a process: delete scratch folders of this user that nobody holds any more."""
-    for lock in parent.glob(f"{_SCRATCH}*/{_HELD}"):
+    for folder in (*parent.glob(f"{_SCRATCH}*"), *parent.glob(f".{_SCRATCH}*")):
+        lock = folder / _HELD
         try:
-            found = lock.lstat()
-            is_young = time.time() - found.st_mtime < _YOUNG_SECONDS
-            if is_young or found.st_uid != os.geteuid():
+            found = folder.lstat()
+            if found.st_uid != os.geteuid() or (folder.name.startswith(_UNHELD) and _is_young(found)):
                 continue
-            with filelock.FileLock(lock, timeout=0, thread_local=False):
-                pass
+            if lock.exists():
+                with filelock.FileLock(lock, timeout=0, thread_local=False):
+                    pass
+            elif not folder.name.startswith(_UNHELD):
+                continue  # it is no folder of this kind
         except (filelock.Timeout, OSError):  # it is held, or gone in this moment
             continue
-        shutil.rmtree(lock.parent, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_young(found: os.stat_result) -> bool:
+    """Whether whoever made the folder may be about to hold it."""
+    return time.time() - found.st_mtime < 60
 
 
 def storage_error(error: OSError, path: Path, needed: int = 0) -> StorageError:

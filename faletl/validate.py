@@ -12,7 +12,7 @@ from faletl.config import Settings
 from faletl.errors import DataRefusedError
 from faletl.findings import Validation, keep_validations
 from faletl.gate import Gate, Subject, tell
-from faletl.load import current_loads, fence, rows_of_window
+from faletl.load import current_loads, fence, rows_of_windows
 from faletl.pipeline import DUE, Progress, silent
 from faletl.places import scratch_folder
 from faletl.plan import Asked
@@ -85,7 +85,7 @@ def _judged(warehouse: Warehouse, gate: Gate, load: sa.RowMapping, scratch: Path
         held = sa.select(LOADS.c.is_current).where(LOADS.c.load_id == load["load_id"])
         if connection is None or not connection.execute(held).scalar():
             return None
-        warehouse.hand_out(connection, rows_of_window(resource, load["account"], window), path)
+        warehouse.hand_out(connection, rows_of_windows(resource, load["account"], [window]), path)
         is_accepted = holds.is_refused_window_accepted(connection, load)
         subject = Subject(
             account=load["account"],

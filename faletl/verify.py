@@ -145,7 +145,7 @@ def _changed_rows(
 ) -> Iterator[str]:
     """Loads whose rows in raw are not those that were loaded."""
     table = RAW[resource].fullname
-    held = _held_digests(warehouse, connection, resource)
+    held = _held_digests(settings, warehouse, connection, resource)
     loads = {
         load.load_id: load
         for load in connection.execute(sa.select(LOADS).where(LOADS.c.resource == resource))
@@ -173,12 +173,14 @@ def _changed_rows(
             )
 
 
-def _held_digests(warehouse: Warehouse, connection: sa.Connection, resource: str) -> Mapping[str, str]:
+def _held_digests(
+    settings: Settings, warehouse: Warehouse, connection: sa.Connection, resource: str
+) -> Mapping[str, str]:
     """The digest of the rows that raw holds of each load: as staging made it, by DuckDB."""
     with scratch_folder() as scratch:
         path = scratch / "rows.parquet"
         warehouse.hand_out(connection, sa.select(RAW[resource]), path)
-        with duckdb.connect() as engine:
+        with duckdb.connect(config={"memory_limit": settings.memory}) as engine:
             engine.execute("set TimeZone = 'UTC'")
             sums = digest_sums(RESOURCES[resource])
             found = engine.execute(f"select _load_id, {sums} from {quoted(path)} group by _load_id")
@@ -222,7 +224,7 @@ def _are_landed(
         staged = _staged(settings, connection, landing_path, scratch)
         if staged is None:
             return False
-        with duckdb.connect() as engine:
+        with duckdb.connect(config={"memory_limit": settings.memory}) as engine:
             engine.execute("set TimeZone = 'UTC'")
             ours = ", ".join(f'"{name}"' for name in ("_page", "_row", *names))
             rows = set(engine.execute(f"select {ours} from {staged.source}").fetchall())

@@ -171,6 +171,9 @@ class DuckDBWarehouse:
         )
         if self._published.resolve() == self._path.resolve():
             raise SettingsError("FALETL_PUBLISH: the published copy cannot be the warehouse itself")
+        for variable, path in (("FALETL_WAREHOUSE", self._path), ("FALETL_PUBLISH", self._published)):
+            if os.path.isdir(path):  # noqa: PTH112  # unlike that of Path, it never raises
+                raise SettingsError(f"{variable}: {path} is a folder; name a file")
 
     @contextmanager
     def lease(self, holder: str) -> Iterator[Lease]:
@@ -178,6 +181,8 @@ class DuckDBWarehouse:
         with self._lock(holder, self._settings.lock_seconds), _private():
             if not self._is_there():
                 self._create()
+            if not self._is_looked_at:
+                self._clear_up()
             with self._up_to_date() as connection:
                 with connection.begin():
                     if not self._is_looked_at:
@@ -246,7 +251,7 @@ class DuckDBWarehouse:
         with self._lock(holder, self._settings.lock_seconds), _private():
             last_token, answer = self._asked_before_it_goes(ask)
             token = max(token, last_token)
-            part = self._path.with_name(f".{self._path.name}.rebuild")
+            part = self._beside("rebuild")
             url = sa.URL.create("duckdb", database=str(part))
             fresh = DuckDBWarehouse(self._settings.model_copy(update={"publish": None}), url)
             try:
@@ -341,7 +346,7 @@ class DuckDBWarehouse:
         # The database must be closed here: closing any other handle on its file would drop DuckDB's
         # own lock on it. The lock file still keeps other writers out.
         connection.close()
-        part = self._published.with_name(f".{self._published.name}.part")
+        part = self._published_part
         try:
             _make_readable(self._published.parent)
             copy_file(self._path, part)
@@ -372,7 +377,7 @@ class DuckDBWarehouse:
 
     def _create(self, token: int = 0) -> None:
         """Make the file under another name first: a kill must not leave one that cannot be opened."""
-        part = self._path.with_name(f".{self._path.name}.new")
+        part = self._beside("new")
         if (stale := _wal_of(self._path)).exists():
             raise TamperedError(
                 f"{stale} is there but {self._path} is not: restore the warehouse, or move the "
@@ -404,7 +409,8 @@ class DuckDBWarehouse:
             if is_older_fine or not is_older:
                 yield connection
                 return
-        self._upgrade()
+        with _private():
+            self._upgrade()
         with self._opened(read_only=read_only) as connection:
             yield connection
 
@@ -412,7 +418,7 @@ class DuckDBWarehouse:
         """Bring a copy of the file up to date and put it in its place: all of it or nothing."""
         with self._opened() as connection:
             _checkpoint(connection, self._path)
-        part = self._path.with_name(f".{self._path.name}.upgrade")
+        part = self._beside("upgrade")
         try:
             _discard(part)
             copy_file(self._path, part)
@@ -438,6 +444,21 @@ class DuckDBWarehouse:
             sync(self._path.parent)
         except OSError as error:
             raise self._refused("replace", error) from None
+
+    def _beside(self, what: str) -> Path:
+        """Where a file is made that is to take the place of this one."""
+        return self._path.with_name(f".{self._path.name}.{what}")
+
+    @property
+    def _published_part(self) -> Path:
+        """Where the next published copy is made."""
+        return self._published.with_name(f".{self._published.name}.part")
+
+    def _clear_up(self) -> None:
+        """Delete what commands that were killed left, which may be as large as the warehouse."""
+        with suppress(OSError):
+            for left in (self._beside("rebuild"), self._beside("upgrade"), self._published_part):
+                _discard(left)
 
     def _is_there(self) -> bool:
         try:
@@ -474,7 +495,7 @@ class DuckDBWarehouse:
                 "host": socket.gethostname(),
                 "since": instant(datetime.now(UTC).replace(microsecond=0)),
             }
-            with suppress(OSError):  # it only tells others who holds the lock
+            with suppress(OSError), _private():  # it only tells others who holds the lock
                 told.write_text(json.dumps(by), "utf-8")
             yield
         finally:
@@ -633,7 +654,7 @@ def _refuse_all_but_selects(connection: sa.Connection, _cursor: object, query: s
 
 @contextmanager
 def _private() -> Iterator[None]:
-    """What DuckDB makes meanwhile beside its file (.wal, spilled rows) is for this user only."""
+    """What is made meanwhile beside the file (.wal, spilled rows, copies) is for this user only."""
     before = os.umask(0o077)
     try:
         yield

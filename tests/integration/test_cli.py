@@ -195,6 +195,26 @@ def test_sql_can_only_read_what_is_published(
 def test_csv_cells_cannot_become_formulas(readable: Settings) -> None:
     done = faletl("sql", "select '=1+1' as a, -5 as b", "--format", "csv", settings=readable)
     assert done.stdout == "a,b\n'=1+1,-5\n"
+    query = "select 'x;=1+1;  -2; y' as a, ' @x' as b, 'a=b' as c"  # where semicolons split cells
+    done = faletl("sql", query, "--format", "csv", settings=readable)
+    assert done.stdout == "a,b,c\nx;'=1+1;'  -2; y,' @x,a=b\n"
+
+
+ODD_TEXT = "esc\x1b[2J bell\x07 c1\x9b bidi\u202e line\nnext\rstart é 🙂"
+
+
+def test_no_raw_control_character_is_printed(readable: Settings) -> None:
+    codes = ", ".join(f"chr({ord(one)})" for one in ODD_TEXT)
+    printed = {
+        form: faletl("sql", f"select concat({codes}) as a", "--format", form, settings=readable).stdout
+        for form in ("table", "csv", "json")
+    }
+    for form, text in printed.items():
+        odd = {one for one in text if not one.isprintable() and one != "\n"}
+        assert not odd, form
+        assert "é 🙂" in text, form
+    assert json.loads(printed["json"]) == [{"a": ODD_TEXT}]
+    assert printed["csv"].splitlines()[1:] == [ascii(ODD_TEXT[:-3])[1:-1] + "é 🙂"]
 
 
 @pytest.mark.parametrize(

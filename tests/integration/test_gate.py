@@ -245,6 +245,47 @@ def test_an_expectation_that_cannot_be_told_refuses_when_it_is_critical(
     assert "nothing" in str(report.failures[0][1])
 
 
+READING = " where (select count(*) from {{batch}}) >= 0"
+ENDING = "select 1 from {{{{batch}}}} where false) as q; {}; select count(*) from (select 1 where false"
+
+HOSTILE = {
+    "reads a file": "select content from read_text('{secret}')" + READING,
+    "reads a file of rows": "select 1 from read_csv('{secret}')" + READING,
+    "lists files": "select file from glob('{folder}/*')" + READING,
+    "writes a file": ENDING.format("copy (select 'owned') to '{folder}/owned.pth'"),
+    "makes a table": ENDING.format("create table owned as select 1"),
+    "attaches a database": ENDING.format("attach '{folder}/owned.duckdb'"),
+    "unlocks": ENDING.format("set enable_external_access = true"),
+    "installs": ENDING.format("install httpfs"),
+}
+
+
+@pytest.mark.parametrize("sql", HOSTILE.values(), ids=list(HOSTILE))
+def test_a_suite_reaches_nothing_but_the_rows_of_its_window(
+    sql: str, clock: time_machine.Traveller, settings: Settings, tmp_path: Path
+) -> None:
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    secret = folder / "secret.txt"
+    secret.write_text("a secret of the host")
+    query = sql.format(secret=secret, folder=folder)
+    hostile = {"type": "unexpected_rows_expectation", "severity": "warning",
+               "kwargs": {"unexpected_rows_query": query, "description": "hostile"}}  # fmt: skip
+    harmless = {"type": "unexpected_rows_expectation", "severity": "warning",
+                "kwargs": {"unexpected_rows_query": "select * from {batch} where cost_total < 0",
+                           "description": "harmless"}}  # fmt: skip
+    report = pipeline.run(own(settings, usage=[hostile, harmless]), DAYS)
+    assert report.exit_code == 0
+    kept = "select distinct expectation, success, observed, sample_keys from ops.validations"
+    found = ask(settings, kept, opened)
+    [(success, observed, keys)] = {tuple(row[1:]) for row in found if row[0] == "hostile"}
+    assert not success
+    assert "it cannot be told" in observed
+    assert "a secret of the host" not in f"{observed}{keys}"
+    assert {row[1] for row in found if row[0] == "harmless"} == {True}
+    assert [path.name for path in folder.iterdir()] == ["secret.txt"]
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [

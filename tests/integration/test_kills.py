@@ -238,10 +238,10 @@ def test_a_rebuild_that_is_killed_leaves_the_old_warehouse_or_the_new(
         assert loaded(settings) == (30, 2)
         with open_warehouse(settings).lease("a test"):
             pass  # it can be written
+        assert not list(tmp_path.glob(".*rebuild*"))
     code, said = start(settings, command="rebuild").finish()
     assert code == 0, said
     assert all_tables(settings) == before
-    assert not list(tmp_path.glob(".*rebuild*"))
 
 
 def test_pages_that_are_needed_outlive_a_pruning_that_is_killed(

@@ -215,7 +215,7 @@ def test_what_a_closed_day_was_and_is_now_is_kept_line_by_line(desk: Desk) -> No
         desk.load(lease, second := desk.read(USAGE, body, at=NOON))
         was, now = desk.loads(lease)
         lines = desk.rows(lease, sa.select(RESTATEMENTS).order_by(RESTATEMENTS.c.endpoint_id))
-        raw = desk.rows(lease, load.rows_of_window(USAGE, "acme", DAY_22))
+        raw = desk.rows(lease, load.rows_of_windows(USAGE, "acme", [DAY_22]))
     assert was == old | {"is_current": False}
     assert (now["is_current"], now["whole_catalogue_at"]) == (True, None)
     assert now["data_version"] == old["data_version"] + 1
@@ -354,13 +354,13 @@ def test_what_was_not_asked_for_stays(desk: Desk) -> None:
         assert desk.load(lease, more) == "unchanged"  # there was nothing of it, and there is nothing
         second = asked([FLUX], {"endpoint_id": FLUX, "request_count": 9}, at=NOON)
         assert desk.load(lease, second) == "loaded"
-        raw = desk.rows(lease, load.rows_of_window(ANALYTICS, "acme", DAY_22))
+        raw = desk.rows(lease, load.rows_of_windows(ANALYTICS, "acme", [DAY_22]))
         assert [one["rows"] for one in desk.loads(lease) if one["is_current"]] == [2]
         standing = load.read_ledger(lease.connection).needed
         lease.connection.rollback()
         gone = asked([FLUX, VIDEO], {"endpoint_id": FLUX, "request_count": 9}, at=NOON)
         assert desk.load(lease, gone) == "loaded"  # the same row, but now it speaks of the other, too
-        left = desk.rows(lease, load.rows_of_window(ANALYTICS, "acme", DAY_22))
+        left = desk.rows(lease, load.rows_of_windows(ANALYTICS, "acme", [DAY_22]))
     found = {row["endpoint_id"]: (row["request_count"], row["_load_id"]) for row in raw}
     ids = [one.landed.manifest.load_id for one in (first, second)]
     assert found == {FLUX: (9, ids[1]), VIDEO: (1, ids[0])}

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from faletl.config import Settings
+from faletl.config import Settings, unknown_variables
 from faletl.errors import SettingsError
 from faletl.redaction import REDACTED
 from faletl.resources import KEY_COMMAND
@@ -242,9 +242,11 @@ def test_the_largest_answer_is_a_size_in_bytes(size: str | int, size_bytes: int)
         *(("max_body", value) for value in ("-1", "x", "64 XB", "MiB", "1e400")),
         *(("memory", value) for value in ("256", "-1MB", "1GB'; drop table x", "MB", "1 PB", "")),
         *(("parallel", value) for value in (0, 65, -1, "two", "1.5")),
-        *(("rate", value) for value in (-1, "nan", "fast")),
+        *(("rate", value) for value in (-1, "nan", "inf", "fast")),
+        *(("memory", value) for value in ("0MB", "0.0 GiB")),
+        *(("max_body", value) for value in (0, "0MB")),
         *(("first_days", value) for value in (-1, "1.5", "x")),
-        *(("lock_seconds", value) for value in (-1, "nan")),
+        *(("lock_seconds", value) for value in (-1, "nan", "inf")),
         *(("account", value) for value in ("", "  ", "a\nb", "a\x1b[31m", "\N{RIGHT-TO-LEFT OVERRIDE}")),
         ("allow_http", "perhaps"),
     ],
@@ -286,10 +288,41 @@ ENVIRONMENT = {
 }
 
 
+@pytest.fixture
+def named_files() -> None:
+    """What settings of paths name is there."""
+    for name in ("units.csv", "owners.csv", "ca.pem"):
+        Path(name).touch()
+    Path("expectations").mkdir()
+
+
+@pytest.mark.parametrize("name", ["units", "owners", "ca_file", "expectations"])
+def test_a_path_that_leads_nowhere_is_refused_by_name(name: str) -> None:
+    Path("file").touch()
+    Path("folder").mkdir()
+    for path in ("none", "folder" if name != "expectations" else "file"):
+        told = str(refused(**{name: Path(path)}))
+        assert told.startswith(f"{Settings.model_fields[name].validation_alias}: there is no such ")
+
+
+def test_a_landing_that_is_a_file_is_refused() -> None:
+    Path("file").touch()
+    assert "FALETL_LANDING: is a file" in str(refused(landing="file"))
+
+
+def test_a_variable_that_is_no_setting_is_found_with_what_may_be_meant(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("FALETL_WAREHOSUE", "FALETL_QQQQQQQQ", "FALETL_CONNECTIONS", "FALETL_OWNER", "FALETLX"):
+        monkeypatch.setenv(name, "1")
+    assert unknown_variables() == {"FALETL_WAREHOSUE": "FALETL_WAREHOUSE", "FALETL_QQQQQQQQ": None}
+
+
 def test_every_setting_has_a_variable_of_its_own_here() -> None:
     assert {name for name, _ in ENVIRONMENT.values()} == set(Settings.model_fields)
 
 
+@pytest.mark.usefixtures("named_files")
 @pytest.mark.parametrize("variable", ENVIRONMENT)
 def test_a_variable_is_read_and_what_is_given_wins_and_isolated_settings_ignore_it(
     variable: str, monkeypatch: pytest.MonkeyPatch
