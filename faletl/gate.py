@@ -86,11 +86,13 @@ class Subject:
 class Gate:
     """Great Expectations, ready to look at windows; making one takes seconds, so make it once.
 
+    It reads files of `scratch`, where it keeps its own, and of the folder where windows are staged.
+
     Raises:
         SettingsError: the user's expectations, or table of units, cannot be read.
     """
 
-    def __init__(self, settings: Settings, scratch: Path) -> None:
+    def __init__(self, settings: Settings, scratch: Path, staged_in: Path | None = None) -> None:
         os.environ["GX_ANALYTICS_ENABLED"] = "false"
         # It tells of itself in hundreds of lines where a scheduler shows them all.
         logging.getLogger("great_expectations").setLevel(logging.WARNING)
@@ -130,13 +132,14 @@ class Gate:
         asset = source.add_query_asset("window", query="select * from staged_window")
         self._batches = asset.add_batch_definition_whole_table("window")
         self._engine = source.get_execution_engine().engine
+        readable = ", ".join(map(quoted, filter(None, (scratch, staged_in))))
         with self._engine.connect() as connection:
             for macro in MACROS:
                 connection.exec_driver_sql(macro)
             for setting in (
                 "TimeZone = 'UTC'",
                 "enable_external_file_cache = false",
-                f"allowed_directories = [{quoted(scratch)}]",  # staged rows, units and prices
+                f"allowed_directories = [{readable}]",
                 "enable_external_access = false",
                 "lock_configuration = true",
             ):

@@ -574,6 +574,7 @@ def _loader(
     FALETL_GATE may say that there is none.
     """
     made: Gate | None = None
+    staged_in: Path | None = None
     is_told = settings.gate
     with ExitStack() as stack:
 
@@ -582,11 +583,12 @@ def _loader(
             if made is None:
                 from faletl.gate import Gate
 
-                made = Gate(settings, stack.enter_context(scratch_folder()))
+                made = Gate(settings, stack.enter_context(scratch_folder()), staged_in)
             return made
 
         def load(batch: list[Staged]) -> None:
-            nonlocal is_told
+            nonlocal is_told, staged_in
+            staged_in = next((file.parent for staged in batch for file in staged.files), staged_in)
             if not is_told:
                 is_told = True
                 log.warning("FALETL_GATE is off: windows are loaded without what the gate would find")

@@ -278,10 +278,12 @@ def test_a_suite_reaches_nothing_but_the_rows_of_its_window(
     assert report.exit_code == 0
     kept = "select distinct expectation, success, observed, sample_keys from ops.validations"
     found = ask(settings, kept, opened)
-    [(success, observed, keys)] = {tuple(row[1:]) for row in found if row[0] == "hostile"}
-    assert not success
-    assert "it cannot be told" in observed
-    assert "a secret of the host" not in f"{observed}{keys}"
+    hostile_ones = [row[1:] for row in found if row[0] == "hostile"]
+    assert hostile_ones
+    for success, observed, keys in hostile_ones:
+        assert not success
+        assert "it cannot be told" in observed
+        assert "a secret of the host" not in f"{observed}{keys}"
     assert {row[1] for row in found if row[0] == "harmless"} == {True}
     assert [path.name for path in folder.iterdir()] == ["secret.txt"]
 
