@@ -170,7 +170,7 @@ HAND_OVER = "stage --out handed --resource usage"
         Trap("faletl.handover._list", "before"),
         Trap("faletl.handover._list"),
     ],
-    ids=str,
+    ids=lambda trap: f"{trap.when} {trap.function}",
 )
 @pytest.mark.duckdb_only("where the rows come from is tried above")
 def test_a_kill_leaves_each_day_once_and_nothing_behind(
