@@ -536,7 +536,7 @@ def test_what_is_loaded_is_handed_to_other_engines_and_roles(readable: Settings,
     out = tmp_path / "out"
     done = faletl("stage", "--out", str(out), "--resource", "usage", settings=readable)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{out}: 2 windows written, 0 there already, 0 files out of date deleted\n"
+    assert done.stdout == f"{out}: 2 files written, 0 there already, 0 deleted\n"
     assert len(list(out.glob("usage/account=acme/day=2026-11-2?/*.parquet"))) == 2
     refused = faletl("grant", "--reader", "analysts", settings=readable)
     assert refused.returncode == 2

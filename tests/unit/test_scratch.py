@@ -27,15 +27,21 @@ def test_what_a_killed_process_left_goes_with_the_next_and_what_is_held_stays(
 ) -> None:
     for _ in range(2):
         assert fork(die_in_one, tmp_path).finish()[0] == -signal.SIGKILL
-    left, young = tmp_path.iterdir()
-    os.utime(left / ".held", (0, 0))  # the other could be about to be held
+    [left] = tmp_path.iterdir()  # the second one had deleted that of the first
+    about_to_be_held, never_held, of_others = (
+        tmp_path / name for name in (".faletl-new-a", ".faletl-new-b", "faletl-demo")
+    )
+    for folder in (about_to_be_held, never_held, of_others):
+        folder.mkdir()
+    os.utime(never_held, (0, 0))
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     places._delete_what_the_dead_left.cache_clear()
+    stays = {about_to_be_held, of_others}
     with scratch_folder() as mine:
-        assert set(tmp_path.iterdir()) == {young, mine}
-        os.utime(mine / ".held", (0, 0))
+        assert set(tmp_path.iterdir()) == {mine, *stays}
         places._delete_what_the_dead_left.cache_clear()
         with scratch_folder() as another:
-            assert set(tmp_path.iterdir()) == {young, mine, another}
-    assert list(tmp_path.iterdir()) == [young]
+            assert set(tmp_path.iterdir()) == {mine, another, *stays}
+    assert set(tmp_path.iterdir()) == stays
+    assert not left.exists()
