@@ -21,24 +21,28 @@ _PERCENT_ESCAPE = re.compile(rb"%([2-7][0-9a-fA-F])")
 def without(body: bytes, secrets: Iterable[str]) -> bytes:
     """Return the body with `REDACTED` in place of each of the secrets."""
     longest_first = sorted({one for one in secrets if len(one) >= SHORTEST}, key=len, reverse=True)
+    # A secret that holds another one cannot be where that is not: a large page is searched for few.
+    innermost = [one for one in longest_first if not any(o in one for o in longest_first if o != one)]
     flat, folded = _flat(body), body.lower()
     folded_flat = folded if flat is body else flat.lower()
+    if not any(_may_be_shown(one, flat, folded, folded_flat) for one in innermost):
+        return body
     for secret in longest_first:
-        if _is_shown(secret.lower().encode(), folded, folded_flat):
-            body = re.sub(_escaped(secret), REDACTED.encode(), body, flags=re.IGNORECASE)
-        in_hex = secret.encode().hex().encode()
-        if in_hex in folded:
-            body = re.sub(in_hex, REDACTED.encode(), body, flags=re.IGNORECASE)
+        for form in (_escaped(secret), secret.encode().hex().encode()):
+            body = re.sub(form, REDACTED.encode(), body, flags=re.IGNORECASE)
         for coded in _in_base64(secret):
-            if coded in flat:
-                body = re.sub(_escaped_signs(coded), REDACTED.encode(), body)
+            body = re.sub(_escaped_signs(coded), REDACTED.encode(), body)
     return body
 
 
-def _is_shown(secret: bytes, folded: bytes, folded_flat: bytes) -> bool:
-    """A quick look, as pages are large; what is shown for certain, or perhaps."""
-    return secret in folded or any(
-        one in folded_flat for one in (secret.replace(b"\\", b""), _flat(secret))
+def _may_be_shown(secret: str, flat: bytes, folded: bytes, folded_flat: bytes) -> bool:
+    plain = secret.lower().encode()
+    has_escapes = folded_flat is not folded
+    return (
+        plain in folded
+        or secret.encode().hex().encode() in folded
+        or (has_escapes and any(one in folded_flat for one in (plain.replace(b"\\", b""), _flat(plain))))
+        or any(coded in flat for coded in _in_base64(secret))
     )
 
 
