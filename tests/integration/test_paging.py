@@ -1056,9 +1056,10 @@ def test_no_half_written_file_is_left(sandbox: Sandbox, tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_made_is_a_typed_error(sandbox: Sandbox, tmp_path: Path) -> None:
+    settings = settings_for(sandbox.url, tmp_path)
     (tmp_path / "landing").write_text("in the way", encoding="utf-8")
     with pytest.raises(FaletlError, match="cannot write") as caught:
-        fetch(settings_for(sandbox.url, tmp_path))
+        fetch(settings)
     assert (caught.value.exit_code, caught.value.facts["resource"]) == (1, "models")
 
 
