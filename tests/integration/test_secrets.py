@@ -219,7 +219,7 @@ def test_no_command_leaves_anything_of_a_key_though_fal_echoes_it_everywhere(tmp
     assert_private(tmp_path)
 
     manifests = [json.loads(path.read_bytes()) for path in tmp_path.rglob("manifest.json")]
-    redacted = {one["resource"] for one in manifests if one["redacted_pages"]}
+    redacted = {one["resource"] for one in manifests if one.get("redacted_pages")}
     assert redacted == {"usage", "billing_events", "models", "prices", "credits"}
     settings = settings_for(server.url, tmp_path)
     found = ask(settings, "select distinct account from ops.loads", opened)
