@@ -172,7 +172,7 @@ def test_nothing_is_pruned_where_no_warehouse_tells_what_is_needed(
     assert sorted((tmp_path / "landing").rglob("*")) == landed
 
 
-@pytest.mark.parametrize("damage", ["drop table ops.loads", "drop table raw.usage cascade"])
+@pytest.mark.parametrize("damage", ["drop table ops.loads cascade", "drop table raw.usage cascade"])
 def test_a_warehouse_without_its_ledger_is_made_anew(
     damage: str, clock: time_machine.Traveller, account: Account, settings: Settings, tmp_path: Path
 ) -> None:
