@@ -36,7 +36,7 @@ def accept(
     account: str | None = None,
     is_kept: bool = False,
 ) -> Report:
-    """Load the held extract of a UTC day, or the refused rows of one; build and publish the change.
+    """Load the newest extract of a UTC day that is held or refused; build and publish the change.
 
     With `is_kept` what is loaded is confirmed instead, and the day is not held any longer. What is
     accepted holds for later extracts that lack, or have, the very same rows.
@@ -86,7 +86,9 @@ def _one_of(
         found = connection.execute(query).mappings().all() if connection is not None else []
     if len(accounts := sorted({row["account"] for row in found})) > 1:
         names = ", ".join(map(repr, accounts))
-        raise UsageError(f"{resource} {day} is meant of which account? Add --account: {names}")
+        raise UsageError(
+            f"several accounts have {resource} {day} held or quarantined; add --account: {names}"
+        )
     return found[-1] if found else None
 
 

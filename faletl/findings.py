@@ -101,7 +101,7 @@ class Findings:
 
 
 def acceptance_key(account: str, rows_digest: str) -> str:
-    """What tells one acceptance of refused rows from all others."""
+    """The key of one acceptance of refused rows, among those of all accounts."""
     return f"{rows_digest} {account}"
 
 

@@ -30,7 +30,7 @@ class SharedChargesError(DataRefusedError):
 
 
 class UnknownOverlapError(DataRefusedError):
-    """Nothing tells yet whether usage is loaded under another label already. Exit 3."""
+    """It is not known yet whether usage is loaded under another label already. Exit 3."""
 
 
 def charges_first(
@@ -138,14 +138,14 @@ def _overlap(
         )
     if is_charged:
         return UnknownOverlapError(
-            f"usage of account {account!a} is loaded after its charges of that day, which tell whether "
-            f"they are those of account {names}, and it has none yet; load them first, with a key that "
-            "may read them: faletl run",
+            f"usage of account {account!a} waits for its own charges of that day, because they show "
+            f"whether it is the same account as {names}; load them first, with a key that may read "
+            "them: faletl run",
             account=account,
         )
     return UnknownOverlapError(
-        f"usage of that day is loaded under account {names}, but no charges, which tell whether it is "
-        f"that of account {account!a}; load them first, with the key of account {names}: "
+        f"account {names} holds usage of that day but no charges, which would show whether account "
+        f"{account!a} is the same one; load them first, with the key of account {names}: "
         f"faletl run --start {day}",
         account=account,
     )

@@ -654,7 +654,7 @@ def _refuse_all_but_selects(connection: sa.Connection, _cursor: object, query: s
 
 @contextmanager
 def _private() -> Iterator[None]:
-    """What is made meanwhile beside the file (.wal, spilled rows, copies) is for this user only."""
+    """What is made meanwhile next to the file (.wal, spilled rows, copies) is for this user only."""
     before = os.umask(0o077)
     try:
         yield
