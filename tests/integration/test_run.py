@@ -344,6 +344,7 @@ def test_as_many_windows_are_read_at_once_as_asked_for_and_no_more(
         else:
             both.wait(15)  # one alone breaks it, before the client asks again
             saw_a_third.append(third.wait(1))
+            both.wait(15)  # whoever is answered may ask again, while the other one still looks
 
     sandbox.fault = hold_two_and_look_for_a_third
     assert pipeline.run(settings).exit_code == 0
