@@ -29,6 +29,7 @@ from faletl.money import plain
 from faletl.places import scratch_folder
 from faletl.resources import RESOURCES
 from faletl.warehouse import open_warehouse
+from faletl.warehouse.names import AS_TYPED
 from faletl.warehouse.tables import BUILDS, FAILURES, HOLDS, LOADS, QUARANTINE, RESTATEMENTS
 from faletl.windows import instant
 
@@ -69,7 +70,7 @@ def print_query(settings: Settings, query: str, form: Format) -> None:
                     shutil.copyfileobj(file, sys.stdout.buffer)
             return
         with published(settings) as connection:
-            result = connection.exec_driver_sql(query)
+            result = connection.exec_driver_sql(query, execution_options=AS_TYPED)
             if not result.returns_rows:
                 raise UsageError("the query returns no rows; write one select")
             _WRITERS[form](list(result.keys()), result)

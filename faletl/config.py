@@ -30,6 +30,9 @@ Threshold = Annotated[Decimal, Field(gt=0, max_digits=26, decimal_places=12)]
 LONGEST_LABEL = 200
 """Characters of an account's label."""
 
+_PREFIX = "(?!pg_)[a-z_][a-z0-9_]{0,31}"
+"""What may stand before the name of a schema: an identifier that no database has to quote."""
+
 _Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 _OF_AIRFLOW = ("FALETL_CONNECTIONS", "FALETL_OWNER")
@@ -66,6 +69,7 @@ class Settings(BaseSettings):
     metrics_key: SecretStr | None = Field(None, validation_alias="FAL_METRICS_KEY")
     api_url: str = Field("https://api.fal.ai/v1", validation_alias="FALETL_API_URL")
     warehouse: str = Field("duckdb:///faletl.duckdb", validation_alias="FALETL_WAREHOUSE", repr=False)
+    schema_prefix: str = Field("", validation_alias="FALETL_SCHEMA_PREFIX")
     landing: str = Field("landing", validation_alias="FALETL_LANDING")
     account: str | None = Field(None, validation_alias="FALETL_ACCOUNT")
     publish: str | None = Field(None, validation_alias="FALETL_PUBLISH")
@@ -130,6 +134,16 @@ class Settings(BaseSettings):
                 "query or fragment"
             )
         return url.strip().rstrip("/")
+
+    @field_validator("schema_prefix")
+    @classmethod
+    def _prefix_needs_no_quotes(cls, prefix: str) -> str:
+        if prefix and not re.fullmatch(_PREFIX, prefix):
+            raise ValueError(
+                "must be at most 32 of a-z, 0-9 and _, such as fal_; no digit comes first, and pg_ is "
+                "the server's own"
+            )
+        return prefix
 
     @field_validator("landing")
     @classmethod

@@ -189,20 +189,23 @@ def all_tables(settings: Settings) -> dict[str, list[tuple[Any, ...]]]:
     """Every row of all layers that two warehouses of the same data must share.
 
     Where a row was landed differs with the cut into pages and with each load; so do the ledgers, and
-    what rpt_freshness says of them.
+    what rpt_freshness says of them. Tables have the names that they have without a prefix.
     """
     columns: dict[str, list[str]] = {}
+    prefix = settings.schema_prefix
+    schemas = ", ".join(f"'{prefix}{name}'" for name in ("raw", "staging", "marts", "reports"))
     with published(settings) as connection:
         for table, column in _rows(
             connection,
-            "select table_schema || '.' || table_name, column_name from information_schema.columns "
-            "where table_schema in ('raw', 'staging', 'marts', 'reports') order by 1, ordinal_position",
+            f"select substr(table_schema, {len(prefix) + 1}) || '.' || table_name, column_name "
+            "from information_schema.columns "
+            f"where table_schema in ({schemas}) order by 1, ordinal_position",
         ):
             is_shared = table != "reports.rpt_freshness"
             if is_shared and column not in ("_load_id", "_page", "_row", "load_id"):
                 columns.setdefault(table, []).append(f'"{column}"')
         return {
-            table: sorted(_rows(connection, f"select {', '.join(names)} from {table}"), key=repr)
+            table: sorted(_rows(connection, f"select {', '.join(names)} from {prefix}{table}"), key=repr)
             for table, names in columns.items()
         }
 

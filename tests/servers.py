@@ -285,6 +285,32 @@ def shared_postgres() -> Postgres:
     return server
 
 
+@contextmanager
+def pooled(server: Postgres, **settings: object) -> Iterator[str]:
+    """PgBouncer in front of the server, with these settings; the host and port that it listens on."""
+    program = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
+    if program is None:
+        raise FileNotFoundError("there is no pgbouncer: install it")
+    port = free_ports(1)[0]
+    folder = Path(tempfile.mkdtemp(prefix="pgbouncer-", dir=server.folder.parent))
+    folder.chmod(0o755)  # it refuses to run as root, too
+    given = {"listen_addr": LOOPBACK, "listen_port": port, "unix_socket_dir": "", "auth_type": "any"}
+    file = folder / "pgbouncer.ini"
+    file.write_text(
+        f"[databases]\n* = host={LOOPBACK} port={server.port} user={server.role}\n[pgbouncer]\n"
+        + "".join(f"{name} = {value}\n" for name, value in {**given, **settings}.items()),
+        "utf-8",
+    )
+    log = folder / "pgbouncer.log"
+    service = Service("pgbouncer", [program, str(file)], plain_environment(), log, server.user)
+    service.start()
+    try:
+        wait_for("PgBouncer answers", lambda: is_listening(port), seconds=20, every=0.05)
+        yield f"{LOOPBACK}:{port}"
+    finally:
+        service.stop()
+
+
 def postgres_program(name: str) -> str:
     """The path of one of PostgreSQL's programs; Debian keeps most out of PATH."""
     versions = sorted(DEBIAN_POSTGRES.glob(f"*/bin/{name}"), key=lambda path: float(path.parts[-3]))

@@ -37,7 +37,8 @@ from faletl.errors import (
     WarehouseError,
 )
 from faletl.places import copy_file, room, sync
-from faletl.warehouse import Lease, Warehouse, quoted, schema
+from faletl.warehouse import Lease, Warehouse, ownership, quoted, schema
+from faletl.warehouse.names import AS_TYPED, add_prefix
 from faletl.warehouse.tables import BUILDS, COUNTED_UNIT, WAREHOUSE
 from faletl.windows import instant
 
@@ -222,7 +223,8 @@ class DuckDBWarehouse:
             if connection is not None:
                 _refuse_all_but_selects(connection, None, query)
                 connection.exec_driver_sql(
-                    f"copy (\n{query.rstrip().rstrip(';')}\n) to {quoted(path)} (format parquet)"
+                    f"copy (\n{query.rstrip().rstrip(';')}\n) to {quoted(path)} (format parquet)",
+                    execution_options=AS_TYPED,
                 )
         return connection is not None
 
@@ -276,6 +278,12 @@ class DuckDBWarehouse:
         try:
             with self._opened() as connection:
                 schema.is_older(connection, str(self._path), is_older_fine=True)
+                if theirs := ownership.of_others(connection):
+                    raise SettingsError(
+                        f"{self._path} holds {', '.join(theirs)} of somebody else, and would lose them; "
+                        "nothing was changed. Move them to a file of their own, which may attach "
+                        f"{self._published}, and run faletl rebuild"
+                    )
                 token = int(connection.execute(sa.select(WAREHOUSE.c.fencing_token)).scalar_one())
                 answer = ask(connection)
                 connection.commit()
@@ -531,6 +539,7 @@ def _connect(path: Path, settings: Settings, *, read_only: bool = False) -> sa.C
         },
     )
     sa.event.listen(engine, "before_cursor_execute", _with_literals, retval=True)
+    add_prefix(engine, settings.schema_prefix)
     sa.event.listen(engine, "handle_error", partial(_tell_apart, path))
     try:
         connection = engine.connect()

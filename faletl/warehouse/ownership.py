@@ -12,8 +12,9 @@ import sqlalchemy as sa
 
 from faletl.errors import SettingsError
 from faletl.places import sql_folder
-from faletl.warehouse.schema import columns_held
-from faletl.warehouse.tables import BUILDS, LAYERS, METADATA, OBJECTS
+from faletl.warehouse.names import in_database
+from faletl.warehouse.schema import columns_held, columns_of
+from faletl.warehouse.tables import BUILDS, LAYERS, METADATA, OBJECTS, SCHEMAS
 
 
 def planned() -> frozenset[str]:
@@ -28,8 +29,24 @@ def refuse(theirs: Iterable[str], where: str) -> None:
     if names := sorted(theirs):
         raise SettingsError(
             f"{where} holds {', '.join(names)} of somebody else, where faletl would make its own; "
-            "nothing was changed. Set FALETL_WAREHOUSE to another database, or rename theirs"
+            "nothing was changed. Set FALETL_SCHEMA_PREFIX, say to fal_, and faletl makes schemas of "
+            "other names; or set FALETL_WAREHOUSE to another database"
         )
+
+
+def of_others(connection: sa.Connection) -> list[str]:
+    """The tables and views of a DuckDB file that faletl did not make, with their schemas."""
+    found = connection.exec_driver_sql(
+        "select table_schema, table_schema || '.' || table_name from information_schema.tables "
+        "where table_catalog = current_database()"
+    )
+    ours = set(in_database(connection, planned()))
+    if columns_of(connection, OBJECTS):
+        ours.update(connection.execute(sa.select(OBJECTS.c.name)).scalars())
+        schemas = set[str]()
+    else:  # an older faletl made whatever is in its schemas
+        schemas = set(in_database(connection, SCHEMAS))
+    return sorted(name for schema, name in found if schema not in schemas and name not in ours)
 
 
 def claim(connection: sa.Connection, tables: Collection[str]) -> None:
@@ -38,10 +55,11 @@ def claim(connection: sa.Connection, tables: Collection[str]) -> None:
     Raises:
         SettingsError: something has one of these names that faletl did not make.
     """
+    ours = set(in_database(connection, tables))
     known = set(connection.execute(sa.select(OBJECTS.c.name)).scalars())
-    there = set(columns_held(connection, LAYERS)).intersection(tables)
+    there = ours.intersection(in_database(connection, columns_held(connection, LAYERS)))
     has_build = connection.execute(sa.select(BUILDS.c.build_id).limit(1)).first() is not None
     if known or not has_build:  # else an older faletl made them
         refuse(there - known, "the warehouse")
-    if new := sorted(set(tables) - known):
+    if new := sorted(ours - known):
         connection.execute(sa.insert(OBJECTS), [{"name": name} for name in new])

@@ -1,9 +1,10 @@
 """PostgreSQL: the warehouse as schemas of a database, for several readers and several machines.
 
-One process writes at a time. It holds an advisory lock for as long as its session lasts, which the
-server frees when its holder dies. Readers see what was committed last: a window is replaced, and a
-build is made, in one transaction, and rows of tables that readers know are deleted and inserted, never
-truncated, so that not even a transaction that began before sees a table half filled.
+One process writes at a time. It holds an advisory lock, which the server frees when its session ends,
+however that ends: so it needs a session of its own, which a pooler in transaction mode does not give.
+Readers see what was committed last: a window is replaced, and a build is made, in one transaction, and
+rows of tables that readers know are deleted and inserted, never truncated, so that not even a
+transaction that began before sees a table half filled.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from faletl.errors import (
 )
 from faletl.money import PRECISION, SCALE
 from faletl.warehouse import Lease, Warehouse, ownership, quoted, schema
+from faletl.warehouse.names import AS_TYPED, add_prefix, in_database, prefixed
 from faletl.warehouse.tables import BUILDS, COUNTED_UNIT, METADATA, OBJECTS, SCHEMAS, WAREHOUSE
 from faletl.windows import instant
 
@@ -45,13 +47,13 @@ except ImportError:
 
 T = TypeVar("T")
 
-_LOCK = 6_407_108_213_350_918_509
-"""The number of the advisory lock; any would do that nobody else takes in the same database."""
+_LOCK = "hashtextextended('faletl writes ' || :table, 0)"
+"""The number of the advisory lock: as no other program counts, and another for each warehouse."""
 
 _HOLDERS_SESSION = f"""
     select application_name, backend_start
     from pg_locks join pg_stat_activity using (pid)
-    where locktype = 'advisory' and granted and datname = current_database()
+    where locktype = 'advisory' and objsubid = 1 and granted and datname = current_database()
         and (classid::bigint << 32) | objid::bigint = {_LOCK}
 """
 
@@ -83,7 +85,7 @@ _VIEWS_OVER = """
 _HAS_BUILD = """
     select exists (
         select from pg_class join pg_namespace on pg_namespace.oid = relnamespace
-        where nspname = 'reports' and relname = 'rpt_freshness'
+        where nspname = :reports and relname = 'rpt_freshness'
     )
 """
 """A build makes all of reports in one transaction. Readers may look here, and not into ops."""
@@ -207,7 +209,13 @@ _UNKNOWN = (
     psycopg.errors.UndefinedTable,
 )
 
-_SHUT_OUT = ("authentication failed", "does not exist", "no pg_hba.conf entry", "permission denied")
+_SHUT_OUT = (
+    "authentication failed",
+    "does not exist",
+    "no pg_hba.conf entry",
+    "permission denied",
+    "statement pooling",
+)
 
 
 class PostgresWarehouse:
@@ -219,6 +227,7 @@ class PostgresWarehouse:
         if not url.database:
             raise SettingsError("FALETL_WAREHOUSE: name the database, postgresql://host/database")
         self._settings = settings
+        self._prefix = settings.schema_prefix
         self._is_looked_at = False  # whether its tables are ours as we made them: asked once
         self._url = url.set(drivername="postgresql+psycopg")
         self._where = f"the database {url.database} on {url.host or 'this machine'}"
@@ -258,7 +267,8 @@ class PostgresWarehouse:
     def published(self) -> Iterator[sa.Connection | None]:
         """What was committed last; it cannot be changed."""
         with self._connected(is_reading=True, is_readers=True) as connection:
-            has_build = connection.exec_driver_sql(_HAS_BUILD).scalar_one()
+            reports = {"reports": f"{self._prefix}reports"}
+            has_build = connection.execute(sa.text(_HAS_BUILD), reports).scalar_one()
             # A cursor of the server holds one statement, and no more of its rows than are looked at.
             connection.execution_options(stream_results=True)
             yield connection if has_build else None
@@ -278,7 +288,7 @@ class PostgresWarehouse:
         with self.published() as connection:
             if connection is None:
                 return False
-            found = connection.exec_driver_sql(query)
+            found = connection.exec_driver_sql(query, execution_options=AS_TYPED)
             columns = [(name, theirs) for name, _, theirs in _described(found)]
             lines = path.with_suffix(".csv")
             with lines.open("w", encoding="utf-8", newline="") as file:
@@ -295,7 +305,7 @@ class PostgresWarehouse:
             known = sa.text("select 1 from pg_roles where rolname = :role")
             if not connection.execute(known, {"role": role}).scalar():
                 raise UsageError(f"there is no role {role!a} in {self._where}; create it first")
-            schemas = ", ".join(_READERS_SCHEMAS)
+            schemas = ", ".join(in_database(connection, _READERS_SCHEMAS))
             reader = psycopg.sql.Identifier(role).as_string()
             for statement in (
                 f"grant usage on schema {schemas} to {reader}",
@@ -329,6 +339,7 @@ class PostgresWarehouse:
         """Send staged rows as CSV, block by block; see the protocol."""
         lines = scratch / f"{table.name}.csv"
         names = ", ".join(f'"{column.name}"' for column in table.columns)
+        copied = prefixed(f"copy {table.fullname} ({names}) from stdin (format csv)", self._prefix)
         with self._engine(scratch) as engine:
             engine.execute(
                 f"copy (select {names} from {source}) to {quoted(lines)} (format csv, header false)"
@@ -337,7 +348,7 @@ class PostgresWarehouse:
             with (
                 _cursor(connection) as cursor,
                 lines.open("rb") as file,
-                cursor.copy(f"copy {table.fullname} ({names}) from stdin (format csv)") as copy,
+                cursor.copy(copied) as copy,
             ):
                 while block := file.read(_BLOCK):
                     copy.write(block)
@@ -349,7 +360,8 @@ class PostgresWarehouse:
     def hand_out(self, connection: sa.Connection, query: sa.Select[Any], path: Path) -> None:
         """Receive rows as CSV, and write them to a Parquet file; see the protocol."""
         lines = path.with_suffix(".csv")
-        select = query.compile(dialect=connection.dialect, compile_kwargs={"literal_binds": True})
+        compiled = query.compile(dialect=connection.dialect, compile_kwargs={"literal_binds": True})
+        select = prefixed(str(compiled), self._prefix)
         try:
             with (
                 _cursor(connection) as cursor,
@@ -419,19 +431,27 @@ class PostgresWarehouse:
     @contextmanager
     def _alone(self, holder: str) -> Iterator[tuple[sa.Connection, str]]:
         """A connection that holds the lock, and what others are told of its holder."""
+        named = {"table": f"{self._prefix}{WAREHOUSE.fullname}"}
         with self._connected() as connection:
             try:
-                connection.exec_driver_sql(f"select pg_advisory_lock({_LOCK})")
+                connection.execute(sa.text(f"select pg_advisory_lock({_LOCK})"), named)
             except sa.exc.DBAPIError as error:
                 if not isinstance(error.orig, psycopg.errors.LockNotAvailable):
                     raise
                 connection.rollback()
                 raise WarehouseBusyError(
-                    f"the warehouse is held by {_newest_holder(connection)}; waited "
+                    f"the warehouse is held by {_newest_holder(connection, named)}; waited "
                     f"{self._settings.lock_seconds:.0f} s, try again later"
                 ) from None
             connection.commit()
-            yield connection, f"{holder} ({_this_process()})"
+            try:
+                yield connection, f"{holder} ({_this_process()})"
+            finally:
+                # A pooler keeps the session, and clears it only if it is set up to.
+                with suppress(sa.exc.DBAPIError, sa.exc.InvalidRequestError):
+                    connection.rollback()
+                    connection.execute(sa.text(f"select pg_advisory_unlock({_LOCK})"), named)
+                    connection.commit()
 
     @contextmanager
     def _connected(
@@ -473,12 +493,14 @@ class PostgresWarehouse:
         )
         sa.event.listen(engine, "connect", self._prepare)
         sa.event.listen(engine, "before_cursor_execute", _with_percent_signs, retval=True)
+        add_prefix(engine, self._prefix)
         return engine
 
     def _prepare(self, session: Any, _record: object) -> None:
+        self._refuse_shared(session)
         given = {
             "TimeZone": "'UTC'",
-            "search_path": _FUNCTIONS_IN,
+            "search_path": f"{self._prefix}{_FUNCTIONS_IN}",
             "lock_timeout": round(self._settings.lock_seconds * 1000) or 1,
             # A statement ends soon after its client has died, and lets go of the lock.
             "client_connection_check_interval": 1000,
@@ -490,6 +512,27 @@ class PostgresWarehouse:
         session.execute("; ".join(f"set {name} = {value}" for name, value in given.items()))
         session.commit()
 
+    def _refuse_shared(self, session: psycopg.Connection[Any]) -> None:
+        """Raises SettingsError where a pooler gives the session to others between transactions.
+
+        Nothing is written or set before: it would be set for others.
+        """
+        first = _backend_of(session)
+        session.commit()
+        if first == session.info.backend_pid:
+            return  # no pooler stands between
+        session.prepare_threshold = None  # the next client would find what this one prepared
+        with closing(psycopg.connect(session.info.dsn, password=session.info.password)) as another:
+            held = _backend_of(another)  # and nobody else gets it before `another` is closed
+            is_shared = held == first or _backend_of(session) != first
+        session.commit()
+        if is_shared:
+            raise SettingsError(
+                f"FALETL_WAREHOUSE: {self._where} is reached by a pooler that shares sessions between "
+                "transactions, and faletl needs one of its own; nothing was changed. Name the server "
+                "itself, or a pool in session mode (pool_mode = session in PgBouncer)"
+            )
+
     def _unreachable(self, error: sa.exc.DBAPIError) -> Exception:
         said = _said(error.orig)
         if any(words in said for words in _SHUT_OUT):
@@ -497,23 +540,23 @@ class PostgresWarehouse:
         return WarehouseError(f"the warehouse cannot be reached: {said}")
 
     def _create(self, connection: sa.Connection, token: int = 0) -> None:
-        found = connection.execute(sa.text(_ALL_OBJECTS), {"schemas": list(SCHEMAS)}).scalars()
-        functions = {
-            f"{_FUNCTIONS_IN}.{name}" for name in re.findall(r"function (\w+)", "".join(FUNCTIONS))
-        }
-        ownership.refuse((ownership.planned() | functions).intersection(found), self._where)
+        schemas = in_database(connection, SCHEMAS)
+        found = connection.execute(sa.text(_ALL_OBJECTS), {"schemas": schemas}).scalars()
+        functions = re.findall(r"function (\w+)", "".join(FUNCTIONS))
+        planned = {*ownership.planned(), *(f"{_FUNCTIONS_IN}.{name}" for name in functions)}
+        ownership.refuse(set(in_database(connection, planned)).intersection(found), self._where)
         held = connection.execute(sa.text("select nspname from pg_namespace")).scalars().all()
         try:
             with connection.begin_nested():
                 schema.create(connection, token, held)
-                for name in SCHEMAS.keys() - held:
-                    told = SCHEMAS[name].replace("'", "''")
-                    connection.exec_driver_sql(f"comment on schema {name} is '{told}'")
+                for name, told in zip(schemas, SCHEMAS.values(), strict=True):
+                    if name not in held:
+                        connection.exec_driver_sql(f"comment on schema {name} is {quoted(told)}")
                 self.define_functions(connection)
         except sa.exc.ProgrammingError as error:
             raise SettingsError(
                 f"FALETL_WAREHOUSE: no warehouse can be made in {self._where}: {_said(error.orig)}; "
-                "give faletl a database of its own, in which its role may create schemas"
+                "give faletl a database in which its role may create schemas"
             ) from None
 
     # --- Parquet ----------------------------------------------------------------------------------
@@ -547,6 +590,7 @@ class _Renewed(PostgresWarehouse):
 
     def __init__(self, of: PostgresWarehouse, connection: sa.Connection, told: str) -> None:
         self._settings, self._url, self._where = of._settings, of._url, of._where
+        self._prefix = of._prefix
         self._connection, self._told = connection, told
 
     @contextmanager
@@ -555,22 +599,29 @@ class _Renewed(PostgresWarehouse):
         yield Lease(self._connection, token, is_one_transaction=True)
 
 
+def _backend_of(session: psycopg.Connection[Any]) -> int:
+    """The process of the server that has the session's open transaction, or its next."""
+    (found,) = session.execute("select pg_backend_pid()").fetchone() or (0,)
+    return int(found)
+
+
 def _this_process() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def _is_there(connection: sa.Connection) -> bool:
-    found = connection.exec_driver_sql("select to_regclass('ops.warehouse') is not null")
-    return bool(found.scalar())
+    found = sa.text("select to_regclass(:name) is not null")
+    (name,) = in_database(connection, [WAREHOUSE.fullname])
+    return bool(connection.execute(found, {"name": name}).scalar())
 
 
-def _newest_holder(connection: sa.Connection) -> str:
+def _newest_holder(connection: sa.Connection, named: Mapping[str, str]) -> str:
     """Who holds the lock, and since when.
 
     What a rebuild or a holder of just now would tell of itself is not committed yet: then it is told by
     the name of its session.
     """
-    session = connection.exec_driver_sql(_HOLDERS_SESSION).first()
+    session = connection.execute(sa.text(_HOLDERS_SESSION), named).first()
     told = None
     if _is_there(connection):
         told = connection.execute(sa.select(WAREHOUSE.c.holder, WAREHOUSE.c.held_since)).one()
@@ -603,7 +654,7 @@ def _columns(connection: sa.Connection, table: str) -> list[tuple[str, str]]:
             order by attnum
             """
         ),
-        {"table": table},
+        {"table": in_database(connection, [table])[0]},
     )
     return [(name, kind) for name, kind in found]
 
@@ -616,7 +667,7 @@ def _make_empty(connection: sa.Connection, table: sa.Table) -> None:
         connection.execute(sa.delete(table))
         return
     _drop(connection, table.fullname)
-    table.create(connection)
+    table.create(connection, checkfirst=False)
 
 
 def _drop(connection: sa.Connection, name: str) -> None:
@@ -626,14 +677,15 @@ def _drop(connection: sa.Connection, name: str) -> None:
         SettingsError: somebody else's view reads it; nothing is dropped.
     """
     known = sa.text("select relkind from pg_class where oid = to_regclass(:name)")
-    kind = connection.execute(known, {"name": name}).scalar()
+    (real_name,) = in_database(connection, [name])
+    kind = connection.execute(known, {"name": real_name}).scalar()
     if kind is None:
         return
-    readers = set(connection.execute(sa.text(_VIEWS_OVER), {"name": name}).scalars())
-    if theirs := sorted(readers - ownership.planned()):
+    readers = set(connection.execute(sa.text(_VIEWS_OVER), {"name": real_name}).scalars())
+    if theirs := sorted(readers.difference(in_database(connection, ownership.planned()))):
         raise SettingsError(
-            f"{name} gets other columns, and {', '.join(theirs)} of somebody else read it; nothing was "
-            "changed. Drop them, run faletl build, and make them again"
+            f"{real_name} gets other columns, and {', '.join(theirs)} of somebody else read it; "
+            "nothing was changed. Drop them, run faletl build, and make them again"
         )
     connection.exec_driver_sql(f"drop {'view' if kind == 'v' else 'table'} {name} cascade")
 

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 
 from faletl import __version__
 from faletl.errors import SettingsError, TamperedError, WarehouseError
+from faletl.warehouse.names import in_database, prefix_of
 from faletl.warehouse.tables import BUILDS, METADATA, SCHEMA_VERSION, SCHEMAS, WAREHOUSE
 
 log = logging.getLogger(__name__)
@@ -27,11 +28,11 @@ OLDEST = 3
 
 
 def create(connection: sa.Connection, token: int = 0, held: Collection[str] = ()) -> None:
-    """Inside a transaction: all schemas (but those `held` already) and tables, empty.
+    """Inside a transaction: all schemas (but those that the database has, `held`) and tables, empty.
 
     Leases will have greater tokens than `token`.
     """
-    for name in SCHEMAS:
+    for name in in_database(connection, SCHEMAS):
         if name not in held:
             connection.execute(sa.schema.CreateSchema(name))
     statements: list[str] = []
@@ -67,7 +68,9 @@ def is_older(connection: sa.Connection, where: str, *, is_older_fine: bool = Fal
         version = connection.execute(sa.select(WAREHOUSE.c.schema_version)).scalar_one()
     except (sa.exc.ProgrammingError, sa.exc.NoResultFound, sa.exc.MultipleResultsFound):
         # Any other error, of a server that is gone or cannot wait, tells nothing of what it holds.
-        raise SettingsError(f"{where} is a database, but no faletl warehouse") from None
+        prefix = prefix_of(connection)
+        told = f" of schemas that begin with {prefix} (FALETL_SCHEMA_PREFIX)" if prefix else ""
+        raise SettingsError(f"{where} is a database, but no faletl warehouse{told}") from None
     if version > SCHEMA_VERSION:
         raise SettingsError(
             f"{where} was written by a newer faletl (schema {version}, this one knows "
@@ -91,7 +94,7 @@ def upgrade(connection: sa.Connection, where: str) -> None:
     for table in METADATA.sorted_tables:
         held = columns_of(connection, table)
         if not held:
-            table.create(connection)
+            table.create(connection, checkfirst=False)
             continue
         for column in table.columns:
             if column.name not in held:
@@ -114,7 +117,8 @@ def columns_of(connection: sa.Connection, table: sa.Table) -> set[str]:
 
 
 def columns_held(connection: sa.Connection, schemas: Collection[str]) -> Mapping[str, Mapping[str, str]]:
-    """The types of the columns, in order, that tables and views of the schemas really have."""
+    """The types of the columns, in order, that tables and views of our schemas really have."""
+    prefix = prefix_of(connection)
     names = ("table_schema", "table_name", "column_name", "data_type")
     numbers = ("ordinal_position", "numeric_precision", "numeric_scale")
     columns = sa.table(
@@ -123,13 +127,13 @@ def columns_held(connection: sa.Connection, schemas: Collection[str]) -> Mapping
         *(sa.column(name, sa.Integer) for name in numbers),
         schema="information_schema",
     )
-    found = sa.select(columns).where(columns.c.table_schema.in_(schemas))
+    found = sa.select(columns).where(columns.c.table_schema.in_(in_database(connection, schemas)))
     held: dict[str, dict[str, str]] = {}
     for column in connection.execute(found.order_by(columns.c.ordinal_position)):
         kind = column.data_type.lower()
         if kind == "numeric":  # PostgreSQL, where DuckDB has all of it in the type
             kind = f"decimal({column.numeric_precision},{column.numeric_scale})"
-        table = f"{column.table_schema}.{column.table_name}"
+        table = f"{column.table_schema.removeprefix(prefix)}.{column.table_name}"
         held.setdefault(table, {})[column.column_name] = {"varchar": "text"}.get(kind, kind)
     return held
 

@@ -185,7 +185,7 @@ OBJECTS = _ops_table(
     "objects",
     "Tables and views of staging, marts and reports that faletl made; others are never touched.",
     ("name",),
-    name=(_TEXT, "the table or view, with its schema"),
+    name=(_TEXT, "the table or view, with its schema as the database calls it"),
 )
 
 LOADS = _ops_table(

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -49,7 +50,7 @@ from tests.conftest import all_tables, ask, needs_root, published_path, settings
 from tests.forked import Trap, fork, start
 from tests.integration.test_disk import MIB, SmallDisk, check, check_runs, failed
 from tests.integration.test_kills import check_a_clean_run_mends_all, is_killed, loaded
-from tests.servers import Postgres, free_ports, shared_postgres, wait_for
+from tests.servers import Postgres, free_ports, pooled, shared_postgres, wait_for
 from tests.truth import FLUX, VIDEO, Account, line
 
 ODD_IDS = (
@@ -885,3 +886,90 @@ def test_tables_that_somebody_altered_are_told_and_made_anew(
     assert "marts.fct_usage has other columns than its SQL makes" in found
     pipeline.build(on_server, full=True)
     assert all_tables(on_server) == before
+
+
+# --- Behind a pooler ------------------------------------------------------------------------------
+
+
+def reached_by(address: str, settings: Settings) -> Settings:
+    """Settings for the same database, by way of the pooler that listens there."""
+    url = sa.make_url(settings.warehouse)
+    host, port = address.split(":")
+    behind = url.set(host=host, port=int(port)).render_as_string(hide_password=False)
+    return settings.model_copy(update={"warehouse": behind})
+
+
+def test_a_pool_in_session_mode_is_as_good_as_the_server(
+    clock: time_machine.Traveller, on_server: Settings
+) -> None:
+    # A session that the pool takes back must hold no lock, though nothing else clears it.
+    with pooled(shared_postgres(), pool_mode="session", server_reset_query="") as address:
+        settings = reached_by(address, on_server)
+        assert pipeline.run(settings).exit_code == 0
+        rebuild(settings)
+        assert verify(settings).findings == []
+        impatient = on_server.model_copy(update={"lock_seconds": 0.3})
+        with (
+            open_warehouse(settings).lease("a long load"),
+            pytest.raises(WarehouseBusyError, match="a long load"),
+        ):
+            open_warehouse(impatient).lease("me").__enter__()
+        with open_warehouse(impatient).lease("me"):
+            pass
+    assert total(on_server) > 0
+
+
+def test_a_holder_that_is_killed_behind_a_pool_leaves_no_lock(
+    clock: time_machine.Traveller, on_server: Settings
+) -> None:
+    with pooled(shared_postgres(), pool_mode="session") as address:
+        settings = reached_by(address, on_server)
+        with open_warehouse(settings).lease("the first"):
+            pass
+        held = fork(hold, settings)
+        wait_for("another holds it", lambda: held.said.read_text("utf-8"), seconds=60, every=0.05)
+        held.send(signal.SIGKILL)
+        held.finish()
+        patient = on_server.model_copy(update={"lock_seconds": 30})
+        with open_warehouse(patient).lease("me"):
+            pass
+
+
+@pytest.mark.parametrize("one_after_the_other", [0, 1])
+@pytest.mark.parametrize("connections", [1, 20])
+def test_a_pool_that_shares_sessions_is_refused_before_anything_is_written(
+    connections: int, one_after_the_other: int, clock: time_machine.Traveller, on_server: Settings
+) -> None:
+    settings = {"default_pool_size": connections, "server_round_robin": one_after_the_other}
+    with (
+        psycopg.connect(on_server.warehouse, autocommit=True) as owner,
+        pooled(shared_postgres(), pool_mode="transaction", **settings) as address,
+    ):
+        before = owner.execute(EVERY_OBJECT).fetchall()
+        shared = reached_by(address, on_server)
+        with_idle_sessions(shared.warehouse, connections)
+        for open_it in (open_warehouse(shared).published, open_warehouse(shared).reading):
+            with pytest.raises(SettingsError, match="pool_mode = session"):
+                open_it().__enter__()
+        report = pipeline.run(shared)
+        assert report.exit_code == 2
+        assert "pool_mode = session" in str(report.failures[-1][1])
+        assert owner.execute(EVERY_OBJECT).fetchall() == before
+        with psycopg.connect(shared.warehouse, autocommit=True) as next_one:
+            assert next_one.execute("show search_path").fetchall() == [('"$user", public',)]
+
+
+def with_idle_sessions(url: str, many: int) -> None:
+    """Let the pool open sessions of the server, which are idle afterwards."""
+    with ExitStack() as stack:
+        for _ in range(min(many, 4)):
+            stack.enter_context(psycopg.connect(url)).execute("select 1")
+
+
+def test_a_pool_of_single_statements_is_refused(
+    clock: time_machine.Traveller, on_server: Settings
+) -> None:
+    with pooled(shared_postgres(), pool_mode="statement") as address:
+        report = pipeline.run(reached_by(address, on_server))
+        assert report.exit_code == 2, report.failures
+        assert "statement pooling" in str(report.failures[-1][1])

@@ -8,20 +8,22 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import psycopg
 import pytest
+import sqlalchemy as sa
 import time_machine
 
 from faletl import landing, pipeline
 from faletl.config import Settings
-from faletl.errors import TamperedError, UsageError
+from faletl.errors import SettingsError, TamperedError, UsageError
 from faletl.plan import Asked
 from faletl.rebuild import prune, rebuild
 from faletl.sandbox import Fault, Request, Sandbox
 from faletl.verify import verify
 from faletl.warehouse.tables import LOADS, RESTATEMENTS
 from tests import truth
-from tests.conftest import all_tables, ask, opened, settings_for, total
+from tests.conftest import IS_ON_POSTGRES, all_tables, ask, opened, settings_for, total
 from tests.truth import FLUX, VIDEO, VOICE, Account, line
 
 DAYS = Asked(start=truth.day(21), end=truth.day(23), resources=["usage", "billing_events"])
@@ -369,3 +371,21 @@ def test_the_day_of_another_landing_is_no_day_of_this_one(
     with pytest.raises(UsageError, match="there is no warehouse yet"):
         rebuild(settings, truth.day(22))
     assert rebuild(settings).outcomes == []
+
+
+@pytest.mark.skipif(IS_ON_POSTGRES, reason="a server's tables are emptied, and nothing else")
+def test_a_rebuild_loses_nothing_that_others_keep_in_the_file(
+    clock: time_machine.Traveller, settings: Settings
+) -> None:
+    assert pipeline.run(settings, Asked(resources=["credits"])).exit_code == 0
+    file = str(sa.make_url(settings.warehouse).database)
+    with duckdb.connect(file) as theirs:
+        theirs.execute("create schema notes; create table notes.mine as select 42 as answer")
+        theirs.execute("create view marts.mine as select 1 as one")
+    with pytest.raises(SettingsError, match=r"holds marts\.mine, notes\.mine of somebody else"):
+        rebuild(settings)
+    assert pipeline.run(settings, Asked(resources=["credits"])).exit_code == 0  # a build keeps them, too
+    with duckdb.connect(file) as theirs:
+        assert theirs.execute("select answer from notes.mine").fetchall() == [(42,)]
+        theirs.execute("drop schema notes cascade; drop view marts.mine")
+    rebuild(settings)

@@ -272,6 +272,7 @@ ENVIRONMENT = {
     "FALETL_FIRST_DAYS": ("first_days", "7"),
     "FALETL_PARALLEL": ("parallel", "9"),
     "FALETL_RATE": ("rate", "2.5"),
+    "FALETL_SCHEMA_PREFIX": ("schema_prefix", "fal_"),
     "FALETL_MAX_BODY": ("max_body", "1MiB"),
     "FALETL_MEMORY": ("memory", "1GB"),
     "FALETL_UNITS": ("units", "units.csv"),
@@ -303,6 +304,11 @@ def test_a_path_that_leads_nowhere_is_refused_by_name(name: str) -> None:
     for path in ("none", "folder" if name != "expectations" else "file"):
         told = str(refused(**{name: Path(path)}))
         assert told.startswith(f"{Settings.model_fields[name].validation_alias}: there is no such ")
+
+
+@pytest.mark.parametrize("prefix", ["Fal_", "1_", "pg_fal", "fal-", 'f"', "f;", "fäl_", "a" * 33, " "])
+def test_a_prefix_that_would_have_to_be_quoted_is_refused(prefix: str) -> None:
+    assert "FALETL_SCHEMA_PREFIX: must be at most 32" in str(refused(schema_prefix=prefix))
 
 
 def test_a_landing_that_is_a_file_is_refused() -> None:
