@@ -19,18 +19,27 @@ _OPTION = "schema_prefix"
 AS_TYPED = {_OPTION: ""}
 """Execution options of a statement that names schemas as the database does: the query of a reader."""
 
-_SCHEMA = re.compile(
+_TABLE = re.compile(rf"(?<![\w.])(?:{'|'.join(SCHEMAS)})(?=\.\w)")
+
+_NAMING = re.compile(
     rf"""
-    '(?:[^']|'')*' | "(?:[^"]|"")*" | --[^\n]* | /\*.*?\*/  # what only looks like SQL stays as it is
-    | (?<![\w.]) (?P<schema>{"|".join(SCHEMAS)}) (?=\.)
+    (?P<comment> (?<=\bis\s) '(?:[^']|'')*' )  # of a table or column, which tells where to look
+    | '(?:[^']|'')*' | "(?:[^"]|"")*" | --[^\n]* | /\*.*?\*/  # these only look like SQL
+    | (?P<table> (?<![\w.]) (?:{"|".join(SCHEMAS)}) (?=\.) )
     """,
-    re.VERBOSE | re.DOTALL,
+    re.VERBOSE | re.DOTALL | re.IGNORECASE,
 )
 
 
 def prefixed(sql: str, prefix: str) -> str:
     """The statement with the prefix before each of our schemas in it."""
-    return _SCHEMA.sub(lambda found: f"{prefix if found['schema'] else ''}{found[0]}", sql)
+
+    def named(found: re.Match[str]) -> str:
+        if found["comment"]:
+            return _TABLE.sub(rf"{prefix}\g<0>", found[0])
+        return f"{prefix if found['table'] else ''}{found[0]}"
+
+    return _NAMING.sub(named, sql)
 
 
 def add_prefix(engine: sa.Engine, prefix: str) -> None:

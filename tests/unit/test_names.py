@@ -21,6 +21,13 @@ from faletl.warehouse.names import prefixed
         "-- fal's raw.usage\nselect * from ops.loads": "-- fal's raw.usage\nselect * from fal_ops.loads",
         "/* fal's ops. */ select * from ops.loads": "/* fal's ops. */ select * from fal_ops.loads",
         "select other.raw.usage from fal_raw.usage": "select other.raw.usage from fal_raw.usage",
+        "comment on table ops.loads is 'fal''s; see ops.holds'; comment on table raw.usage is 'raw.'": (
+            "comment on table fal_ops.loads is 'fal''s; see fal_ops.holds'; "
+            "comment on table fal_raw.usage is 'raw.'"
+        ),
+        "COMMENT ON TABLE ops.loads IS 'see ops.holds'": (
+            "COMMENT ON TABLE fal_ops.loads IS 'see fal_ops.holds'"
+        ),
         "select draw.x, before_marts.x": "select draw.x, before_marts.x",
     }.items(),
 )
