@@ -36,6 +36,7 @@ from faletl.windows import instant
 if TYPE_CHECKING:  # the client, the model and what they need take a second to import, and status none
     from faletl.check import Checked
     from faletl.estimate import Estimates
+    from faletl.maintain import Freed
     from faletl.plan import Forecast
     from faletl.validate import Verdict
 
@@ -461,6 +462,12 @@ def print_landing(settings: Settings) -> None:
         names, [(*key, *map("{:,}".format, held)) for key, held in sorted(sums.items())], left=2
     )
     sys.stdout.write(unknown)
+
+
+def print_freed(freed: Sequence[Freed], *, is_dry: bool) -> None:
+    """Rows, files and bytes of each kind that was deleted, or would be."""
+    lines = [(one.kind, *map("{:,}".format, (one.rows, one.files, one.bytes))) for one in freed]
+    _print_table(("would be deleted" if is_dry else "deleted", "rows", "files", "bytes"), lines, left=1)
 
 
 def print_forecasts(settings: Settings, forecasts: Sequence[Forecast]) -> None:

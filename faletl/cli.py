@@ -459,12 +459,36 @@ def du() -> None:
 def prune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Delete nothing, only tell.")] = False,
 ) -> None:
-    """Delete landed pages that nothing stands on any more; rebuild gives the same tables as before."""
+    """Delete landed pages that nothing depends on, however young; rebuild gives the same as before.
+
+    faletl maintain does it with those older than FALETL_KEEP_DAYS, and deletes what else is over.
+    """
     from faletl.config import Settings
     from faletl.rebuild import prune as prune_landing
 
     reads, size = prune_landing(Settings.load(), is_dry=dry_run)
     typer.echo(f"{len(reads):,} reads, {size:,} bytes {'would be ' * dry_run}deleted")
+
+
+@app.command(epilog="Example: faletl maintain --dry-run")
+def maintain(
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Delete nothing, only show what would go.")
+    ] = False,
+) -> None:
+    """Delete what FALETL_KEEP_DAYS and FALETL_KEEP_OPS_DAYS let go; then build and publish.
+
+    These are superseded landed pages, snapshots that say what the one before said, rows about runs that
+    are over, and what killed commands left. Reports and faletl rebuild give the same as before.
+    """
+    from faletl import answers
+    from faletl.config import Settings
+    from faletl.maintain import maintain as maintained
+
+    done = maintained(Settings.load(), is_dry=dry_run)
+    answers.print_freed(done.freed, is_dry=dry_run)
+    if not dry_run:
+        _finish(done.report, nothing="nothing to build: the tables are as they were")
 
 
 @app.command(epilog="Example: faletl status --json")

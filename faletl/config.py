@@ -35,6 +35,8 @@ _PREFIX = "(?!pg_)[a-z_][a-z0-9_]{0,31}"
 
 _Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
+_Days = Annotated[int, Field(ge=1, le=36_500)]
+
 _OF_AIRFLOW = ("FALETL_CONNECTIONS", "FALETL_OWNER")
 """Variables that DAGs read (docs/airflow.md)."""
 
@@ -91,6 +93,8 @@ class Settings(BaseSettings):
     ca_file: Path | None = Field(None, validation_alias="FALETL_CA_FILE")
     allow_http: bool = Field(False, validation_alias="FALETL_ALLOW_HTTP")
     lock_seconds: _Finite = Field(120, validation_alias="FALETL_LOCK_SECONDS")
+    keep_days: _Days = Field(30, validation_alias="FALETL_KEEP_DAYS")
+    keep_ops_days: _Days = Field(400, validation_alias="FALETL_KEEP_OPS_DAYS")
 
     @classmethod
     def load(cls, **given: object) -> Self:

@@ -24,7 +24,6 @@ from faletl.landing import Instant, Manifest
 from faletl.pages import UNREADABLE
 from faletl.places import at, storage_error, write_durably
 
-_FOLDER = ".decisions"
 _STAMP = "%Y%m%dT%H%M%S%fZ"
 _NAME = re.compile(r"\d{8}T\d{12}Z-[0-9a-f]{6}\.json", re.ASCII)
 
@@ -111,7 +110,7 @@ def record(settings: Settings, decision: Decision) -> None:
     Raises:
         StorageError: the landing folder takes no file.
     """
-    folder = landing.root(settings) / _FOLDER
+    folder = landing.root(settings) / landing.DECISIONS
     path = folder / f"{decision.decided_at.strftime(_STAMP)}-{secrets.token_hex(3)}.json"
     try:
         at(folder).make(folder)
@@ -128,7 +127,7 @@ def recorded(settings: Settings) -> Sequence[Decision]:
         UsageError: a newer faletl wrote a decision that this one does not know.
         StorageError: the landing folder cannot be read.
     """
-    folder = landing.root(settings) / _FOLDER
+    folder = landing.root(settings) / landing.DECISIONS
     names = sorted(_names(settings))
     try:
         return [_decoded(str(folder / name), at(folder).read(folder / name)) for name in names]
@@ -137,7 +136,7 @@ def recorded(settings: Settings) -> Sequence[Decision]:
 
 
 def _names(settings: Settings) -> list[str]:
-    folder = landing.root(settings) / _FOLDER
+    folder = landing.root(settings) / landing.DECISIONS
     try:
         return [name for name in at(folder).names(folder) if _NAME.fullmatch(name)]
     except OSError as error:

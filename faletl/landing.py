@@ -18,7 +18,7 @@ import hashlib
 import re
 import secrets
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Annotated, Literal
@@ -29,7 +29,7 @@ import zstandard
 
 from faletl.client import Params
 from faletl.config import Settings
-from faletl.errors import StorageError, TamperedError, UsageError
+from faletl.errors import StorageError, TamperedError, UsageError, WarehouseBusyError
 from faletl.pages import UNREADABLE, Page
 from faletl.places import Disk, at, place, reach, storage_error, write_durably
 from faletl.redaction import REDACTED
@@ -39,7 +39,12 @@ from faletl.windows import Window
 FORMAT = 1
 MANIFEST = "manifest.json"
 RECEIPT = "loaded.json"
+DECISIONS = ".decisions"
+"""The folder of what people decided (faletl/decisions.py)."""
+PLANS = ".plans"
+"""The folder of plans (faletl/pieces.py)."""
 _LOCK = ".reading"
+_DELETING = ".deleting"
 _DISCARDED = "discarded"
 _PAGE = ".json.zst"
 _STAMP = "%Y%m%dT%H%M%S%fZ"
@@ -187,12 +192,13 @@ class Manifest(msgspec.Struct, frozen=True):
 class Receipt(msgspec.Struct, frozen=True):
     """What became of an extract in one warehouse: under which token, when, and how it ended.
 
-    An older faletl wrote no id of the warehouse.
+    `pruned`: it was loaded, and its rows have been deleted since (faletl/maintain.py). An older faletl
+    wrote no id of the warehouse.
     """
 
     fencing_token: int
     loaded_at: Instant
-    outcome: Literal["loaded", "unchanged", "held"]
+    outcome: Literal["loaded", "unchanged", "held", "pruned"]
     warehouse_id: str = ""
 
     @property
@@ -559,14 +565,18 @@ def refuse(folder: Path) -> None:
 def leave_receipt(folder: Path, receipt: Receipt) -> None:
     """Write down what became of the extract in a warehouse; raises StorageError.
 
-    A receipt stays as it is, but for that of a held extract that is loaded after all. Where several
-    warehouses share the landing folder, each later one has a file of its own.
+    A receipt stays as it is, unless a held extract is loaded after all, or rows that were loaded are
+    deleted. Where several warehouses share the landing folder, each later one has a file of its own.
     """
     path, known = folder / RECEIPT, receipt_of(folder)
     if known is not None and known.warehouse_id != receipt.warehouse_id:
         path = folder / f"loaded-{receipt.warehouse_id}.json"
         known = _receipt(path)
-    if known is None or (known.outcome == "held" and receipt.outcome != "held"):
+    is_later = known is not None and (
+        (known.outcome == "held" and receipt.outcome != "held")
+        or (known.outcome != "pruned" and receipt.outcome == "pruned")
+    )
+    if known is None or is_later:
         write_durably(path, msgspec.json.encode(receipt))
 
 
@@ -636,7 +646,42 @@ def drop(folder: Path) -> None:
 
 def size(folder: Path) -> int:
     """The bytes of the files of a read; of one under way, about."""
-    return at(folder).size(folder)
+    return sum(sizes(folder))
+
+
+def sizes(folder: Path) -> list[int]:
+    """The bytes of each file of a read; of one under way, about."""
+    return at(folder).sizes(folder)
+
+
+@contextmanager
+def deleting(settings: Settings) -> Iterator[None]:
+    """Hold the landing folder against others that delete extracts in it, or need all of them.
+
+    In an object store nothing can be held; there deleting twice does no harm.
+
+    Raises:
+        WarehouseBusyError: somebody held it for as long as FALETL_LOCK_SECONDS says.
+    """
+    folder = root(settings)
+    with ExitStack() as held:
+        try:
+            if at(folder).exists(folder):  # taking the lock would make it
+                held.enter_context(at(folder).lock(folder / _DELETING, settings.lock_seconds))
+        except filelock.Timeout:
+            raise WarehouseBusyError(
+                f"another faletl maintain, landing prune or rebuild works in {folder}; waited "
+                f"{settings.lock_seconds:.0f} s, try again later"
+            ) from None
+        except OSError:
+            pass  # who may not write there deletes nothing either, and may rebuild all the same
+        yield
+
+
+def unfinished_files(settings: Settings) -> Iterator[Path]:
+    """Files that writers left which were killed before they could name them."""
+    for folder in (*all_reads(settings), *(root(settings) / name for name in (DECISIONS, PLANS))):
+        yield from at(folder).unfinished(folder)
 
 
 def relative_path(settings: Settings, folder: Path) -> str:
@@ -673,6 +718,11 @@ def _read_of(load_id: str) -> str:
     """The id without what tells attempts at the same read apart."""
     found = _LOAD_ID.fullmatch(load_id)
     return found["read"] if found else load_id
+
+
+def started_at(folder: Path) -> datetime:
+    """When the read of that folder began, by the clock of its machine."""
+    return _started_at(folder.name)
 
 
 def _started_at(load_id: str) -> datetime:

@@ -871,13 +871,14 @@ class Ledger:
 
     `receipts` are by the ids of extracts: of loads, and of the newest extract that found the rows of
     one. `needed` are the loads without whose landed pages rows or restatements would be lost, `held` the
-    extracts that are held.
+    extracts that are held, `thinned` the loads that are about to be thinned out (faletl/maintain.py).
     """
 
     warehouse_id: str = ""
     receipts: Mapping[str, Receipt] = field(default_factory=dict)
     needed: frozenset[str] = frozenset()
     held: frozenset[str] = frozenset()
+    thinned: frozenset[str] = frozenset()
 
 
 def read_ledger(connection: sa.Connection, day: date | None = None) -> Ledger:

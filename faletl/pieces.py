@@ -52,7 +52,8 @@ MOST_PIECES = 24
 MOST_BATCHES = 40
 """As many as fal's catalogue makes, and some."""
 
-_KEPT = timedelta(days=30)
+_IN_USE = timedelta(days=7)
+"""A plan is younger while tasks of its run may still be tried."""
 
 
 class Piece(TypedDict):
@@ -164,11 +165,12 @@ def make_plan(settings: Settings, asked: Asked, *, is_first_due: bool = False) -
     if not windows:
         return None
     made = Plan(run_id, account, token, planned_from, windows, signed_in.bound_at, accepted)
-    folder = landing.root(settings) / ".plans"
+    folder = landing.root(settings) / landing.PLANS
     path = folder / f"{made.run_id}.json"
     try:
         at(folder).make(folder)
-        _forget_old(folder, now)
+        for old in old_plans(settings, now):
+            at(old).delete(old)
     except OSError as error:
         raise storage_error(error, path) from None
     write_durably(path, msgspec.json.format(msgspec.json.encode(made), indent=1))
@@ -204,6 +206,15 @@ def read_plan(path: str) -> Plan:
         raise TamperedError(
             f"the plan {path} cannot be read ({error}); every worker must see the same FALETL_LANDING"
         ) from None
+
+
+def old_plans(settings: Settings, now: datetime) -> list[Path]:
+    """The plans that are older than FALETL_KEEP_DAYS, and whose runs have ended; raises StorageError."""
+    folder = landing.root(settings) / landing.PLANS
+    kept = max(timedelta(days=settings.keep_days), _IN_USE)
+    oldest = f"{now - kept:%Y%m%dT%H%M%SZ}"  # a plan is named for when it was made
+    names = sorted(at(folder).names(folder))
+    return [folder / name for name in names if name[:1].isdigit() and name < oldest]
 
 
 def pieces(path: str, most: int = MOST_PIECES) -> list[Piece]:
@@ -328,10 +339,3 @@ def _span(windows: Sequence[Planned]) -> str:
     first, last = windows[0].task, windows[-1].task
     name = first.resource.name
     return f"{name} {first.window}" + (f" to {last.window}" if len(windows) > 1 else "")
-
-
-def _forget_old(folder: Path, now: datetime) -> None:
-    oldest = f"{now - _KEPT:%Y%m%dT%H%M%SZ}"
-    for name in at(folder).names(folder):
-        if name[:1].isdigit() and name < oldest:  # named for when it was made
-            at(folder).delete(folder / name)

@@ -31,6 +31,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {"s3": {"max_concurrency": 1}}
 
 _CHUNK = 256 * 2**20  # bytes; a signal waits for so many at most
 
+_WRITTEN_WITHIN = timedelta(days=1)
+
 _opening = Lock()
 
 
@@ -160,14 +162,32 @@ class Disk:
             folder.rmdir()
 
     @staticmethod
-    def size(folder: Path) -> int:
-        """The bytes of its files; of files under way, about."""
-        total = 0
+    def size(path: Path) -> int:
+        """The bytes of a file; of one that is gone, none."""
+        with suppress(FileNotFoundError):
+            return path.stat().st_size
+        return 0
+
+    @staticmethod
+    def sizes(folder: Path) -> list[int]:
+        """The bytes of each of its files; of files under way, about."""
+        found = []
         with suppress(FileNotFoundError):  # a page gets its name, a read is dropped
             for path in folder.iterdir():
                 with suppress(FileNotFoundError):
-                    total += path.stat().st_size
-        return total
+                    found.append(path.stat().st_size)
+        return found
+
+    @staticmethod
+    def unfinished(folder: Path) -> Iterator[Path]:
+        """Files that were never renamed into their place, by writers that were killed.
+
+        Writing one takes seconds, so one that is a day old has no writer any more.
+        """
+        for path in folder.glob(".*.part"):
+            with suppress(FileNotFoundError):  # it gets its name
+                if time.time() - path.stat().st_mtime > _WRITTEN_WITHIN.total_seconds():
+                    yield path
 
     @staticmethod
     def lock(path: Path, timeout: float = -1) -> AbstractContextManager[object]:
@@ -238,9 +258,21 @@ class Store:
         """Nothing: a prefix is gone with the last object below it."""
 
     @staticmethod
-    def size(folder: Path) -> int:
-        """The bytes of the objects directly below the prefix."""
-        return sum(one["size"] or 0 for one in _listed(folder))
+    def size(path: Path) -> int:
+        """The bytes of an object; of one that is gone, none."""
+        with suppress(FileNotFoundError), _told(path):
+            return int(_fs(path).info(_key(path))["size"] or 0)
+        return 0
+
+    @staticmethod
+    def sizes(folder: Path) -> list[int]:
+        """The bytes of each object directly below the prefix."""
+        return [one["size"] or 0 for one in _listed(folder)]
+
+    @staticmethod
+    def unfinished(_folder: Path) -> Iterator[Path]:
+        """None: an object appears whole."""
+        return iter(())
 
     @staticmethod
     def lock(path: Path, timeout: float = -1) -> AbstractContextManager[object]:
@@ -321,6 +353,12 @@ def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
 @cache
 def _delete_what_the_dead_left(parent: Path) -> None:
     """Once a process: delete scratch folders of this user that nobody holds any more."""
+    for folder in abandoned_scratch(parent):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def abandoned_scratch(parent: Path) -> Iterator[Path]:
+    """Scratch folders of this user that nobody holds any more: their commands were killed."""
     for folder in (*parent.glob(f"{_SCRATCH}*"), *parent.glob(f".{_SCRATCH}*")):
         lock = folder / _HELD
         try:
@@ -334,7 +372,7 @@ def _delete_what_the_dead_left(parent: Path) -> None:
                 continue  # it is no folder of this kind
         except (filelock.Timeout, OSError):  # it is held, or gone in this moment
             continue
-        shutil.rmtree(folder, ignore_errors=True)
+        yield folder
 
 
 def _is_young(found: os.stat_result) -> bool:

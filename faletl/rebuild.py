@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Container, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -41,6 +42,8 @@ from faletl.warehouse.tables import WAREHOUSE
 from faletl.windows import refuse_odd_day
 
 log = logging.getLogger(__name__)
+
+_NEVER_ENDING = datetime.max.replace(tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +83,11 @@ def rebuild(settings: Settings, day: date | None = None, progress: Progress = pi
     if day is not None:
         refuse_odd_day("--window", day)
     report = Report(pipeline.new_run_id())
-    if day is None:
-        _rebuild_all(settings, report, progress)
-    else:
-        _rebuild_day(settings, report, day)
+    with landing.deleting(settings):
+        if day is None:
+            _rebuild_all(settings, report, progress)
+        else:
+            _rebuild_day(settings, report, day)
     if report.outcomes or report.build:
         _load_what_waits(settings, report, day)
         pipeline.build_and_publish(settings, report)
@@ -123,7 +127,10 @@ def _rebuild_all(settings: Settings, report: Report, progress: Progress) -> None
             )
         report.build = models.build(settings, fresh, lease, run_id=report.run_id)
         pipeline.warn_of_runaways(report.build)
+        with lease.transaction():
+            ledger = read_ledger(lease.connection)
     _complete_receipts(past)
+    _leave_own_receipts(past, ledger)
 
 
 def _restore_what_was_decided(settings: Settings, lease: Lease, ledger: Ledger) -> None:
@@ -180,17 +187,48 @@ def _load_what_waits(settings: Settings, report: Report, day: date | None) -> No
         log.warning("%s", error)
 
 
-def prune(settings: Settings, *, is_dry: bool = False) -> tuple[list[Path], int]:
-    """Delete landed reads that nothing stands on any more; return their folders and bytes.
+@dataclass(frozen=True, slots=True)
+class Unneeded:
+    """Folders of landed extracts that nothing depends on: interrupted ones, and complete ones."""
 
-    Kept is what `rebuild` needs for the same rows and restatements, what can still be loaded, and
-    interrupted reads that can still be taken up.
+    interrupted: Sequence[Path] = ()
+    superseded: Sequence[Path] = ()
+
+
+def prune(settings: Settings, *, is_dry: bool = False) -> tuple[list[Path], int]:
+    """Delete landed extracts that nothing depends on, however young; return their folders and bytes.
 
     Raises:
         UsageError: there is no warehouse to tell what is needed, or it does not follow a rename yet.
+        WarehouseBusyError: somebody else deletes landed pages, or rebuilds from them.
         StorageError: a folder cannot be deleted.
     """
-    dropped = list(landing.interrupted_reads(settings, datetime.now(UTC) - RESUME_WITHIN))
+    with nullcontext() if is_dry else landing.deleting(settings):
+        found = unneeded(settings, is_dry=is_dry)
+        dropped = [*found.interrupted, *found.superseded]
+        size = sum(landing.size(folder) for folder in dropped)
+        for folder in () if is_dry else dropped:
+            landing.drop(folder)
+    return dropped, size
+
+
+def unneeded(
+    settings: Settings,
+    *,
+    before: datetime = _NEVER_ENDING,
+    thinned: frozenset[str] = frozenset(),
+    is_dry: bool = False,
+) -> Unneeded:
+    """The landed extracts that nothing depends on; of complete ones those that began before then.
+
+    Needed is what `rebuild` loads the same rows and restatements from, what can still be loaded, and
+    what another warehouse of the landing folder has loaded. Interrupted extracts that can still be taken
+    up are, too. `thinned` are loads that the ledger is about to forget. Unless it `is_dry`, the ledger's
+    receipts are written down, so that deleting may begin.
+
+    Raises: as `prune`.
+    """
+    interrupted = list(landing.interrupted_reads(settings, datetime.now(UTC) - RESUME_WITHIN))
     with open_warehouse(settings).reading() as connection:  # nobody loads meanwhile
         complete = list(landing.complete_reads(settings))
         if connection is None:
@@ -199,19 +237,17 @@ def prune(settings: Settings, *, is_dry: bool = False) -> tuple[list[Path], int]
                     "there is no warehouse to tell which landed pages are needed, so none is dropped; "
                     "is FALETL_WAREHOUSE right? faletl rebuild makes it anew"
                 )
-            return [], 0
+            return Unneeded()
         relabel.require_followed(connection, decisions.recorded(settings))
         ledger = read_ledger(connection)
+        ledger = replace(ledger, needed=ledger.needed - thinned, thinned=thinned)
         past = _history(settings, ledger)
     kept = _needed(past, ledger) | _loadable(settings, complete, past)
     kept |= _loaded_elsewhere(complete, past, ledger)
-    dropped += [folder for folder in complete if folder.name not in kept]
-    size = sum(landing.size(folder) for folder in dropped)
     if not is_dry:
         _complete_receipts(past)
-        for folder in dropped:
-            landing.drop(folder)
-    return dropped, size
+    superseded = [f for f in complete if f.name not in kept and landing.started_at(f) < before]
+    return Unneeded(interrupted, superseded)
 
 
 # --- History --------------------------------------------------------------------------------------
@@ -226,6 +262,9 @@ def _history(settings: Settings, ledger: Ledger, day: date | None = None) -> lis
     past = []
     for landed in _complete(settings, ledger, day):
         found = landing.receipts(landed.folder)
+        if _is_thinned(landed.folder.name, found, ledger):
+            continue
+        found = [one for one in found if one.outcome != "pruned"]
         if landed.folder.name in ledger.receipts:
             found.append(ledger.receipts[landed.folder.name])
         if found:
@@ -234,6 +273,16 @@ def _history(settings: Settings, ledger: Ledger, day: date | None = None) -> lis
     return sorted(
         _in_order_of_tokens(past), key=lambda one: (one.began_at, one.receipt.fencing_token, one.load_id)
     )
+
+
+def _is_thinned(load_id: str, receipts: Sequence[Receipt], ledger: Ledger) -> bool:
+    """Whether our warehouse loaded the extract and has deleted its rows since, or is about to.
+
+    The receipt that says so is written first, so it counts only when the ledger has forgotten the load.
+    """
+    if load_id in ledger.receipts:
+        return load_id in ledger.thinned
+    return any(one.outcome == "pruned" and one.warehouse_id == ledger.warehouse_id for one in receipts)
 
 
 def _complete(settings: Settings, ledger: Ledger, day: date | None) -> Iterator[Landed]:
@@ -272,7 +321,7 @@ def _in_order_of_tokens(past: Sequence[Loaded]) -> Iterator[Loaded]:
         if tokens != sorted(tokens):
             yield from loads
             continue
-        latest = datetime.max.replace(tzinfo=UTC)
+        latest = _NEVER_ENDING
         for one in reversed(in_time):
             latest = min(latest, one.began_at)
             yield replace(one, began_at=latest)
@@ -319,13 +368,16 @@ def _loadable(settings: Settings, complete: Iterable[Path], past: Sequence[Loade
 
 
 def _loaded_elsewhere(complete: Iterable[Path], past: Sequence[Loaded], ledger: Ledger) -> set[str]:
-    """The extracts of accounts that are forgotten here, which another warehouse may still hold."""
+    """The extracts that are forgotten or thinned out here, and that another warehouse may still hold."""
     loaded = {one.load_id for one in past}
     return {
         folder.name
         for folder in complete
         if folder.name not in loaded
-        and any(one.warehouse_id not in ("", ledger.warehouse_id) for one in landing.receipts(folder))
+        and any(
+            one.outcome != "pruned" and one.warehouse_id not in ("", ledger.warehouse_id)
+            for one in landing.receipts(folder)
+        )
     }
 
 
@@ -410,3 +462,11 @@ def _complete_receipts(past: Iterable[Loaded]) -> None:
     """Write down what only the ledger knew."""
     for one in past:
         landing.leave_receipt(one.landed.folder, one.receipt)
+
+
+def _leave_own_receipts(past: Iterable[Loaded], ledger: Ledger) -> None:
+    """Write down what this warehouse holds, so that others that share the landing folder keep it."""
+    for one in past:
+        is_known = any(receipt.warehouse_id in ("", ledger.warehouse_id) for receipt in one.receipts)
+        if one.load_id in ledger.receipts and not is_known:
+            landing.leave_receipt(one.landed.folder, ledger.receipts[one.load_id])

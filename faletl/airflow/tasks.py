@@ -81,6 +81,9 @@ Each interval is a full hour, so none touches two days.
 DAILY = FullHoursTimetable("10 0 * * *", timezone="UTC")
 """After the first hourly run of the day, which brings the last hour of the day before."""
 
+WEEKLY = FullHoursTimetable("40 3 * * 0", timezone="UTC")
+"""On Sundays, behind the daily runs and in front of the next hourly one."""
+
 DAG_ARGS: dict[str, Any] = {
     "start_date": datetime(2026, 1, 1, tzinfo=UTC),
     "catchup": False,
@@ -313,6 +316,28 @@ def publish(connection: str) -> str:
     if published is None:
         raise AirflowSkipException("nothing to publish: readers have the newest build")
     return published
+
+
+@task(pool=POOL, weight_rule="absolute")
+def maintain(connection: str) -> str | None:
+    """Delete superseded landed pages, snapshots without news, old rows of ops, and leftovers.
+
+    Returns what readers open, if there is a new build to see. How much was deleted is in the log.
+    """
+    from faletl.maintain import maintain as maintained
+
+    with _settings(connection) as settings:
+        done = maintained(settings)
+    for one in done.freed:
+        log.info("deleted: %s, %d rows, %d files, %d bytes", one.kind, one.rows, one.files, one.bytes)
+    return done.report.published
+
+
+@task(outlets=[MARTS, REPORTS, PUBLISHED])
+def shown(published: str | None) -> None:
+    """Update the assets, if there is a new build to see."""
+    if published is None:
+        raise AirflowSkipException("nothing was built: the tables are as they were")
 
 
 @task.sensor(mode="reschedule", poke_interval=600, timeout=timedelta(days=1).total_seconds())

@@ -1,4 +1,4 @@
--- The credit balance over time: a level, never to be summed.
+-- The credit balance over time: a level, never to be summed. Readings without news go (faletl maintain).
 -- grain: account, read_at
 select
     account,

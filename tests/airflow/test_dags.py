@@ -98,9 +98,9 @@ def test_the_dags_are_as_a_data_engineer_would_have_them(dags: dict[str, Any]) -
             assert task["policy"] == "FalRetryPolicy"
             assert task["retries"] >= 3 or task_id.endswith("all_loaded")
             assert task["notifies"]
-            is_writer = task_id.rpartition(".")[2] in ("load", "build", "publish")
+            is_writer = task_id.rpartition(".")[2] in ("load", "build", "publish", "maintain")
             assert task["pool"] == ("faletl_warehouse" if is_writer else "default_pool")
-    for name in ("fal_prices", "fal_usage", "fal_deadline"):
+    for name in ("fal_prices", "fal_usage", "fal_deadline", "fal_maintain"):
         assert dags[name]["timetable"] == "FullHoursTimetable"
     assert dags["fal_analytics"]["timetable"] == "AssetOrTimeSchedule"
     assert dags["fal_deadline"]["deadline"]

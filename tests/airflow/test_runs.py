@@ -107,6 +107,22 @@ def test_the_scheduled_line_leaves_what_a_terminal_leaves_and_knows_that_when_ai
     assert starts <= {f"{TODAY}"}  # the open day; whatever is loaded is not asked for again
 
 
+def test_maintenance_updates_the_assets_only_where_there_is_a_new_build(
+    airflow: Airflow, served: Sandbox
+) -> None:
+    airflow.connect(served.url)
+    load_usage(airflow, served)
+
+    first, second = airflow.test("fal_maintain", "fal_maintain")
+
+    assert first["tasks"] == {"maintain": "success", "shown": "success"}
+    assert "deleted: superseded extracts, 0 rows, 0 files, 0 bytes" in first["log"]
+    assert second["tasks"] == {"maintain": "success", "shown": "skipped"}
+    (events,) = airflow.rows("select count(*) from asset_event")
+    assert events == (3,)  # marts, reports, the published copy
+    assert published(airflow).exists()
+
+
 def test_a_backfill_by_form_loads_the_days_and_resources_that_it_names(
     airflow: Airflow, served: Sandbox
 ) -> None:

@@ -519,6 +519,12 @@ def test_what_landed_is_pruned_verified_and_rebuilt_from_a_terminal(tmp_path: Pa
     assert du.returncode == 0
     assert "so none is dropped; is FALETL_WAREHOUSE right?" in du.stdout
     assert faletl("landing", "prune", settings=lost).returncode == 2
+    assert faletl("maintain", settings=lost).returncode == 2
+    for options, told in ((("--dry-run",), "would be deleted"), ((), "deleted")):
+        freed = faletl("maintain", *options, settings=settings)
+        assert freed.returncode == 0, freed.stderr
+        assert re.match(rf"{told} +rows +files +bytes\n", freed.stdout)
+        assert re.search(r"^superseded extracts +0 +0 +0$", freed.stdout, re.MULTILINE)
 
     for command in (["rebuild"], ["rebuild", "--window", "2026-11-21"], ["verify"]):
         done = faletl(*command, settings=settings)
@@ -548,6 +554,7 @@ def test_commands_on_nothing_say_so(tmp_path: Path) -> None:
     for command, told in (
         (["landing", "du"], "nothing has landed"),
         (["landing", "prune"], "0 reads, 0 bytes deleted"),
+        (["maintain"], "nothing to build"),
         (["rebuild"], "nothing was ever loaded"),
     ):
         done = faletl(*command, settings=settings)

@@ -25,6 +25,7 @@ from faletl.airflow.runs import asked
 from faletl.config import Settings
 from faletl.errors import SettingsError, StorageError, TamperedError
 from faletl.landing import MANIFEST, Call
+from faletl.maintain import maintain
 from faletl.pages import Page
 from faletl.places import at, place
 from faletl.plan import Asked
@@ -303,6 +304,32 @@ class Refusing(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         """Keep the terminal for what matters."""
+
+
+def test_maintain_frees_there_what_it_frees_in_a_folder(
+    clock: time_machine.Traveller, stored: Settings, account: truth.Account
+) -> None:
+    settings = stored.model_copy(update={"keep_days": 1})
+    pipeline.run(settings, Asked(resources=["usage"]))
+    for _ in range(4):
+        clock.shift(timedelta(hours=1))
+        account.lines.append(truth.line(truth.NOW.replace(minute=0, hour=5), truth.FLUX, "2"))
+        pipeline.run(settings, Asked(resources=["usage", "credits"]))
+    clock.shift(timedelta(days=3))
+    landed, before = len(objects(settings)), all_tables(settings)
+
+    freed = {one.kind: one for one in maintain(settings).freed}
+
+    assert freed["snapshots like the one before"].files == 2 * 3  # of four readings two
+    assert freed["superseded extracts"].files == 4 * 4  # of five of that day four
+    assert len(objects(settings)) == landed - 2 * 3 - 4 * 4
+    assert not any((one.rows, one.files) != (0, 0) for one in maintain(settings).freed)
+    after = all_tables(settings)
+    assert {table for table in before if before[table] != after[table]} == {
+        "raw.credits", "staging.stg_fal__credits", "marts.fct_credit_balance",
+    }  # fmt: skip
+    rebuild(settings)
+    assert all_tables(settings) == after
 
 
 def test_a_store_that_refuses_or_has_no_such_bucket_is_told_in_a_sentence_before_fal_is_asked(

@@ -247,6 +247,7 @@ def test_the_largest_answer_is_a_size_in_bytes(size: str | int, size_bytes: int)
         *(("max_body", value) for value in (0, "0MB")),
         *(("first_days", value) for value in (-1, "1.5", "x")),
         *(("lock_seconds", value) for value in (-1, "nan", "inf")),
+        *((name, value) for name in ("keep_days", "keep_ops_days") for value in (0, -1, 36_501, "x")),
         *(("account", value) for value in ("", "  ", "a\nb", "a\x1b[31m", "\N{RIGHT-TO-LEFT OVERRIDE}")),
         ("allow_http", "perhaps"),
     ],
@@ -286,6 +287,8 @@ ENVIRONMENT = {
     "FALETL_CA_FILE": ("ca_file", "ca.pem"),
     "FALETL_ALLOW_HTTP": ("allow_http", "1"),
     "FALETL_LOCK_SECONDS": ("lock_seconds", "3"),
+    "FALETL_KEEP_DAYS": ("keep_days", "7"),
+    "FALETL_KEEP_OPS_DAYS": ("keep_ops_days", "90"),
 }
 
 
