@@ -19,7 +19,7 @@ import re
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -182,6 +182,16 @@ class Manifest(msgspec.Struct, frozen=True):
             if call.label == "rows"
             for endpoint_id in call.query.get("endpoint_id", [])
         )
+
+    @property
+    def began_at(self) -> datetime:
+        """When the extract began: by fal's clock, or by ours where fal did not say."""
+        return self.fal_started_at or self.started_at
+
+    @property
+    def clock_ahead(self) -> timedelta:
+        """How far our clock was ahead of fal's (negative: behind); zero where fal did not say."""
+        return self.started_at - self.began_at
 
 
 class Receipt(msgspec.Struct, frozen=True):
@@ -378,9 +388,14 @@ def begin(settings: Settings, account: str, resource: str, window: Window, now: 
 def resume(
     settings: Settings, account: str, resource: str, window: Window, since: datetime
 ) -> Attempt | None:
-    """The newest unfinished read of the window that began after `since` and that nobody works on."""
-    parent = _window_folder(settings, account, resource, window)
+    """The newest unfinished read of the window that began after `since` and that nobody works on.
+
+    One that seems to begin in the future is of a clock that was ahead: nobody knows how old it is.
+    """
+    parent, now = _window_folder(settings, account, resource, window), datetime.now(UTC)
     for folder in reversed(_load_folders(parent)):
+        if _started_at(folder.name) > now:
+            continue
         if _started_at(folder.name) < since:
             return None
         if is_complete(folder):

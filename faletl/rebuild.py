@@ -230,7 +230,7 @@ def _history(settings: Settings, ledger: Ledger, day: date | None = None) -> lis
             found.append(ledger.receipts[landed.folder.name])
         if found:
             found.sort(key=lambda one: one.warehouse_id not in ("", ledger.warehouse_id))
-            past.append(Loaded(landed, tuple(found), _began_at(landed.manifest)))
+            past.append(Loaded(landed, tuple(found), landed.manifest.began_at))
     return sorted(
         _in_order_of_tokens(past), key=lambda one: (one.began_at, one.receipt.fencing_token, one.load_id)
     )
@@ -248,10 +248,6 @@ def _complete(settings: Settings, ledger: Ledger, day: date | None) -> Iterator[
             continue
         if landed is not None:
             yield landed
-
-
-def _began_at(manifest: Manifest) -> datetime:
-    return manifest.fal_started_at or manifest.started_at
 
 
 def _in_order_of_tokens(past: Sequence[Loaded]) -> Iterator[Loaded]:
@@ -311,7 +307,7 @@ def _loadable(settings: Settings, complete: Iterable[Path], past: Sequence[Loade
     loaded = {one.load_id for one in past}
     found = set()
     for manifest in _manifests(settings, (one for one in complete if one.name not in loaded)):
-        began_at = _began_at(manifest)
+        began_at = manifest.began_at
         token, last = newest.get(_window_of(manifest), (0, began_at))
         if token <= manifest.fencing_token or last < began_at:
             found.add(manifest.load_id)
