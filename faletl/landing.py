@@ -29,7 +29,7 @@ import zstandard
 
 from faletl.client import Params
 from faletl.config import Settings
-from faletl.errors import StorageError, TamperedError, UsageError
+from faletl.errors import DamagedExtractError, StorageError, TamperedError, UsageError
 from faletl.pages import UNREADABLE, Page
 from faletl.places import Disk, at, place, reach, storage_error, write_durably
 from faletl.redaction import REDACTED
@@ -230,7 +230,7 @@ class Landed(msgspec.Struct, frozen=True):
         except FileNotFoundError:
             content = b""
         if hashlib.sha256(content).hexdigest() != page.sha256:
-            raise TamperedError(
+            raise DamagedExtractError(
                 f"the landed page {path} is not the one that fal sent; restore it, or read the window "
                 "again with faletl run --start … --end …",
                 file=str(path),
@@ -603,7 +603,12 @@ def open_read(folder: Path) -> Landed:
     try:
         manifest = msgspec.json.decode(at(path).read(path), type=Manifest)
     except (FileNotFoundError, *UNREADABLE) as error:
-        raise TamperedError(f"{path} cannot be read: {error}") from None
+        reason = "it is gone" if isinstance(error, FileNotFoundError) else str(error)
+        raise DamagedExtractError(
+            f"{path} cannot be read: {reason}; restore it, or read the window again with faletl run "
+            "--start … --end …",
+            file=str(path),
+        ) from None
     except OSError as error:
         raise _unreadable(error, path) from None
     if manifest.format > FORMAT or manifest.resource not in RESOURCES:

@@ -388,6 +388,7 @@ def _extracted(
         account = accounts.sign_in(client, settings, warehouse, asked, now)
         label = report.account = account.label
         with warehouse.reading() as connection:
+            warn_of_other_landing(settings, connection)
             tasks = plan(settings, connection, label, asked, now, owners=account.owners)
             first, tasks = charges_first(connection, label, tasks)
             token, accepted = fencing_token(connection), holds.accepted_rows(connection)
@@ -713,6 +714,21 @@ def _recordable(
             yield task, error, str(account)
 
 
+def warn_of_other_landing(settings: Settings, connection: sa.Connection | None) -> None:
+    """Warn where the landing folder lacks what was loaded last: it may be another, or not mounted."""
+    newest = sa.select(LOADS.c.landing_path).where(LOADS.c.is_current)
+    newest = newest.order_by(LOADS.c.fencing_token.desc(), LOADS.c.load_id.desc()).limit(1)
+    path = connection.execute(newest).scalar() if connection is not None else None
+    folder = landing.root(settings)
+    if path is not None and not landing.is_complete(folder / path):
+        log.warning(
+            "the landing folder %s lacks the pages of what was loaded last (%s): is FALETL_LANDING "
+            "right, and its disk mounted? faletl verify counts what is gone; faletl rebuild needs it",
+            folder,
+            path,
+        )
+
+
 def _not_loaded(settings: Settings, warehouse: Warehouse, report: Report) -> list[Landed]:
     """Complete reads that are newer than what is loaded; of a day only its newest.
 
@@ -721,6 +737,7 @@ def _not_loaded(settings: Settings, warehouse: Warehouse, report: Report) -> lis
     """
     now = datetime.now(UTC)
     with warehouse.reading() as connection:
+        warn_of_other_landing(settings, connection)
         loaded = loaded_reads(connection) if connection is not None else {}
         taken_out = snapshots_taken_out(connection) if connection is not None else set[str]()
         open_read = relabel.opener(settings, connection)
