@@ -22,7 +22,13 @@ import typer
 from typer.exceptions import TyperException
 
 from faletl import __version__
-from faletl.errors import ExhaustedError, FaletlError, StorageError, UsageError
+from faletl.errors import (
+    DamagedExtractError,
+    ExhaustedError,
+    FaletlError,
+    StorageError,
+    UsageError,
+)
 from faletl.resources import RESOURCES
 from faletl.windows import day_of
 
@@ -694,13 +700,27 @@ def _alike(
 ) -> Iterator[tuple[FaletlError, list[str]]]:
     """Each failure once, with the windows that failed in the same way, in order of time."""
     found: dict[tuple[type[FaletlError], str], tuple[FaletlError, list[Task]]] = {}
-    for task, error in failures:
+    for task, error in _with_damage_as_one(failures):
         first, tasks = found.setdefault((type(error), error.message), (error, []))
         if task is not None:
             tasks.append(task)
     for first, tasks in found.values():
         ordered = sorted(tasks, key=lambda task: task.window)
         yield first, [f"{task.resource.name} {task.window}" for task in ordered]
+
+
+def _with_damage_as_one(
+    failures: Iterable[tuple[Task | None, FaletlError]],
+) -> Iterator[tuple[Task | None, FaletlError]]:
+    """The failures, with one for all extracts that are damaged, at its first place."""
+    every = list(failures)
+    damaged = [error for _, error in every if isinstance(error, DamagedExtractError)]
+    for task, error in every:
+        if not isinstance(error, DamagedExtractError):
+            yield task, error
+        elif error is damaged[0]:
+            one = DamagedExtractError.of_many(error, len(damaged))
+            yield (task if one is error else None), one
 
 
 def _sentences(report: Report) -> Iterator[str]:

@@ -194,6 +194,21 @@ class TamperedError(FaletlError):
     exit_code = 4
 
 
+class DamagedExtractError(TamperedError):
+    """The landed pages of an extract, or its manifest, are damaged or gone. Exit 4."""
+
+    @classmethod
+    def of_many(cls, first: DamagedExtractError, extracts: int) -> DamagedExtractError:
+        """Return one error for several extracts that are damaged, with the first of them."""
+        if extracts == 1:
+            return first
+        return cls(
+            f"the landed pages of {extracts:,} extracts are damaged or gone: is FALETL_LANDING right, "
+            f"and its disk mounted? The first: {first}",
+            extracts=extracts,
+        )
+
+
 class StorageError(FaletlError):
     """The disk or the object store refused: full, no permission, no such bucket, no answer. Exit 1."""
 

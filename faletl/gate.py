@@ -26,9 +26,9 @@ import sqlalchemy as sa
 from faletl.config import Settings
 from faletl.errors import DataRefusedError, SettingsError
 from faletl.findings import Validation
-from faletl.models import known_units
 from faletl.money import plain
 from faletl.resources import Resource
+from faletl.seeds import known_units
 from faletl.staging import Staged
 from faletl.warehouse import quoted
 from faletl.warehouse.duckdb import MACROS

@@ -153,7 +153,7 @@ def hold(settings: Settings, lease: Lease, staged: Staged, loss: Loss, data_vers
             cost_total_extracted=loss.after.cost_total,
             rows_digest=loss.rows_digest,
             is_final=loss.is_final,
-            held_since=since or manifest.started_at,
+            held_since=min(since or manifest.started_at, manifest.started_at),
             last_extracted_at=manifest.started_at,
             data_version=data_version,
         )

@@ -61,8 +61,11 @@ def moved(known: Horizons, owner: str, asked: Asked, now: datetime, first_days: 
     """Return the horizons once `asked` is planned at `now`; `first_days` is FALETL_FIRST_DAYS.
 
     Days that are named move a horizon back, never forward. So does the first plain run of a label;
-    that of an unknown key only where nothing is known, as the label may be older than the key.
+    that of an unknown key only where nothing is known, as the label may be older than the key. A horizon
+    after tomorrow is of a clock that was ahead, and counts for nothing.
     """
+    tomorrow = now.date() + timedelta(days=1)
+    known = {name: row for name, row in known.items() if row.first_day <= tomorrow}
     recent = max(FIRST_DAY, now.date() - timedelta(days=first_days))
     names = [name for name in BY_DAY if not asked.resources or name in asked.resources]
     is_pending = owner.startswith(FINGERPRINT)

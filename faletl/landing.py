@@ -19,7 +19,7 @@ import re
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -29,7 +29,13 @@ import zstandard
 
 from faletl.client import Params
 from faletl.config import Settings
-from faletl.errors import StorageError, TamperedError, UsageError, WarehouseBusyError
+from faletl.errors import (
+    DamagedExtractError,
+    StorageError,
+    TamperedError,
+    UsageError,
+    WarehouseBusyError,
+)
 from faletl.pages import UNREADABLE, Page
 from faletl.places import Disk, at, place, reach, storage_error, write_durably
 from faletl.redaction import REDACTED
@@ -188,6 +194,16 @@ class Manifest(msgspec.Struct, frozen=True):
             for endpoint_id in call.query.get("endpoint_id", [])
         )
 
+    @property
+    def began_at(self) -> datetime:
+        """When the extract began: by fal's clock, or by ours where fal did not say."""
+        return self.fal_started_at or self.started_at
+
+    @property
+    def clock_ahead(self) -> timedelta:
+        """How far our clock was ahead of fal's (negative: behind); zero where fal did not say."""
+        return self.started_at - self.began_at
+
 
 class Receipt(msgspec.Struct, frozen=True):
     """What became of an extract in one warehouse: under which token, when, and how it ended.
@@ -226,7 +242,7 @@ class Landed(msgspec.Struct, frozen=True):
         except FileNotFoundError:
             content = b""
         if hashlib.sha256(content).hexdigest() != page.sha256:
-            raise TamperedError(
+            raise DamagedExtractError(
                 f"the landed page {path} is not the one that fal sent; restore it, or read the window "
                 "again with faletl run --start … --end …",
                 file=str(path),
@@ -384,9 +400,14 @@ def begin(settings: Settings, account: str, resource: str, window: Window, now: 
 def resume(
     settings: Settings, account: str, resource: str, window: Window, since: datetime
 ) -> Attempt | None:
-    """The newest unfinished read of the window that began after `since` and that nobody works on."""
-    parent = _window_folder(settings, account, resource, window)
+    """The newest unfinished read of the window that began after `since` and that nobody works on.
+
+    One that seems to begin in the future is of a clock that was ahead: nobody knows how old it is.
+    """
+    parent, now = _window_folder(settings, account, resource, window), datetime.now(UTC)
     for folder in reversed(_load_folders(parent)):
+        if _started_at(folder.name) > now:
+            continue
         if _started_at(folder.name) < since:
             return None
         if is_complete(folder):
@@ -598,7 +619,12 @@ def open_read(folder: Path) -> Landed:
     try:
         manifest = msgspec.json.decode(at(path).read(path), type=Manifest)
     except (FileNotFoundError, *UNREADABLE) as error:
-        raise TamperedError(f"{path} cannot be read: {error}") from None
+        reason = "it is gone" if isinstance(error, FileNotFoundError) else str(error)
+        raise DamagedExtractError(
+            f"{path} cannot be read: {reason}; restore it, or read the window again with faletl run "
+            "--start … --end …",
+            file=str(path),
+        ) from None
     except OSError as error:
         raise _unreadable(error, path) from None
     if manifest.format > FORMAT or manifest.resource not in RESOURCES:

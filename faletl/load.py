@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
@@ -45,7 +45,7 @@ from faletl.warehouse.tables import (
     UNKNOWN_ENDPOINTS,
     WAREHOUSE,
 )
-from faletl.windows import DAY, HOUR, Hold, Read, Window
+from faletl.windows import CLOCK_TOLERANCE, DAY, HOUR, Hold, Read, Window
 
 if TYPE_CHECKING:
     from faletl.plan import Asked
@@ -167,6 +167,57 @@ def _is_same(connection: sa.Connection, current: sa.RowMapping, staged: Staged) 
     return not connection.execute(sa.select(others)).scalar_one()
 
 
+def take_out_the_future(
+    settings: Settings, lease: Lease, manifests: Iterable[Manifest], at: datetime
+) -> list[str]:
+    """Inside a transaction: take out of the tables what is of a later instant than `at`.
+
+    It was loaded by a clock that was ahead: snapshots, and days without rows, as they had not begun.
+    Their pages stay where they landed. `manifests` are what is loaded at `at`: if our clock is behind
+    fal's, snapshots that agreed with fal's clock stay. Returns what was taken out, by name.
+    """
+    connection, limit = lease.connection, at + CLOCK_TOLERANCE
+    later = sa.and_(LOADS.c.is_current, LOADS.c.window_start > limit)
+    found = connection.execute(sa.select(LOADS).where(later).order_by(LOADS.c.window_start)).mappings()
+    is_behind = any(one.clock_ahead < -CLOCK_TOLERANCE for one in manifests)
+    ahead = [one for one in found if _is_of_the_future(settings, one, is_behind=is_behind)]
+    _forget_failures_after(connection, limit, at)
+    if ahead:
+        take_out(lease, ahead, at)
+    return [f"{one['resource']} {Window(one['window_start'], one['window_end'])}" for one in ahead]
+
+
+def _is_of_the_future(settings: Settings, load: sa.RowMapping, *, is_behind: bool) -> bool:
+    if RESOURCES[load["resource"]].window == "day":
+        return not load["rows"]
+    if is_behind:
+        with suppress(FaletlError):
+            manifest = landing.open_read(landing.root(settings) / load["landing_path"]).manifest
+            is_vouched_for = manifest.fal_started_at and abs(manifest.clock_ahead) <= CLOCK_TOLERANCE
+            return not is_vouched_for
+    return True
+
+
+def take_out(lease: Lease, loads: Iterable[sa.RowMapping], at: datetime) -> None:
+    """Inside a transaction: delete what raw holds of these snapshots and days without rows."""
+    connection, data_version = lease.connection, fence(lease, changes_data=True)
+    for one in loads:
+        table = RAW[one["resource"]]
+        if RESOURCES[one["resource"]].window == "snapshot":
+            mine = sa.and_(table.c["_account"] == one["account"], table.c["_load_id"] == one["load_id"])
+            connection.execute(sa.delete(table).where(mine))
+        connection.execute(
+            sa.update(LOADS)
+            .where(LOADS.c.load_id == one["load_id"])
+            .values(is_current=False, data_version=data_version)
+        )
+        connection.execute(
+            sa.update(QUARANTINE)
+            .where(QUARANTINE.c.load_id == one["load_id"], QUARANTINE.c.resolved_at.is_(None))
+            .values(resolved_at=at, fencing_token=lease.token)
+        )
+
+
 def replay(
     settings: Settings,
     warehouse: Warehouse,
@@ -183,14 +234,29 @@ def replay(
     """
     outcomes = []
     with lease.transaction():
+        out = set[str]()
         if forget is not None:
+            out = snapshots_taken_out(lease.connection)
             _forget_day(lease, Window.of_day(forget))
         for staged, receipt in reads:
             lease = _next_lease(lease)
             with _written(staged):
+                manifest = staged.landed.manifest
+                if forget is None:
+                    take_out_the_future(settings, lease, [manifest], receipt.loaded_at)
                 done = _replace(settings, warehouse, lease, staged, then=receipt, is_all=forget is None)
             outcomes.append(done.outcome)
+            if manifest.load_id in out:
+                entered = sa.select(LOADS).where(LOADS.c.load_id == manifest.load_id)
+                take_out(lease, lease.connection.execute(entered).mappings().all(), receipt.loaded_at)
     return outcomes, lease
+
+
+def snapshots_taken_out(connection: sa.Connection) -> set[str]:
+    """The loads of snapshots that raw does not hold, as they were of the future."""
+    names = [name for name, resource in RESOURCES.items() if resource.window == "snapshot"]
+    found = sa.select(LOADS.c.load_id).where(LOADS.c.resource.in_(names), LOADS.c.is_current.is_(False))
+    return set(connection.execute(found).scalars())
 
 
 def _next_lease(lease: Lease) -> Lease:
@@ -300,7 +366,9 @@ def _load_rows(
 ) -> None:
     """Put the staged rows in place of those of the `current` load; keep what that changed."""
     manifest, connection = staged.landed.manifest, lease.connection
-    is_restating = current is not None and not current["is_provisional"]
+    # A clock that was ahead may have taken an open day for a closed one: what comes is no restatement.
+    is_ahead = current is not None and current["last_read_at"] > manifest.started_at
+    is_restating = current is not None and not current["is_provisional"] and not is_ahead
     before = _lines(connection, staged) if is_restating else {}
     _delete_window(connection, staged)
     _insert(warehouse, lease, staged)
@@ -308,6 +376,8 @@ def _load_rows(
     changed_at = current["changed_at"] if current is not None else None
     if is_restating and is_changed:
         changed_at = manifest.started_at
+    if changed_at is not None:
+        changed_at = min(changed_at, manifest.started_at)
     _enter(settings, lease, staged, {**extract, "changed_at": changed_at})
     if is_restating:
         _restate(connection, manifest, before, _lines(connection, staged))
@@ -605,15 +675,26 @@ def _forget_failures(connection: sa.Connection, manifest: Manifest, at: datetime
     """What failed of the window is over, and so is that the account was locked: fal answered."""
     is_lock = FAILURES.c.error == AccountLockedError.__name__
     was_locked = sa.and_(FAILURES.c.account == manifest.account, is_lock)
-    gone = sa.delete(FAILURES).where(sa.or_(_failures_of(manifest), was_locked))
+    _delete_failures(connection, sa.or_(_failures_of(manifest), was_locked), at)
+
+
+def _forget_failures_after(connection: sa.Connection, limit: datetime, at: datetime) -> None:
+    """What failed of windows that begin after `limit` failed by a clock that was ahead."""
+    _delete_failures(connection, FAILURES.c.window_start > limit, at)
+
+
+def _delete_failures(connection: sa.Connection, which: sa.ColumnElement[bool], at: datetime) -> None:
+    gone = sa.delete(FAILURES).where(which)
     found = connection.execute(
-        gone.returning(FAILURES.c.error, FAILURES.c.resource, FAILURES.c.window_start)
+        gone.returning(
+            FAILURES.c.account, FAILURES.c.error, FAILURES.c.resource, FAILURES.c.window_start
+        )
     ).all()
-    for _, resource, start in found:
+    for account, error, resource, start in found:
         subject = f"{resource} {start.astimezone(UTC).date()}"
-        alerts.resolve(connection, "refused", manifest.account, subject, at)
-    if any(error == AccountLockedError.__name__ for error, *_ in found):
-        alerts.resolve(connection, "locked", manifest.account, LOCKED, at)
+        alerts.resolve(connection, "refused", account, subject, at)
+        if error == AccountLockedError.__name__:
+            alerts.resolve(connection, "locked", account, LOCKED, at)
 
 
 def _failures_of(manifest: Manifest) -> sa.ColumnElement[bool]:
@@ -845,6 +926,7 @@ def known_ids(
         UNKNOWN_ENDPOINTS.c.account == account,
         UNKNOWN_ENDPOINTS.c.resource == resource.name,
         UNKNOWN_ENDPOINTS.c.seen_at > now - UNKNOWN_FOR,
+        UNKNOWN_ENDPOINTS.c.seen_at <= now,
     )
     return KnownIds(
         *(

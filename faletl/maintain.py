@@ -277,8 +277,15 @@ def _thinnable_loads(before: datetime) -> sa.Select[Any]:
 
 
 def _superseded_loads(connection: sa.Connection, before: datetime) -> Sequence[str]:
-    """Loads that a rebuild does without: of days that were open still, and were loaded again since."""
-    old = sa.select(LOADS.c.load_id).where(LOADS.c.read_at < before, LOADS.c.is_current.is_(False))
+    """Loads that a rebuild does without: of days that were open still, and were loaded again since.
+
+    A snapshot that is not current was taken out as one of the future, which `load` has to remember.
+    """
+    old = sa.select(LOADS.c.load_id).where(
+        LOADS.c.read_at < before,
+        LOADS.c.is_current.is_(False),
+        LOADS.c.window_start != LOADS.c.window_end,
+    )
     return sorted(set(connection.execute(old).scalars()) - read_ledger(connection).needed)
 
 

@@ -12,9 +12,7 @@ model that beside that looks things up in dimensions is made by day as long as t
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import logging
 import re
 import secrets
@@ -23,16 +21,14 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from functools import cache
 from graphlib import TopologicalSorter
-from pathlib import Path
-from typing import Any, TypeAlias
 
 import sqlalchemy as sa
 import sqlglot
 from sqlglot import exp
 
-from faletl import __version__, alerts
+from faletl import __version__, alerts, seeds
 from faletl.config import Settings
-from faletl.errors import CheckFailedError, SettingsError, TamperedError, WarehouseError
+from faletl.errors import CheckFailedError, TamperedError, WarehouseError
 from faletl.load import changed_days, fence
 from faletl.money import plain
 from faletl.places import sql_folder
@@ -44,11 +40,7 @@ from faletl.warehouse.tables import (
     RAW,
     SCHEMA_VERSION,
     SCHEMAS,
-    SEED_CREDENTIAL_OWNER,
-    SEED_THRESHOLD,
-    SEED_UNIT,
     SEEDS,
-    UNIT_FAMILIES,
     WAREHOUSE,
 )
 
@@ -58,9 +50,6 @@ SOURCE_DIALECT = "duckdb"
 
 TELL_RUNAWAYS = 5
 """Of so many new runaway charges a build tells each."""
-
-LARGEST_FACTOR = 1_000_000
-"""Base units in one unit; more could overflow a quantity counted in them."""
 
 LONGEST_SPAN = 31
 """Days that one statement adds up: memory does not grow with the history."""
@@ -442,7 +431,7 @@ def build(
     """
     started_at = datetime.now(UTC)
     connection = lease.connection
-    seeds = _read_seeds(settings)
+    rows = seeds.read(settings)
     is_full = True
     try:
         with lease.transaction():
@@ -453,8 +442,11 @@ def build(
             changed = changed_days(connection, since, token)
             if last is not None:
                 connection.exec_driver_sql(_REMEMBER_RUNAWAYS)
+            if is_full and last is not None:
+                for sentence in seeds.changes(connection, rows):
+                    log.warning("%s", sentence)
             if is_full:
-                _make_room(connection, warehouse, seeds)
+                _make_room(connection, warehouse, rows)
             _fill_all(connection, warehouse, changed, is_full=is_full)
             checked = 0
             for check in checks():
@@ -462,6 +454,7 @@ def build(
                 if is_full or days:
                     checked += 1
                     _check(connection, check, warehouse.dialect, None if is_full else days)
+            unmatched = seeds.unmatched(connection, settings) if is_full else []
             by_day = [days for name, days in changed.items() if RESOURCES[name].window == "day"]
             runaways, dearest = _new_runaways(connection, started_at, is_first=last is None)
             done = Build(
@@ -487,6 +480,8 @@ def build(
             )
     except sa.exc.DBAPIError as error:
         raise _refused(error, is_full=is_full) from None
+    for sentence in unmatched:
+        log.warning("%s", sentence)
     return done
 
 
@@ -509,12 +504,12 @@ def _days_of(sql: str, changed: Mapping[str, Collection[date]]) -> set[date]:
 
 
 def _make_room(
-    connection: sa.Connection, warehouse: Warehouse, seeds: Mapping[str, list[_SeedRow]]
+    connection: sa.Connection, warehouse: Warehouse, rows: Mapping[str, list[seeds.Row]]
 ) -> None:
     """Make all that models stand on, and their views and empty tables."""
     ownership.claim(connection, [model.table for model in models()])
     warehouse.define_functions(connection)
-    _plant(connection, seeds)
+    seeds.plant(connection, rows)
     for table in RAW.values():
         warehouse.analyze(connection, table.fullname)
     for model in models():
@@ -698,111 +693,6 @@ def _runaway_sentence(row: sa.RowMapping) -> str:
         f"request {request_id} of {row['requested_at']:%Y-%m-%d %H:%M} UTC, {usual} "
         f"({row['reason']})"
     )
-
-
-# --- Seeds ----------------------------------------------------------------------------------------
-
-_SeedRow: TypeAlias = dict[str, str | None]
-
-
-def _plant(connection: sa.Connection, seeds: Mapping[str, list[_SeedRow]]) -> None:
-    for table in SEEDS:
-        connection.execute(sa.delete(table))
-        if rows := seeds[table.name]:
-            connection.execute(sa.insert(table).values(rows))
-
-
-def _read_seeds(settings: Settings) -> dict[str, list[_SeedRow]]:
-    """The tables of units and owners, the user's rows instead of or beside ours; the thresholds."""
-    units: dict[str, _SeedRow] = {}
-    for row in _seed_rows("unit.csv", settings.units, "FALETL_UNITS", SEED_UNIT):
-        unit = str(row["unit"]).strip().lower()
-        _check_unit(row)
-        units[unit] = {
-            **row,
-            "unit": unit,
-            "base_unit": row["base_unit"] or None,
-            "factor": row["factor"] or None,
-        }
-    owners: dict[tuple[str, str], _SeedRow] = {}
-    for row in _seed_rows(
-        "credential_owner.csv", settings.owners, "FALETL_OWNERS", SEED_CREDENTIAL_OWNER
-    ):
-        given = {name: value or "UNMAPPED" for name, value in row.items()}
-        owners[row["account"], row["credential_id"]] = {**given, "account": row["account"]}
-    return {
-        SEED_UNIT.name: list(units.values()),
-        SEED_CREDENTIAL_OWNER.name: list(owners.values()),
-        SEED_THRESHOLD.name: [
-            {"name": name, "value": f"{value:f}"} for name, value in settings.thresholds.items()
-        ],
-    }
-
-
-def known_units(settings: Settings) -> frozenset[str]:
-    """Units of the table of units, trimmed and in lower case; raises SettingsError, as `build`."""
-    return frozenset(str(row["unit"]) for row in _read_seeds(settings)[SEED_UNIT.name])
-
-
-def _check_unit(row: Mapping[str, str]) -> None:
-    """Raises SettingsError for a line of the table of units that cannot mean anything."""
-    line = f"FALETL_UNITS: the unit {row['unit']!a}"
-    if not row["canonical_unit"].strip():
-        raise SettingsError(f"{line} has no canonical_unit")
-    if row["family"] not in UNIT_FAMILIES:
-        known = ", ".join(UNIT_FAMILIES)
-        raise SettingsError(f"{line} has the family {row['family']!a}, none of {known}")
-    if bool(row["base_unit"]) != bool(row["factor"]):
-        raise SettingsError(f"{line} has only one of base_unit and factor")
-    factor = row["factor"]
-    if factor and not (re.fullmatch("[0-9]{1,7}", factor) and 1 <= int(factor) <= LARGEST_FACTOR):
-        raise SettingsError(
-            f"{line} has the factor {factor!a}; it must be 1 to {LARGEST_FACTOR:,}, whole"
-        )
-
-
-def _seed_rows(
-    ours: str, theirs: Path | None, setting: str, table: sa.Table
-) -> Iterator[dict[str, str]]:
-    names = [column.name for column in table.columns]
-    for path in filter(None, (sql_folder() / "seeds" / ours, theirs)):
-        lines = csv.DictReader(io.StringIO(_seed_text(path, setting), newline=""))
-        line = 2
-        try:
-            for row in lines:
-                yield _fields_of(row, names)
-                line = lines.line_num + 1
-        except (KeyError, csv.Error) as error:
-            raise SettingsError(
-                f"{setting}: {path}, line {line}, is no line of a CSV table with the columns "
-                f"{', '.join(names)} ({error})"
-            ) from None
-
-
-def _fields_of(row: Mapping[str | None, Any], names: list[str]) -> dict[str, str]:
-    """The fields of a line; raises csv.Error where an unquoted comma has made more of them."""
-    if any(row.get(None, ())):
-        raise csv.Error("it has more fields than the first line; quote those that have a comma in them")
-    return {name: row[name] or "" for name in names}
-
-
-def _seed_text(path: Path, setting: str) -> str:
-    """The text of a seed; raises SettingsError where it is none that a database could hold."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise SettingsError(f"{setting}: {path} cannot be read: {error.strerror}") from None
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise SettingsError(
-            f"{setting}: {path}, line {line}, is no text in UTF-8; save it as such"
-        ) from None
-    if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise SettingsError(f"{setting}: {path}, line {line}, has a NUL character; delete it")
-    return text
 
 
 def _models_digest(settings: Settings) -> str:

@@ -46,6 +46,8 @@ from faletl.load import (
     loaded_reads,
     record_failure,
     replace_window,
+    snapshots_taken_out,
+    take_out_the_future,
 )
 from faletl.overlap import SharedChargesError, charges_first, in_order, refuse_shared
 from faletl.places import scratch_folder
@@ -62,7 +64,7 @@ from faletl.resources import MODELS, RESOURCES, USAGE, Resource
 from faletl.staging import Staged, UnprovenPart, stage_window
 from faletl.warehouse import Warehouse, open_warehouse
 from faletl.warehouse.tables import BUILDS, LOADS, WAREHOUSE
-from faletl.windows import Window
+from faletl.windows import CLOCK_TOLERANCE, Window
 
 if TYPE_CHECKING:
     from faletl.gate import Gate
@@ -386,6 +388,7 @@ def _extracted(
         account = accounts.sign_in(client, settings, warehouse, asked, now)
         label = report.account = account.label
         with warehouse.reading() as connection:
+            warn_of_other_landing(settings, connection)
             tasks = plan(settings, connection, label, asked, now, owners=account.owners)
             first, tasks = charges_first(connection, label, tasks)
             token, accepted = fencing_token(connection), holds.accepted_rows(connection)
@@ -599,6 +602,13 @@ def _loader(
         yield load
 
 
+def _warn_of_the_future(sentence: str, windows: Sequence[str]) -> None:
+    """One warning for all that a clock that was ahead left; without any, nothing."""
+    if windows:
+        more = f" and {len(windows) - 1:,} more windows were" if len(windows) > 1 else " was"
+        log.warning(sentence, f"{windows[-1]}{more}")
+
+
 def _has_news(warehouse: Warehouse, batch: list[Staged]) -> bool:
     with warehouse.reading() as connection:
         return connection is None or not all(is_already_loaded(connection, staged) for staged in batch)
@@ -614,6 +624,9 @@ def _load_batch(
     with warehouse.lease(f"faletl load, run {report.run_id}") as lease:
         with lease.transaction():
             accounts.require_known(lease.connection, report.account)
+            manifests = [staged.landed.manifest for staged in batch]
+            ahead = take_out_the_future(settings, lease, manifests, datetime.now(UTC))
+        _warn_of_the_future("%s loaded by a clock that was ahead: taken out of the tables", ahead)
         for staged in batch:
             resource, window = staged.resource, staged.landed.manifest.window
             judged = staged
@@ -701,40 +714,74 @@ def _recordable(
             yield task, error, str(account)
 
 
+def warn_of_other_landing(settings: Settings, connection: sa.Connection | None) -> None:
+    """Warn where the landing folder lacks what was loaded last: it may be another, or not mounted."""
+    newest = sa.select(LOADS.c.landing_path).where(LOADS.c.is_current)
+    newest = newest.order_by(LOADS.c.fencing_token.desc(), LOADS.c.load_id.desc()).limit(1)
+    path = connection.execute(newest).scalar() if connection is not None else None
+    folder = landing.root(settings)
+    if path is not None and not landing.is_complete(folder / path):
+        log.warning(
+            "the landing folder %s lacks the pages of what was loaded last (%s): is FALETL_LANDING "
+            "right, and its disk mounted? faletl verify counts what is gone; faletl rebuild needs it",
+            folder,
+            path,
+        )
+
+
 def _not_loaded(settings: Settings, warehouse: Warehouse, report: Report) -> list[Landed]:
     """Complete reads that are newer than what is loaded; of a day only its newest.
 
-    Those that cannot be opened go to the report.
+    Those that cannot be opened go to the report. What a clock that was ahead landed of windows that have
+    not ended is left until they have.
     """
+    now = datetime.now(UTC)
     with warehouse.reading() as connection:
+        warn_of_other_landing(settings, connection)
         loaded = loaded_reads(connection) if connection is not None else {}
+        taken_out = snapshots_taken_out(connection) if connection is not None else set[str]()
         open_read = relabel.opener(settings, connection)
     newest: dict[tuple[str, ...], Landed] = {}
+    ahead = list[str]()
     for folder in landing.complete_reads(settings):
         try:
             landed = open_read(folder)
         except FaletlError as error:
             report.failures.append((None, error))
             continue
-        if landed is None:
+        if landed is None or landed.folder.name in taken_out:
             continue
         manifest = landed.manifest
         key: tuple[str, ...] = (manifest.account, manifest.resource, manifest.window.day.isoformat())
         read_at = loaded.get((manifest.account, manifest.resource, manifest.window.day))
+        if not _is_after(manifest.started_at, read_at, now):
+            continue
+        if manifest.window.end > now + CLOCK_TOLERANCE:
+            ahead.append(f"{manifest.resource} {manifest.window}")
+            continue
         if manifest.window.is_snapshot:
             key = (*key, manifest.load_id)
-        if read_at is None or manifest.started_at > read_at:
-            newest[key] = max(newest.get(key, landed), landed, key=_newness)
+        newest[key] = max(newest.get(key, landed), landed, key=lambda one: _newness(one, now))
+    _warn_of_the_future("%s landed by a clock that was ahead: not loaded before that instant", ahead)
     order = list(RESOURCES)
     return sorted(
         newest.values(),
-        key=lambda landed: (order.index(landed.manifest.resource), landed.manifest.started_at),
+        key=lambda landed: (order.index(landed.manifest.resource), landed.manifest.began_at),
     )
 
 
-def _newness(landed: Landed) -> tuple[datetime, datetime]:
-    """Of two attempts at the same read, the one that ended later took over the pages of the other."""
-    return landed.manifest.started_at, landed.manifest.finished_at
+def _is_after(started_at: datetime, read_at: datetime | None, now: datetime) -> bool:
+    """Whether an extract is newer than the loaded one, or may be, as a clock was ahead for that one."""
+    return read_at is None or started_at > read_at or (started_at != read_at and read_at > now)
+
+
+def _newness(landed: Landed, now: datetime) -> tuple[bool, datetime, datetime]:
+    """Of two attempts at the same read, the one that ended later took over the pages of the other.
+
+    An extract that seems to be of the future, and of which fal's clock says nothing, may be of any age.
+    """
+    manifest = landed.manifest
+    return manifest.began_at <= now, manifest.began_at, manifest.finished_at
 
 
 def new_run_id() -> str:

@@ -377,7 +377,7 @@ def abandoned_scratch(parent: Path) -> Iterator[Path]:
 
 def _is_young(found: os.stat_result) -> bool:
     """Whether whoever made the folder may be about to hold it."""
-    return time.time() - found.st_mtime < 60
+    return abs(time.time() - found.st_mtime) < 60
 
 
 def storage_error(error: OSError, path: Path, needed: int = 0) -> StorageError:

@@ -138,7 +138,8 @@ def tasks_of(
         if asked.resources and name not in asked.resources:
             continue
         if resource.window == "snapshot":
-            if asked.start is not None or resource.every_run or now.date() not in reads[name]:
+            today = _known(reads[name], now.date(), now)
+            if asked.start is not None or resource.every_run or today is None:
                 tasks.append(Task(resource, Window.snapshot(now)))
             continue
         tomorrow = Window.of_day(now.date()).end.date()
@@ -152,10 +153,16 @@ def tasks_of(
                 break
             if (window := day.settled(now)) is not None:
                 is_whole = resource.ids_per_call is not None and asks_whole_catalogue(
-                    window, reads[name].get(window.day), now
+                    window, _known(reads[name], window.day, now), now
                 )
                 tasks.append(Task(resource, window, is_whole_catalogue=is_whole))
     return tasks
+
+
+def _known(reads: Mapping[date, Read], day: date, now: datetime) -> Read | None:
+    """What is known of the day at `now`."""
+    read = reads.get(day)
+    return read.as_of(now) if read is not None else None
 
 
 def first_planned(tasks: Iterable[Task]) -> dict[str, date]:

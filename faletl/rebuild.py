@@ -22,6 +22,7 @@ from faletl.config import Settings
 from faletl.decisions import WindowAccepted
 from faletl.errors import (
     ContractError,
+    DamagedExtractError,
     DataRefusedError,
     SettingsError,
     TamperedError,
@@ -117,7 +118,7 @@ def _rebuild_all(settings: Settings, report: Report, progress: Progress) -> None
             accepted = holds.accepted_rows(lease.connection)
         for done, one in enumerate(past):
             progress("loading", done, len(past))
-            if staged := _staged_again(settings, one, needed, scratch, accepted):
+            if staged := _staged_again(settings, one, needed, scratch, accepted, past):
                 outcomes, lease = replay(settings, fresh, lease, [(staged, one.receipt)])
                 report.outcomes.append(pipeline.outcome_of(staged, outcomes[0]))
                 staged.discard()
@@ -166,7 +167,7 @@ def _rebuild_day(settings: Settings, report: Report, day: date) -> None:
         again = [
             (staged, one.receipt)
             for one in past
-            if (staged := _staged_again(settings, one, needed, scratch, accepted, is_strict=True))
+            if (staged := _staged_again(settings, one, needed, scratch, accepted, past, is_strict=True))
         ]
         outcomes, _ = replay(settings, warehouse, lease, again, forget=day)
     for (staged, _), outcome in zip(again, outcomes, strict=True):
@@ -183,8 +184,12 @@ def _load_what_waits(settings: Settings, report: Report, day: date | None) -> No
     asked = pipeline.DUE if day is None else Asked(day, day + timedelta(days=1))
     pipeline.load_waiting(settings, asked, waiting)
     report.outcomes += waiting.outcomes
+    damaged = [error for _, error in waiting.failures if isinstance(error, DamagedExtractError)]
+    if damaged:
+        log.warning("%s", DamagedExtractError.of_many(damaged[0], len(damaged)))
     for _, error in waiting.failures:
-        log.warning("%s", error)
+        if not isinstance(error, DamagedExtractError):
+            log.warning("%s", error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +274,7 @@ def _history(settings: Settings, ledger: Ledger, day: date | None = None) -> lis
             found.append(ledger.receipts[landed.folder.name])
         if found:
             found.sort(key=lambda one: one.warehouse_id not in ("", ledger.warehouse_id))
-            past.append(Loaded(landed, tuple(found), _began_at(landed.manifest)))
+            past.append(Loaded(landed, tuple(found), landed.manifest.began_at))
     return sorted(
         _in_order_of_tokens(past), key=lambda one: (one.began_at, one.receipt.fencing_token, one.load_id)
     )
@@ -286,21 +291,34 @@ def _is_thinned(load_id: str, receipts: Sequence[Receipt], ledger: Ledger) -> bo
 
 
 def _complete(settings: Settings, ledger: Ledger, day: date | None) -> Iterator[Landed]:
+    """The extracts (of one UTC day) that can be opened.
+
+    Raises:
+        DamagedExtractError: others cannot, and rows depend on them.
+    """
     open_read = relabel.opener(settings)
+    damaged: dict[bool, list[DamagedExtractError]] = {True: [], False: []}
     for folder in landing.complete_reads(settings, day):
         try:
             landed = open_read(folder)
-        except TamperedError as error:
-            if folder.name in ledger.needed:
-                raise
-            log.warning("%s; no row depends on it", error)
+        except DamagedExtractError as error:
+            damaged[folder.name in ledger.needed].append(error)
             continue
         if landed is not None:
             yield landed
+    _warn_of_damage(damaged[False])
+    if damaged[True]:
+        raise DamagedExtractError.of_many(damaged[True][0], len(damaged[True]))
 
 
-def _began_at(manifest: Manifest) -> datetime:
-    return manifest.fal_started_at or manifest.started_at
+def _warn_of_damage(damaged: Sequence[DamagedExtractError]) -> None:
+    """One warning for all extracts that are damaged and not needed."""
+    if damaged:
+        log.warning(
+            "%s; no row depends on %s",
+            DamagedExtractError.of_many(damaged[0], len(damaged)),
+            "it" if len(damaged) == 1 else "them",
+        )
 
 
 def _in_order_of_tokens(past: Sequence[Loaded]) -> Iterator[Loaded]:
@@ -360,7 +378,7 @@ def _loadable(settings: Settings, complete: Iterable[Path], past: Sequence[Loade
     loaded = {one.load_id for one in past}
     found = set()
     for manifest in _manifests(settings, (one for one in complete if one.name not in loaded)):
-        began_at = _began_at(manifest)
+        began_at = manifest.began_at
         token, last = newest.get(_window_of(manifest), (0, began_at))
         if token <= manifest.fencing_token or last < began_at:
             found.add(manifest.load_id)
@@ -383,15 +401,16 @@ def _loaded_elsewhere(complete: Iterable[Path], past: Sequence[Loaded], ledger: 
 
 def _manifests(settings: Settings, folders: Iterable[Path]) -> Iterator[Manifest]:
     """The manifests that can be read; a read without one can be neither loaded nor rebuilt from."""
-    open_read = relabel.opener(settings)
+    open_read, damaged = relabel.opener(settings), list[DamagedExtractError]()
     for folder in folders:
         try:
             landed = open_read(folder)
-        except TamperedError as error:
-            log.warning("%s; no row depends on it", error)
+        except DamagedExtractError as error:
+            damaged.append(error)
             continue
         if landed is not None:
             yield landed.manifest
+    _warn_of_damage(damaged)
 
 
 def _window_of(manifest: Manifest) -> tuple[str, ...]:
@@ -438,15 +457,22 @@ def _staged_again(
     needed: set[str],
     scratch: Path,
     accepted: Container[str],
+    past: Sequence[Loaded],
     *,
     is_strict: bool = False,
 ) -> Staged | None:
     """The rows of an earlier read; None for one that is refused now, or damaged and not needed.
 
-    One that is needed and refused is an error where it `is_strict`.
+    One that is needed and refused is an error where it `is_strict`. Where one that is needed is damaged,
+    the error counts all of `past` that are.
     """
     try:
         return stage_window(settings, one.landed, scratch, accepted)
+    except DamagedExtractError as error:
+        if one.load_id in needed:
+            lost = sum(x.load_id in needed and not landing.is_intact(x.landed.folder) for x in past)
+            raise DamagedExtractError.of_many(error, lost) from None
+        log.warning("%s; no row depends on it", error)
     except TamperedError as error:
         if one.load_id in needed:
             raise

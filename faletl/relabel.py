@@ -71,7 +71,7 @@ def follow(connection: sa.Connection, made: Iterable[Decision]) -> None:
 def relabelled(landed: Landed, made: Sequence[Decision]) -> Landed | None:
     """Return the extract under the label of today; None if its account was forgotten since."""
     manifest = landed.manifest
-    label = label_now(made, manifest.account, manifest.started_at)
+    label = label_now(made, manifest.account, manifest.began_at)
     if label is None:
         return None
     return Landed(landed.folder, msgspec.structs.replace(manifest, account=label))

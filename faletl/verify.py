@@ -21,7 +21,7 @@ import sqlalchemy as sa
 
 from faletl import holds, landing, models, relabel
 from faletl.config import Settings
-from faletl.errors import FaletlError, StorageError, UsageError
+from faletl.errors import DamagedExtractError, FaletlError, StorageError, UsageError
 from faletl.landing import Landed
 from faletl.load import read_ledger
 from faletl.places import scratch_folder
@@ -87,11 +87,13 @@ class _Part:
 
 def _parts_of_raw(settings: Settings, warehouse: Warehouse) -> Iterator[_Part]:
     yield _Part(_altered_tables, is_shape=True)
+    lost = list[DamagedExtractError]()
     for name in RESOURCES:
         yield _Part(partial(_changed_rows, settings=settings, warehouse=warehouse, resource=name))
-        yield _Part(partial(_lost_pages, settings=settings, resource=name))
+        yield _Part(partial(_lost_pages, settings=settings, resource=name, lost=lost))
         check = next(check for check in models.checks() if check.name == f"loads of raw.{name}")
         yield _Part(partial(_failed_check, dialect=warehouse.dialect, check=check))
+    yield _Part(lambda _: [str(DamagedExtractError.of_many(lost[0], len(lost)))] if lost else [])
 
 
 def _parts_of_models(warehouse: Warehouse) -> Iterator[_Part]:
@@ -234,8 +236,10 @@ def _are_landed(
     return all(tuple(row) in rows for row in connection.execute(held))
 
 
-def _lost_pages(connection: sa.Connection, settings: Settings, resource: str) -> Iterator[str]:
-    """Loads whose landed pages are gone, changed, or too few for the rows in raw."""
+def _lost_pages(
+    connection: sa.Connection, settings: Settings, resource: str, lost: list[DamagedExtractError]
+) -> Iterator[str]:
+    """Loads whose landed pages are too few for the rows in raw; `lost` gets those that are damaged."""
     table = RAW[resource]
     load_id_and_page, row = (table.c["_load_id"], table.c["_page"]), table.c["_row"]
     twins = sa.func.count() - sa.func.count(sa.distinct(row))
@@ -255,6 +259,9 @@ def _lost_pages(connection: sa.Connection, settings: Settings, resource: str) ->
             pages = _checked_pages(landed)
         except StorageError:
             raise  # nobody knows what lies there
+        except DamagedExtractError as error:
+            lost.append(error)
+            continue
         except FaletlError as error:
             yield f"{table.fullname}, load {load.load_id}: {error}"
             continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, time, timedelta
 
 from faletl.errors import UsageError
@@ -20,6 +20,9 @@ FIRST_DAY = date(2021, 1, 1)
 
 SETTLE = timedelta(minutes=5)
 """How far behind now an hour must have ended before we read it (docs/fal-api.md, "Arrival")."""
+
+CLOCK_TOLERANCE = timedelta(minutes=5)
+"""How far two clocks may differ before one of them counts as wrong."""
 
 WATCH = timedelta(days=90)
 """For how long after its end a window is read again for late and restated data."""
@@ -152,6 +155,21 @@ class Read:
     changed_at: datetime | None = None
     hold: Hold | None = None
 
+    def as_of(self, now: datetime) -> Read | None:
+        """Return what a clock at `now` makes of the extract; None where it knows nothing of it yet.
+
+        An extract of the future was made by a clock that was ahead. No instant that such a clock left
+        delays anything.
+        """
+        if self.read_at > now or (self.hold is not None and self.hold.last_extracted_at > now):
+            return None
+        is_whole_known = self.whole_catalogue_at is not None and self.whole_catalogue_at <= now
+        return replace(
+            self,
+            changed_at=min(self.changed_at, self.read_at) if self.changed_at else None,
+            whole_catalogue_at=self.whole_catalogue_at if is_whole_known else None,
+        )
+
 
 def next_due(window: Window, read: Read | None) -> datetime | None:
     """When the window should be extracted (again); None when it has been watched long enough.
@@ -197,8 +215,6 @@ def due_days(now: datetime, reads: Mapping[date, Read], first_day: date) -> Iter
     """The UTC days from `first_day` to today that are to be read now, in order."""
     for window in utc_days(first_day, now.date() + DAY):
         read = reads.get(window.day)
-        if read is not None and read.read_at > now:
-            read = None  # the clock was ahead when it was read; do not wait until it is right again
-        due = next_due(window, read)
+        due = next_due(window, read.as_of(now) if read is not None else None)
         if due is not None and due <= now:
             yield window

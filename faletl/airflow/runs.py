@@ -75,7 +75,7 @@ def _is_first(settings: Settings, what: str, day: date, run: str) -> bool:
     with at(folder).lock(path.with_suffix(".lock")):
         is_there = at(path).exists(path)
         note = json.loads(at(path).read(path)) if is_there else {"runs": [], "at": None}
-        is_old = note["at"] is None or now - datetime.fromisoformat(note["at"]) > SAME_BACKFILL
+        is_old = note["at"] is None or abs(now - datetime.fromisoformat(note["at"])) > SAME_BACKFILL
         is_first = is_old or run in note["runs"]
         runs = [run] if is_first else [*note["runs"], run]
         write_durably(path, json.dumps({"runs": runs, "at": now.isoformat()}).encode())
