@@ -16,13 +16,13 @@ import socket
 import ssl
 import threading
 import time
-import traceback
 import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from io import BytesIO
 from typing import Any, TypeVar
 
 import httpcore
@@ -30,6 +30,7 @@ import httpx
 import tenacity
 
 from faletl import __version__, invented
+from faletl.bodies import chain, forget_frames, one_body, passed_on, take_turn
 from faletl.config import Settings
 from faletl.errors import (
     AccountLockedError,
@@ -63,6 +64,7 @@ LOCKED = "User is locked"  # how fal begins to say so (docs/fal-api.md, "Errors"
 QUOTED_CHARACTERS = 300  # of what fal says of an error
 SHOWN_CHARACTERS = 80  # of what may be data
 PIECE = 2**20  # bytes to which a packed body is unpacked at a time
+KEPT_OF_REFUSAL = 2**16  # bytes of the body of another status than 200; more of it is never shown
 
 _CHATTY = ("httpx", "httpcore.connection", "httpcore.http11", "httpcore.proxy")
 """Loggers that tell all headers of an answer, in which fal may echo the key."""
@@ -189,8 +191,9 @@ class FalClient:
             before_sleep=lambda state: self._report_retry(question.path, tries, state),
             reraise=True,
         )
-        answer: tuple[Answer, T] = retrying(self._try, question, read, tries)
-        return answer
+        with one_body():
+            answer: tuple[Answer, T] = retrying(self._try, question, read, tries)
+            return answer
 
     def _try(self, question: _Question, read: Callable[[bytes], T], tries: _Tries) -> tuple[Answer, T]:
         """Ask once, when it is our turn, and report to the limiter what came of it."""
@@ -200,7 +203,8 @@ class FalClient:
         self.require_open()
         sent_at = self._limiter.now()
         try:
-            found = self._send(question, request, read)
+            with passed_on():
+                found = self._send(question, request, read)
         except (ApiUnavailableError, MalformedAnswerError) as error:
             tries.is_first_failure = self._limiter.failed(sent_at, error)
             if self._limiter.circuit:
@@ -247,8 +251,7 @@ class FalClient:
             if self._stop.is_set():
                 raise StoppedError from None
             reason = self._settings.redact(str(error)) or type(error).__name__
-            for one in _chain(error):  # their frames hold the request as it was sent
-                traceback.clear_frames(one.__traceback__)
+            forget_frames(error)  # they hold the request as it was sent
             raise ApiUnavailableError(
                 f"fal could not be reached ({reason})",
                 request_id=request_id,
@@ -282,13 +285,17 @@ class FalClient:
         return headers
 
     def _body(self, response: httpx.Response) -> bytes:
-        """The decoded body; its size is capped while it is read, a cut gzip stream is an error."""
+        """The decoded body; its size is capped while it is read, a cut gzip stream is an error.
+
+        Of a refusal, of which only a sentence is shown, that is its beginning.
+        """
         cap = int(self._settings.max_body)
+        kept = cap if response.status_code == httpx.codes.OK else KEPT_OF_REFUSAL
         coding = response.headers.get("content-encoding", "identity").strip().lower()
         if coding not in ("identity", "", "gzip", "x-gzip"):
             raise ContractError("fal answered in an encoding that was not asked for")
         gunzip = zlib.decompressobj(wbits=31) if "gzip" in coding else None
-        parts: list[bytes] = []
+        body = BytesIO()  # one buffer: pieces of it would stay behind in the heap of each thread
         size = 0
         for received in response.iter_raw():
             for part in _unpacked(gunzip, received) if gunzip else (received,):
@@ -297,10 +304,12 @@ class FalClient:
                     raise ContractError(
                         f"the answer is larger than {cap:,} bytes; if so meant, raise FALETL_MAX_BODY"
                     )
-                parts.append(part)
-        if gunzip and parts and not gunzip.eof:
+                if size - len(part) < kept:
+                    _extend_deadline(take_turn(min(size, kept)))
+                    body.write(part[: kept - size + len(part)])
+        if gunzip and size and not gunzip.eof:
             raise MalformedAnswerError("the gzip body is not whole")
-        return b"".join(parts)
+        return body.getvalue()
 
     def _refusal(self, question: _Question, response: httpx.Response, body: bytes) -> FaletlError:
         """The error that an answer other than 200 means (docs/fal-api.md, "Errors")."""
@@ -426,21 +435,11 @@ _CAUSES: tuple[tuple[type[BaseException], str], ...] = (
 
 def _cause(error: BaseException) -> str:
     """One word for why fal could not be reached: those above, or `connection`."""
-    chain = _chain(error)
+    found = chain(error)
     for kind, word in _CAUSES:
-        if any(isinstance(one, kind) for one in chain):
+        if any(isinstance(one, kind) for one in found):
             return word
     return "connection"
-
-
-def _chain(error: BaseException) -> list[BaseException]:
-    """The error and those that it came from."""
-    chain: list[BaseException] = []
-    below: BaseException | None = error
-    while below is not None and below not in chain:
-        chain.append(below)
-        below = below.__cause__ or below.__context__
-    return chain
 
 
 def _forget_location(response: httpx.Response) -> None:
@@ -463,8 +462,11 @@ def _unpacked(gunzip: zlib._Decompress, received: bytes) -> Iterator[bytes]:
         more = bool(received) or len(part) == PIECE
 
 
+_HTML = re.compile(rb"\s*+<")
+
+
 def _is_html(body: bytes) -> bool:
-    return body.lstrip()[:1] == b"<"
+    return _HTML.match(body) is not None
 
 
 def _retry_after(headers: httpx.Headers) -> int | None:
@@ -510,6 +512,12 @@ def _left(timeout: float | None) -> float:
     if left <= 0:
         raise httpcore.ReadTimeout(f"no whole answer within {seconds:.0f} s")
     return left if timeout is None else min(left, timeout)
+
+
+def _extend_deadline(seconds: float) -> None:
+    """Move the deadline of the request under way: the time was ours, not fal's."""
+    at, allowed = _deadline.get((math.inf, math.inf))
+    _deadline.set((at + seconds, allowed))
 
 
 class _DeadlineStream(httpcore.NetworkStream):

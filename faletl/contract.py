@@ -15,8 +15,9 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from faletl.errors import ContractError
-from faletl.pages import UNREADABLE, as_json
+from faletl.bodies import LARGE_BODY
+from faletl.errors import ContractError, DataRefusedError
+from faletl.pages import MAX_FIELDS, UNREADABLE, as_json, require_uncrowded
 from faletl.resources import Column, Kind, Resource
 
 Tree: TypeAlias = "dict[str, Column | Tree | None]"
@@ -25,11 +26,20 @@ Tree: TypeAlias = "dict[str, Column | Tree | None]"
 Steps: TypeAlias = tuple[str, ...]
 """Where a field stands in a record; around the records, behind a first step `$`."""
 
+Json: TypeAlias = bytes | msgspec.Raw
+"""A JSON value as it was sent; a Raw is a part of the body, and no copy."""
+
+_NULL = msgspec.Raw(b"null")
+
 _AROUND = frozenset({"next_cursor", "has_more", "ordering", "summary", "time_series"})
 """Fields around the records that fal is known to send, beside the record list itself."""
 
 _NEXT_CURSOR = b'"next_cursor"'
 _EMPTY_CURSOR = re.compile(_NEXT_CURSOR + rb'\s*:\s*""')
+
+LARGEST_RECORD = 4 * 2**20
+"""Bytes of JSON in one record, or around records; DuckDB reserves buffers for twice as much on each
+thread."""
 
 _SAMPLE = 80  # characters of a value in a drift
 _MOST_NEW = 100  # fields that may be new at once: more are no records of fal's any more
@@ -61,11 +71,16 @@ class Contract:
     def breaches(self, body: bytes) -> dict[int, str]:
         """Why rows of the page (numbered from 1) cannot be right; a later check finds more.
 
+        A large page is looked at record by record, so that only one of them is decoded at a time.
+
         Raises:
-            ContractError: what is around the records is not what was asked for.
+            ContractError: what is around the records is not what was asked for, or too large.
+            DataRefusedError: a record is too large.
         """
         if _EMPTY_CURSOR.match(body, body.rfind(_NEXT_CURSOR)):  # null is fal's way to say so
             self.retyped.setdefault(("$", "next_cursor"), '""')
+        if len(body) > LARGE_BODY:
+            return self._look_closer(body)
         try:
             page = _page(self.rows_path, self.columns, self.known.union(self.new)).decode(body)
         except msgspec.ValidationError:
@@ -82,6 +97,8 @@ class Contract:
         return {}
 
     def _look_closer(self, body: bytes) -> dict[int, str]:
+        if body.count(b",") > MAX_FIELDS:
+            require_uncrowded(body)
         tree = tree_of(_inside(self.columns), self.known)
         usable, as_promised = _record(self.columns), _record(self.columns, is_strict=True)
         around_decoder = _around(self.columns)
@@ -91,6 +108,7 @@ class Contract:
             why_around = reason[0] if reason else None
             for record in records:
                 row += 1
+                require_small(record)
                 self._note_fields(record, tree, ())
                 self._note_type(record, _reason(as_promised, record))
                 if why := why_around or self._note_type(record, _reason(usable, record)):
@@ -98,44 +116,46 @@ class Contract:
         self._rows += row
         return found
 
-    def _levels(self, body: bytes) -> Iterator[tuple[bytes, list[bytes]]]:
+    def _levels(self, body: bytes) -> Iterator[tuple[Json, list[Json]]]:
         """What stands around each list of records, and the records; new fields around are noted."""
         if not self.rows_path:
             yield b"{}", [body]
             return
-        around: list[bytes] = [body]
+        around: list[Json] = [body]
         place: Steps = ("$",)
         for step in self.rows_path:
             is_first, is_last = len(place) == 1, len(place) == len(self.rows_path)
             known = {step} | (_AROUND if is_first else set())
             known |= {c.name for c in self.columns if c.is_outer} if is_last else set()
-            inner: list[bytes] = []
+            inner: list[Json] = []
             for one in around:
                 fields = _decoded(OBJECT, one)
+                rows = fields.get(step, b"null")
+                require_small_around(one, rows)
                 for name in sorted(fields.keys() - known):
-                    self._note_new((*place, name), bytes(fields[name]))
-                listed = list(map(bytes, _decoded(LIST, bytes(fields.get(step, b"null")))))
+                    self._note_new((*place, name), fields[name])
+                listed = _decoded(LIST, rows)
                 if is_last:
                     yield one, listed
                 inner += listed
             around, place = inner, (*place, step)
 
-    def _note_fields(self, record: bytes, tree: Tree, place: Steps) -> None:
+    def _note_fields(self, record: Json, tree: Tree, place: Steps) -> None:
         for name, value in _fields_of(record).items():
             node = tree.get(name, ...)
             if node is ...:
-                self._note_new((*place, name), bytes(value))
+                self._note_new((*place, name), value)
             elif node is not None:
                 self._present |= {name} if not place else set()
                 if isinstance(node, dict):
-                    self._note_fields(bytes(value), node, (*place, name))
+                    self._note_fields(value, node, (*place, name))
 
-    def _note_new(self, path: Steps, value: bytes) -> None:
+    def _note_new(self, path: Steps, value: Json) -> None:
         self.new.setdefault(path, _sample(value))
         if len(self.new) > _MOST_NEW:
             raise ContractError(f"fal's records have more than {_MOST_NEW} fields that are not known")
 
-    def _note_type(self, record: bytes, reason: tuple[str, Steps | None] | None) -> str | None:
+    def _note_type(self, record: Json, reason: tuple[str, Steps | None] | None) -> str | None:
         """The reason's sentence; a value of another type is noted."""
         if reason is None:
             return None
@@ -143,7 +163,7 @@ class Contract:
         if retyped is not None:
             value = record
             for step in retyped:  # of a name that comes twice the last is taken, which may be right
-                value = bytes(_fields_of(value).get(step, b"null"))
+                value = _fields_of(value).get(step, b"null")
             self.retyped.setdefault(retyped, _sample(value))
         return sentence
 
@@ -153,7 +173,25 @@ LIST = msgspec.json.Decoder(list[msgspec.Raw])
 """What they hold stays bytes."""
 
 
-def records_of(body: bytes, rows_path: tuple[str, ...]) -> list[bytes]:
+def require_small(record: Json) -> None:
+    """Raise DataRefusedError for a record that is larger than one can be meant to be."""
+    if len(memoryview(record)) > LARGEST_RECORD:
+        raise DataRefusedError(TOO_LARGE)
+
+
+TOO_LARGE = (
+    f"fal's records cannot be read: one is larger than {LARGEST_RECORD:,} bytes; "
+    "the window is not loaded"
+)
+
+
+def require_small_around(whole: Json, rows: Json) -> None:
+    """Raise ContractError where an object holds that much besides its records."""
+    if len(memoryview(whole)) - len(memoryview(rows)) > LARGEST_RECORD:
+        raise ContractError(f"fal's answer holds more than {LARGEST_RECORD:,} bytes around its records")
+
+
+def records_of(body: bytes, rows_path: tuple[str, ...]) -> list[Json]:
     """The records of a page as they were sent, in order; raises ContractError where there are none."""
     return [record for _, records in Contract(rows_path, ())._levels(body) for record in records]
 
@@ -162,11 +200,11 @@ def has_value(body: bytes, resource: Resource, name: str) -> bool:
     """Whether the first record of a page has something in the column of that name."""
     value = next(iter(records_of(as_json(body), resource.rows_path)), b"null")
     for step in resource.column(name).steps:
-        value = bytes(_fields_of(value).get(step, b"null"))
-    return value != b"null"
+        value = _fields_of(value).get(step, b"null")
+    return bytes(value) != b"null"
 
 
-def _fields_of(text: bytes) -> Mapping[str, msgspec.Raw]:
+def _fields_of(text: Json) -> Mapping[str, msgspec.Raw]:
     """The fields of an object, unread; of anything else none, as that is another breach."""
     try:
         return OBJECT.decode(text)
@@ -176,7 +214,7 @@ def _fields_of(text: bytes) -> Mapping[str, msgspec.Raw]:
         raise _unreadable(error) from None
 
 
-def _decoded(decoder: msgspec.json.Decoder[Any], text: bytes) -> Any:
+def _decoded(decoder: msgspec.json.Decoder[Any], text: Json) -> Any:
     try:
         return decoder.decode(text)
     except UNREADABLE as error:
@@ -306,7 +344,7 @@ def _struct(
     names = {f"f{number}": name for number, name in enumerate(fields)}
     for name, node in zip(names, fields.values(), strict=True):
         if node is None:
-            specs.append((name, Any, None))
+            specs.append((name, msgspec.Raw, _NULL))  # of any type and size: it is not decoded
         elif isinstance(node, Column) and node.kind not in types:
             continue
         elif isinstance(node, Column):
@@ -343,7 +381,7 @@ _SAID = {
 }  # fmt: skip
 
 
-def _reason(decoder: msgspec.json.Decoder[Any], text: bytes) -> tuple[str, Steps | None] | None:
+def _reason(decoder: msgspec.json.Decoder[Any], text: Json) -> tuple[str, Steps | None] | None:
     """Why the object is not of that type, in the words that people use; and which field has another.
 
     Raises:
@@ -371,5 +409,5 @@ def _reason(decoder: msgspec.json.Decoder[Any], text: bytes) -> tuple[str, Steps
     return message, None
 
 
-def _sample(value: bytes) -> str:
-    return value[: 4 * _SAMPLE].decode("utf-8", "replace")[:_SAMPLE]
+def _sample(value: Json) -> str:
+    return bytes(memoryview(value)[: 4 * _SAMPLE]).decode("utf-8", "replace")[:_SAMPLE]

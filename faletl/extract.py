@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -22,7 +22,7 @@ from faletl.errors import (
     KeyRefusedError,
     NotFoundError,
 )
-from faletl.landing import Attempt, Call, Landed, Manifest, Part
+from faletl.landing import Attempt, Call, Landed, LandedPage, Manifest, Part
 from faletl.pages import UNREADABLE, as_json, read_envelope, walk
 from faletl.places import storage_error
 from faletl.resources import MAKE_A_KEY, MODELS, Question, Resource
@@ -375,24 +375,40 @@ class _Asking:
         # A control total is always asked anew: it must be that of the rows as they are at the end.
         is_kept = label in ("rows", "before")
         landed = self._attempt.landed(label, params) if is_kept else iter(())
-        pages = []
+        pages = self._walked(label, path, params, rows_path, landed, before)
+        if pages is None:
+            pages = self._walked(label, path, params, rows_path, landed)
+        query = {name: [v] if isinstance(v, str) else list(v) for name, v in params.items()}
+        self.calls.append(Call(label, path, query, pages or []))
+
+    def _walked(
+        self,
+        label: str,
+        path: str,
+        params: Params,
+        rows_path: tuple[str, ...],
+        landed: Iterator[bytes],
+        before: Callable[[], bool] | None = None,
+    ) -> list[LandedPage] | None:
+        """Land all pages of a walk; None where `before` was answered, so that it begins anew."""
+        pages = list[LandedPage]()
+        walked = walk(
+            self._client, path, params, rows_path, landed, metrics=self.resource.uses_metrics_key
+        )
         try:
-            for page, is_new in walk(
-                self._client, path, params, rows_path, landed,
-                metrics=self.resource.uses_metrics_key,
-            ):  # fmt: skip
-                if is_new and self.first_date is None and page.date:
-                    self.first_date, self.first_answer_at = page.date, datetime.now(UTC)
-                is_first_of_many = page.number == 1 and page.next_cursor is not None
-                if before and is_first_of_many and before() and is_new:
-                    self.land(label, path, params, rows_path)
-                    return
-                record = self._attempt.land if is_new else self._attempt.described
-                pages.append(record(label, params, page))
+            with closing(walked):
+                for page, is_new in walked:
+                    if is_new and self.first_date is None and page.date:
+                        self.first_date, self.first_answer_at = page.date, datetime.now(UTC)
+                    is_first_of_many = page.number == 1 and page.next_cursor is not None
+                    if before and is_first_of_many and before() and is_new:
+                        return None
+                    record = self._attempt.land if is_new else self._attempt.described
+                    pages.append(record(label, params, page))
+                    del page  # before the next one is asked for
         except FaletlError as error:
             raise error.at(page=len(pages) + 1) from None
-        query = {name: [v] if isinstance(v, str) else list(v) for name, v in params.items()}
-        self.calls.append(Call(label, path, query, pages))
+        return pages
 
     def keep(self, landed: Landed, part: Part) -> None:
         """Take over a part of an earlier extract."""

@@ -47,7 +47,8 @@ class SetAside:
             endpoint_id = msgspec.json.decode(record, type=_WithEndpoint).endpoint_id[:_LONGEST_ID]
         except UNREADABLE:
             endpoint_id = None
-        return cls(page, row, reason, record.decode("utf-8", "replace")[:_LONGEST], endpoint_id)
+        text = record[: 4 * _LONGEST].decode("utf-8", "replace")[:_LONGEST]
+        return cls(page, row, reason, text, endpoint_id)
 
 
 class _WithEndpoint(msgspec.Struct):

@@ -27,6 +27,7 @@ import filelock
 import msgspec
 import zstandard
 
+from faletl.bodies import one_body, take_turn
 from faletl.client import Params
 from faletl.config import Settings
 from faletl.errors import (
@@ -247,7 +248,7 @@ class Landed(msgspec.Struct, frozen=True):
                 "again with faletl run --start … --end …",
                 file=str(path),
             )
-        return zstandard.ZstdDecompressor().decompress(content)
+        return _unpacked(content)
 
 
 class Attempt:
@@ -272,13 +273,14 @@ class Attempt:
             name = page_name(label, params, number)
             try:
                 content = at(source).read(source / name)
-                body = zstandard.ZstdDecompressor().decompress(content)
+                body = _unpacked(content)
             except (FileNotFoundError, zstandard.ZstdError, MemoryError):  # a size that cannot be
                 return  # ask fal from here on
             if source != self.folder:
                 write_durably(self.folder / name, content)
             self._redacted += REDACTED.encode() in body
             yield body
+            del body, content  # before the next one is read
 
     def land(self, label: str, params: Params, page: Page) -> LandedPage:
         """Write the page for good; raises StorageError."""
@@ -293,7 +295,8 @@ class Attempt:
         for call in part.calls:
             for page in call.pages:
                 content = at(self.folder).read(landed.folder / page.file)
-                self._redacted += REDACTED.encode() in zstandard.ZstdDecompressor().decompress(content)
+                with one_body():
+                    self._redacted += REDACTED.encode() in _unpacked(content)
                 write_durably(self.folder / page.file, content)
         return part.calls
 
@@ -723,6 +726,12 @@ def page_name(label: str, params: Params, number: int) -> str:
 def _question(label: str, params: Params) -> str:
     question = msgspec.json.encode(dict(sorted(params.items())))
     return f"{label}-{hashlib.sha256(question).hexdigest()[:12]}-"
+
+
+def _unpacked(content: bytes) -> bytes:
+    """The page that a file holds; a large one waits for its turn."""
+    take_turn(zstandard.frame_content_size(content))
+    return zstandard.ZstdDecompressor().decompress(content)
 
 
 def _described(name: str, content: bytes, page: Page) -> LandedPage:

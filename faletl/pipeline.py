@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Literal
 import sqlalchemy as sa
 
 from faletl import accounts, alerts, holds, landing, models, relabel
+from faletl.bodies import forget_frames
 from faletl.client import FalClient, StoppedError
 from faletl.config import Settings
 from faletl.errors import (
@@ -205,6 +206,7 @@ def load_reads(
                 staged = stage_window(settings, landed, scratch, accepted)
             except FaletlError as error:
                 task = Task(RESOURCES[landed.manifest.resource], landed.manifest.window)
+                forget_frames(error)
                 report.failures.append((task, error.at(account=landed.manifest.account)))
                 continue
             load([staged])
@@ -482,6 +484,7 @@ def worked(
                 except AccessRefusedError:
                     raise
                 except FaletlError as error:
+                    forget_frames(error)  # a report is kept, and frames may hold pages
                     report.failures.append((task, error))
             yield [staged for staged in batch if staged is not None], len(ended)
     except BaseException:

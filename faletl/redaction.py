@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from typing import NamedTuple, Self
 
 REDACTED = "[key]"
 
@@ -23,9 +25,7 @@ def without(body: bytes, secrets: Iterable[str]) -> bytes:
     longest_first = sorted({one for one in secrets if len(one) >= SHORTEST}, key=len, reverse=True)
     # A secret that holds another one cannot be where that is not: a large page is searched for few.
     innermost = [one for one in longest_first if not any(o in one for o in longest_first if o != one)]
-    flat, folded = _flat(body), body.lower()
-    folded_flat = folded if flat is body else flat.lower()
-    if not any(_may_be_shown(one, flat, folded, folded_flat) for one in innermost):
+    if not _may_show(body, [_Sought.of(one) for one in innermost]):
         return body
     for secret in longest_first:
         for form in (_escaped(secret), secret.encode().hex().encode()):
@@ -35,15 +35,62 @@ def without(body: bytes, secrets: Iterable[str]) -> bytes:
     return body
 
 
-def _may_be_shown(secret: str, flat: bytes, folded: bytes, folded_flat: bytes) -> bool:
-    plain = secret.lower().encode()
-    has_escapes = folded_flat is not folded
+class _Sought(NamedTuple):
+    """What shows that a secret may be in a body: in any case, without escapes, and as it is."""
+
+    folded: tuple[bytes, ...]
+    folded_flat: tuple[bytes, ...]
+    flat: tuple[bytes, ...]
+
+    @classmethod
+    def of(cls, secret: str) -> Self:
+        """Of one secret."""
+        plain = secret.lower().encode()
+        flat = (plain.replace(b"\\", b""), _flat(plain))
+        return cls((plain, secret.encode().hex().encode()), flat, tuple(_in_base64(secret)))
+
+    @property
+    def longest(self) -> int:
+        """Bytes of the longest of them."""
+        return max(len(one) for one in chain.from_iterable(self))
+
+
+_PIECE = 2**17
+"""Bytes that are looked at together: a page of escapes takes many times its size without them."""
+
+
+def _may_show(body: bytes, sought: Sequence[_Sought]) -> bool:
+    """Whether any of them is in the body; piece by piece, with the end of each in front of the next."""
+    overlap = max((one.longest for one in sought), default=1) - 1
+    start, folded_end, flat_end, has_escapes = 0, b"", b"", False
+    while sought and start < len(body):
+        end = _end_of_piece(body, start)
+        piece = body[start:end]
+        without_escapes = _flat(piece)
+        had_escapes, has_escapes = has_escapes, without_escapes is not piece
+        flat, folded = flat_end + without_escapes, folded_end + piece.lower()
+        folded_flat = flat.lower() if has_escapes or had_escapes else folded
+        if any(_is_shown(one, flat, folded, folded_flat) for one in sought):
+            return True
+        start, folded_end, flat_end = end, folded[-overlap:], flat[-overlap:]
+    return False
+
+
+def _is_shown(sought: _Sought, flat: bytes, folded: bytes, folded_flat: bytes) -> bool:
     return (
-        plain in folded
-        or secret.encode().hex().encode() in folded
-        or (has_escapes and any(one in folded_flat for one in (plain.replace(b"\\", b""), _flat(plain))))
-        or any(coded in flat for coded in _in_base64(secret))
+        any(one in folded for one in sought.folded)
+        or (folded_flat is not folded and any(one in folded_flat for one in sought.folded_flat))
+        or any(one in flat for one in sought.flat)
     )
+
+
+def _end_of_piece(body: bytes, start: int) -> int:
+    """Where a piece ends that begins there, never within an escape."""
+    end = start + _PIECE
+    if end >= len(body):
+        return len(body)
+    marks = (body.rfind(b"\\", end - 5, end), body.rfind(b"%", end - 2, end))
+    return min((mark for mark in marks if mark >= 0), default=end)
 
 
 def _flat(text: bytes) -> bytes:

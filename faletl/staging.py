@@ -16,14 +16,27 @@ import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal, localcontext
+from itertools import accumulate, groupby
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import duckdb
 import msgspec
 
+from faletl.bodies import one_body
 from faletl.config import Settings
-from faletl.contract import LIST, OBJECT, Contract, Tree, records_of, tree_of
+from faletl.contract import (
+    LARGEST_RECORD,
+    LIST,
+    OBJECT,
+    TOO_LARGE,
+    Contract,
+    Tree,
+    records_of,
+    require_small,
+    require_small_around,
+    tree_of,
+)
 from faletl.decisions import accept_command
 from faletl.errors import (
     ContractError,
@@ -59,9 +72,6 @@ _ROW_GROUP = 20_480
 """Rows of a group in a file, of which each thread holds one in memory. An insert of groups larger than
 the 122,880 rows of DuckDB's own takes twice as long."""
 
-LARGEST_RECORD = 4 * 2**20
-"""Bytes of JSON in one record; DuckDB sets buffers aside for twice as much on each thread."""
-
 DIGEST_FORM = "-2"
 """How a digest ends that is made as it is now. One of another form is never equal to it: such a window
 is loaded once more when it is read again."""
@@ -69,7 +79,9 @@ is loaded once more when it is read again."""
 _TEXTS = (Kind.TEXT, Kind.LIST)
 _TELL = 3  # so many offenders are named in an error
 _KEEP = 1000  # so many are kept in ops.quarantine of one read; the landed pages have all
+_KEEP_CHARACTERS = 2**21  # of the texts of these rows
 _LITTLE = 2**20  # compressed bytes of pages
+_TOGETHER = 2**20  # bytes of records whose numbers are looked at together
 _ENOUGH = 200  # bytes of a list, to find where in its object it stands
 
 Level: TypeAlias = tuple[Mapping[str, msgspec.Raw], list[msgspec.Raw]]
@@ -130,17 +142,18 @@ def stage_window(
     manifest = landed.manifest
     resource = RESOURCES[manifest.resource]
     try:
-        with _engine(settings, scratch, landed) as connection:
+        # A window with a large page keeps its turn to the end: the engine holds much of it, too.
+        with one_body(), _engine(settings, scratch, landed) as connection:
             return _stage(connection, landed, resource, scratch, accepted)
     except FaletlError as error:
         raise error.at(resource=resource.name, window=str(manifest.window)) from None
     except duckdb.InvalidInputException as error:
         is_huge = "maximum_object_size" in str(error)
-        why = f"one is larger than {LARGEST_RECORD:,} bytes" if is_huge else str(error).splitlines()[0]
+        said = str(error).splitlines()[0]
+        sentence = f"fal's records cannot be read: {said}; the window is not loaded"
         raise DataRefusedError(
-            f"fal's records cannot be read: {why}; the window is not loaded",
-            resource=resource.name, window=str(manifest.window),
-        ) from None  # fmt: skip
+            TOO_LARGE if is_huge else sentence, resource=resource.name, window=str(manifest.window)
+        ) from None
     except duckdb.OutOfMemoryException as error:
         raise ExhaustedError.of_engine(
             "staging", error, resource=resource.name, window=str(manifest.window)
@@ -371,12 +384,20 @@ def _set_breaches_aside(
         f"select _page, _row, _breach {breached} order by _page, _row limit {_KEEP}"
     ).fetchall()
     rows_path, pages = _rows_path(resource, label), landed.manifest.pages(label)
-    records: dict[int, list[bytes]] = {}
-    for page, row, why in found:
-        if page not in records:
-            records = {page: records_of(as_json(landed.body(pages[page - 1])), rows_path)}
-        typed.set_aside += (SetAside.of(page, row, why, records[page][row - 1]),)
-    typed.set_aside = tuple(sorted(typed.set_aside, key=lambda one: (one.page, one.row))[:_KEEP])
+    for page, rows in groupby(found, key=lambda one: int(one[0])):
+        with one_body():
+            records = records_of(as_json(landed.body(pages[page - 1])), rows_path)
+            typed.set_aside += tuple(
+                SetAside.of(page, row, why, bytes(records[row - 1])) for _, row, why in rows
+            )
+            del records
+    typed.set_aside = _kept(sorted(typed.set_aside, key=lambda one: (one.page, one.row)))
+
+
+def _kept(set_aside: Sequence[SetAside]) -> tuple[SetAside, ...]:
+    """The first of these rows, as many as are kept."""
+    sizes = accumulate(len(one.raw_json) for one in set_aside[:_KEEP])
+    return tuple(one for one, size in zip(set_aside, sizes, strict=False) if size <= _KEEP_CHARACTERS)
 
 
 _TOTALS = ("before", "proof")
@@ -397,7 +418,6 @@ def _write_lines(landed: Landed, resource: Resource, label: str, lines: Path, *,
     if label in _TOTALS and resource.proof:  # of a total only what is compared is looked at
         known |= {(column.name,) for column in resource.proof.columns}
     typed = Typed(Contract(rows_path, columns, known))
-    names = _names_of_numbers(columns)
     asked = [column.name for column in columns if column.is_asked]
     pages = [
         (page, {name: call.query[name][0] for name in asked})
@@ -409,28 +429,42 @@ def _write_lines(landed: Landed, resource: Resource, label: str, lines: Path, *,
         for number, (page, parameters) in enumerate(pages, start=1):
             outer = {"_page": number, **parameters}
             try:
-                sent = as_json(landed.body(page))
-                breaches = typed.contract.breaches(sent)
-                body = _with_texts_as_numbers(sent, columns, typed.contract)
-                body, rounded = with_exact_numbers(body, names, is_each=is_each)
-                typed.rounded += rounded
-                levels = _levels(body, rows_path)
-                if is_each:
-                    breaches = {**_rows_with_a_key_twice(levels), **breaches}
-                is_one_line = b"\n" not in body and b"\r" not in body
-                file.write(_raw_lines(levels, columns, outer, breaches, is_one_line=is_one_line))
-                _set_untyped_aside(typed, number, breaches, sent)
+                with one_body():
+                    _write_page(file, landed.body(page), outer, typed, is_each=is_each)
             except FaletlError as error:
                 raise error.at(page=number, request_id=page.request_id) from None
     return typed
 
 
-def _set_untyped_aside(typed: Typed, page: int, breaches: Mapping[int, str], body: bytes) -> None:
+def _write_page(
+    file: BinaryIO, body: bytes, outer: Mapping[str, Any], typed: Typed, *, is_each: bool
+) -> None:
+    """Write the records of a page, and note what became of them; `outer` has its number."""
+    columns = typed.contract.columns
+    names = _names_of_numbers(columns)
+    body = as_json(body)
+    breaches = typed.contract.breaches(body)
+    levels = _levels(body, typed.contract.rows_path)
+    if is_each:
+        breaches = {**_rows_with_a_key_twice(levels), **breaches}
+    is_one_line = b"\n" not in body and b"\r" not in body
+    for sent in _raw_lines(levels, columns, outer, breaches, is_one_line=is_one_line):
+        text = _with_texts_as_numbers(sent, columns, typed.contract)
+        text, rounded = with_exact_numbers(text, names, is_each=is_each)
+        typed.rounded += rounded
+        file.write(text)
+    _set_untyped_aside(typed, outer["_page"], breaches, levels)
+
+
+def _set_untyped_aside(
+    typed: Typed, page: int, breaches: Mapping[int, str], levels: Sequence[Level]
+) -> None:
     typed.breaches += len(breaches)
     if breaches and len(typed.set_aside) < _KEEP:
-        records = records_of(body, typed.contract.rows_path)
-        more = (SetAside.of(page, row, why, records[row - 1]) for row, why in breaches.items())
-        typed.set_aside = (*typed.set_aside, *more)[:_KEEP]
+        records = [record for _, records in levels for record in records]
+        first = list(breaches.items())[: _KEEP - len(typed.set_aside)]
+        more = [SetAside.of(page, row, why, bytes(records[row - 1])) for row, why in first]
+        typed.set_aside = _kept([*typed.set_aside, *more])
 
 
 def _write_typed(
@@ -573,26 +607,32 @@ def _levels(body: bytes, rows_path: tuple[str, ...]) -> list[Level]:
     """The objects that hold records, and their records.
 
     Raises:
-        ContractError: an object around the records has a key twice; in records DuckDB sees to it.
+        ContractError: an object around the records has a key twice (in records DuckDB sees to it), or
+            holds much besides them.
+        DataRefusedError: a record is too large.
     """
     if not rows_path:
+        require_small(body)
         return [({}, [msgspec.Raw(body.strip())])]
     objects: list[bytes | msgspec.Raw] = [body]
     for step in rows_path:
         fields = [OBJECT.decode(one) for one in objects]
         for one, known in zip(objects, fields, strict=True):
+            require_small_around(one, known[step])
             _require_keys_once(_without(one, known[step]))
         lists = [LIST.decode(one[step]) for one in fields]
         objects = [inner for rows in lists for inner in rows]
+    for record in objects:
+        require_small(record)
     return list(zip(fields, lists, strict=True))
 
 
 def _without(text: bytes | msgspec.Raw, rows: msgspec.Raw) -> bytes:
     """The JSON object with an empty list in place of its records; as it is where these are not found."""
     body = bytes(text)  # a page may be large: it is not copied
-    start = body.find(memoryview(rows)[:_ENOUGH])
-    is_there = start >= 0 and body.startswith(rows, start)
-    return body[:start] + b"[]" + body[start + len(memoryview(rows)) :] if is_there else body
+    start, end = body.find(memoryview(rows)[:_ENOUGH]), len(memoryview(rows))
+    is_there = start >= 0 and memoryview(body)[start : start + end] == memoryview(rows)
+    return body[:start] + b"[]" + body[start + end :] if is_there else body
 
 
 def _require_keys_once(text: bytes) -> None:
@@ -628,22 +668,29 @@ def _raw_lines(
     without: Container[int],
     *,
     is_one_line: bool,
-) -> bytes:
-    """The records of a page as they are, one a line, each behind its page, row and outer fields."""
+) -> Iterator[bytes]:
+    """The records of a page as they are, one a line, each behind its page, row and outer fields.
+
+    They come some at a time, so that a large page is not held twice.
+    """
     names = [column.name for column in columns if column.is_outer]
-    lead, lines, rows = msgspec.json.encode(outer)[:-1], list[bytes](), 0
+    lead, lines, size, row = msgspec.json.encode(outer)[:-1], list[bytes](), 0, 0
     for level, records in levels:
         fields = b"".join(
             b',"%s":%s' % (name.encode(), bytes(level.get(name, b"null"))) for name in names
         )
         head = lead + fields + b',"_row":'
-        lines += [
-            b'%b%d,"record":%b}\n' % (head, row, record if is_one_line else _one_line(record))
-            for row, record in enumerate(records, start=rows + 1)
-            if row not in without
-        ]
-        rows += len(records)
-    return b"".join(lines)
+        for record in records:
+            row += 1
+            if row in without:
+                continue
+            text = record if is_one_line else _one_line(record)
+            lines.append(b'%b%d,"record":%b}\n' % (head, row, text))
+            size += len(lines[-1])
+            if size > _TOGETHER:
+                yield b"".join(lines)
+                lines, size = [], 0
+    yield b"".join(lines)
 
 
 def _one_line(record: msgspec.Raw) -> bytes:
