@@ -103,6 +103,8 @@ bench: setup
 	$(BIN)/python -m benchmarks.whole_run 1000000 5000000
 	$(BIN)/python -m benchmarks.extract_load
 	$(BIN)/python -m benchmarks.history 5000000 50000000
+	$(BIN)/python -m benchmarks.hourly --after 12 396
+	$(BIN)/python -m benchmarks.hourly --after 12 --days 10 365
 	$(BIN)/python -m benchmarks.latency
 	$(BIN)/python -m benchmarks.usage_year
 	$(BIN)/python -m benchmarks.start

@@ -1,16 +1,15 @@
 """What an hourly run costs after many others: the same windows, behind ever more history.
 
-    python -m benchmarks.hourly --runs 400
-    python -m benchmarks.hourly --runs 30 --days 10 365
+    python -m benchmarks.hourly --after 12 108 204 396
+    python -m benchmarks.hourly --after 12 --days 10 365
 
-A run for each hour of a moving clock, of an account with 20 lines in every hour, of which some arrive a
-day late. After that each run is compared with those that extracted the same windows, by their age, at
-the same hour of a day: CPU, statements to the warehouse, files and folders of the landing that were
-opened, listed or changed, and how many of those belong to windows that were not due. `copy_ms` is a copy
-of the published file, which is as large as the warehouse. With `--days`, the first run loads that many
-days, and the runs behind it are compared.
-
-Everything is one process, the server included (its answers are as large for the same windows).
+A run for each hour of a moving clock, of an account with 20 lines in every hour; on each third day one
+of them arrives a day late. After each of these numbers of runs the folder is kept, and in the end one
+more run is made in a copy of each, in turn: at noon, when no day is due but the open one. With `--days`
+the first run of all loads that many days. Counted are CPU, statements to the warehouse, files and
+folders of the landing that Python opened, listed or changed, and how many of these belong to windows
+that were not due. `copy_s` is what a copy of the published file takes, which is as large as the
+warehouse. Everything is one process, the server included, which answers the same questions alike.
 """
 
 from __future__ import annotations
@@ -22,22 +21,22 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import UTC, date, datetime, timedelta
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 import time_machine
 
-from benchmarks.measure import tell
+from benchmarks.measure import ROUNDS, tell
 from faletl import pipeline
 from faletl.config import Settings
 from faletl.sandbox import FULL_KEY, Sandbox
 from faletl.sandbox.world import BillingEvent, UsageLine
+from tests.touched import Watch, is_of
 from tests.truth import Account, charges, line
 
 FIRST = datetime(2026, 1, 5, 0, 30, tzinfo=UTC)
@@ -45,9 +44,6 @@ HOUR, DAY = timedelta(hours=1), timedelta(days=1)
 ENDPOINTS = tuple(f"bench/endpoint-{number:02d}" for number in range(20))
 LATE = timedelta(hours=27)
 """How long after its hour a late line is shown: its day has been extracted several times by then."""
-
-OFFICE_HOURS = range(9, 15)
-"""Hours at which, as a rule, no day is due but the open one."""
 
 
 class Busy(Account):
@@ -93,144 +89,103 @@ def lines_of(day: date) -> list[tuple[UsageLine, datetime]]:
 
 @dataclass
 class Cost:
-    """What a run took; `windows` are those that it extracted, by resource and age in days."""
+    """What a run took."""
 
-    windows: tuple[tuple[str, int], ...] = ()
+    windows: int = 0
     cpu_s: float = 0
     statements: int = 0
     touched: int = 0
     not_due: int = 0
-    copy_ms: float = 0
-    asked: set[str] = field(default_factory=set)
+    copy_s: float = 0
+    warehouse_mib: float = 0
 
 
-class Watch:
-    """Counts the files and folders below a folder that Python opens, lists or changes."""
-
-    EVENTS = frozenset(
-        ["open", "os.listdir", "os.scandir", "os.mkdir", "os.remove", "os.rename", "os.rmdir"]
-    )
-
-    def __init__(self, folder: Path) -> None:
-        self._start = f"{folder}/"
-        self.touched: list[str] | None = None
-        sys.addaudithook(self._seen)  # a hook stays as long as the process
-
-    def _seen(self, event: str, given: tuple[Any, ...]) -> None:
-        if self.touched is not None and event in self.EVENTS:
-            path = str(given[0])
-            if path.startswith(self._start):
-                self.touched.append(path.removeprefix(self._start))
+def settings_of(url: str, folder: Path, days: int, *, gate: bool) -> Settings:
+    """Settings of a warehouse in the folder."""
+    return Settings.isolated(
+        key=FULL_KEY, api_url=url, warehouse=f"duckdb:///{folder / 'warehouse.duckdb'}",
+        landing=str(folder / "landing"), first_days=days, rate=0, gate=gate,
+    )  # fmt: skip
 
 
-@contextmanager
-def counting(cost: Cost, watch: Watch) -> Iterator[None]:
-    """Count statements, files and CPU."""
+def one_run(settings: Settings, watch: Watch) -> Cost:
+    """A plain run, as `faletl run` makes it."""
+    cost = Cost()
 
     def count(*_: Any) -> None:
         cost.statements += 1
 
-    watch.touched = []
+    watch.start()
     sa.event.listen(sa.Engine, "after_cursor_execute", count)
     began = time.process_time()
-    try:
-        yield
-    finally:
-        cost.cpu_s = time.process_time() - began
-        sa.event.remove(sa.Engine, "after_cursor_execute", count)
-        cost.touched, cost.asked = len(watch.touched), set(watch.touched)
-        watch.touched = None
-
-
-def one_run(settings: Settings, watch: Watch, now: datetime) -> Cost:
-    """A plain run, as `faletl run` makes it."""
-    cost = Cost()
-    with counting(cost, watch):
-        report = pipeline.run(settings)
+    report = pipeline.run(settings)
+    cost.cpu_s = time.process_time() - began
+    sa.event.remove(sa.Engine, "after_cursor_execute", count)
+    touched = watch.stop()
     assert report.exit_code == 0, report.failures
-    windows = {(one.resource, one.window.day) for one in report.outcomes}
-    cost.windows = tuple(
-        sorted((one.resource, (now.date() - one.window.day).days) for one in report.outcomes)
-    )
-    cost.not_due = sum(not _is_of(path, windows) for path in cost.asked)
-    published = Path(report.published or "")
+    windows = {(one.resource, f"{one.window.day}") for one in report.outcomes}
+    cost.windows, cost.touched = len(windows), len(touched)
+    cost.not_due = sum(not is_of(path, windows) for path in touched)
+    published = Path(settings.warehouse.removeprefix("duckdb:///")).with_name("spend.duckdb")
     began = time.process_time()
-    if report.published:
-        shutil.copyfile(published, published.with_suffix(".copy"))
-        published.with_suffix(".copy").unlink()
-    cost.copy_ms = round(1000 * (time.process_time() - began), 1)
+    shutil.copyfile(published, published.with_suffix(".copy"))
+    cost.copy_s = time.process_time() - began
+    cost.warehouse_mib = published.stat().st_size / 2**20
     return cost
 
 
-def _is_of(path: str, windows: set[tuple[str, date]]) -> bool:
-    """Whether a path of the landing (account, resource, day, …) is no other window's."""
-    parts = path.split("/")
-    return len(parts) < 3 or (parts[1], parts[2]) in {(name, f"{day}") for name, day in windows}
-
-
-def history(runs: int, days: int, folder: Path, *, gate: bool) -> list[Cost]:
-    """The cost of each of that many hourly runs; the first one loads the days before, too."""
+def grow(
+    root: Path, days: int, after: list[int], url: str, watch: Watch, clock: Any, *, gate: bool
+) -> None:
+    """Make a history of that many days and runs; keep its folder after each of these numbers of runs."""
+    folder = root / "grown"
     folder.mkdir()
-    watch = Watch(folder / "landing")
-    with (
-        time_machine.travel(FIRST, tick=False) as clock,
-        Sandbox(Busy(account="bench"), page_size=1000) as sandbox,
-    ):
-        settings = Settings.isolated(
-            key=FULL_KEY, api_url=sandbox.url, warehouse=f"duckdb:///{folder / 'warehouse.duckdb'}",
-            landing=str(folder / "landing"), first_days=days, rate=0, gate=gate,
-        )  # fmt: skip
-        found = []
-        for number in range(runs):
-            now = FIRST + number * HOUR
-            clock.move_to(now, tick=False)
-            found.append(one_run(settings, watch, now))
-            print(f"run {number}: {found[-1].cpu_s:.2f} s, {found[-1].statements} statements, "
-                  f"{found[-1].touched} touched, {len(found[-1].windows)} windows",
-                  file=sys.stderr, flush=True)  # fmt: skip
-    return found
-
-
-def compared(costs: list[Cost], after: list[int]) -> Iterator[dict[str, Any]]:
-    """A line for the runs at office hours of the day before each of those numbers of runs."""
-    usual = _most_usual(costs)
-    for number in after:
-        near = range(max(1, number - 24), number + 1)
-        alike = [
-            costs[n]
-            for n in near
-            if n < len(costs) and n % 24 in OFFICE_HOURS and costs[n].windows == usual
-        ]
-        if not alike:
-            continue
-        yield {
-            "after": number, "runs": len(alike), "windows": len(usual),
-            **{name: round(statistics.median(getattr(one, name) for one in alike), 2)
-               for name in ("cpu_s", "statements", "touched", "not_due", "copy_ms")},
-        }  # fmt: skip
-
-
-def _most_usual(costs: list[Cost]) -> tuple[tuple[str, int], ...]:
-    """The windows that most runs at office hours extract."""
-    seen = [one.windows for number, one in enumerate(costs) if number % 24 in OFFICE_HOURS]
-    return statistics.mode(seen)
+    for number in range(max(after)):
+        clock.move_to(FIRST + number * HOUR, tick=False)
+        cost = one_run(settings_of(url, folder, days, gate=gate), watch)
+        print(f"{days} days, run {number}: {cost}", file=sys.stderr, flush=True)
+        if number + 1 in after:
+            shutil.copytree(folder, root / f"{number + 1}")
 
 
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--runs", type=int, default=400)
+    parser.add_argument("--after", type=int, nargs="+", default=[12, 396], help="runs before")
     parser.add_argument("--days", type=int, nargs="+", default=[1], help="that the first run loads")
-    parser.add_argument("--without-gate", action="store_true", help="to find what else grows")
+    parser.add_argument("--without-gate", action="store_true", help="to see what else there is")
+    parser.add_argument("--folder", type=Path, help="of histories that an earlier benchmark kept")
     asked = parser.parse_args()
     logging.disable(logging.WARNING)
-    after = [number for number in (15, 24, 48, 100, 200, 400, 800) if number <= asked.runs]
-    lines = []
-    for days in asked.days:
-        with tempfile.TemporaryDirectory(prefix="faletl-bench-") as name:
-            costs = history(asked.runs, days, Path(name) / "hourly", gate=not asked.without_gate)
-            lines += [{"days": days, **one} for one in compared(costs, after)]
-    tell(lines)
+    gate = not asked.without_gate
+    with (
+        tempfile.TemporaryDirectory(prefix="faletl-bench-") as name,
+        time_machine.travel(FIRST, tick=False) as clock,
+        Sandbox(Busy(account="bench"), page_size=1000) as sandbox,
+    ):
+        root = asked.folder or Path(name)
+        watch = Watch(root / "work" / "landing")
+        for days in asked.days:
+            if not (root / f"{days}").exists():
+                (root / f"{days}").mkdir(parents=True)
+                grow(root / f"{days}", days, asked.after, sandbox.url, watch, clock, gate=gate)
+        found: dict[tuple[int, int], list[Cost]] = {}
+        for _ in range(ROUNDS + 1):
+            for days, after in product(asked.days, asked.after):
+                shutil.copytree(root / f"{days}" / f"{after}", root / "work")
+                clock.move_to(FIRST + after * HOUR, tick=False)
+                cost = one_run(settings_of(sandbox.url, root / "work", days, gate=gate), watch)
+                found.setdefault((days, after), []).append(cost)
+                shutil.rmtree(root / "work")
+    tell({"days": days, "after": after, **_median(costs[1:])} for (days, after), costs in found.items())
+
+
+def _median(costs: list[Cost]) -> dict[str, Any]:
+    """The median of each figure."""
+    return {
+        name: round(statistics.median(getattr(one, name) for one in costs), 2)
+        for name in asdict(costs[0])
+    }
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from faletl.plan import Asked
 from faletl.sandbox import Sandbox
 from tests import truth
 from tests.conftest import settings_for
+from tests.touched import Watch, is_of
 from tests.truth import FLUX, VIDEO, VOICE, Account, line
 
 _CHANGED = re.compile(r"(insert into|update|delete from)\s+(\w+)\.", re.IGNORECASE)
@@ -91,3 +92,32 @@ def test_a_day_takes_the_same_requests_and_statements_in_any_history(
         unchanged = short[f"unchanged {resource}"]
         assert not [name for name in unchanged if re.search("raw|marts|reports|staging", name)]
     assert short["restated usage"]["insert into raw"] == 1
+
+
+def test_an_hourly_run_takes_the_same_statements_and_files_after_any_number_of_runs(
+    tmp_path: Path, clock: time_machine.Traveller
+) -> None:
+    """Yesterday is restated at 10:30, so that it is due at 11:30, 12:30, 14:30 and 18:30."""
+    account = history_of(2)
+    account.lines += [line(truth.NOW.replace(hour=hour, minute=0), FLUX) for hour in range(21)]
+    watch, found = Watch(tmp_path / "landing"), list[tuple[set[str], Counter[str], int]]()
+    with Sandbox(account) as sandbox:
+        settings = settings_for(sandbox.url, tmp_path, first_days=2)
+        assert pipeline.run(settings).exit_code == 0
+        account.lines[0] = line(account.lines[0].hour, FLUX, "7")
+        assert pipeline.run(settings, day_of("usage")).exit_code == 0
+        for _ in range(9):
+            clock.shift(timedelta(hours=1))
+            watch.start()
+            with counting() as statements:
+                report = pipeline.run(settings)
+            touched = watch.stop()
+            assert report.exit_code == 0
+            windows = {(one.resource, f"{one.window.day}") for one in report.outcomes}
+            assert [path for path in touched if not is_of(path, windows)] == []
+            found.append(({day for _, day in windows}, statements, len(touched)))
+    at_half_past_one, at_half_past_seven = found[2], found[8]
+    assert at_half_past_one == at_half_past_seven
+    days, _, touched_files = at_half_past_one
+    assert days == {f"{truth.NOW.date()}"}
+    assert touched_files > 0
