@@ -6,10 +6,11 @@ RUN install --directory --owner=50000 --group=0 --mode=0770 \
     /data/landing /data/warehouse "${AIRFLOW_HOME}/auth"
 USER 50000
 
-# Airflow's constraints are meant for its own installation alone, and pin things that it does not even need.
-# So pip is told to keep Airflow's version, leaves alone whatever fits, and checks that all still fits together.
+# Nothing is installed but what requirements-image.lock names, by hash, and faletl itself, without an index. Airflow is
+# that of the image: at the end pip checks that all fits together.
 RUN --mount=type=bind,target=/src \
-    pip install --no-cache-dir "apache-airflow==${AIRFLOW_VERSION}" "/src[postgres,s3]" \
+    pip install --no-cache-dir --no-deps --require-hashes --requirement /src/requirements-image.lock \
+    && pip install --no-cache-dir --no-deps --no-index --no-build-isolation /src \
     && pip check
 
 COPY dags ${AIRFLOW_HOME}/dags

@@ -118,6 +118,9 @@ airflow-e2e: setup
 lock:
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 		--no-emit-package pip --no-header --upgrade --group dev --extra airflow --extra postgres --extra s3 pyproject.toml -o requirements.lock
+	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+		--no-emit-package pip --no-header --constraint requirements.lock --group image --extra postgres --extra s3 \
+		pyproject.toml -o requirements-image.lock
 
 # Strict: what was not found there counts as a failure, and is not skipped. Looks at the versions that are meant
 # for this Python.

@@ -20,7 +20,7 @@ import msgspec
 import sqlalchemy as sa
 from rich.console import Console
 
-from faletl import answers, invented, pipeline
+from faletl import answers, duck, invented, pipeline
 from faletl.config import Settings
 from faletl.errors import UsageError
 from faletl.pages import UNREADABLE
@@ -137,7 +137,9 @@ def _first_day_of_older(folder: Path) -> date | None:
     """The first day that the demo of an older faletl loaded; raises UsageError if it was none."""
     file = folder / _OLDER_WAREHOUSE
     try:
-        with duckdb.connect(str(file), read_only=True) as connection:
+        with duckdb.connect(
+            str(file), read_only=True, config=duck.config(Settings.isolated().memory, None)
+        ) as connection:
             found = connection.execute(
                 "select account, min(case when resource = 'usage' then window_start end)::date "
                 "from ops.loads group by account"

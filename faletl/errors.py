@@ -213,3 +213,8 @@ class StorageError(FaletlError):
     """The disk or the object store refused: full, no permission, no such bucket, no answer. Exit 1."""
 
     is_retryable = True
+
+
+def how_to_install(extra: str) -> str:
+    """Return what installs an extra of faletl, which no package index has (README, "Install it")."""
+    return f"pip install '/path/to/faletl[{extra}]', from a checkout or a wheel of faletl"

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import duckdb
 import sqlalchemy as sa
 
+from faletl import duck
 from faletl.config import Settings
 from faletl.errors import DataRefusedError, SettingsError
 from faletl.findings import Validation
@@ -118,9 +119,11 @@ class Gate:
                 store_backend_defaults=stores, progress_bars=ProgressBarsConfig(globally=False)
             ),
         )
+        options = duck.config(settings.memory.replace(" ", ""), scratch)
+        url = sa.URL.create("duckdb", database=":memory:", query=options)
         source = context.data_sources.add_sql(
             "staged",
-            connection_string=f"duckdb:///:memory:?memory_limit={settings.memory.replace(' ', '')}",
+            connection_string=url.render_as_string(),
             # With its defaults every metric fails, as DuckDB knows no isolation levels.
             kwargs={  # type: ignore[call-arg]  # it goes to create_engine, though the stub knows it not
                 "isolation_level": "AUTOCOMMIT",

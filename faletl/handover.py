@@ -19,11 +19,10 @@ from datetime import UTC, date
 from pathlib import Path
 from urllib.parse import quote
 
-import duckdb
 import msgspec
 import sqlalchemy as sa
 
-from faletl import decisions
+from faletl import decisions, duck
 from faletl.config import Settings
 from faletl.decisions import AccountForgotten, AccountRenamed
 from faletl.errors import StorageError
@@ -141,7 +140,7 @@ def _fill(
 
 
 def _figures(path: Path, memory: str) -> tuple[int, str | None]:
-    with duckdb.connect(config={"memory_limit": memory}) as engine:
+    with duck.room_to_spill() as scratch, duck.engine(memory, scratch) as engine:
         rows = engine.from_parquet(str(path))
         cost = "sum(cost_total)::varchar" if "cost_total" in rows.columns else "null"
         found = rows.aggregate(f"count(*), {cost}").fetchone()

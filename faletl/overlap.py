@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from datetime import date
 
-import duckdb
 import sqlalchemy as sa
 
+from faletl import duck
 from faletl.config import Settings
 from faletl.errors import DataRefusedError
 from faletl.landing import Landed
@@ -102,7 +102,7 @@ def _refuse_charges(
     path = staged.files[0].parent / f"{manifest.load_id}.others.parquet"
     found = sa.select(charges.request_id, charges["_account"]).where(theirs).distinct()
     warehouse.hand_out(connection, found, path)
-    with duckdb.connect(config={"memory_limit": settings.memory}) as engine:
+    with duck.engine(settings.memory, staged.files[0].parent) as engine:
         shared = engine.execute(f"""
             select others._account, count(distinct request_id)
             from {staged.source} as charges join {quoted(path)} as others using (request_id)
@@ -121,7 +121,7 @@ def _refuse_charges(
 def _has_charges(settings: Settings, staged: Staged) -> bool:
     """Whether some of the usage is in US dollars, as all charges are."""
     in_dollars = f"select 1 from {staged.source} where coalesce(currency, 'USD') = 'USD' limit 1"
-    with duckdb.connect(config={"memory_limit": settings.memory}) as engine:
+    with duck.engine(settings.memory, staged.files[0].parent) as engine:
         return engine.execute(in_dollars).fetchone() is not None
 
 

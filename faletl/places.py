@@ -24,7 +24,7 @@ from typing import Any, ClassVar, cast
 
 import filelock
 
-from faletl.errors import SettingsError, StorageError
+from faletl.errors import SettingsError, StorageError, how_to_install
 
 _OPTIONS: dict[str, dict[str, Any]] = {"s3": {"max_concurrency": 1}}
 """Pages are small: s3fs would ask for the size of each first, to read a large one in parts."""
@@ -59,7 +59,8 @@ def _bucket(scheme: str, bucket: str, _process: int) -> Path:
     except ImportError as error:
         raise SettingsError(
             f"FALETL_LANDING: what reads {scheme}:// is not installed ({error.msg}); "
-            "pip install 'faletl[s3]'" + f", and what fsspec names for {scheme}" * (scheme != "s3")
+            + how_to_install("s3")
+            + f", and what fsspec names for {scheme}" * (scheme != "s3")
         ) from None
     except ValueError as error:
         raise SettingsError(f"FALETL_LANDING: {scheme}:// is no object store: {error}") from None

@@ -11,10 +11,9 @@ from datetime import UTC, date
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import sqlalchemy as sa
 
-from faletl import decisions, models, pipeline, relabel
+from faletl import decisions, duck, models, pipeline, relabel
 from faletl.accounts import Account, known_accounts
 from faletl.config import Settings, is_label
 from faletl.decisions import AccountForgotten, AccountRenamed
@@ -225,9 +224,7 @@ def _rehash(
 
 def _digests(settings: Settings, resource: Resource, source: str, scratch: Path) -> dict[str, str]:
     """The digest of the rows of each load, as staging makes it."""
-    spill = str(scratch / "spill")
-    with duckdb.connect(config={"memory_limit": settings.memory, "temp_directory": spill}) as engine:
-        engine.execute("set TimeZone = 'UTC'")
+    with duck.engine(settings.memory, scratch) as engine:
         sums = digest_sums(resource)
         found = engine.execute(f"select _load_id, {sums} from {source} group by _load_id")
         return {load_id: digest_of(sums) for load_id, *sums in found.fetchall()}

@@ -14,6 +14,7 @@ import json
 import logging
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from decimal import Decimal, localcontext
 from itertools import accumulate, groupby
@@ -23,6 +24,7 @@ from typing import Any, BinaryIO, TypeAlias
 import duckdb
 import msgspec
 
+from faletl import duck
 from faletl.bodies import one_body
 from faletl.config import Settings
 from faletl.contract import (
@@ -275,21 +277,14 @@ def _cost_total(resource: Resource) -> str:
     return f"cast(coalesce({'sum(cost_total)' if has_cost else 'null'}, 0) as varchar)"
 
 
-def _engine(settings: Settings, scratch: Path, landed: Landed) -> duckdb.DuckDBPyConnection:
+def _engine(
+    settings: Settings, scratch: Path, landed: Landed
+) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
     size = sum(page.bytes for call in landed.manifest.calls for page in call.pages)
-    connection = duckdb.connect(
-        config={
-            # More threads only get in each other's way over little; windows run side by side anyway.
-            **({"threads": "1"} if size < _LITTLE else {}),
-            "memory_limit": settings.memory,
-            "preserve_insertion_order": "false",  # so that threads need not wait for each other
-            "temp_directory": str(scratch / "spill"),
-            "autoinstall_known_extensions": "false",
-            "autoload_known_extensions": "false",
-        }
-    )
-    connection.execute("set TimeZone = 'UTC'")
-    return connection
+    # More threads only get in each other's way over little; windows run side by side anyway.
+    threads = {"threads": "1"} if size < _LITTLE else {}
+    # Without an order of rows threads need not wait for each other.
+    return duck.engine(settings.memory, scratch, preserve_insertion_order="false", **threads)
 
 
 def _endpoint_ids(resource: Resource) -> str:

@@ -16,10 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import sqlalchemy as sa
 
-from faletl import holds, landing, models, relabel
+from faletl import duck, holds, landing, models, relabel
 from faletl.config import Settings
 from faletl.errors import DamagedExtractError, FaletlError, StorageError, UsageError
 from faletl.landing import Landed
@@ -182,8 +181,7 @@ def _held_digests(
     with scratch_folder() as scratch:
         path = scratch / "rows.parquet"
         warehouse.hand_out(connection, sa.select(RAW[resource]), path)
-        with duckdb.connect(config={"memory_limit": settings.memory}) as engine:
-            engine.execute("set TimeZone = 'UTC'")
+        with duck.engine(settings.memory, scratch) as engine:
             sums = digest_sums(RESOURCES[resource])
             found = engine.execute(f"select _load_id, {sums} from {quoted(path)} group by _load_id")
             return {load_id: digest_of(sums) for load_id, *sums in found.fetchall()}
@@ -226,8 +224,7 @@ def _are_landed(
         staged = _staged(settings, connection, landing_path, scratch)
         if staged is None:
             return False
-        with duckdb.connect(config={"memory_limit": settings.memory}) as engine:
-            engine.execute("set TimeZone = 'UTC'")
+        with duck.engine(settings.memory, scratch) as engine:
             ours = ", ".join(f'"{name}"' for name in ("_page", "_row", *names))
             rows = set(engine.execute(f"select {ours} from {staged.source}").fetchall())
     held = sa.select(table.c["_page"], table.c["_row"], *(table.c[name] for name in names)).where(

@@ -14,7 +14,7 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ import filelock
 import sqlalchemy as sa
 import tenacity
 
+from faletl import duck
 from faletl.config import Settings
 from faletl.errors import (
     ExhaustedError,
@@ -166,9 +167,10 @@ class DuckDBWarehouse:
             raise SettingsError("FALETL_WAREHOUSE: a DuckDB warehouse needs a file, duckdb:///path")
         self._settings = settings
         self._is_looked_at = False  # whether its tables are ours as we made them: asked once
-        self._path = Path(url.database)
-        self._published = (
-            Path(settings.publish) if settings.publish else self._path.with_name("spend.duckdb")
+        named = Path(url.database)
+        self._path = _behind_links(named)
+        self._published = _behind_links(
+            Path(settings.publish) if settings.publish else named.with_name("spend.duckdb")
         )
         if self._published.resolve() == self._path.resolve():
             raise SettingsError("FALETL_PUBLISH: the published copy cannot be the warehouse itself")
@@ -182,6 +184,7 @@ class DuckDBWarehouse:
         with self._lock(holder, self._settings.lock_seconds), _private():
             if not self._is_there():
                 self._create()
+            self._refuse_hard_links()
             if not self._is_looked_at:
                 self._clear_up()
             with self._up_to_date() as connection:
@@ -234,8 +237,8 @@ class DuckDBWarehouse:
         if not self._published.exists():
             yield None
             return
-        with _private():
-            connection = _connect(self._published, self._settings, read_only=True)
+        with _private(), duck.room_to_spill() as scratch:
+            connection = _connect(self._published, self._settings, scratch, read_only=True)
             try:
                 if writable is not None:
                     connection.exec_driver_sql(f"set allowed_paths = [{quoted(writable)}]")
@@ -394,7 +397,10 @@ class DuckDBWarehouse:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             _discard(part)
-            with _closing(_connect(part, self._settings)) as connection:
+            with (
+                duck.room_to_spill() as scratch,
+                _closing(_connect(part, self._settings, scratch)) as connection,
+            ):
                 with connection.begin():
                     schema.create(connection, token)
                     self.define_functions(connection)
@@ -430,7 +436,10 @@ class DuckDBWarehouse:
         try:
             _discard(part)
             copy_file(self._path, part)
-            with _closing(_connect(part, self._settings)) as connection:
+            with (
+                duck.room_to_spill() as scratch,
+                _closing(_connect(part, self._settings, scratch)) as connection,
+            ):
                 with connection.begin():
                     schema.upgrade(connection, str(self._path))
                 _checkpoint(connection, part)
@@ -474,6 +483,17 @@ class DuckDBWarehouse:
         except OSError as error:
             raise self._refused("look for", error) from None
 
+    def _refuse_hard_links(self) -> None:
+        """Raises SettingsError where the file has another name.
+
+        Each name has a lock and a .wal of its own, and what takes the place of one is not the other.
+        """
+        if self._path.stat().st_nlink > 1:
+            raise SettingsError(
+                f"FALETL_WAREHOUSE: {self._path} has another name, a hard link, which would not be "
+                "locked with it; delete that name, or make it a symbolic link"
+            )
+
     def _refused(self, what: str, error: OSError) -> StorageError:
         """The error for a disk that does not let us do something with the file."""
         left = room(self._path, _size(self._path))
@@ -511,7 +531,8 @@ class DuckDBWarehouse:
                 told.unlink(missing_ok=True)
             lock.release()
 
-    def _opened(self, *, read_only: bool = False) -> AbstractContextManager[sa.Connection]:
+    @contextmanager
+    def _opened(self, *, read_only: bool = False) -> Iterator[sa.Connection]:
         """A connection to the warehouse; waits while a foreign program has the file open."""
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(WarehouseBusyError),
@@ -519,10 +540,24 @@ class DuckDBWarehouse:
             wait=tenacity.wait_fixed(_POLL_SECONDS),
             reraise=True,
         )
-        return _closing(retrying(_connect, self._path, self._settings, read_only=read_only))
+        with (
+            duck.room_to_spill() as scratch,
+            _closing(
+                retrying(_connect, self._path, self._settings, scratch, read_only=read_only)
+            ) as connection,
+        ):
+            yield connection
 
 
-def _connect(path: Path, settings: Settings, *, read_only: bool = False) -> sa.Connection:
+def _behind_links(path: Path) -> Path:
+    """The file behind symbolic links, so that they stay links and all names of it have one lock."""
+    real = Path(os.path.realpath(path))
+    return path if real == Path(os.path.abspath(path)) else real  # noqa: PTH100  # it keeps links
+
+
+def _connect(
+    path: Path, settings: Settings, scratch: Path | None, *, read_only: bool = False
+) -> sa.Connection:
     """Connect to a DuckDB file; what DuckDB says on opening becomes an error of ours."""
     engine = sa.create_engine(
         sa.URL.create("duckdb", database=str(path)),
@@ -532,9 +567,7 @@ def _connect(path: Path, settings: Settings, *, read_only: bool = False) -> sa.C
             "config": {
                 # More threads only get in each other's way over little.
                 **({"threads": "1"} if _size(path) < _LITTLE else {}),
-                "memory_limit": settings.memory,
-                "autoinstall_known_extensions": "false",
-                "autoload_known_extensions": "false",
+                **duck.config(settings.memory, scratch),
             },
         },
     )

@@ -13,7 +13,7 @@ import os
 import re
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import cached_property
@@ -24,6 +24,7 @@ import duckdb
 import duckdb_sqlalchemy
 import sqlalchemy as sa
 
+from faletl import duck
 from faletl.config import Settings
 from faletl.errors import (
     SettingsError,
@@ -31,6 +32,7 @@ from faletl.errors import (
     UsageError,
     WarehouseBusyError,
     WarehouseError,
+    how_to_install,
 )
 from faletl.money import PRECISION, SCALE
 from faletl.warehouse import Lease, Warehouse, ownership, quoted, schema
@@ -42,7 +44,7 @@ try:
     import psycopg
 except ImportError:
     raise SettingsError(
-        "FALETL_WAREHOUSE: a PostgreSQL warehouse needs psycopg; pip install 'faletl[postgres]'"
+        f"FALETL_WAREHOUSE: a PostgreSQL warehouse needs psycopg; {how_to_install('postgres')}"
     ) from None
 
 T = TypeVar("T")
@@ -572,17 +574,8 @@ class PostgresWarehouse:
             )
         lines.unlink()
 
-    def _engine(self, scratch: Path) -> duckdb.DuckDBPyConnection:
-        engine = duckdb.connect(
-            config={
-                "memory_limit": self._settings.memory,
-                "temp_directory": str(scratch / "spill"),
-                "autoinstall_known_extensions": "false",
-                "autoload_known_extensions": "false",
-            }
-        )
-        engine.execute("set TimeZone = 'UTC'")
-        return engine
+    def _engine(self, scratch: Path) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
+        return duck.engine(self._settings.memory, scratch)
 
 
 class _Renewed(PostgresWarehouse):

@@ -21,7 +21,7 @@ import httpx
 import msgspec
 import zstandard
 
-from faletl import landing, staging
+from faletl import duck, landing, staging
 from faletl.accounts import read_username
 from faletl.client import Answer, FalClient, MalformedBodyError, _http_date, _Question, _retry_after
 from faletl.config import Settings
@@ -288,7 +288,8 @@ def is_same(one: Any, other: Any) -> bool:
 @cache
 def engine() -> duckdb.DuckDBPyConnection:
     """One engine for all pages."""
-    return staging._engine(settings(), Path(), landed_page(MODELS, "rows", b""))
+    made = duckdb.connect(config={**duck.config(settings().memory, None), "threads": "1"})
+    return made.execute("set TimeZone = 'UTC'")
 
 
 def check_types(resource: Resource, folder: Path, body: bytes) -> bool:

@@ -373,7 +373,7 @@ def test_what_is_not_installed_is_named(url: str, monkeypatch: pytest.MonkeyPatc
     if url.startswith("s3"):
         monkeypatch.setitem(sys.modules, "upath", None)
     with pytest.raises(
-        SettingsError, match=r"FALETL_LANDING: .* (pip install 'faletl\[s3\]'|no object store)"
+        SettingsError, match=r"FALETL_LANDING: .* (pip install '/path/to/faletl\[s3\]'|no object store)"
     ):
         place(url)
 

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +20,8 @@ from faletl.sandbox import FULL_KEY
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 COMPOSE, DOCKERFILE = (ROOT / "docker-compose.yml").read_text(), (ROOT / "Dockerfile").read_text()
-EXAMPLE, DEMO = ".env.example", ".env.demo"
+EXAMPLE, DEMO, FILLED = ".env.example", ".env.demo", "the example, filled in"
+COMMANDS = DOCKERFILE.replace("\\\n", "")
 
 ONE_SHOT = {"airflow-init"}
 DATABASES = {"postgres", "redis"}  # their entrypoints start as root, and stop being it
@@ -56,7 +58,18 @@ def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess
 
 def compose(env_file: str | Path, *options: str) -> subprocess.CompletedProcess[str]:
     """What compose makes of the file; as packaged, its exit code is always 0, so look at stderr."""
-    return run(BIN / "docker-compose", "--env-file", env_file, "config", *options)
+    command = (BIN / "docker-compose", "--env-file", env_file, "config", *options)
+    if env_file != FILLED:
+        return run(*command)
+    with tempfile.NamedTemporaryFile("w", suffix=".env") as file:
+        file.write("".join(f"{name}={value}\n" for name, value in filled_in().items()))
+        file.flush()
+        return run(*(file.name if word == FILLED else word for word in command))
+
+
+def filled_in() -> dict[str, str]:
+    """The settings of the example with secrets that somebody put there."""
+    return settings(EXAMPLE) | {name: f"mine-{number}" for number, name in enumerate(SECRETS)}
 
 
 @cache
@@ -69,7 +82,7 @@ def services(env_file: str = DEMO) -> dict[str, dict[str, Any]]:
 @cache
 def variables() -> dict[str, dict[str, Any]]:
     """What the file takes from the settings, each by its name."""
-    told = compose(EXAMPLE, "--variables", "--format=json").stdout
+    told = compose(FILLED, "--variables", "--format=json").stdout
     found: dict[str, dict[str, Any]] = json.loads(told)
     return found
 
@@ -94,7 +107,7 @@ def names_in_environments() -> set[str]:
 # --- What the tools say ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("env_file", [EXAMPLE, DEMO])
+@pytest.mark.parametrize("env_file", [FILLED, DEMO])
 def test_compose_takes_the_file(env_file: str) -> None:
     done = compose(env_file, "--quiet")
     assert (done.returncode, done.stderr) == (0, "")
@@ -173,17 +186,17 @@ def test_only_the_worker_has_the_key() -> None:
 
 
 def test_the_connection_is_empty_where_nothing_is_set() -> None:
-    connection = services(EXAMPLE)["worker"]["environment"]["AIRFLOW_CONN_FAL_DEFAULT"]
+    connection = services(FILLED)["worker"]["environment"]["AIRFLOW_CONN_FAL_DEFAULT"]
     assert json.loads(connection) == {
         "conn_type": "fal",
-        "password": settings(EXAMPLE)["FAL_KEY"],
+        "password": filled_in()["FAL_KEY"],
         "host": "",
         "extra": {"metrics_api_key": "", "account": "", "rate": ""},
     }
 
 
 def test_the_demonstration_asks_a_sandbox_which_is_not_there_otherwise() -> None:
-    assert services().keys() - services(EXAMPLE).keys() == {"sandbox"}
+    assert services().keys() - services(FILLED).keys() == {"sandbox"}
     [command] = commands_of("faletl")
     url = settings(DEMO)["FALETL_API_URL"]
     assert url == f"http://sandbox:{command[command.index('--port') + 1]}/v1"
@@ -204,11 +217,29 @@ def test_every_setting_is_used_and_explained() -> None:
 
 @pytest.mark.parametrize("secret", SECRETS)
 def test_a_secret_that_is_missing_is_asked_for_by_name(secret: str, tmp_path: Path) -> None:
-    others = [f"{name}={value}\n" for name, value in settings(EXAMPLE).items() if name != secret]
+    others = [f"{name}={value}\n" for name, value in filled_in().items() if name != secret]
     for missing in ("", f"{secret}=\n"):
         (tmp_path / "settings").write_text("".join([*others, missing]))
         told = compose(tmp_path / "settings", "--quiet").stderr
         assert f"required variable {secret} is missing a value" in told
+
+
+def test_the_example_as_it_stands_starts_nothing() -> None:
+    """It shows no value that somebody could leave there: compose asks for the first that is missing."""
+    told = compose(EXAMPLE, "--quiet").stderr
+    assert re.search(r"required variable \w+ is missing a value: (make|put) ", told)
+    assert compose(EXAMPLE).stdout == ""
+
+
+def test_the_image_installs_by_hash_and_its_lock_is_at_hand() -> None:
+    """All but faletl itself, which needs no index then: what builds it is locked, too."""
+    [commands] = re.findall(r"^RUN --mount=type=bind,target=/src +(.*)$", COMMANDS, re.MULTILINE)
+    locked, own, check = (one.split() for one in commands.split(" && "))
+    assert "--require-hashes" in locked
+    assert locked[-2:] == ["--requirement", "/src/requirements-image.lock"]
+    assert {"--no-index", "--no-deps", "--no-build-isolation", "/src"} <= set(own)
+    assert check == ["pip", "check"]
+    assert "!requirements-image.lock" in (ROOT / ".dockerignore").read_text().splitlines()
 
 
 def test_no_secret_has_a_value_in_the_file() -> None:
@@ -221,7 +252,7 @@ def test_no_secret_has_a_value_in_the_file() -> None:
 
 
 def test_what_is_filled_in_stays_out_of_git_and_of_the_image() -> None:
-    assert all(settings(EXAMPLE)[name].startswith("fake-") for name in SECRETS)
+    assert not any(settings(EXAMPLE)[name] for name in SECRETS)
     assert ".env" in (ROOT / ".gitignore").read_text().splitlines()
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     assert "*" in ignored

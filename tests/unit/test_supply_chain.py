@@ -24,7 +24,7 @@ import trustme
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
-LOCK = ROOT / "requirements.lock"
+LOCK, IMAGE_LOCK = ROOT / "requirements.lock", ROOT / "requirements-image.lock"
 
 
 @cache
@@ -39,9 +39,9 @@ def project() -> dict[str, list[str]]:
 
 
 @cache
-def locked() -> list[tuple[Requirement, frozenset[str]]]:
+def locked(lock: Path = LOCK) -> list[tuple[Requirement, frozenset[str]]]:
     """Each entry of the lock with its hashes."""
-    text = re.sub(r"^\s*#.*\n", "", LOCK.read_text("utf-8"), flags=re.MULTILINE).replace("\\\n", "")
+    text = re.sub(r"^\s*#.*\n", "", lock.read_text("utf-8"), flags=re.MULTILINE).replace("\\\n", "")
     found = []
     for line in text.splitlines():
         named, *hashes = line.split(" --hash=")
@@ -120,6 +120,29 @@ def test_only_what_was_locked_is_installed(what: str, tmp_path: Path) -> None:
     assert (done.returncode == 0) == (out / "tiny.py").exists() == (what == "as locked"), done.stderr
     told = {"tampered with": "DO NOT MATCH THE HASHES", "without a hash": "Hashes are required"}
     assert told.get(what, "") in done.stderr
+
+
+def test_the_lock_of_the_image_is_a_part_of_the_lock() -> None:
+    """The same versions and hashes as are tested, of what runs and of what builds faletl."""
+    whole = {(one.name, str(one.specifier)): hashes for one, hashes in locked()}
+    for requirement, hashes in locked(IMAGE_LOCK):
+        assert whole[requirement.name, str(requirement.specifier)] == hashes, requirement
+    assert 50 < len(locked(IMAGE_LOCK)) < len(locked()) / 2
+    names = {one.name for one, _ in locked(IMAGE_LOCK)}
+    for group in ("core", "postgres", "s3", "image"):
+        assert {Requirement(text).name for text in project()[group]} <= names
+
+
+def test_no_document_and_no_error_names_a_package_that_no_index_has() -> None:
+    """Whoever registers the name first would run code on the machine of each reader."""
+    named = re.compile(r"pip install (?:-\S+ )*[\"']?faletl\b")
+    texts = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / ".env.example", ROOT / "Dockerfile"]
+    texts += [
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "faletl").rglob("*.py"),
+        *(ROOT / "dags").glob("*.py"),
+    ]
+    assert [path.name for path in texts if named.search(path.read_text("utf-8"))] == []
 
 
 def test_the_bill_of_materials_is_the_lock(tmp_path: Path) -> None:
