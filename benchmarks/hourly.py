@@ -49,6 +49,12 @@ LATE = timedelta(hours=27)
 class Busy(Account):
     """An account that uses every endpoint in every hour; on each third day one line arrives late."""
 
+    def prices(self) -> dict[str, dict[str, Any]]:
+        """A list price for every endpoint."""
+        for endpoint_id in ENDPOINTS:
+            self.list_price(endpoint_id, "0.025")
+        return self.listed
+
     def usage(self, start: datetime, end: datetime) -> list[UsageLine]:
         """The lines of the hours asked for that have arrived."""
         now, first = self.now(), start.replace(hour=0, minute=0)
