@@ -41,7 +41,7 @@ from faletl.pages import UNREADABLE, Page
 from faletl.places import Disk, at, place, reach, storage_error, write_durably
 from faletl.redaction import REDACTED
 from faletl.resources import RESOURCES
-from faletl.windows import Window
+from faletl.windows import CLOCK_TOLERANCE, Window
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -409,7 +409,7 @@ def resume(
     """
     parent, now = _window_folder(settings, account, resource, window), datetime.now(UTC)
     for folder in reversed(_load_folders(parent)):
-        if _started_at(folder.name) > now:
+        if _started_at(folder.name) > now + CLOCK_TOLERANCE:
             continue
         if _started_at(folder.name) < since:
             return None

@@ -97,12 +97,13 @@ for at in {looks!r}:
         mine = [run[1:] for run in runs if run[0] == dag]
         return mine == [("scheduled", at, at + length, at + length + delay) for at in starts]
 
-    assert {run[0] for run in runs} == {"fal_usage", *DAILY_DAGS}
+    assert {run[0] for run in runs} == {"fal_usage", "fal_maintain", *DAILY_DAGS}
     # The first run is that of the last hour, or day, that can be read already: it starts at once.
     hours = [MIDNIGHT + n * HOUR for n in (-4, -3, -2, -1, 0)]
     assert are_of("fal_usage", HOUR, hours, 6 * MINUTE), runs
     for dag in DAILY_DAGS:
         assert are_of(dag, DAY, [MIDNIGHT - 2 * DAY, MIDNIGHT - DAY], 10 * MINUTE), runs
+    assert are_of("fal_maintain", 7 * DAY, [MIDNIGHT - 8 * DAY + 3 * HOUR], 40 * MINUTE), runs
 
 
 def test_backfills_and_runs_by_hand_stand_for_full_hours_and_days_too(airflow: Airflow) -> None:

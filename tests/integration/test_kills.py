@@ -257,7 +257,8 @@ def test_pages_that_are_needed_outlive_a_pruning_that_is_killed(
         dropped, _ = prune(one_by_one, is_dry=True)
         assert len(dropped) == 1
         # The manifest is gone, the pages are not.
-        assert is_killed(start(one_by_one, Trap("shutil.rmtree", "before"), command="landing prune"))
+        kill = Trap("faletl.places.Disk.drop", "before")
+        assert is_killed(start(one_by_one, kill, command="landing prune"))
         assert [landing.is_complete(folder) for folder in dropped] == [False]
         clock.shift(timedelta(hours=2))  # an interrupted read could have been taken up until then
         assert prune(one_by_one)[0] == dropped

@@ -59,6 +59,14 @@ def show(settings: Settings, *, full: bool = False) -> None:
     pipeline.publish(settings)
 
 
+@pytest.fixture(autouse=True)
+def _temporary_folders_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What killed commands of other tests left is not looked at."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+
+
 def maintained(settings: Settings) -> dict[str, Freed]:
     """What was freed by kind, as the dry run had said it would be."""
     would_be = maintain(settings, is_dry=True)
@@ -162,7 +170,7 @@ steps = st.tuples(
     phases=(Phase.explicit, Phase.generate),  # each example takes seconds
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-@given(steps=st.lists(steps, min_size=4, max_size=8), days=st.integers(0, 4))
+@given(steps=st.lists(steps, min_size=4, max_size=6), days=st.integers(0, 4))
 def test_no_history_says_anything_else_when_it_is_maintained(
     steps: list[tuple[int, str, float, bool, int]], days: int
 ) -> None:

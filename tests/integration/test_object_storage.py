@@ -185,7 +185,9 @@ def test_pages_that_were_changed_or_deleted_are_found(
     with pytest.raises(TamperedError, match="landed pages of 1 loads are gone"):
         rebuild(stored)
     found = verify(stored).findings
-    assert [str(page) in found[0], str(other / MANIFEST) in found[1]] == [True, True]
+    (told,) = found
+    assert told.startswith("the landed pages of 2 extracts are damaged or gone")
+    assert str(page) in told
     assert str(root) == stored.landing
 
 
@@ -323,7 +325,8 @@ def test_maintain_frees_there_what_it_frees_in_a_folder(
     assert freed["snapshots like the one before"].files == 2 * 3  # of four readings two
     assert freed["superseded extracts"].files == 4 * 4  # of five of that day four
     assert len(objects(settings)) == landed - 2 * 3 - 4 * 4
-    assert not any((one.rows, one.files) != (0, 0) for one in maintain(settings).freed)
+    again = [one for one in maintain(settings).freed if one.kind != "abandoned temporary folders"]
+    assert not any((one.rows, one.files) != (0, 0) for one in again)
     after = all_tables(settings)
     assert {table for table in before if before[table] != after[table]} == {
         "raw.credits", "staging.stg_fal__credits", "marts.fct_credit_balance",
