@@ -77,6 +77,7 @@ def all_commands(folder: Path) -> Iterator[tuple[str, ...]]:
     yield ("stage", "--out", str(folder / "handover"))
     yield ("landing", "du")
     yield ("landing", "prune")
+    yield ("maintain",)
     yield ("verify",)
     yield ("rebuild", "--window", "2026-11-21")
     yield ("rebuild",)
