@@ -48,7 +48,7 @@ T = TypeVar("T")
 
 _POLL_SECONDS = 0.2
 
-_LITTLE = 32 * 2**20  # bytes of a file
+_LITTLE = 128 * 2**20  # bytes of a file; an hourly run behind a year of days costs a fifth less CPU
 
 # Exact to 12 decimals, half away from zero; DECIMAL / DECIMAL would be a DOUBLE in DuckDB, and a product
 # of two amounts overflows from 10^14 on. So amounts become whole numbers of 10^-12, which are multiplied
