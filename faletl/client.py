@@ -287,7 +287,7 @@ class FalClient:
     def _body(self, response: httpx.Response) -> bytes:
         """The decoded body; its size is capped while it is read, a cut gzip stream is an error.
 
-        Of a refusal, of which only a sentence is shown, that is its beginning.
+        Of a refusal it is the beginning: only a sentence of it is ever shown.
         """
         cap = int(self._settings.max_body)
         kept = cap if response.status_code == httpx.codes.OK else KEPT_OF_REFUSAL

@@ -134,7 +134,7 @@ def maintain(settings: Settings, *, is_dry: bool = False) -> Maintained:
     """Delete what is old enough and not needed; build and publish where that changes a table.
 
     Raises:
-        UsageError: landed pages are there but no warehouse that tells which are needed, or it does not
+        UsageError: landed pages are there but no warehouse that knows which are needed, or it does not
             follow a rename yet.
         WarehouseBusyError: somebody else writes, deletes landed pages, or rebuilds from them.
         CheckFailedError: a SQL check found rows; snapshots are gone, readers keep what they had.
@@ -247,22 +247,22 @@ def _thinnable_loads(before: datetime) -> sa.Select[Any]:
     """Loads of snapshots that are neither the first nor the last of their UTC day, nor news.
 
     News is what differs from the snapshot before. Where snapshots list endpoints, the last one before
-    news stays as well: it tells until when an endpoint that is gone was listed.
+    news stays as well: it shows until when an endpoint that is gone was listed.
     """
     loads = LOADS.c
     snapshots = {name for name, one in RESOURCES.items() if one.window == "snapshot"}
     lists = {name for name in snapshots if "endpoint_id" in RAW[name].c}
     day = (loads.account, loads.resource, _utc_day(LOADS))
 
-    def beside(digest: sa.Function[Any]) -> sa.Over[Any]:
+    def in_order(digest: sa.Function[Any]) -> sa.Over[Any]:
         return digest.over(partition_by=day, order_by=loads.window_start)
 
     neighbours = (
         sa.select(
             loads.load_id, loads.resource, loads.window_start, loads.landing_path, loads.rows,
             loads.fencing_token, loads.loaded_at, loads.digest,
-            beside(sa.func.lag(loads.digest)).label("digest_before"),
-            beside(sa.func.lead(loads.digest)).label("digest_after"),
+            in_order(sa.func.lag(loads.digest)).label("digest_before"),
+            in_order(sa.func.lead(loads.digest)).label("digest_after"),
         )
         .where(loads.resource.in_(sorted(snapshots)), loads.is_current)
         .subquery()
@@ -290,7 +290,7 @@ def _superseded_loads(connection: sa.Connection, before: datetime) -> Sequence[s
 
 
 def _mark_thinned(settings: Settings, found: _Found) -> None:
-    """Write beside the landed pages of snapshots that a rebuild is not to load them again.
+    """Leave a note with the landed pages of snapshots: a rebuild is not to load them again.
 
     It is done first, and counts only once the ledger has forgotten the load: a kill in between changes
     nothing. It takes no lease, as an object store may take minutes for it.

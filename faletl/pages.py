@@ -220,7 +220,7 @@ _CURSOR: msgspec.json.Decoder[str | None] = msgspec.json.Decoder(str | None)
 
 
 def _cursor(envelope: Any) -> str | None:
-    """The cursor, of which a page's worth is never decoded."""
+    """The cursor; one that is too long is refused before it is decoded."""
     if len(memoryview(envelope.next_cursor)) > MAX_CURSOR_BYTES:
         raise ContractError(f"fal gave a cursor of more than {MAX_CURSOR_BYTES:,} bytes")
     try:

@@ -781,7 +781,7 @@ def _is_after(started_at: datetime, read_at: datetime | None, now: datetime) -> 
 def _newness(landed: Landed, now: datetime) -> tuple[bool, datetime, datetime]:
     """Of two attempts at the same read, the one that ended later took over the pages of the other.
 
-    An extract that seems to be of the future, and of which fal's clock says nothing, may be of any age.
+    An extract that seems to be of the future may be of any age, unless fal's clock vouches for it.
     """
     manifest = landed.manifest
     return manifest.began_at <= now, manifest.began_at, manifest.finished_at

@@ -138,7 +138,7 @@ def _billed(connection: sa.Connection) -> Callable[[Mapping[str, str]], bool]:
 
 
 def read(settings: Settings) -> dict[str, list[Row]]:
-    """The tables of units and owners, the user's rows instead of or beside ours; the thresholds."""
+    """The rows of each seed table; of units and owners the user's rows replace ours, or join them."""
     units: dict[str, Row] = {}
     for _, row in _seed_rows("unit.csv", settings.units, "FALETL_UNITS", SEED_UNIT):
         unit = str(row["unit"]).strip().lower()

@@ -11,7 +11,7 @@ from typing import Any
 class Watch:
     """Notes what Python opens, lists, makes or deletes below a folder, between `start` and `stop`.
 
-    A look at whether a file is there goes unnoticed: Python tells nobody of it.
+    Asking whether a file is there goes unnoticed: Python has no audit event for it.
     """
 
     EVENTS = frozenset(

@@ -1,4 +1,4 @@
-"""Names: what our schemas are called in a database. FALETL_SCHEMA_PREFIX puts them beside others'.
+"""Names: what our schemas are called in a database, where FALETL_SCHEMA_PREFIX may say so.
 
 All SQL of faletl says `raw`, `staging`, `marts`, `reports` and `ops`. The prefix is added where SQL
 leaves for the database, and nowhere else. What a reader types goes out as it is.
@@ -23,7 +23,7 @@ _TABLE = re.compile(rf"(?<![\w.])(?:{'|'.join(SCHEMAS)})(?=\.\w)")
 
 _NAMING = re.compile(
     rf"""
-    (?P<comment> (?<=\bis\s) '(?:[^']|'')*' )  # of a table or column, which tells where to look
+    (?P<comment> (?<=\bis\s) '(?:[^']|'')*' )  # of a table or column; it may name tables
     | '(?:[^']|'')*' | "(?:[^"]|"")*" | --[^\n]* | /\*.*?\*/  # these only look like SQL
     | (?P<table> (?<![\w.]) (?:{"|".join(SCHEMAS)}) (?=\.) )
     """,

@@ -551,9 +551,9 @@ class PostgresWarehouse:
         try:
             with connection.begin_nested():
                 schema.create(connection, token, held)
-                for name, told in zip(schemas, SCHEMAS.values(), strict=True):
+                for name, purpose in zip(schemas, SCHEMAS.values(), strict=True):
                     if name not in held:
-                        connection.exec_driver_sql(f"comment on schema {name} is {quoted(told)}")
+                        connection.exec_driver_sql(f"comment on schema {name} is {quoted(purpose)}")
                 self.define_functions(connection)
         except sa.exc.ProgrammingError as error:
             raise SettingsError(

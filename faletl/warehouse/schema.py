@@ -69,8 +69,8 @@ def is_older(connection: sa.Connection, where: str, *, is_older_fine: bool = Fal
     except (sa.exc.ProgrammingError, sa.exc.NoResultFound, sa.exc.MultipleResultsFound):
         # Any other error, of a server that is gone or cannot wait, tells nothing of what it holds.
         prefix = prefix_of(connection)
-        told = f" of schemas that begin with {prefix} (FALETL_SCHEMA_PREFIX)" if prefix else ""
-        raise SettingsError(f"{where} is a database, but no faletl warehouse{told}") from None
+        where_else = f" whose schemas begin with {prefix} (FALETL_SCHEMA_PREFIX)" if prefix else ""
+        raise SettingsError(f"{where} is a database, but no faletl warehouse{where_else}") from None
     if version > SCHEMA_VERSION:
         raise SettingsError(
             f"{where} was written by a newer faletl (schema {version}, this one knows "

@@ -520,10 +520,10 @@ def test_what_landed_is_pruned_verified_and_rebuilt_from_a_terminal(tmp_path: Pa
     assert "so none is dropped; is FALETL_WAREHOUSE right?" in du.stdout
     assert faletl("landing", "prune", settings=lost).returncode == 2
     assert faletl("maintain", settings=lost).returncode == 2
-    for options, told in ((("--dry-run",), "would be deleted"), ((), "deleted")):
+    for options, heading in ((("--dry-run",), "would be deleted"), ((), "deleted")):
         freed = faletl("maintain", *options, settings=settings)
         assert freed.returncode == 0, freed.stderr
-        assert re.match(rf"{told} +rows +files +bytes\n", freed.stdout)
+        assert re.match(rf"{heading} +rows +files +bytes\n", freed.stdout)
         assert re.search(r"^superseded extracts +0 +0 +0$", freed.stdout, re.MULTILINE)
 
     for command in (["rebuild"], ["rebuild", "--window", "2026-11-21"], ["verify"]):

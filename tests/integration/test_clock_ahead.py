@@ -86,9 +86,9 @@ def test_snapshots_of_a_clock_that_was_ahead_take_no_part_once_it_is_right(
     set_anew(account, "0.09", 500)
     caplog.clear()
     assert pipeline.run(settings, SNAPSHOTS).exit_code == 0
-    told = [record for record in caplog.records if "clock that was ahead" in record.message]
-    assert [record.levelno for record in told] == [logging.WARNING]
-    assert "2026-11-26T10:30:00Z and 2 more" in told[0].message
+    warned = [record for record in caplog.records if "clock that was ahead" in record.message]
+    assert [record.levelno for record in warned] == [logging.WARNING]
+    assert "2026-11-26T10:30:00Z and 2 more" in warned[0].message
     balances = "select balance from marts.fct_credit_balance order by read_at"
     assert figures(query) == (Decimal("0.09"), 500)
     assert query(balances) == [(Decimal("24.5"),), (500,)]
@@ -266,10 +266,9 @@ def test_pages_of_the_future_are_not_gone_on_with(
 ) -> None:
     """Nobody knows how old they are: a day may not have ended when they were landed."""
     window = Window.of_day(truth.day(22))
-    begun = {"settings": settings, "account": "acme", "resource": "usage", "window": window}
     for at in (truth.NOW - HOUR / 2, truth.NOW + AHEAD):
-        landing.begin(**begun, now=at).close()  # type: ignore[arg-type]
-    resumed = landing.resume(**begun, since=truth.NOW - HOUR)  # type: ignore[arg-type]
+        landing.begin(settings, "acme", "usage", window, at).close()
+    resumed = landing.resume(settings, "acme", "usage", window, truth.NOW - HOUR)
     assert resumed is not None
     assert resumed.started_at == truth.NOW - HOUR / 2
     resumed.close()

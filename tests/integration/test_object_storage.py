@@ -185,9 +185,9 @@ def test_pages_that_were_changed_or_deleted_are_found(
     with pytest.raises(TamperedError, match="landed pages of 1 loads are gone"):
         rebuild(stored)
     found = verify(stored).findings
-    (told,) = found
-    assert told.startswith("the landed pages of 2 extracts are damaged or gone")
-    assert str(page) in told
+    (sentence,) = found
+    assert sentence.startswith("the landed pages of 2 extracts are damaged or gone")
+    assert str(page) in sentence
     assert str(root) == stored.landing
 
 

@@ -1,4 +1,4 @@
-"""FALETL_SCHEMA_PREFIX: a warehouse beside schemas of others, and beside another warehouse."""
+"""FALETL_SCHEMA_PREFIX: a warehouse in a database with schemas of others, and with another warehouse."""
 
 from __future__ import annotations
 
@@ -126,8 +126,8 @@ def test_a_file_is_not_opened_with_another_prefix(
     assert pipeline.run(settings, Asked(resources=["credits"])).exit_code == 0
     before = file.read_bytes()
     other = settings.model_copy(update={"schema_prefix": "fal_"})
-    _, told = pipeline.run(other).failures[-1]
-    assert "fal_ (FALETL_SCHEMA_PREFIX)" in str(told)
+    _, error = pipeline.run(other).failures[-1]
+    assert "fal_ (FALETL_SCHEMA_PREFIX)" in str(error)
     with pytest.raises(SettingsError, match=r"fal_ \(FALETL_SCHEMA_PREFIX\)"):
         rebuild(other)
     assert file.read_bytes() == before

@@ -38,13 +38,13 @@ def given(settings: Settings, folder: Path, **tables: str) -> Settings:
 
 def warnings(caplog: pytest.LogCaptureFixture, setting: str) -> list[str]:
     """What was warned about of that setting since the last look."""
-    told = [
+    found = [
         record.message
         for record in caplog.records
         if record.levelno == logging.WARNING and setting in record.message
     ]
     caplog.clear()
-    return told
+    return found
 
 
 def test_lines_that_match_nothing_are_named_by_their_numbers_once(
@@ -77,7 +77,7 @@ def test_a_line_for_a_unit_behind_a_number_matches(
     mine = given(built, tmp_path, units="characters,letter,text,,\nimages,image,image,,\n")
     caplog.clear()
     pipeline.build(mine)
-    assert not any("match no" in told for told in warnings(caplog, "FALETL_UNITS"))
+    assert not any("match no" in one for one in warnings(caplog, "FALETL_UNITS"))
 
 
 def test_a_build_says_what_differs_from_the_last_one_before_it_replaces_anything(
