@@ -296,8 +296,9 @@ class FalClient:
             raise ContractError("fal answered in an encoding that was not asked for")
         gunzip = zlib.decompressobj(wbits=31) if "gzip" in coding else None
         body = BytesIO()  # one buffer: pieces of it would stay behind in the heap of each thread
-        size = 0
+        size, is_empty = 0, True
         for received in response.iter_raw():
+            is_empty = False
             for part in _unpacked(gunzip, received) if gunzip else (received,):
                 size += len(part)
                 if size > cap:
@@ -307,7 +308,7 @@ class FalClient:
                 if size - len(part) < kept:
                     _extend_deadline(take_turn(min(size, kept)))
                     body.write(part[: kept - size + len(part)])
-        if gunzip and size and not gunzip.eof:
+        if gunzip and not is_empty and not gunzip.eof:
             raise MalformedAnswerError("the gzip body is not whole")
         return body.getvalue()
 

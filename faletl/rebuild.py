@@ -45,6 +45,7 @@ from faletl.windows import refuse_odd_day
 log = logging.getLogger(__name__)
 
 _NEVER_ENDING = datetime.max.replace(tzinfo=UTC)
+_SECOND = timedelta(seconds=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,26 +323,28 @@ def _warn_of_damage(damaged: Sequence[DamagedExtractError]) -> None:
 
 
 def _in_order_of_tokens(past: Sequence[Loaded]) -> Iterator[Loaded]:
-    """The same extracts; those without fal's clock began no later than what was loaded after them.
+    """The same extracts; those that fal's clock cannot order began no later than what was loaded after.
 
-    Their own clocks may have been wrong, but tokens only grow, unless an older state of the warehouse
-    was restored: then these clocks are all there is.
+    It tells whole seconds, so two extracts of a window may be nearer to each other than it can show. To
+    one without fal's clock our own gives an instant, which may be any. But tokens only grow, unless an
+    older state of the warehouse was restored: then these clocks are all there is.
     """
-    by_warehouse: dict[str, list[Loaded]] = {}
+    groups: dict[tuple[str, ...], list[Loaded]] = {}
     for one in past:
-        if one.landed.manifest.fal_started_at is None:
-            by_warehouse.setdefault(one.receipt.warehouse_id, []).append(one)
-        else:
-            yield one
-    for loads in by_warehouse.values():
+        has_clock = one.landed.manifest.fal_started_at is not None
+        window = _window_of(one.landed.manifest) if has_clock else ()
+        groups.setdefault((one.receipt.warehouse_id, *window), []).append(one)
+    for (_, *window), loads in groups.items():
         in_time = sorted(loads, key=lambda one: (one.receipt.loaded_at, one.receipt.fencing_token))
         tokens = [one.receipt.fencing_token for one in in_time]
         if tokens != sorted(tokens):
             yield from loads
             continue
+        vagueness = _SECOND if window else timedelta.max
         latest = _NEVER_ENDING
         for one in reversed(in_time):
-            latest = min(latest, one.began_at)
+            is_odd = timedelta(0) < one.began_at - latest < vagueness
+            latest = latest if is_odd else one.began_at
             yield replace(one, began_at=latest)
 
 

@@ -239,6 +239,7 @@ MALFORMED = {
     "gzip of half": Fault(
         headers={"content-encoding": "gzip"}, body=GZIPPED[: len(GZIPPED) // 2]
     ),
+    "a byte called gzip": Fault(headers={"content-encoding": "gzip"}, body=b"<"),
     "gzip with a wrong checksum": Fault(
         headers={"content-encoding": "gzip"},
         body=GZIPPED[:-8] + bytes(byte ^ 1 for byte in GZIPPED[-8:-4]) + GZIPPED[-4:],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,31 @@ def test_of_two_runs_that_overlap_a_rebuild_loads_the_one_that_was_loaded(
     before = all_tables(settings)
     rebuild(settings)
     assert all_tables(settings) == before
+
+
+def test_two_extracts_within_a_second_keep_the_order_in_which_they_were_loaded(
+    clock: time_machine.Traveller, account: Account, sandbox: Sandbox, settings: Settings
+) -> None:
+    """Fal's clock tells whole seconds: it lets the later one begin before the earlier one."""
+    second, breaks = 2, False
+
+    def tells(request: Request) -> Fault:
+        is_broken = breaks and "cursor" in request.query
+        stated = format_datetime(truth.NOW + timedelta(seconds=second), usegmt=True)
+        return Fault(status=500 if is_broken else None, headers={"date": stated})
+
+    sandbox.fault = tells
+    clock.shift(timedelta(seconds=2.4))
+    assert {outcome.outcome for outcome in pipeline.run(settings, DAYS).outcomes} == {"loaded"}
+    clock.shift(timedelta(seconds=0.05))
+    account.lines.append(line(at("22T05"), VIDEO, "2"))
+    breaks = True
+    assert pipeline.extract(settings, DAYS).failures
+    clock.shift(timedelta(seconds=2.5))
+    second, breaks = 4, False
+    assert pipeline.run(settings, DAYS).failures == []
+    assert total(settings) == sum(one.cost_total for one in account.lines)
+    check_rebuilds_alike(settings, 21, 22)
 
 
 def test_what_waits_to_be_loaded_is_not_pruned(
