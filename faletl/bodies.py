@@ -3,19 +3,26 @@
 A body that is decoded is held as bytes, searched, cut into records and written: two or three copies of
 it at once. For usual pages that is nothing; for several of the largest that FALETL_MAX_BODY allows it
 would be hundreds of megabytes. So a thread that holds a body above `LARGE_BODY` has the process's only
-turn until it has landed, or staged, what is in it.
+turn until it has landed, or staged, what is in it. What it then frees goes back to the system, and does
+not stay behind in the heap of that thread.
 """
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 
 LARGE_BODY = 8 * 2**20
 """Bytes, decoded. A page of 10,000 charges, the most that fal documents, has some 4 MiB."""
+
+_M_MMAP_THRESHOLD = -3
+_MAPPED_FROM = 2**20
+"""Bytes. By itself, glibc soon takes blocks of up to 32 MiB from a thread's heap, and keeps them."""
 
 _turn = threading.Lock()
 
@@ -67,8 +74,16 @@ def take_turn(size: int) -> float:
         return 0
     began = time.monotonic()
     _turn.acquire()
+    _map_large_blocks()
     _mine.has_turn = True
     return time.monotonic() - began
+
+
+@cache
+def _map_large_blocks() -> None:
+    """Have glibc give large blocks back when they are freed; other systems' libraries do it already."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MAPPED_FROM)
 
 
 def _end_turn() -> None:
