@@ -15,7 +15,7 @@ help:
 	@echo "make check   lint, tests (some once more, on PostgreSQL and under another time zone), wheel"
 	@echo "make test-postgres  all tests of what a warehouse holds, on PostgreSQL"
 	@echo "make fuzz    odd bytes for all that reads pages, headers and files: EXECUTIONS=1000000 SEED=1 (minutes)"
-	@echo "make mutation  whether the tests notice that the code is another: MUTANTS='faletl.pages*' (hours)"
+	@echo "make mutation  whether the tests notice that the code is another: MUTANTS='faletl.fal.pages*' (hours)"
 	@echo "make airflow-e2e  all of Airflow's processes: schedule, backfill, a killed worker (10 minutes an executor)"
 	@echo "make chaos   10 million charges through faults, kills and full disks; on both warehouses (hours)"
 	@echo "make exclusion  many processes at once, killed and frozen, on both warehouses (an hour or two)"

@@ -26,7 +26,7 @@ from benchmarks import ours
 from benchmarks.history import A_DAY, NEXT, fill
 from benchmarks.measure import Spent, environment_of, faletl, figures, median, spent, tell
 from faletl.config import Settings
-from faletl.models import Model, Span, models, restricted
+from faletl.models.catalogue import Model, Span, models, restricted
 
 ROUNDS = 3
 PACKAGES = ("dbt-core<1.12", "dbt-duckdb<1.12", f"duckdb=={duckdb.__version__}")

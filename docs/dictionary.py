@@ -14,7 +14,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from faletl.config import Settings
-from faletl.models import build, models
+from faletl.models.catalogue import build, models
 from faletl.warehouse import open_warehouse
 from faletl.warehouse.tables import METADATA, SCHEMAS
 

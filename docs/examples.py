@@ -15,7 +15,9 @@ from pathlib import Path
 
 import time_machine
 
-from faletl import answers, demo, pipeline
+from faletl import pipeline
+from faletl.cli import demo
+from faletl.cli.output import print_query
 from faletl.config import Settings
 
 SHOWN_AT = datetime(2026, 11, 24, 12, tzinfo=UTC)
@@ -59,7 +61,7 @@ def outputs(page: str) -> str:
 
 def _rows(sql: str) -> str:
     """What `faletl sql` prints."""
-    return _printed(lambda: answers.print_query(warehouse(), sql, "table"))
+    return _printed(lambda: print_query(warehouse(), sql, "table"))
 
 
 def _script_output(code: str) -> str:

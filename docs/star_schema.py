@@ -15,7 +15,7 @@ from statistics import mean
 import sqlglot
 from sqlglot import exp
 
-from faletl.models import SOURCE_DIALECT, Model, checks, column_comments, models
+from faletl.models.catalogue import SOURCE_DIALECT, Model, checks, column_comments, models
 
 RANGES: Mapping[tuple[str, str], str] = {("fct_usage", "dim_price"): "rpt_spend_daily"}
 """Joins that no check can demand, as what is used may have no list price; the report that makes each."""

@@ -10,7 +10,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from faletl.config import Settings
-from faletl.gate import Gate
+from faletl.gate.gate import Gate
 from faletl.resources import RESOURCES, Resource
 from faletl.windows import Window
 
@@ -44,7 +44,7 @@ def _suite(resource: Resource) -> Iterator[tuple[str, str]]:
     """Descriptions and severities, for a settled window of which all is known that can be."""
     with tempfile.TemporaryDirectory() as scratch:
         Gate(Settings.isolated(), Path(scratch))  # imports Great Expectations, and quietly
-        from faletl.expectations import PRICED, Facts, suite_of
+        from faletl.gate.expectations import PRICED, Facts, suite_of
 
         day = Window.of_day(date(2026, 11, 22))
         facts = Facts(

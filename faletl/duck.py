@@ -12,7 +12,7 @@ import duckdb
 import duckdb_sqlalchemy
 
 from faletl.errors import StorageError
-from faletl.places import scratch_folder
+from faletl.landing.storage import scratch_folder
 
 # The dialect would ask an engine of its own, without our limits, whether DuckDB knows comments.
 duckdb_sqlalchemy.has_comment_support = lambda: True  # type: ignore[attr-defined,assignment]

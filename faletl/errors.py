@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from faletl.findings import Findings
-    from faletl.staging import UnprovenPart
+    from faletl.staging.window import UnprovenPart
 
 Fact = str | int | None
 

@@ -16,8 +16,8 @@ import msgspec
 import sqlalchemy as sa
 
 from faletl.config import Settings
-from faletl.landing import Landed, Manifest, relative_path
-from faletl.pages import UNREADABLE
+from faletl.fal.pages import UNREADABLE
+from faletl.landing.extracts import Landed, Manifest, relative_path
 from faletl.warehouse import Lease
 from faletl.warehouse.tables import CONTRACT_DRIFT, LOADS, QUARANTINE, VALIDATIONS
 from faletl.windows import Window

@@ -1,7 +1,7 @@
 """What tells invented data from fal's: the mark on a sandbox's answers, its keys, its account.
 
 The sandbox marks each of its answers. So a warehouse that holds real accounts can refuse them, and one
-of a sandbox can refuse fal's (faletl/accounts.py).
+of a sandbox can refuse fal's (faletl/line/accounts.py).
 """
 
 from __future__ import annotations

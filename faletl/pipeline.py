@@ -24,9 +24,6 @@ from typing import TYPE_CHECKING, Literal
 
 import sqlalchemy as sa
 
-from faletl import accounts, alerts, holds, landing, models, relabel
-from faletl.bodies import forget_frames
-from faletl.client import FalClient, StoppedError
 from faletl.config import Settings
 from faletl.errors import (
     AccessRefusedError,
@@ -38,9 +35,16 @@ from faletl.errors import (
     KeyRefusedError,
     UnprovenError,
 )
-from faletl.extract import Origin, Retry, fetch_window
-from faletl.landing import Landed, Part
-from faletl.load import (
+from faletl.fal.bodies import forget_frames
+from faletl.fal.client import FalClient, StoppedError
+from faletl.landing import extracts
+from faletl.landing.extracts import Landed, Part
+from faletl.landing.storage import scratch_folder
+from faletl.line import accounts, holds, relabel
+from faletl.line.fetch import Origin, Retry, fetch_window
+from faletl.line.overlap import SharedChargesError, charges_first, in_order, refuse_shared
+from faletl.line.plan import Asked, Forecast, Task, first_planned, forecast, plan, with_ids
+from faletl.line.replace import (
     Replaced,
     fence,
     is_already_loaded,
@@ -50,25 +54,15 @@ from faletl.load import (
     snapshots_taken_out,
     take_out_the_future,
 )
-from faletl.overlap import SharedChargesError, charges_first, in_order, refuse_shared
-from faletl.places import scratch_folder
-from faletl.plan import (
-    Asked,
-    Forecast,
-    Task,
-    first_planned,
-    forecast,
-    plan,
-    with_ids,
-)
+from faletl.models import catalogue
 from faletl.resources import MODELS, RESOURCES, USAGE, Resource
-from faletl.staging import Staged, UnprovenPart, stage_window
-from faletl.warehouse import Warehouse, open_warehouse
+from faletl.staging.window import Staged, UnprovenPart, stage_window
+from faletl.warehouse import Warehouse, alerts, open_warehouse
 from faletl.warehouse.tables import BUILDS, LOADS, WAREHOUSE
 from faletl.windows import CLOCK_TOLERANCE, Window
 
 if TYPE_CHECKING:
-    from faletl.gate import Gate
+    from faletl.gate.gate import Gate
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +104,7 @@ class Report:
     account: str | None = None
     outcomes: list[Outcome] = field(default_factory=list)
     failures: list[tuple[Task | None, FaletlError]] = field(default_factory=list)
-    build: models.Build | None = None
+    build: catalogue.Build | None = None
     published: str | None = None
 
     @property
@@ -240,13 +234,13 @@ def publish(settings: Settings) -> Report:
 def is_behind(settings: Settings) -> bool:
     """Whether something is loaded, or was set aside, that `build` would make news of."""
     with open_warehouse(settings).reading() as connection:
-        return connection is not None and models.is_behind(settings, connection)
+        return connection is not None and catalogue.is_behind(settings, connection)
 
 
 def is_news(settings: Settings, resource: str) -> bool:
     """Whether something of the resource is loaded, or was set aside, that is not built yet."""
     with open_warehouse(settings).reading() as connection:
-        return connection is not None and resource in models.news(connection)
+        return connection is not None and resource in catalogue.news(connection)
 
 
 def is_published(settings: Settings, day: date) -> bool:
@@ -286,11 +280,11 @@ def build_and_publish(
             return
     with warehouse.lease(f"faletl build and publish, run {report.run_id}") as lease:
         with lease.transaction():
-            is_due = (builds == "changed" and models.needs_build(settings, lease.connection)) or (
-                builds == "behind" and models.is_behind(settings, lease.connection)
+            is_due = (builds == "changed" and catalogue.needs_build(settings, lease.connection)) or (
+                builds == "behind" and catalogue.is_behind(settings, lease.connection)
             )
         if is_due or builds == "always":
-            report.build = models.build(
+            report.build = catalogue.build(
                 settings, warehouse, lease, run_id=report.run_id, full=builds == "always"
             )
             warn_of_runaways(report.build)
@@ -319,7 +313,7 @@ def announce_alerts(settings: Settings, send: Callable[[str, str], None]) -> Non
         alerts.mark_announced(lease.connection, datetime.now(UTC))
 
 
-def warn_of_runaways(build: models.Build) -> None:
+def warn_of_runaways(build: catalogue.Build) -> None:
     """Tell each charge that ran away and was not known before; of many, the dearest."""
     for sentence in build.dearest_runaways:
         log.warning("runaway charge: %s", sentence)
@@ -385,7 +379,7 @@ def _extracted(
         StorageError, WarehouseError: nothing more can be written.
     """
     now = datetime.now(UTC)
-    landing.root(settings)  # before fal is asked for what could not be kept
+    extracts.root(settings)  # before fal is asked for what could not be kept
     with FalClient(settings) as client, scratch_folder() as scratch:
         account = accounts.sign_in(client, settings, warehouse, asked, now)
         label = report.account = account.label
@@ -518,14 +512,14 @@ def prove_or_reread(
                     ahead=task.ahead, retry=retry,
                 )  # fmt: skip
             if retry is not None:
-                landing.drop(retry.landed.folder)  # what is needed of it was taken over
+                extracts.drop(retry.landed.folder)  # what is needed of it was taken over
         try:
             with _staging:
                 return stage_window(settings, landed, scratch, origin.accepted)
         except (ContractError, DataRefusedError, UnprovenError) as error:
             following = next_try(task.resource, landed, error.unproven, is_first=retry is None)
             if following is None:
-                landing.refuse(landed.folder)
+                extracts.refuse(landed.folder)
                 if isinstance(error, UnprovenError) or landed.manifest.started_at >= origin.at:
                     raise
                 # Pages that an earlier run had landed: fal may have mended them since.
@@ -587,7 +581,7 @@ def _loader(
         def gate() -> Gate:
             nonlocal made
             if made is None:
-                from faletl.gate import Gate
+                from faletl.gate.gate import Gate
 
                 made = Gate(settings, stack.enter_context(scratch_folder()), staged_in)
             return made
@@ -640,7 +634,7 @@ def _load_batch(
                         refuse_shared(settings, warehouse, lease.connection, staged, refused)
                         judged = gate().passed(lease.connection, staged) if settings.gate else staged
             except DataRefusedError as error:
-                landing.refuse(staged.landed.folder)
+                extracts.refuse(staged.landed.folder)
                 error.at(account=staged.landed.manifest.account)
                 report.failures.append((Task(resource, window), error))
                 continue
@@ -722,8 +716,8 @@ def warn_of_other_landing(settings: Settings, connection: sa.Connection | None) 
     newest = sa.select(LOADS.c.landing_path).where(LOADS.c.is_current)
     newest = newest.order_by(LOADS.c.fencing_token.desc(), LOADS.c.load_id.desc()).limit(1)
     path = connection.execute(newest).scalar() if connection is not None else None
-    folder = landing.root(settings)
-    if path is not None and not landing.is_complete(folder / path):
+    folder = extracts.root(settings)
+    if path is not None and not extracts.is_complete(folder / path):
         log.warning(
             "the landing folder %s lacks the pages of what was loaded last (%s): is FALETL_LANDING "
             "right, and its disk mounted? faletl verify counts what is gone; faletl rebuild needs it",
@@ -746,7 +740,7 @@ def _not_loaded(settings: Settings, warehouse: Warehouse, report: Report) -> lis
         open_read = relabel.opener(settings, connection)
     newest: dict[tuple[str, ...], Landed] = {}
     ahead = list[str]()
-    for folder in landing.complete_reads(settings):
+    for folder in extracts.complete_reads(settings):
         try:
             landed = open_read(folder)
         except FaletlError as error:

@@ -596,7 +596,7 @@ def main() -> None:
         command = ["unshare", *as_root, "--mount", sys.executable, "-m", "tests.chaos", *sys.argv[1:]]
         os.execvp(command[0], [*command, "--seed", str(asked.seed)])  # noqa: S606
     if asked.gate:
-        importlib.import_module("faletl.gate")  # once, for all children
+        importlib.import_module("faletl.gate.gate")  # once, for all children
     sys.stderr.write(f"seed {asked.seed}\n")
     folder = Path(tempfile.mkdtemp(prefix="faletl-chaos-"))
     folder.chmod(0o755)

@@ -39,9 +39,9 @@ from typing import Any, Literal, NoReturn
 import psycopg
 import time_machine
 
-import faletl.check
-import faletl.pieces
-import faletl.rebuild
+import faletl.line.distributed
+import faletl.operations.check
+import faletl.operations.rebuild
 import faletl.warehouse.duckdb
 import faletl.warehouse.postgres  # noqa: F401  # imported here, it is in every fork
 from faletl import cli

@@ -36,11 +36,11 @@ from tests.servers import wait_for
 from tests.truth import NOW
 
 WARM = (
-    "faletl.answers",
-    "faletl.pieces",
+    "faletl.cli.output",
+    "faletl.line.distributed",
     "faletl.pipeline",
-    "faletl.rebuild",
-    "faletl.verify",
+    "faletl.operations.rebuild",
+    "faletl.operations.verify",
     "faletl.warehouse.duckdb",
     "faletl.warehouse.postgres",
     "tests.conftest",
@@ -130,7 +130,7 @@ def _be_killed() -> None:
 
 @dataclass(frozen=True)
 class Trap:
-    """Have something happen before or after that call of a function, named as `faletl.load._insert`.
+    """Have something happen before or after that call of a function (`faletl.line.replace._insert`).
 
     Its calls count from 1.
     """

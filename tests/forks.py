@@ -11,19 +11,19 @@ from collections.abc import Callable
 from datetime import date
 from typing import Generic, TypeVar
 
-from faletl import models
+from faletl.models import catalogue
 
 T = TypeVar("T")
 
 
 def parse_all_sql(*dialects: str) -> None:
     """Parse the SQL of models and checks once, for all forks."""
-    span = models.Span(date(2026, 1, 1), date(2026, 1, 2))
-    for sql in [one.sql for one in models.models()] + [one.sql for one in models.checks()]:
+    span = catalogue.Span(date(2026, 1, 1), date(2026, 1, 2))
+    for sql in [one.sql for one in catalogue.models()] + [one.sql for one in catalogue.checks()]:
         for dialect in dialects:
-            models.translate(sql, dialect)
-            models.restricted(sql, span, dialect)
-    models.column_comments()
+            catalogue.translate(sql, dialect)
+            catalogue.restricted(sql, span, dialect)
+    catalogue.column_comments()
 
 
 class Fork(Generic[T]):

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 RUN = """
 from faletl import pipeline
-from faletl.answers import published
+from faletl.cli.output import published
 from faletl.config import Settings
 from faletl.sandbox import FULL_KEY, Sandbox, invented_world
 

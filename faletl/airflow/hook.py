@@ -14,8 +14,8 @@ from faletl.errors import FaletlError, SettingsError
 if TYPE_CHECKING:
     from airflow.sdk import Connection
 
-    from faletl.client import FalClient
     from faletl.config import Settings
+    from faletl.fal.client import FalClient
 
 DEFAULT_CONNECTION = "fal_default"
 WAREHOUSE_CONNECTION = "fal_warehouse"
@@ -55,13 +55,13 @@ class FalHook(BaseHook):
 
     def get_conn(self) -> FalClient:
         """A client of fal's API; close it, or use it in a `with`."""
-        from faletl.client import FalClient
+        from faletl.fal.client import FalClient
 
         return FalClient(self.settings())
 
     def test_connection(self) -> tuple[bool, str]:
         """What `faletl check` says, for the button Test of the connection's form."""
-        from faletl.check import check
+        from faletl.operations.check import check
 
         try:
             checked = check(self.settings())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from faletl.config import Settings
-    from faletl.plan import Asked
+    from faletl.line.plan import Asked
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ def asked(settings: Settings, dag_run: Any, resource: str) -> Asked | None:
     belongs to a backfill fetches every UTC day anew that its interval touches; of the many runs of a
     backfill that touch a day, the first does it. Models, prices and credits are read as of now.
     """
-    from faletl.plan import Asked
+    from faletl.line.plan import Asked
     from faletl.resources import RESOURCES
 
     days = days_of(dag_run)
@@ -66,8 +66,8 @@ def _is_first(settings: Settings, what: str, day: date, run: str) -> bool:
     that comes again (another backfill, a retry) fetches. Where nothing can be locked, two that ask in
     the same instant both do, which costs calls and changes nothing.
     """
-    from faletl.landing import root
-    from faletl.places import at, write_durably
+    from faletl.landing.extracts import root
+    from faletl.landing.storage import at, write_durably
 
     folder = root(settings) / ".backfills"
     at(folder).make(folder)

@@ -35,8 +35,8 @@ from faletl.resources import RESOURCES, Resource
 
 if TYPE_CHECKING:
     from faletl.config import Settings
-    from faletl.pieces import Batch, Piece
-    from faletl.plan import Asked
+    from faletl.line.distributed import Batch, Piece
+    from faletl.line.plan import Asked
 
 log = logging.getLogger(__name__)
 
@@ -152,8 +152,8 @@ def plan(name: str, connection: str) -> list[Piece]:
 
     Returns the path of the plan, which lies with the landed pages, cut into pieces.
     """
-    from faletl import pieces
     from faletl.airflow.runs import asked
+    from faletl.line import distributed
 
     context = get_current_context()
     with _settings(connection, RESOURCES[name]) as settings:
@@ -169,16 +169,16 @@ def plan(name: str, connection: str) -> list[Piece]:
             return []
         # Whoever tries a new DAG by hand would else get the hour before, and from there on.
         by_hand = not has_form and run.run_type == "manual"
-        path = pieces.make_plan(settings, meant, is_first_due=by_hand)
-        return pieces.pieces(path) if path else []
+        path = distributed.make_plan(settings, meant, is_first_due=by_hand)
+        return distributed.pieces(path) if path else []
 
 
 @task
 def id_batches(planned: Sequence[Piece]) -> list[Batch]:
     """The batches of endpoint ids to ask for, where a window asks for more than one call takes."""
-    from faletl import pieces
+    from faletl.line import distributed
 
-    return pieces.batches(planned[0]["plan"]) if planned else []
+    return distributed.batches(planned[0]["plan"]) if planned else []
 
 
 @task(
@@ -192,11 +192,11 @@ def ask_ahead(batch: Batch, connection: str, name: str) -> int:
     What fails is for `extract` to ask again, and to judge; but a refused key or a locked account ends it
     here.
     """
-    from faletl import pieces
+    from faletl.line import distributed
 
     with _settings(connection, RESOURCES[name]) as settings:
         try:
-            return int(pieces.ask_batch(settings, batch))
+            return int(distributed.ask_batch(settings, batch))
         except FaletlError as error:
             if error.exit_code == KeyRefusedError.exit_code:
                 raise
@@ -217,10 +217,10 @@ def extract(piece: Piece, connection: str, name: str) -> list[str]:
     done; a retry takes what has landed as read. It fails with what no retry can help (a locked account),
     else with what one can, else with what is refused.
     """
-    from faletl import pieces
+    from faletl.line import distributed
 
     with _settings(connection, RESOURCES[name]) as settings:
-        report = pieces.extract_piece(settings, piece)
+        report = distributed.extract_piece(settings, piece)
         for _, error in report.failures:
             log.error("%s", error)
         if report.failures:
@@ -235,12 +235,13 @@ def load(name: str, connection: str, planned: Sequence[Piece]) -> dict[str, int]
     Returns counts of windows. Updates the asset of the raw table if that is news to the models; what is
     refused or held is announced and left for `all_loaded`.
     """
-    from faletl import pieces, pipeline
+    from faletl import pipeline
+    from faletl.line import distributed
 
     if not planned:
         raise AirflowSkipException("no window is to be read")
     with _settings(connection, RESOURCES[name]) as settings:
-        report = pieces.load_plan(settings, planned[0]["plan"])
+        report = distributed.load_plan(settings, planned[0]["plan"])
         pipeline.announce_alerts(settings, announce)
         for _, error in report.failures:
             if error.exit_code == FAILED:
@@ -324,7 +325,7 @@ def maintain(connection: str) -> str | None:
 
     Returns what readers open, if there is a new build to see. How much was deleted is in the log.
     """
-    from faletl.maintain import maintain as maintained
+    from faletl.operations.maintain import maintain as maintained
 
     with _settings(connection) as settings:
         done = maintained(settings)
@@ -379,7 +380,7 @@ def backfill_params() -> dict[str, Param]:
 
 def _meant_by(form: Mapping[str, Any], name: str) -> Asked:
     """What the form asks for, of one resource."""
-    from faletl.plan import Asked
+    from faletl.line.plan import Asked
     from faletl.windows import day_of
 
     if name not in form["resources"]:
@@ -407,7 +408,7 @@ def _settings(connection: str, resource: Resource | None = None) -> Iterator[Set
     An error that knows more than that fal refused the key (a locked account) is raised as it is.
     """
     from faletl.airflow.hook import FalHook
-    from faletl.check import check
+    from faletl.operations.check import check
 
     settings = FalHook(connection).settings()
     try:

@@ -37,7 +37,7 @@ from faletl.errors import (
     WarehouseBusyError,
     WarehouseError,
 )
-from faletl.places import copy_file, room, sync
+from faletl.landing.storage import copy_file, room, sync
 from faletl.warehouse import Lease, Warehouse, ownership, quoted, schema
 from faletl.warehouse.names import AS_TYPED, add_prefix
 from faletl.warehouse.tables import BUILDS, COUNTED_UNIT, WAREHOUSE

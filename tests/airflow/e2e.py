@@ -35,8 +35,8 @@ import duckdb
 import httpx
 import zstandard
 
-from faletl.check import check
 from faletl.config import Settings
+from faletl.operations.check import check
 from faletl.pipeline import is_behind
 from faletl.resources import RESOURCES
 from faletl.sandbox import Fault, Request, Sandbox, invented_world

@@ -18,10 +18,11 @@ import psutil  # type: ignore[import-untyped]  # it has no types
 import pytest
 import time_machine
 
-from faletl import pieces, pipeline
+from faletl import pipeline
 from faletl.airflow.runs import asked
 from faletl.config import Settings
-from faletl.plan import Asked
+from faletl.line import distributed
+from faletl.line.plan import Asked
 from faletl.sandbox import Fault, Request, Sandbox
 from faletl.warehouse import open_warehouse
 from tests import truth
@@ -204,8 +205,8 @@ sys.exit(supervisor.supervise_task(
 """A try of a task, by Airflow's own supervisor and its task process."""
 
 LATE = """
-import faletl.load
-fence = faletl.load.fence
+import faletl.line.replace
+fence = faletl.line.replace.fence
 def late(lease, **what):
     lease.connection.exec_driver_sql("select pg_advisory_unlock_all()")
     Path("waits.part").write_text(str(os.getpid()))
@@ -217,7 +218,7 @@ def late(lease, **what):
     except BaseException as error:
         Path("fails").write_text(f"{type(error).__name__}: {error}")
         raise
-faletl.load.fence = late
+faletl.line.replace.fence = late
 """
 """The task has looked at what is loaded, has lost its lock without a word, as it may behind a pooler,
 and is about to write."""
@@ -353,14 +354,14 @@ HOURS = (timedelta(hours=3), timedelta(hours=20))
 def test_tasks_that_are_cleared_and_run_again_ask_fal_nothing_and_change_nothing(
     clock: time_machine.Traveller, settings: Settings, sandbox: Sandbox
 ) -> None:
-    path = pieces.make_plan(settings, Asked(truth.day(22), truth.day(23), ["usage"]))
+    path = distributed.make_plan(settings, Asked(truth.day(22), truth.day(23), ["usage"]))
     assert path
-    (piece,) = pieces.pieces(path)
+    (piece,) = distributed.pieces(path)
     seen = []
     for _ in range(10):
         asked_before = len(sandbox.requests)
-        assert pieces.extract_piece(settings, piece).exit_code == 0
-        assert pieces.load_plan(settings, path).exit_code == 0
+        assert distributed.extract_piece(settings, piece).exit_code == 0
+        assert distributed.load_plan(settings, path).exit_code == 0
         held = [
             ask(settings, f"from {table} order by all", opened) for table in ("ops.loads", "raw.usage")
         ]
@@ -389,5 +390,5 @@ def test_catching_up_400_days_asks_for_each_once(
     assert (len(forecast.windows), forecast.calls) == (400, 800)  # some three minutes, five a second
     pipeline.run(settings, usage)
     before = len(sandbox.requests)
-    assert pieces.make_plan(settings, usage) is None
+    assert distributed.make_plan(settings, usage) is None
     assert [one.path for one in sandbox.requests[before:]] == ["/account/billing"]  # whose key it is

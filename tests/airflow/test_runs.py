@@ -12,8 +12,8 @@ import duckdb
 import pytest
 
 from faletl import pipeline
-from faletl.landing import complete_reads
-from faletl.plan import Asked
+from faletl.landing.extracts import complete_reads
+from faletl.line.plan import Asked
 from faletl.sandbox import FULL_KEY, Fault, Request, Sandbox
 from tests import truth
 from tests.airflow.conftest import Airflow, few, settings_of

@@ -21,19 +21,21 @@ import httpx
 import msgspec
 import zstandard
 
-from faletl import duck, landing, staging
-from faletl.accounts import read_username
-from faletl.client import Answer, FalClient, MalformedBodyError, _http_date, _Question, _retry_after
+from faletl import duck
 from faletl.config import Settings
 from faletl.errors import ContractError, FaletlError, MalformedAnswerError, TamperedError, UsageError
-from faletl.estimate import _read as read_estimate
-from faletl.extract import bounds, first_endpoint
-from faletl.landing import Attempt, Call, Landed, LandedPage, Manifest, Receipt
+from faletl.fal.client import Answer, FalClient, MalformedBodyError, _http_date, _Question, _retry_after
+from faletl.fal.pages import as_json, read_envelope, walk
+from faletl.landing import extracts
+from faletl.landing.extracts import Attempt, Call, Landed, LandedPage, Manifest, Receipt
+from faletl.line.accounts import read_username
+from faletl.line.distributed import read_plan
+from faletl.line.fetch import bounds, first_endpoint
 from faletl.money import LARGEST, SCALE, exact_text
-from faletl.pages import as_json, read_envelope, walk
-from faletl.pieces import read_plan
+from faletl.operations.estimate import _read as read_estimate
 from faletl.resources import MODELS, RESOURCES, USAGE, Column, Kind, Resource
 from faletl.sandbox import FULL_KEY, Sandbox
+from faletl.staging import window
 from faletl.windows import Window
 from tests import truth
 from tests.fuzz.mutations import NUMBERS, Tokens, tokens_of
@@ -231,7 +233,7 @@ def held_text(number: str) -> str:
 
 def with_outer(resource: Resource, label: str, body: bytes) -> list[tuple[Any, Any]]:
     """Each record of a page with the object that holds its list."""
-    found, rows_path = document(as_json(body), held_text), staging._rows_path(resource, label)
+    found, rows_path = document(as_json(body), held_text), window._rows_path(resource, label)
     lists = records(found, rows_path[:-1]) if rows_path else [{"": [found]}]
     name = rows_path[-1] if rows_path else ""
     return [(around, record) for around in lists for record in around[name]]
@@ -240,14 +242,14 @@ def with_outer(resource: Resource, label: str, body: bytes) -> list[tuple[Any, A
 def check_records(resource: Resource, label: str, body: bytes) -> bool:
     """Each record of a page is handed to DuckDB as it is, or set aside; in both ways of reading it."""
     try:
-        rows, _ = read_envelope(body, staging._rows_path(resource, label))
+        rows, _ = read_envelope(body, window._rows_path(resource, label))
     except (MalformedBodyError, ContractError):
         return False
     is_taken = False
     for is_each in (False, True):
         lines, landed = in_memory(), landed_page(resource, label, body)
         try:
-            typed = staging._write_lines(landed, resource, label, lines, is_each=is_each)
+            typed = window._write_lines(landed, resource, label, lines, is_each=is_each)
         except FaletlError as error:
             check_sentence(error)
             continue
@@ -297,7 +299,7 @@ def check_types(resource: Resource, folder: Path, body: bytes) -> bool:
     try:
         rows, _ = read_envelope(body, resource.rows_path)
         path = folder / "typed.parquet"
-        typed = staging._typed(engine(), landed_page(resource, "rows", body), resource, "rows", path)
+        typed = window._typed(engine(), landed_page(resource, "rows", body), resource, "rows", path)
     except (MalformedBodyError, FaletlError, duckdb.InvalidInputException):
         return False
     found = engine().execute(f"from '{path}' where _breach = ''")
@@ -438,7 +440,7 @@ def check_gzip(body: bytes) -> bool:
 def check_manifest(content: bytes) -> bool:
     """A manifest can be used for all that it is asked later, or it was tampered with."""
     try:
-        landed = landing.open_read(in_memory(content))
+        landed = extracts.open_read(in_memory(content))
     except (TamperedError, UsageError):
         return False
     manifest = landed.manifest
@@ -446,14 +448,14 @@ def check_manifest(content: bytes) -> bool:
     assert manifest.resource in RESOURCES
     assert bounds(manifest.window) is not None
     assert len(manifest.asked_ids) >= 0
-    assert not landing.is_intact(landed.folder) or not any(call.pages for call in manifest.calls)
+    assert not extracts.is_intact(landed.folder) or not any(call.pages for call in manifest.calls)
     assert re.fullmatch(r"[0-9a-fTZ-]+", manifest.load_id)
     return True
 
 
 def check_receipt(content: bytes) -> bool:
     """A receipt is one of ours, or none."""
-    receipt = landing.receipt_of(in_memory(content))
+    receipt = extracts.receipt_of(in_memory(content))
     return receipt is not None and receipt.loaded_at >= truth.NOW
 
 
@@ -471,7 +473,7 @@ def check_landed(content: bytes) -> bool:
     """A page of an interrupted read is taken up if it can be unpacked, else asked for again."""
     attempt = Attempt.__new__(Attempt)  # without a folder and its lock
     attempt.folder, attempt._redacted = in_memory(content), 0
-    attempt.earlier = {attempt.folder: [landing.page_name("rows", {}, 1)]}
+    attempt.earlier = {attempt.folder: [extracts.page_name("rows", {}, 1)]}
     taken = list(attempt.landed("rows", {}))
     assert len(taken) <= 1
     return bool(taken)

@@ -14,19 +14,21 @@ from pathlib import Path
 import pytest
 import time_machine
 
-from faletl import landing, pieces, pipeline
-from faletl.accept import accept
-from faletl.accounts import known_accounts
+from faletl import pipeline
 from faletl.config import Settings
-from faletl.decisions import AccountBound, recorded
 from faletl.errors import CheckFailedError, LeaseLostError, UsageError
 from faletl.invented import HEADER
-from faletl.overlap import SharedChargesError, UnknownOverlapError
-from faletl.plan import Asked
-from faletl.rebuild import prune, rebuild
-from faletl.rename import extent, forget, rename
+from faletl.landing import extracts
+from faletl.landing.decisions import AccountBound, recorded
+from faletl.line import distributed
+from faletl.line.accounts import known_accounts
+from faletl.line.overlap import SharedChargesError, UnknownOverlapError
+from faletl.line.plan import Asked
+from faletl.operations.accept import accept
+from faletl.operations.rebuild import prune, rebuild
+from faletl.operations.rename import extent, forget, rename
+from faletl.operations.verify import verify
 from faletl.sandbox import FULL_KEY, READONLY_KEY, Fault, Request, Sandbox
-from faletl.verify import verify
 from faletl.warehouse import open_warehouse
 from tests import truth
 from tests.conftest import all_tables, ask, opened, settings_for
@@ -175,7 +177,7 @@ def test_the_first_account_is_default_if_fal_does_not_say_its_name_and_stays_it_
 def test_an_account_that_cannot_be_asked_for_fails_the_run_and_makes_none(
     status: int, settings: Settings, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("faletl.client.TRIES", 1)
+    monkeypatch.setattr("faletl.fal.client.TRIES", 1)
     pipeline.run(settings)
     sandbox.fault = refusing(status)
     assert pipeline.run(settings).exit_code == 1
@@ -199,7 +201,7 @@ def test_nothing_is_bound_before_fal_has_answered_a_question_about_usage(
     sandbox: Sandbox,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("faletl.client.TRIES", 1)
+    monkeypatch.setattr("faletl.fal.client.TRIES", 1)
     sandbox.fault = fault
     wrong = settings.model_copy(update={"key": settings_for("http://127.0.0.1:9", Path(), key=key).key})
     assert pipeline.run(wrong).exit_code == code
@@ -311,13 +313,13 @@ def test_invented_and_real_accounts_share_no_warehouse(
     ):
         settings = settings_for(server.url, tmp_path)
         pipeline.run(settings)
-        before, landed = all_tables(settings), set(landing.complete_reads(settings))
+        before, landed = all_tables(settings), set(extracts.complete_reads(settings))
         horizons = ask(settings, "select * from ops.horizons", opened)
         for named in (None, "beta"):
             wrong = settings_for(others.url, tmp_path, key=OTHER_KEY, account=named)
             assert "is a sandbox" in refusal(wrong) or "of a sandbox" in refusal(wrong)
         assert all_tables(settings) == before
-        assert set(landing.complete_reads(settings)) == landed
+        assert set(extracts.complete_reads(settings)) == landed
         assert ask(settings, "select * from ops.horizons", opened) == horizons
         assert bound(settings) == {"acme": (("acme",), 1)}
         assert pipeline.run(settings).exit_code == 0
@@ -364,12 +366,12 @@ def test_usage_alone_of_a_new_label_is_judged_by_its_charges_too(
 ) -> None:
     first, second, _ = twice
     before = spent(first)
-    path = pieces.make_plan(second, Asked(truth.day(22), truth.day(23), ["usage"]))
+    path = distributed.make_plan(second, Asked(truth.day(22), truth.day(23), ["usage"]))
     assert path is not None
-    assert [one.resource for one in pieces.read_plan(path).windows] == ["billing_events", "usage"]
-    for piece in pieces.pieces(path):
-        assert pieces.extract_piece(second, piece).exit_code == 0
-    report = pieces.load_plan(second, path)
+    assert [one.resource for one in distributed.read_plan(path).windows] == ["billing_events", "usage"]
+    for piece in distributed.pieces(path):
+        assert distributed.extract_piece(second, piece).exit_code == 0
+    report = distributed.load_plan(second, path)
     assert [type(error) for _, error in report.failures] == [SharedChargesError] * 2
     assert pipeline.run(second, Asked(truth.day(22), truth.day(23), ["usage"])).exit_code == 3
     assert spent(first) == before
@@ -423,7 +425,7 @@ Labels = dict[str, Label]
 @pytest.fixture
 def labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Labels]:
     """One account of fal under two labels, of which beta reaches further back; gamma is another one."""
-    monkeypatch.setattr("faletl.client.TRIES", 1)
+    monkeypatch.setattr("faletl.fal.client.TRIES", 1)
     days = [truth.day(number) for number in range(18, 27)]
     lines = [truth.line(truth.at_hour(day, hour), quantity="4") for day in days for hour in (1, 2)]
     acme = Account(lines=lines, catalogue=truth.two_days().catalogue)
@@ -472,12 +474,12 @@ def test_usage_alone_of_a_label_with_charges_of_its_own_is_loaded_after_its_char
     clock.shift(timedelta(days=1))
     labels["acme"].run("usage", "billing_events")
     second = labels["beta"].settings
-    path = pieces.make_plan(second, Asked(truth.day(24), truth.day(25), ["usage"]))
+    path = distributed.make_plan(second, Asked(truth.day(24), truth.day(25), ["usage"]))
     assert path is not None
-    assert [one.resource for one in pieces.read_plan(path).windows] == ["billing_events", "usage"]
-    for piece in reversed(pieces.pieces(path)):
-        pieces.extract_piece(second, piece)
-    report = pieces.load_plan(second, path)
+    assert [one.resource for one in distributed.read_plan(path).windows] == ["billing_events", "usage"]
+    for piece in reversed(distributed.pieces(path)):
+        distributed.extract_piece(second, piece)
+    report = distributed.load_plan(second, path)
     assert [type(error) for _, error in report.failures] == [SharedChargesError] * 2
     assert labels["beta"].run("usage").exit_code == 3
     assert ask(second, TWICE) == []
@@ -814,7 +816,10 @@ def test_a_rename_that_is_killed_is_done_or_not_and_the_next_run_publishes_it(
     pipeline.run(settings)
     before = all_tables(settings)
     command = "accounts rename acme emea"
-    for trap in (Trap("faletl.rename._rehash"), Trap("faletl.decisions.record", "before")):
+    for trap in (
+        Trap("faletl.operations.rename._rehash"),
+        Trap("faletl.landing.decisions.record", "before"),
+    ):
         assert start(settings, trap, command=command).finish()[0] == -signal.SIGKILL
         assert all_tables(settings) == before
         assert set(bound(settings)) == {"acme"}
@@ -828,14 +833,14 @@ def test_a_rename_that_is_killed_is_done_or_not_and_the_next_run_publishes_it(
 
 def test_what_is_under_way_while_its_account_is_renamed_writes_nothing(settings: Settings) -> None:
     pipeline.run(settings)
-    path = pieces.make_plan(settings, Asked(truth.day(21), truth.day(22), ["usage"]))
+    path = distributed.make_plan(settings, Asked(truth.day(21), truth.day(22), ["usage"]))
     assert path is not None
-    for piece in pieces.pieces(path):
-        pieces.extract_piece(settings, piece)
+    for piece in distributed.pieces(path):
+        distributed.extract_piece(settings, piece)
     rename(settings, "acme", "emea")
     before = all_tables(settings)
     with pytest.raises(LeaseLostError, match="'acme' was renamed or forgotten"):
-        pieces.load_plan(settings, path)
+        distributed.load_plan(settings, path)
     assert all_tables(settings) == before
     assert pipeline.load(settings).exit_code == 0  # under its label of today
     assert all_tables(settings) == before
@@ -914,7 +919,7 @@ def test_a_forget_that_is_killed_is_done_or_not_and_the_next_build_makes_all_of_
     settings, _ = both
     before = all_tables(settings)
     command = "accounts forget beta --yes"
-    trap = Trap("faletl.decisions.record", "before")
+    trap = Trap("faletl.landing.decisions.record", "before")
     assert start(settings, trap, command=command).finish()[0] == -signal.SIGKILL
     assert all_tables(settings) == before
     trap = Trap("faletl.pipeline.build_and_publish", "before")

@@ -20,9 +20,9 @@ import time_machine
 from typer.testing import CliRunner
 
 from faletl import pipeline
-from faletl.cli import app
+from faletl.cli.commands import app
 from faletl.config import Settings
-from faletl.plan import Asked
+from faletl.line.plan import Asked
 from faletl.sandbox import Sandbox
 from faletl.warehouse import open_warehouse
 from tests.conftest import published_path, settings_for

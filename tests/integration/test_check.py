@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 import trustme
 
-from faletl import check as check_module
-from faletl.check import KNOWN_ENDPOINT, LIMITED, Checked, check
 from faletl.config import Settings
 from faletl.errors import SettingsError
-from faletl.limiter import Patience
+from faletl.fal.limiter import Patience
+from faletl.operations import check as check_module
+from faletl.operations.check import KNOWN_ENDPOINT, LIMITED, Checked, check
 from faletl.resources import ANALYTICS, BILLING_EVENTS, CREDITS, KEY_COMMAND, RESOURCES, USAGE, Resource
 from faletl.sandbox import BILLING_KEY, FULL_KEY, READONLY_KEY, Fault, Request, Sandbox
 from faletl.sandbox.server import document_as_of
@@ -36,7 +36,7 @@ Hook = Callable[[Request], Fault | None]
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("faletl.client.BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr("faletl.fal.client.BACKOFF_SECONDS", 0.01)
 
 
 @contextmanager

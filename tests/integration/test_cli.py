@@ -20,10 +20,11 @@ import pytest
 import time_machine
 
 from docs import examples
-from faletl import __version__, demo, pipeline
-from faletl.answers import Format, print_query
+from faletl import __version__, pipeline
+from faletl.cli import demo
+from faletl.cli.demo import ANSWERS
+from faletl.cli.output import Format, print_query
 from faletl.config import Settings
-from faletl.demo import ANSWERS
 from faletl.errors import UsageError
 from faletl.pipeline import Report, silent
 from faletl.resources import RESOURCES
@@ -428,10 +429,10 @@ def test_a_demo_that_is_interrupted_ends_with_the_answers_of_one_that_is_not(
     with time_machine.travel(datetime(2026, 11, 1, 11, 10, tzinfo=UTC), tick=True):
         undisturbed, _ = demo.run(tmp_path / "undisturbed", silent)
         for function, nth in (
-            ("faletl.client.FalClient.get", 1),
-            ("faletl.landing.leave_receipt", 1),  # the catalogue of then is loaded,
-            ("faletl.landing.leave_receipt", 1),  # and now the prices of then
-            ("faletl.landing.leave_receipt", 9),
+            ("faletl.fal.client.FalClient.get", 1),
+            ("faletl.landing.extracts.leave_receipt", 1),  # the catalogue of then is loaded,
+            ("faletl.landing.extracts.leave_receipt", 1),  # and now the prices of then
+            ("faletl.landing.extracts.leave_receipt", 9),
         ):
             with monkeypatch.context() as patch:
                 patch.setattr(function, pkgutil.resolve_name(function))  # to be put back

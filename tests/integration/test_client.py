@@ -27,8 +27,6 @@ import pytest
 import tenacity
 import trustme
 
-from faletl import client as client_module
-from faletl.client import Answer, FalClient, Params, StoppedError
 from faletl.config import Settings
 from faletl.errors import (
     AccountLockedError,
@@ -41,8 +39,10 @@ from faletl.errors import (
     NotFoundError,
     WebPageError,
 )
-from faletl.limiter import MAX_FAILURES, Patience
-from faletl.pages import read_envelope
+from faletl.fal import client as client_module
+from faletl.fal.client import Answer, FalClient, Params, StoppedError
+from faletl.fal.limiter import MAX_FAILURES, Patience
+from faletl.fal.pages import read_envelope
 from faletl.sandbox import FULL_KEY, Fault, Request, Sandbox
 from tests import truth
 

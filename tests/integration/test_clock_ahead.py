@@ -12,16 +12,17 @@ from typing import Any
 import pytest
 import time_machine
 
-from faletl import horizons, landing, pipeline
+from faletl import pipeline
 from faletl.config import Settings
-from faletl.load import known_ids
-from faletl.plan import Asked
-from faletl.rebuild import rebuild
+from faletl.landing import extracts
+from faletl.line.plan import Asked
+from faletl.line.replace import known_ids
+from faletl.operations.rebuild import rebuild
+from faletl.operations.verify import verify
 from faletl.resources import ANALYTICS
 from faletl.sandbox import Request, Sandbox
 from faletl.sandbox.server import Fault
-from faletl.verify import verify
-from faletl.warehouse import open_warehouse
+from faletl.warehouse import horizons, open_warehouse
 from faletl.warehouse.tables import UNKNOWN_ENDPOINTS
 from faletl.windows import Window
 from tests import truth
@@ -267,8 +268,8 @@ def test_pages_of_the_future_are_not_gone_on_with(
     """Nobody knows how old they are: a day may not have ended when they were landed."""
     window = Window.of_day(truth.day(22))
     for at in (truth.NOW - HOUR / 2, truth.NOW + AHEAD):
-        landing.begin(settings, "acme", "usage", window, at).close()
-    resumed = landing.resume(settings, "acme", "usage", window, truth.NOW - HOUR)
+        extracts.begin(settings, "acme", "usage", window, at).close()
+    resumed = extracts.resume(settings, "acme", "usage", window, truth.NOW - HOUR)
     assert resumed is not None
     assert resumed.started_at == truth.NOW - HOUR / 2
     resumed.close()

@@ -21,13 +21,14 @@ import duckdb
 import pytest
 import time_machine
 
-from faletl import landing, pipeline
+from faletl import pipeline
 from faletl.config import Settings
 from faletl.errors import FaletlError, StorageError, TamperedError, WarehouseBusyError
-from faletl.plan import Asked
-from faletl.rebuild import rebuild
+from faletl.landing import extracts
+from faletl.line.plan import Asked
+from faletl.operations.rebuild import rebuild
+from faletl.operations.verify import verify
 from faletl.sandbox import Fault, Sandbox
-from faletl.verify import verify
 from faletl.warehouse import open_warehouse
 from tests import truth
 from tests.conftest import all_tables, ask, needs_root, opened, settings_for, total
@@ -114,14 +115,30 @@ def on_a_full_disk(folder: Path) -> None:
         for function, when, where in (
             ("faletl.warehouse.duckdb._discard", "before", r"the warehouse .*\.new cannot be used"),
             ("faletl.warehouse.schema.create", "after", r"the warehouse .*\.new cannot be used"),
-            ("faletl.decisions.record", "before", r"cannot write .*/\.decisions/.*json.* bytes needed"),
-            ("faletl.landing.Attempt.land", "before", r"cannot write .*/before-.* bytes needed"),
-            ("faletl.landing.Attempt.seal", "before", r"cannot write .*/manifest.json.* bytes needed"),
-            ("faletl.staging._typed", "before", r"staging failed: .*; make room below .*/disk"),
-            ("faletl.staging._prove", "before", r"staging failed: .*; make room below .*/disk"),
-            ("faletl.load.fence", "after", r"the warehouse .*\.duckdb cannot be used"),
-            ("faletl.landing.leave_receipt", "before", r"cannot write .*/loaded.json.* bytes needed"),
-            ("faletl.models.fence", "after", r"the warehouse .*\.duckdb cannot be used"),
+            (
+                "faletl.landing.decisions.record",
+                "before",
+                r"cannot write .*/\.decisions/.*json.* bytes needed",
+            ),
+            (
+                "faletl.landing.extracts.Attempt.land",
+                "before",
+                r"cannot write .*/before-.* bytes needed",
+            ),
+            (
+                "faletl.landing.extracts.Attempt.seal",
+                "before",
+                r"cannot write .*/manifest.json.* bytes needed",
+            ),
+            ("faletl.staging.window._typed", "before", r"staging failed: .*; make room below .*/disk"),
+            ("faletl.staging.window._prove", "before", r"staging failed: .*; make room below .*/disk"),
+            ("faletl.line.replace.fence", "after", r"the warehouse .*\.duckdb cannot be used"),
+            (
+                "faletl.landing.extracts.leave_receipt",
+                "before",
+                r"cannot write .*/loaded.json.* bytes needed",
+            ),
+            ("faletl.models.catalogue.fence", "after", r"the warehouse .*\.duckdb cannot be used"),
             ("faletl.warehouse.schema.build_to_publish", "after", r"the warehouse .* cannot be used"),
             ("faletl.warehouse.duckdb.copy_file", "before", r"cannot publish .* bytes needed"),
         ):
@@ -170,7 +187,7 @@ def on_a_disk_that_refuses(folder: Path, url: str) -> None:
         os.seteuid(NOBODY)
         assert all("Permission denied" in str(error) for error in failed(settings))
         with pytest.raises(StorageError, match=r"cannot read .*: Permission denied"):
-            list(landing.complete_reads(settings))  # none is not the same as nobody knows
+            list(extracts.complete_reads(settings))  # none is not the same as nobody knows
         os.seteuid(0)
         check_runs(settings)
 
@@ -219,7 +236,7 @@ def test_too_few_descriptors_are_said_and_spoil_nothing(landed: Settings) -> Non
 
 def test_too_little_memory_is_said_and_spoils_nothing(sandbox: Sandbox, landed: Settings) -> None:
     # With less, a thread that cannot have its own few bytes would end the process where it stands.
-    short = Trap("faletl.staging._write_typed", "before", springs=partial(limit_memory, 36 * MIB))
+    short = Trap("faletl.staging.window._write_typed", "before", springs=partial(limit_memory, 36 * MIB))
     code, said = start(landed, short, command="load").finish()
     assert code == 1, said
     assert re.search(r"staging ran out of memory .*; raise the limit, or lower FALETL_PARALLEL", said)
@@ -272,7 +289,7 @@ def test_a_write_or_a_flush_that_fails_is_said_and_nothing_half_done_is_kept(
         assert re.search(said, told), told
         assert not list(tmp_path.rglob("*.part"))
         if command == extract:
-            assert not list(landing.complete_reads(settings))
+            assert not list(extracts.complete_reads(settings))
         if nth == of_page:
             with time_machine.travel(truth.NOW, tick=True):
                 assert pipeline.extract(settings, DAY).exit_code == 0

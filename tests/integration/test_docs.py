@@ -12,9 +12,9 @@ from docs.__main__ import MADE
 from docs.examples import warehouse
 from docs.star_schema import edges
 from faletl import pipeline
-from faletl.answers import print_query
+from faletl.cli.output import print_query
 from faletl.config import Settings
-from faletl.models import column_comments, models
+from faletl.models.catalogue import column_comments, models
 from faletl.warehouse.tables import METADATA, SCHEMAS
 from tests.conftest import Query
 

@@ -15,8 +15,8 @@ import time_machine
 from faletl import pipeline
 from faletl.config import Settings
 from faletl.errors import ContractError, KeyRefusedError, UsageError
-from faletl.estimate import PATH, Charged, Estimates, Planned, estimate, planned
-from faletl.plan import Asked
+from faletl.line.plan import Asked
+from faletl.operations.estimate import PATH, Charged, Estimates, Planned, estimate, planned
 from faletl.sandbox import FULL_KEY, Calls, Fault, Request, Sandbox
 from tests import truth
 from tests.conftest import settings_for

@@ -12,12 +12,13 @@ import pytest
 import sqlalchemy as sa
 import time_machine
 
-from faletl import landing, pipeline
-from faletl import rebuild as rebuilding
+from faletl import pipeline
 from faletl.config import Settings
 from faletl.errors import WarehouseBusyError
-from faletl.load import Ledger
-from faletl.plan import Asked
+from faletl.landing import extracts
+from faletl.line.plan import Asked
+from faletl.line.replace import Ledger
+from faletl.operations import rebuild as rebuilding
 from faletl.warehouse import open_warehouse
 from faletl.warehouse.tables import WAREHOUSE
 from tests import truth
@@ -49,7 +50,7 @@ def test_a_load_that_dies_before_its_receipt_is_not_lost_to_a_rebuild_that_waite
         """The rebuild has read the ledger, and waits for the warehouse: the load has it still."""
         refuse_gaps(settings, ledger, past)
         with monkeypatch.context() as patch:
-            patch.setattr(landing, "leave_receipt", dies)
+            patch.setattr(extracts, "leave_receipt", dies)
             with pytest.raises(Dies):
                 pipeline.load(settings)
         monkeypatch.setattr(rebuilding, "_refuse_gaps", refuse_gaps)

@@ -18,11 +18,11 @@ import time_machine
 from faletl import pipeline
 from faletl.config import Settings
 from faletl.errors import DataRefusedError, SettingsError
-from faletl.plan import Asked
+from faletl.line.plan import Asked
+from faletl.operations.validate import validate
+from faletl.operations.validation_html import write_docs
 from faletl.resources import RESOURCES
 from faletl.sandbox import Fault, Request, Sandbox
-from faletl.validate import validate
-from faletl.validation_docs import write_docs
 from tests import truth
 from tests.conftest import ask, opened, settings_for, total
 from tests.forked import called
@@ -445,7 +445,7 @@ import sys
 from datetime import date
 from faletl import pipeline
 from faletl.config import Settings
-from faletl.plan import Asked
+from faletl.line.plan import Asked
 settings = Settings.isolated(key="id:secret", api_url={settings.api_url!r},
     warehouse={settings.warehouse!r}, landing={settings.landing!r}, rate=0)
 report = pipeline.run(settings, Asked(date(2026, 11, 21), date(2026, 11, 23), ["usage"]))

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 import time_machine
 
 from faletl import pipeline
-from faletl.plan import Asked
+from faletl.line.plan import Asked
 from faletl.sandbox import Sandbox
 from tests import truth
 from tests.conftest import settings_for

@@ -24,18 +24,19 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as profile
 from hypothesis import strategies as st
 
-from faletl import client as client_module
-from faletl import landing, pipeline
-from faletl.client import FalClient
+from faletl import pipeline
 from faletl.config import Settings
 from faletl.errors import DataRefusedError, TamperedError, UnprovenError
-from faletl.extract import Origin
-from faletl.plan import Asked, Task
-from faletl.rebuild import rebuild
+from faletl.fal import client as client_module
+from faletl.fal.client import FalClient
+from faletl.landing import extracts
+from faletl.line.fetch import Origin
+from faletl.line.plan import Asked, Task
+from faletl.operations.rebuild import rebuild
 from faletl.resources import BILLING_EVENTS
 from faletl.sandbox import BillingEvent, Fault, Request, Sandbox, UsageLine
 from faletl.sandbox.server import answer, event_row, to_json
-from faletl.staging import stage_window
+from faletl.staging.window import stage_window
 from faletl.windows import Window
 from tests import truth
 from tests.conftest import all_tables, ask, settings_for
@@ -138,7 +139,7 @@ def test_charges_of_one_second_at_a_pages_edge_are_all_loaded(tmp_path: Path) ->
     assert ask(mine, "select status from reports.rpt_reconciliation") == [("matched",)]
     # Neither what was given up nor a copy of it is left: one extract, of parts that tile the day.
     (folder,) = (tmp_path / "landing/acme/billing_events/2026-11-21").iterdir()
-    parts = [part.window for part in landing.open_read(folder).manifest.parts]
+    parts = [part.window for part in extracts.open_read(folder).manifest.parts]
     assert len(parts) > 2
     assert [one.end for one in parts[:-1]] == [one.start for one in parts[1:]]
 
@@ -212,15 +213,15 @@ def test_an_extract_in_halves_that_lacks_one_is_not_taken_for_whole(tmp_path: Pa
     with Sandbox(account, page_size=10, has_time_cursors=True) as sandbox:
         mine = settings_for(sandbox.url, tmp_path)
         pipeline.extract(mine, CHARGES)
-    (folder,) = landing.complete_reads(mine)
-    landed = landing.open_read(folder)
+    (folder,) = extracts.complete_reads(mine)
+    landed = extracts.open_read(folder)
     assert stage_window(mine, landed, tmp_path).proof == "summary"
     parts = landed.manifest.parts
     calls = [call for call in landed.manifest.calls if call not in parts[1].calls]
     content = msgspec.json.encode(msgspec.structs.replace(landed.manifest, calls=calls))
-    (folder / landing.MANIFEST).write_bytes(content)
+    (folder / extracts.MANIFEST).write_bytes(content)
     with pytest.raises(TamperedError, match="does not cover its window"):
-        stage_window(mine, landing.open_read(folder), tmp_path)
+        stage_window(mine, extracts.open_read(folder), tmp_path)
 
 
 def test_a_run_that_is_cut_off_among_the_halves_is_made_good_by_the_next(tmp_path: Path) -> None:
@@ -292,8 +293,8 @@ def test_a_broken_row_of_value_refuses_the_day_once_the_halves_show_that_no_othe
     assert isinstance(error, DataRefusedError)
     assert "1 of fal's rows cannot be right" in str(error)
     (folder,) = (tmp_path / "landing/acme/billing_events/2026-11-21").iterdir()
-    assert len(landing.open_read(folder).manifest.parts) > 2
-    assert sum(page.rows for page in landing.open_read(folder).manifest.pages("rows")) == len(TIES)
+    assert len(extracts.open_read(folder).manifest.parts) > 2
+    assert sum(page.rows for page in extracts.open_read(folder).manifest.pages("rows")) == len(TIES)
 
 
 def inclusive(sandbox: Sandbox) -> Callable[[Request], Fault | None]:

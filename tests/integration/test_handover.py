@@ -18,9 +18,9 @@ import time_machine
 from faletl import pipeline
 from faletl.config import Settings
 from faletl.errors import StorageError, UsageError
-from faletl.handover import hand_over
-from faletl.plan import Asked
-from faletl.rename import forget, rename
+from faletl.line.plan import Asked
+from faletl.operations.handover import hand_over
+from faletl.operations.rename import forget, rename
 from faletl.resources import RESOURCES
 from faletl.sandbox import Sandbox
 from faletl.warehouse.tables import RAW
@@ -163,12 +163,12 @@ HAND_OVER = "stage --out handed --resource usage"
 @pytest.mark.parametrize(
     "trap",
     [
-        Trap("faletl.handover.rows_of_windows", "after", 2),
-        Trap("faletl.handover._figures", "after", 2),
+        Trap("faletl.operations.handover.rows_of_windows", "after", 2),
+        Trap("faletl.operations.handover._figures", "after", 2),
         Trap("pathlib.Path.replace", "before", 2),
         Trap("pathlib.Path.replace", "after", 2),
-        Trap("faletl.handover._list", "before"),
-        Trap("faletl.handover._list"),
+        Trap("faletl.operations.handover._list", "before"),
+        Trap("faletl.operations.handover._list"),
     ],
     ids=lambda trap: f"{trap.when} {trap.function}",
 )

@@ -17,18 +17,19 @@ import time_machine
 from hypothesis import given
 from hypothesis import strategies as st
 
-from faletl import landing, pipeline
-from faletl.accept import accept
-from faletl.answers import status
+from faletl import pipeline
+from faletl.cli.output import status
 from faletl.config import Settings
 from faletl.errors import HeldError, UsageError
-from faletl.plan import Asked
-from faletl.rebuild import prune, rebuild
-from faletl.rename import rename
+from faletl.landing import extracts
+from faletl.line.plan import Asked
+from faletl.operations.accept import accept
+from faletl.operations.rebuild import prune, rebuild
+from faletl.operations.rename import rename
+from faletl.operations.validate import validate
+from faletl.operations.verify import verify
 from faletl.sandbox import Fault, Sandbox
-from faletl.staging import stage_window
-from faletl.validate import validate
-from faletl.verify import verify
+from faletl.staging.window import stage_window
 from tests import laws, truth
 from tests.conftest import Query, all_tables, ask, opened, settings_for, total
 from tests.truth import NOW, Account, at_hour, line
@@ -314,7 +315,7 @@ def test_accept_of_an_extract_that_another_one_replaced_accepts_nothing(
         extract(settings, YOUNG)
         return stage_window(*given)
 
-    monkeypatch.setattr("faletl.accept.stage_window", meanwhile)
+    monkeypatch.setattr("faletl.operations.accept.stage_window", meanwhile)
     with pytest.raises(UsageError, match="another extract of that day was loaded meanwhile"):
         accept(settings, "usage", YOUNG, reason=REASON)
     assert total(settings) == 40
@@ -362,7 +363,7 @@ def test_a_kill_between_a_hold_and_its_receipt_loses_nothing(
     extract(settings, YOUNG)
     held = ask(settings, "select landing_path from ops.holds", through=opened)
     for (path,) in held:
-        Path(settings.landing, path, landing.RECEIPT).unlink()
+        Path(settings.landing, path, extracts.RECEIPT).unlink()
     before = freshness(settings)
     rebuild(settings)
     assert freshness(settings) == before

@@ -12,14 +12,16 @@ import time_machine
 from hypothesis import given
 from hypothesis import strategies as st
 
-from faletl import horizons, pieces, pipeline
-from faletl.accounts import set_horizon
+from faletl import pipeline
 from faletl.config import FINGERPRINT, Settings
 from faletl.errors import UsageError
-from faletl.horizons import BY_DAY, Horizon
-from faletl.plan import Asked
-from faletl.rebuild import rebuild
+from faletl.line import distributed
+from faletl.line.accounts import set_horizon
+from faletl.line.plan import Asked
+from faletl.operations.rebuild import rebuild
 from faletl.sandbox import Sandbox
+from faletl.warehouse import horizons
+from faletl.warehouse.horizons import BY_DAY, Horizon
 from faletl.windows import FIRST_DAY
 from tests import truth
 from tests.conftest import ask, opened, settings_for
@@ -69,11 +71,11 @@ def days_asked(sandbox: Sandbox, since: int = 0) -> set[str]:
 @pytest.mark.parametrize(
     "trap",
     [
-        Trap("faletl.client.FalClient.get", "before"),
-        Trap("faletl.client.FalClient.get"),  # the username is known, nothing is bound
-        Trap("faletl.client.FalClient.get", nth=2),  # usage was answered
-        Trap("faletl.decisions.record", nth=2),  # bound, not committed
-        Trap("faletl.landing.Attempt.land", "before"),
+        Trap("faletl.fal.client.FalClient.get", "before"),
+        Trap("faletl.fal.client.FalClient.get"),  # the username is known, nothing is bound
+        Trap("faletl.fal.client.FalClient.get", nth=2),  # usage was answered
+        Trap("faletl.landing.decisions.record", nth=2),  # bound, not committed
+        Trap("faletl.landing.extracts.Attempt.land", "before"),
     ],
     ids=["nothing asked", "one answer", "two answers", "binding", "landing"],
 )
@@ -93,7 +95,7 @@ def test_a_first_run_that_is_killed_forgets_no_day_that_it_was_asked_for(
 def test_a_first_plain_run_that_is_killed_is_remembered_for_as_many_days(
     settings: Settings, clock: time_machine.Traveller
 ) -> None:
-    trap = Trap("faletl.client.FalClient.get", "before")
+    trap = Trap("faletl.fal.client.FalClient.get", "before")
     assert start(settings, trap).finish()[0] == -signal.SIGKILL
     clock.shift(timedelta(days=3))
     assert pipeline.run(settings).exit_code == 0
@@ -112,7 +114,7 @@ def test_days_named_with_a_new_key_of_a_known_account_become_the_accounts(
     with Sandbox(account, keys=dict.fromkeys(keys, "FULL")) as server:
         known, new = (settings_for(server.url, tmp_path, key=key) for key in keys)
         pipeline.run(known)
-        trap = Trap("faletl.client.FalClient.get", "before")
+        trap = Trap("faletl.fal.client.FalClient.get", "before")
         for command in killed:
             child = start(new, trap, command=command, FAL_KEY=OTHER_KEY, FALETL_FIRST_DAYS="9")
             assert child.finish()[0] == -signal.SIGKILL
@@ -232,15 +234,15 @@ def test_of_several_accounts_the_one_that_is_named_or_asks_is_meant(
 
 
 def test_a_plan_in_pieces_follows_the_same_horizon(settings: Settings) -> None:
-    path = pieces.make_plan(settings, Asked(resources=["usage"]))
+    path = distributed.make_plan(settings, Asked(resources=["usage"]))
     assert path is not None
     assert held(settings) == {("acme", "usage"): day(21)}
     set_horizon(settings, day(23), ["usage"])
-    path = pieces.make_plan(settings, Asked(resources=["usage"]))
+    path = distributed.make_plan(settings, Asked(resources=["usage"]))
     assert path is not None
-    assert [one.start.date() for one in pieces.read_plan(path).windows] == [day(23)]
+    assert [one.start.date() for one in distributed.read_plan(path).windows] == [day(23)]
     # A run by hand over recent days does what is due as long as nothing is loaded.
-    pieces.make_plan(settings, Asked(day(23), day(24), ["billing_events"]), is_first_due=True)
+    distributed.make_plan(settings, Asked(day(23), day(24), ["billing_events"]), is_first_due=True)
     assert held(settings)["acme", "billing_events"] == day(21)
 
 

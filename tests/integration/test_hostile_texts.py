@@ -17,9 +17,9 @@ import pytest
 import time_machine
 
 from faletl import pipeline
-from faletl.answers import Format, print_query
-from faletl.cli import _JsonLines
-from faletl.plan import Asked
+from faletl.cli.commands import _JsonLines
+from faletl.cli.output import Format, print_query
+from faletl.line.plan import Asked
 from faletl.sandbox import Credential, Sandbox
 from tests import truth
 from tests.conftest import ask, settings_for

@@ -18,15 +18,16 @@ import pytest
 import sqlalchemy as sa
 import time_machine
 
-from faletl import landing, pipeline
+from faletl import pipeline
 from faletl.config import Settings
 from faletl.errors import LeaseLostError, WarehouseBusyError
-from faletl.load import fence
+from faletl.landing import extracts
+from faletl.line.plan import Asked
+from faletl.line.replace import fence
+from faletl.operations.rebuild import prune
+from faletl.operations.verify import verify
 from faletl.pipeline import DUE
-from faletl.plan import Asked
-from faletl.rebuild import prune
 from faletl.sandbox import Fault, Sandbox
-from faletl.verify import verify
 from faletl.warehouse import open_warehouse
 from faletl.warehouse.tables import WAREHOUSE
 from tests import truth
@@ -90,23 +91,23 @@ def test_a_read_that_is_killed_at_any_step_loses_at_most_the_page_in_flight(
 ) -> None:
     kills = [
         Trap("faletl.pipeline.plan"),
-        Trap("faletl.landing.write_durably", "before"),  # a page received, not landed
+        Trap("faletl.landing.extracts.write_durably", "before"),  # a page received, not landed
         Trap("os.fsync", "before", 5),  # written under a temporary name; four folders were made
         Trap("pathlib.Path.rename", "before"),  # and flushed
         Trap("pathlib.Path.rename"),  # it has its name, which is not flushed
-        Trap("faletl.landing.write_durably", "after", 2),  # landed, not sealed
-        Trap("faletl.landing.Attempt.seal", "before"),
+        Trap("faletl.landing.extracts.write_durably", "after", 2),  # landed, not sealed
+        Trap("faletl.landing.extracts.Attempt.seal", "before"),
     ]
     now = truth.NOW  # what landed before the account was bound is not gone on with, so time passes
     for kill in kills:
         child = start(one_by_one, kill, command=EXTRACT, FALETL_PARALLEL="1", CLOCK=now.isoformat())
         assert is_killed(child)
-        assert not list(landing.complete_reads(one_by_one))
+        assert not list(extracts.complete_reads(one_by_one))
         now += timedelta(minutes=1)
     with time_machine.travel(now, tick=True):
         assert pipeline.extract(one_by_one, DAY).exit_code == 0
-    (read,) = map(landing.open_read, landing.complete_reads(one_by_one))
-    assert landing.is_intact(read.folder)
+    (read,) = map(extracts.open_read, extracts.complete_reads(one_by_one))
+    assert extracts.is_intact(read.folder)
     pages = [request for request in sandbox.requests if request.path == "/models/usage"]
     asked = [
         request for request in pages if request.query.get("limit") != ["1"]
@@ -118,25 +119,25 @@ def test_a_read_that_is_killed_at_any_step_loses_at_most_the_page_in_flight(
 
 
 LOADING = [
-    Trap("faletl.staging._prove", "before"),  # half staged
+    Trap("faletl.staging.window._prove", "before"),  # half staged
     Trap("faletl.pipeline.stage_window"),  # staged, not validated
     Trap("faletl.pipeline._load_batch", "before"),  # not begun to be loaded
-    Trap("faletl.load.fence"),  # inside the window's transaction
-    Trap("faletl.load._delete_window"),
-    Trap("faletl.load._insert"),
-    Trap("faletl.load._enter"),  # all written, not committed
+    Trap("faletl.line.replace.fence"),  # inside the window's transaction
+    Trap("faletl.line.replace._delete_window"),
+    Trap("faletl.line.replace._insert"),
+    Trap("faletl.line.replace._enter"),  # all written, not committed
 ]
 
 
 def test_a_load_that_is_killed_at_any_step_is_done_or_not_and_never_twice(
     sandbox: Sandbox, one_by_one: Settings
 ) -> None:
-    assert is_killed(start(one_by_one, Trap("faletl.landing.Attempt.seal"), command=EXTRACT))
+    assert is_killed(start(one_by_one, Trap("faletl.landing.extracts.Attempt.seal"), command=EXTRACT))
     asked = len(sandbox.requests)
     for kill in LOADING:
         assert is_killed(start(one_by_one, kill, command="load"))
         assert loaded(one_by_one) == (0, 0)
-    committed = Trap("faletl.load.landing.leave_receipt", "before")
+    committed = Trap("faletl.line.replace.landing.leave_receipt", "before")
     assert is_killed(start(one_by_one, committed, command="load"))
     assert loaded(one_by_one) == (15, 1)
     code, said = start(one_by_one, command="load").finish()
@@ -165,7 +166,7 @@ def test_a_load_that_is_killed_when_the_gate_has_passed_it_is_not_begun(
     gated = settings_for(sandbox.url, tmp_path, gate=True)
     with time_machine.travel(truth.NOW, tick=True):
         assert pipeline.extract(gated, DAY).exit_code == 0
-    assert is_killed(start(gated, Trap("faletl.gate.Gate.judge"), command="load"))
+    assert is_killed(start(gated, Trap("faletl.gate.gate.Gate.judge"), command="load"))
     assert loaded(gated) == (0, 0)
     with time_machine.travel(truth.NOW, tick=True):
         assert pipeline.load(gated.model_copy(update={"gate": False})).exit_code == 0
@@ -173,9 +174,9 @@ def test_a_load_that_is_killed_when_the_gate_has_passed_it_is_not_begun(
 
 
 BUILDING = [
-    Trap("faletl.models._fill", "after", 9),  # half built
-    Trap("faletl.models._check", "after", 9),  # checked, not committed
-    Trap("faletl.models.build"),  # built, not published
+    Trap("faletl.models.catalogue._fill", "after", 9),  # half built
+    Trap("faletl.models.catalogue._check", "after", 9),  # checked, not committed
+    Trap("faletl.models.catalogue.build"),  # built, not published
 ]
 
 
@@ -228,8 +229,8 @@ def test_a_rebuild_that_is_killed_leaves_the_old_warehouse_or_the_new(
     with time_machine.travel(truth.NOW, tick=True):
         assert pipeline.run(settings, Asked(truth.day(21), truth.day(23), ["usage"])).exit_code == 0
     before = all_tables(settings)
-    half = Trap("faletl.rebuild.replay")  # of the reads loaded
-    whole = Trap("faletl.models.build")  # not committed on a server
+    half = Trap("faletl.operations.rebuild.replay")  # of the reads loaded
+    whole = Trap("faletl.models.catalogue.build")  # not committed on a server
     if not IS_ON_POSTGRES:  # not in its place; before that the new file had got its name
         whole = Trap("pathlib.Path.replace", "before", 2)
     done = [] if IS_ON_POSTGRES else [Trap("pathlib.Path.replace", "after", 2)]  # not published
@@ -257,9 +258,9 @@ def test_pages_that_are_needed_outlive_a_pruning_that_is_killed(
         dropped, _ = prune(one_by_one, is_dry=True)
         assert len(dropped) == 1
         # The manifest is gone, the pages are not.
-        kill = Trap("faletl.places.Disk.drop", "before")
+        kill = Trap("faletl.landing.storage.Disk.drop", "before")
         assert is_killed(start(one_by_one, kill, command="landing prune"))
-        assert [landing.is_complete(folder) for folder in dropped] == [False]
+        assert [extracts.is_complete(folder) for folder in dropped] == [False]
         clock.shift(timedelta(hours=2))  # an interrupted read could have been taken up until then
         assert prune(one_by_one)[0] == dropped
         assert verify(one_by_one).findings == []
@@ -336,8 +337,8 @@ def test_a_signal_stops_any_step_in_good_order_and_a_second_one_at_once(
 ) -> None:
     steps = [
         (EXTRACT, "faletl.pipeline.wait"),
-        ("load", "faletl.load._insert"),
-        ("build", "faletl.models._fill"),
+        ("load", "faletl.line.replace._insert"),
+        ("build", "faletl.models.catalogue._fill"),
         (
             "publish",
             "faletl.warehouse.duckdb.copy_file"
@@ -400,7 +401,7 @@ def test_a_paused_holder_spoils_nothing_when_it_goes_on(
     account: Account, sandbox: Sandbox, tmp_path: Path
 ) -> None:
     settings = settings_for(sandbox.url, tmp_path)
-    for hour, function in enumerate(("faletl.load._insert", "faletl.models._fill")):
+    for hour, function in enumerate(("faletl.line.replace._insert", "faletl.models.catalogue._fill")):
         account.lines.append(line(truth.NOW.replace(hour=hour, minute=0)))
         pause = Trap(function, springs=partial(suffer, signal.SIGSTOP))
         paused = start(settings, pause, command="run --resource usage")

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 import time_machine
 
-from faletl import client as client_module
 from faletl import pipeline
-from faletl.client import FalClient
-from faletl.limiter import Limiter
-from faletl.plan import Asked
+from faletl.fal import client as client_module
+from faletl.fal.client import FalClient
+from faletl.fal.limiter import Limiter
+from faletl.line.plan import Asked
 from faletl.sandbox import Fault, Request, Sandbox
 from tests import truth
 from tests.conftest import ask, settings_for

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from functools import cached_property
@@ -16,15 +17,16 @@ from typing import Any, Literal
 import pytest
 import sqlalchemy as sa
 
-from faletl import landing, load
 from faletl.config import Settings
 from faletl.errors import LeaseLostError, UnprovenError, UsageError, WarehouseError
-from faletl.landing import Call, Receipt
-from faletl.load import KnownIds
-from faletl.pages import Page
-from faletl.plan import Asked
+from faletl.fal.pages import Page
+from faletl.landing import extracts
+from faletl.landing.extracts import Call, Receipt
+from faletl.line import replace
+from faletl.line.plan import Asked
+from faletl.line.replace import KnownIds
 from faletl.resources import ANALYTICS, CREDITS, MODELS, PRICES, USAGE, Resource
-from faletl.staging import Staged, stage_window
+from faletl.staging.window import Staged, stage_window
 from faletl.warehouse import Lease, Warehouse, open_warehouse
 from faletl.warehouse.tables import (
     FAILURES,
@@ -102,7 +104,7 @@ class Desk:
         """
         window = window or DAY_22
         account = more.pop("account", "acme")
-        attempt = landing.begin(self.settings, account, resource.name, window, at)
+        attempt = extracts.begin(self.settings, account, resource.name, window, at)
         query = {name: [v] for name, v in resource.params[0].items() if isinstance(v, str)}
         query |= {"endpoint_id": list(ids)} if ids else {}
         calls = []
@@ -115,12 +117,12 @@ class Desk:
             "started_at": at, "finished_at": at + timedelta(minutes=1), "planned_from": window.day,
             "fencing_token": 99, "calls": calls,
         }  # fmt: skip
-        landed = attempt.seal(landing.Manifest(**known | more))
+        landed = attempt.seal(extracts.Manifest(**known | more))
         return stage_window(self.settings, landed, self.folder)
 
-    def load(self, lease: Lease, staged: Staged) -> load.Outcome:
+    def load(self, lease: Lease, staged: Staged) -> replace.Outcome:
         """Load it."""
-        return load.replace_window(self.settings, self.warehouse, lease, staged).outcome
+        return replace.replace_window(self.settings, self.warehouse, lease, staged).outcome
 
     def receipt(
         self, lease: Lease, loaded_at: datetime, outcome: Literal["loaded", "unchanged"]
@@ -179,10 +181,10 @@ def test_the_ledger_tells_all_of_a_load_and_of_later_reads_that_found_the_same(d
             "is_settled": False, "changed_at": None,
         }  # fmt: skip
         assert row == expected
-        assert landing.receipt_of(first.landed.folder) == receipt
-        landing.take_receipts(first.landed.folder)  # as if killed before it was left
+        assert extracts.receipt_of(first.landed.folder) == receipt
+        extracts.take_receipts(first.landed.folder)  # as if killed before it was left
         assert desk.load(lease, first) == "unchanged"
-        assert landing.receipt_of(first.landed.folder) == receipt
+        assert extracts.receipt_of(first.landed.folder) == receipt
     again = desk.read(USAGE, body, at=NOON, fencing_token=lease.token)
     with desk.lease() as later:
         assert desk.load(later, again) == "unchanged"
@@ -195,10 +197,10 @@ def test_the_ledger_tells_all_of_a_load_and_of_later_reads_that_found_the_same(d
         "last_read_at": NOON,
         "last_fencing_token": later.token,
     }
-    told = landing.receipt_of(again.landed.folder)
+    told = extracts.receipt_of(again.landed.folder)
     with desk.warehouse.reading() as connection:
         assert connection is not None
-        receipts = load.read_ledger(connection).receipts
+        receipts = replace.read_ledger(connection).receipts
     assert receipts[first.landed.manifest.load_id] == receipt
     assert receipts[again.landed.manifest.load_id] == confirmed
     assert told is not None
@@ -215,7 +217,7 @@ def test_what_a_closed_day_was_and_is_now_is_kept_line_by_line(desk: Desk) -> No
         desk.load(lease, second := desk.read(USAGE, body, at=NOON))
         was, now = desk.loads(lease)
         lines = desk.rows(lease, sa.select(RESTATEMENTS).order_by(RESTATEMENTS.c.endpoint_id))
-        raw = desk.rows(lease, load.rows_of_windows(USAGE, "acme", [DAY_22]))
+        raw = desk.rows(lease, replace.rows_of_windows(USAGE, "acme", [DAY_22]))
     assert was == old | {"is_current": False}
     assert (now["is_current"], now["whole_catalogue_at"]) == (True, None)
     assert now["data_version"] == old["data_version"] + 1
@@ -234,7 +236,7 @@ def test_what_a_closed_day_was_and_is_now_is_kept_line_by_line(desk: Desk) -> No
     names = ("endpoint_id", "unit", "credential_id", "quantity_before", "quantity_after",
              "cost_total_before", "cost_total_after")  # fmt: skip
     assert lines == [of_all | dict(zip(names, line, strict=True)) for line in sorted(expected)]
-    assert landing.receipt_of(first.landed.folder) is not None
+    assert extracts.receipt_of(first.landed.folder) is not None
 
 
 def test_a_day_may_become_again_what_it_was(desk: Desk) -> None:
@@ -281,12 +283,12 @@ def test_a_read_that_was_planned_before_another_was_loaded_replaces_nothing(
         held = desk.loads(lease)
         assert desk.load(lease, early) == "superseded"
         assert desk.loads(lease) == held
-        assert landing.receipt_of(early.landed.folder) is None
+        assert extracts.receipt_of(early.landed.folder) is None
     same = desk.read(USAGE, usage({}), at=NOON, fencing_token=lease.token)
     with desk.lease() as later:
         assert desk.load(later, same) == "unchanged"
         # Reads that the window stands on may be loaded anew: rows of theirs may have been set aside.
-        assert desk.load(later, replace((late, same)[own], digest="other")) == "loaded"
+        assert desk.load(later, dataclasses.replace((late, same)[own], digest="other")) == "loaded"
 
 
 def test_the_same_rows_stand_in_for_pages_that_are_damaged(desk: Desk) -> None:
@@ -298,26 +300,26 @@ def test_the_same_rows_stand_in_for_pages_that_are_damaged(desk: Desk) -> None:
         raw = desk.rows(lease, sa.select(RAW["usage"]))
     assert row["load_id"] == second.landed.manifest.load_id
     assert [one["_load_id"] for one in raw] == [row["load_id"]]
-    assert landing.receipt_of(first.landed.folder) is None
-    assert landing.receipt_of(second.landed.folder) is not None
+    assert extracts.receipt_of(first.landed.folder) is None
+    assert extracts.receipt_of(second.landed.folder) is not None
 
 
 def test_who_lost_the_lease_writes_nothing_and_is_told_who_has_it(desk: Desk) -> None:
     staged = desk.read(USAGE, usage({}))
     with desk.lease("the winner") as lease:
-        lost = replace(lease, token=lease.token - 1)
+        lost = dataclasses.replace(lease, token=lease.token - 1)
         with pytest.raises(LeaseLostError, match="the winner") as caught:
             desk.load(lost, staged)
         assert caught.value.facts == {"resource": "usage", "window": "2026-11-22"}
         with pytest.raises(LeaseLostError):
-            load.record_failure(
+            replace.record_failure(
                 desk.settings, lost, UnprovenError("x"),
                 account="acme", resource="usage", window=DAY_22, run_id="r",
             )  # fmt: skip
         assert desk.loads(lease) == []
         assert desk.rows(lease, sa.select(FAILURES)) == []
         assert desk.rows(lease, sa.select(RAW["usage"])) == []
-    assert landing.receipt_of(staged.landed.folder) is None
+    assert extracts.receipt_of(staged.landed.folder) is None
 
 
 @pytest.mark.parametrize(
@@ -334,7 +336,7 @@ def test_a_load_that_is_not_what_was_staged_is_undone(
     with desk.lease() as lease:
         desk.load(lease, desk.read(USAGE, usage({"quantity": 7})))
         before = desk.loads(lease), desk.rows(lease, sa.select(RAW["usage"]))
-        staged = replace(desk.read(USAGE, usage({}), at=NOON), **said)
+        staged = dataclasses.replace(desk.read(USAGE, usage({}), at=NOON), **said)
         with pytest.raises(WarehouseError, match=told) as caught:
             desk.load(lease, staged)
         assert (desk.loads(lease), desk.rows(lease, sa.select(RAW["usage"]))) == before
@@ -354,13 +356,13 @@ def test_what_was_not_asked_for_stays(desk: Desk) -> None:
         assert desk.load(lease, more) == "unchanged"  # there was nothing of it, and there is nothing
         second = asked([FLUX], {"endpoint_id": FLUX, "request_count": 9}, at=NOON)
         assert desk.load(lease, second) == "loaded"
-        raw = desk.rows(lease, load.rows_of_windows(ANALYTICS, "acme", [DAY_22]))
+        raw = desk.rows(lease, replace.rows_of_windows(ANALYTICS, "acme", [DAY_22]))
         assert [one["rows"] for one in desk.loads(lease) if one["is_current"]] == [2]
-        standing = load.read_ledger(lease.connection).needed
+        standing = replace.read_ledger(lease.connection).needed
         lease.connection.rollback()
         gone = asked([FLUX, VIDEO], {"endpoint_id": FLUX, "request_count": 9}, at=NOON)
         assert desk.load(lease, gone) == "loaded"  # the same row, but now it speaks of the other, too
-        left = desk.rows(lease, load.rows_of_windows(ANALYTICS, "acme", [DAY_22]))
+        left = desk.rows(lease, replace.rows_of_windows(ANALYTICS, "acme", [DAY_22]))
     found = {row["endpoint_id"]: (row["request_count"], row["_load_id"]) for row in raw}
     ids = [one.landed.manifest.load_id for one in (first, second)]
     assert found == {FLUX: (9, ids[1]), VIDEO: (1, ids[0])}
@@ -383,7 +385,7 @@ def test_snapshots_of_a_day_follow_one_another_and_levels_stand_for_themselves(d
             outcomes.append((desk.load(lease, priced(at, price)), desk.load(lease, balance(at))))
         raw = desk.rows(lease, sa.select(RAW["prices"]).order_by(RAW["prices"].c["_snapshot_at"]))
         current = desk.rows(lease, sa.select(LOADS).where(LOADS.c.is_current))
-        reads = load.reads_by_day(lease.connection, "acme", "prices")
+        reads = replace.reads_by_day(lease.connection, "acme", "prices")
         lease.connection.rollback()
     assert [price for price, _ in outcomes] == ["loaded", "unchanged", "loaded", "loaded"]
     assert {credit for _, credit in outcomes} == {"loaded"}
@@ -406,7 +408,7 @@ def test_a_load_moves_no_horizon_and_ends_the_failure_of_its_window(desk: Desk) 
             ("models", window, 4), ("usage", Window.of_day(truth.day(23)), 5),
         ):  # fmt: skip
             error = UnprovenError(f"number {number}").at(resource=resource, window=str(failed))
-            load.record_failure(
+            replace.record_failure(
                 desk.settings, lease, error,
                 account="acme", resource=resource, window=failed, run_id="run-2",
             )  # fmt: skip
@@ -430,7 +432,7 @@ def test_a_load_moves_no_horizon_and_ends_the_failure_of_its_window(desk: Desk) 
 def test_ids_that_are_worth_asking_for_are_those_used_or_held_and_those_unknown_rest(desk: Desk) -> None:
     def known(lease: Lease, resource: Resource, window: Window, now: datetime) -> KnownIds:
         with lease.transaction():
-            return load.known_ids(lease.connection, "acme", resource, window, now)
+            return replace.known_ids(lease.connection, "acme", resource, window, now)
 
     def listing(*ids: str, at: datetime) -> Staged:
         body = listed("models", *({"endpoint_id": one} for one in ids))
@@ -485,7 +487,7 @@ def test_ids_that_are_worth_asking_for_are_those_used_or_held_and_those_unknown_
 def test_the_ledger_is_read_by_day_by_change_and_by_account(desk: Desk) -> None:
     with desk.lease() as lease:
         with pytest.raises(UsageError, match="nothing is loaded yet"):
-            load.current_loads(open_warehouse(replaced(desk.settings)), Asked())
+            replace.current_loads(open_warehouse(replaced(desk.settings)), Asked())
         desk.load(lease, first := desk.read(USAGE, usage({})))
         desk.load(lease, desk.read(USAGE, usage({}, day=21), DAY_21, account="other"))
         version = desk.loads(lease)[-1]["data_version"]
@@ -501,34 +503,34 @@ def test_the_ledger_is_read_by_day_by_change_and_by_account(desk: Desk) -> None:
         )
         connection = lease.connection
         read = Read(NOON, False, NOON, changed_at=NOON)
-        assert load.reads_by_day(connection, "acme", "usage") == {truth.day(22): read}
-        assert load.changed_days(connection, version, lease.token) == {
+        assert replace.reads_by_day(connection, "acme", "usage") == {truth.day(22): read}
+        assert replace.changed_days(connection, version, lease.token) == {
             "usage": {truth.day(22)}, "models": {truth.day(23)},
         }  # fmt: skip
-        assert set(load.changed_days(connection, version - 2, lease.token)["usage"]) == {
+        assert set(replace.changed_days(connection, version - 2, lease.token)["usage"]) == {
             truth.day(21),
             truth.day(22),
         }
-        assert load.loaded_reads(connection) == {
+        assert replace.loaded_reads(connection) == {
             ("acme", "usage", truth.day(22)): NOON,
             ("other", "usage", truth.day(21)): MORNING,
             ("acme", "models", truth.day(23)): MORNING,
         }
-        assert load.pages_per_window(connection, "acme") == {"usage": 2.0, "models": 1.0}
-        ledger = load.read_ledger(connection)
+        assert replace.pages_per_window(connection, "acme") == {"usage": 2.0, "models": 1.0}
+        ledger = replace.read_ledger(connection)
         ids = [one.landed.manifest.load_id for one in (first, second, models)]
         assert set(ids) <= ledger.needed  # a closed day's earlier load, too
         assert set(ledger.receipts) >= set(ids)
         assert ledger.receipts[ids[1]].outcome == "loaded"
-        of_day = load.read_ledger(connection, truth.day(21))
+        of_day = replace.read_ledger(connection, truth.day(21))
         connection.rollback()
         assert len(of_day.receipts) == 1
         assert not set(ids) & of_day.needed
-    found = load.current_loads(desk.warehouse, Asked())
+    found = replace.current_loads(desk.warehouse, Asked())
     assert [(one["resource"], one["account"]) for one in found] == [
         ("usage", "other"), ("usage", "acme"), ("models", "acme"),
     ]  # fmt: skip
-    found = load.current_loads(desk.warehouse, Asked(resources=["usage"], start=truth.day(22)))
+    found = replace.current_loads(desk.warehouse, Asked(resources=["usage"], start=truth.day(22)))
     assert [(one["resource"], one["account"]) for one in found] == [("usage", "acme")]
 
 
@@ -546,7 +548,7 @@ def test_reads_are_loaded_once_more_as_they_were(desk: Desk) -> None:
     with desk.lease() as lease:
         desk.load(lease, second)
         desk.load(lease, desk.read(USAGE, usage({}, day=21), DAY_21))
-        load.record_failure(
+        replace.record_failure(
             desk.settings, lease, UnprovenError("x"),
             account="acme", resource="usage", window=DAY_22, run_id="r",
         )  # fmt: skip
@@ -555,9 +557,11 @@ def test_reads_are_loaded_once_more_as_they_were(desk: Desk) -> None:
         again = [
             (one, receipt)
             for one in (first, second)
-            if (receipt := landing.receipt_of(one.landed.folder))
+            if (receipt := extracts.receipt_of(one.landed.folder))
         ]
-        outcomes, newest = load.replay(desk.settings, desk.warehouse, lease, again, forget=truth.day(22))
+        outcomes, newest = replace.replay(
+            desk.settings, desk.warehouse, lease, again, forget=truth.day(22)
+        )
         after = desk.loads(newest)
         assert outcomes == ["loaded", "loaded"]
         assert newest.token == lease.token + 2
@@ -565,7 +569,7 @@ def test_reads_are_loaded_once_more_as_they_were(desk: Desk) -> None:
         assert len(desk.rows(newest, sa.select(FAILURES))) == 1
         assert len(desk.rows(newest, sa.select(RAW["usage"]))) == 2
         with pytest.raises(LeaseLostError):
-            load.replay(desk.settings, desk.warehouse, lease, again)
+            replace.replay(desk.settings, desk.warehouse, lease, again)
         undone = desk.loads(newest)
     assert undone == after
     was, now = (

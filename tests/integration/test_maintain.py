@@ -18,14 +18,16 @@ from hypothesis import HealthCheck, Phase, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from faletl import landing, pieces, pipeline
+from faletl import pipeline
 from faletl.config import Settings
 from faletl.errors import UsageError, WarehouseBusyError
-from faletl.maintain import KEPT, RETENTIONS, Freed, maintain
-from faletl.plan import Asked
-from faletl.rebuild import prune, rebuild
+from faletl.landing import extracts
+from faletl.line import distributed
+from faletl.line.plan import Asked
+from faletl.operations.maintain import KEPT, RETENTIONS, Freed, maintain
+from faletl.operations.rebuild import prune, rebuild
+from faletl.operations.verify import verify
 from faletl.sandbox import Sandbox
-from faletl.verify import verify
 from faletl.warehouse import open_warehouse
 from faletl.warehouse.tables import LOADS, METADATA, RESTATEMENTS
 from tests import truth
@@ -239,7 +241,7 @@ def days_of_runs(folder: Path, days: int) -> tuple[Counter[str], int]:
                 for table in ("ops.loads", "ops.builds", "ops.validations", "raw.credits")
             }
         )
-        landed = sum(len(landing.sizes(folder)) for folder in landing.all_reads(settings))
+        landed = sum(len(extracts.sizes(folder)) for folder in extracts.all_reads(settings))
         check_is_stable(settings)
         assert history(settings)[1] == restated
     return rows, landed
@@ -293,7 +295,7 @@ def test_a_day_that_is_held_or_was_restated_keeps_its_pages(
 
     maintained(settings)
 
-    assert {folder.name for folder in landing.complete_reads(settings)} >= {one for (one,) in held}
+    assert {folder.name for folder in extracts.complete_reads(settings)} >= {one for (one,) in held}
     check_is_stable(settings)
     assert history(settings)[1] == restated
     assert ask(settings, "select load_id from ops.holds", opened) == held
@@ -393,14 +395,14 @@ def test_plans_and_leftovers_of_killed_commands_go_and_what_is_in_use_stays(
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
-    assert pieces.make_plan(settings, CREDITS)
+    assert distributed.make_plan(settings, CREDITS)
     old = sorted((tmp_path / "landing" / ".plans").iterdir())
     pipeline.run(settings)
     clock.shift(timedelta(days=31))
-    young = pieces.make_plan(settings, CREDITS)
+    young = distributed.make_plan(settings, CREDITS)
     with opened(settings):
         pass
-    folder = next(landing.complete_reads(settings))
+    folder = next(extracts.complete_reads(settings))
     (tmp_path / "landing" / ".decisions").mkdir(exist_ok=True)
     left = [folder / ".loaded.json.part", tmp_path / "landing" / ".decisions" / ".x.json.part"]
     for path in left:
@@ -436,7 +438,7 @@ def test_two_that_delete_or_a_rebuild_exclude_each_other(
     clock.shift(timedelta(days=40))
     landed = sorted(Path(settings.landing).rglob("*"))
     hasty = settings.model_copy(update={"lock_seconds": 0.1})
-    with landing.deleting(settings):
+    with extracts.deleting(settings):
         for work in (maintain, prune, rebuild):
             with pytest.raises(WarehouseBusyError, match="another faletl maintain, landing prune or"):
                 work(hasty)
@@ -451,11 +453,13 @@ def test_two_that_delete_or_a_rebuild_exclude_each_other(
 
 
 KILLS = [
-    Trap("faletl.landing.leave_receipt", "after", 2),  # some snapshots are marked
-    Trap("faletl.maintain.fence", "after", 1),  # nothing is deleted
-    Trap("faletl.maintain._delete_loads", "after", 1),  # deleted, not committed
-    Trap("faletl.maintain.build_and_publish", "before"),  # snapshots are gone, their pages are not
-    Trap("faletl.landing.drop", "after", 2),  # some pages are gone
+    Trap("faletl.landing.extracts.leave_receipt", "after", 2),  # some snapshots are marked
+    Trap("faletl.operations.maintain.fence", "after", 1),  # nothing is deleted
+    Trap("faletl.operations.maintain._delete_loads", "after", 1),  # deleted, not committed
+    Trap(
+        "faletl.operations.maintain.build_and_publish", "before"
+    ),  # snapshots are gone, their pages are not
+    Trap("faletl.landing.extracts.drop", "after", 2),  # some pages are gone
 ]
 
 

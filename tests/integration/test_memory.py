@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from faletl import bodies
-from faletl.bodies import LARGE_BODY, one_body, passed_on, take_turn
-from faletl.client import MalformedBodyError
+from faletl.fal import bodies
+from faletl.fal.bodies import LARGE_BODY, one_body, passed_on, take_turn
+from faletl.fal.client import MalformedBodyError
 from faletl.redaction import REDACTED, without
 from faletl.sandbox import Fault, Request, Sandbox
 from tests import truth

@@ -18,15 +18,16 @@ import pytest
 import sqlalchemy as sa
 import time_machine
 
-from faletl import models, pipeline
+from faletl import pipeline
 from faletl.config import Settings
 from faletl.errors import SettingsError, TamperedError, UnprovenError
-from faletl.plan import Asked
-from faletl.rebuild import prune, rebuild
+from faletl.line.plan import Asked
+from faletl.models import catalogue
+from faletl.operations.rebuild import prune, rebuild
+from faletl.operations.verify import verify
 from faletl.resources import BILLING_EVENTS, RESOURCES, Kind, Resource
 from faletl.sandbox import BILLING_KEY, READONLY_KEY, Calls, Fault, Request, Sandbox
-from faletl.staging import digest_sums
-from faletl.verify import verify
+from faletl.staging.window import digest_sums
 from faletl.warehouse import open_warehouse
 from faletl.warehouse.tables import RAW
 from tests import truth
@@ -745,12 +746,12 @@ def test_days_of_a_select_are_its_select_of_those_days(
     warehouse = open_warehouse(settings)
     with warehouse.reading() as connection:
         assert connection is not None
-        for model in models.models():
+        for model in catalogue.models():
             if not (model.is_by_day or model.lookups):
                 continue
-            all_days = models.translate(model.sql, warehouse.dialect)
-            spans = [models.Span(truth.day(day), truth.day(day + 1)) for day in (21, 22, 23)]
-            cut = [models.restricted(model.sql, span, warehouse.dialect) for span in spans]
+            all_days = catalogue.translate(model.sql, warehouse.dialect)
+            spans = [catalogue.Span(truth.day(day), truth.day(day + 1)) for day in (21, 22, 23)]
+            cut = [catalogue.restricted(model.sql, span, warehouse.dialect) for span in spans]
             whole, *parts = (connection.exec_driver_sql(sql).fetchall() for sql in (all_days, *cut))
             assert Counter(chain(*parts)) == Counter(whole) != Counter()
 

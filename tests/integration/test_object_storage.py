@@ -20,19 +20,21 @@ import pytest
 import time_machine
 from moto.server import ThreadedMotoServer
 
-from faletl import landing, pieces, pipeline
+from faletl import pipeline
 from faletl.airflow.runs import asked
 from faletl.config import Settings
 from faletl.errors import SettingsError, StorageError, TamperedError
-from faletl.landing import MANIFEST, Call
-from faletl.maintain import maintain
-from faletl.pages import Page
-from faletl.places import at, place
-from faletl.plan import Asked
-from faletl.rebuild import prune, rebuild
+from faletl.fal.pages import Page
+from faletl.landing import extracts
+from faletl.landing.extracts import MANIFEST, Call
+from faletl.landing.storage import at, place
+from faletl.line import distributed
+from faletl.line.plan import Asked
+from faletl.operations.maintain import maintain
+from faletl.operations.rebuild import prune, rebuild
+from faletl.operations.verify import verify
 from faletl.resources import USAGE
 from faletl.sandbox import Fault, Request, Sandbox
-from faletl.verify import verify
 from faletl.windows import Window
 from tests import truth
 from tests.conftest import all_tables, settings_for, total
@@ -82,7 +84,7 @@ def stored(sandbox: Sandbox, tmp_path: Path, bucket: str) -> Settings:
 
 def objects(settings: Settings) -> dict[str, bytes]:
     """All that landed."""
-    root = landing.root(settings)
+    root = extracts.root(settings)
     return {
         path.relative_to(root).as_posix(): at(path).read(path)
         for path in at(root).matching(root, "*/*/*/*/*")
@@ -149,13 +151,13 @@ def test_a_read_that_is_killed_twice_goes_on_at_the_page_where_it_ended(
     # The account's name, a question that binds its key, the first page, both of the total, again the
     # first page, the second; the name, the second page, the third.
     for nth in (7, 3):
-        kill = Trap("faletl.client.FalClient.get", nth=nth)
+        kill = Trap("faletl.fal.client.FalClient.get", nth=nth)
         assert start(stored, kill, command="extract", **more).finish()[0] == -signal.SIGKILL
-    assert list(landing.complete_reads(stored)) == []
+    assert list(extracts.complete_reads(stored)) == []
     with time_machine.travel(truth.NOW, tick=True):
         assert pipeline.extract(stored, USAGE_DAYS).exit_code == 0
-    first, _ = map(landing.open_read, landing.complete_reads(stored))
-    assert landing.is_intact(first.folder)
+    first, _ = map(extracts.open_read, extracts.complete_reads(stored))
+    assert extracts.is_intact(first.folder)
     pages = Counter(
         str(request.query.get("cursor"))
         for request in sandbox.requests
@@ -165,7 +167,7 @@ def test_a_read_that_is_killed_twice_goes_on_at_the_page_where_it_ended(
     assert len(pages) == len(first.manifest.pages("rows")) == 4
     # The first page on both sides of the total; at each kill a page was received and not yet landed.
     assert pages.total() == len(pages) + 1 + 2
-    attempts = [f.name for f in landing.all_reads(stored) if f.parent == first.folder.parent]
+    attempts = [f.name for f in extracts.all_reads(stored) if f.parent == first.folder.parent]
     assert len(attempts) == 3
     assert all(name.startswith(min(attempts)) for name in attempts)  # it began when the first one did
 
@@ -174,8 +176,8 @@ def test_pages_that_were_changed_or_deleted_are_found(
     clock: time_machine.Traveller, stored: Settings
 ) -> None:
     load_days(stored)
-    root = landing.root(stored)
-    first, other = landing.complete_reads(stored)
+    root = extracts.root(stored)
+    first, other = extracts.complete_reads(stored)
     page = at(first).matching(first, "rows-*")[1]
     at(page).write(page, at(page).read(page)[:-1] + b"?")
     with pytest.raises(TamperedError, match="is not the one that fal sent") as changed:
@@ -199,23 +201,23 @@ def test_the_line_in_pieces_with_a_task_that_comes_twice(
         account.catalogue.append({"endpoint_id": f"acme/model-{number:02}"})
     sandbox.page_size = 100
     for name in ("usage", "models", "prices"):
-        path = pieces.make_plan(stored, Asked(resources=[name]))
+        path = distributed.make_plan(stored, Asked(resources=[name]))
         assert path is not None
         assert path.startswith(f"{stored.landing}/.plans/")
-        batches = pieces.batches(path)
+        batches = distributed.batches(path)
         assert len(batches) == (2 if name == "prices" else 0)
         for batch in [*batches, *batches[:1]]:  # a retry, while the first try may still be at it
-            assert pieces.ask_batch(stored, batch)
+            assert distributed.ask_batch(stored, batch)
         before_extract = [request.path for request in sandbox.requests].count("/models/pricing")
-        for piece in pieces.pieces(path):
-            assert pieces.extract_piece(stored, piece).exit_code == 0
+        for piece in distributed.pieces(path):
+            assert distributed.extract_piece(stored, piece).exit_code == 0
             before = len(sandbox.requests)
-            assert pieces.extract_piece(stored, piece).exit_code == 0
+            assert distributed.extract_piece(stored, piece).exit_code == 0
             assert len(sandbox.requests) == before
-        assert pieces.load_plan(stored, path).exit_code == 0
+        assert distributed.load_plan(stored, path).exit_code == 0
     halved = [r.status for r in sandbox.requests if r.path == "/models/pricing"][before_extract:]
     assert set(halved) == {404}  # the batch with the id that fal does not know
-    assert all(map(landing.is_intact, landing.complete_reads(stored)))
+    assert all(map(extracts.is_intact, extracts.complete_reads(stored)))
 
 
 def test_runs_of_a_backfill_find_out_among_themselves_who_fetches_a_day(
@@ -248,10 +250,10 @@ def test_two_that_read_the_same_window_spoil_nothing_of_each_other(
 
     sandbox.fault = meanwhile
     assert pipeline.extract(stored, usage).exit_code == 0
-    reads = list(landing.complete_reads(stored))
-    assert len({landing.open_read(read).manifest.started_at for read in reads}) == 1
+    reads = list(extracts.complete_reads(stored))
+    assert len({extracts.open_read(read).manifest.started_at for read in reads}) == 1
     assert len(reads) == 2
-    assert all(map(landing.is_intact, reads))
+    assert all(map(extracts.is_intact, reads))
     starts = [r for r in sandbox.requests if "cursor" not in r.query and r.path == USAGE.path]
     # One binds the key; the second took over what had landed; each ends with a control total.
     assert len(starts) == 1 + 3 + 2
@@ -280,18 +282,18 @@ def test_an_interrupted_read_is_dropped_a_day_later_and_cannot_be_sealed_then(
 ) -> None:
     load_days(stored)
     window = Window.of_day(truth.day(21))
-    attempt = landing.begin(stored, "acme", "usage", window, now=truth.NOW)
+    attempt = extracts.begin(stored, "acme", "usage", window, now=truth.NOW)
     call = Call("rows", USAGE.path, {}, [attempt.land("rows", {}, Page(1, b"{}", None, 0, None))])
     clock.shift(timedelta(hours=2))
     assert prune(stored)[0] == []
-    assert landing.resume(stored, "acme", "usage", window, since=truth.NOW + timedelta(hours=1)) is None
+    assert extracts.resume(stored, "acme", "usage", window, since=truth.NOW + timedelta(hours=1)) is None
     clock.shift(timedelta(days=1))
     assert attempt.folder in prune(stored)[0]
-    complete = list(landing.complete_reads(stored))
-    manifest = msgspec.structs.replace(landing.open_read(complete[0]).manifest, calls=[call])
+    complete = list(extracts.complete_reads(stored))
+    manifest = msgspec.structs.replace(extracts.open_read(complete[0]).manifest, calls=[call])
     with pytest.raises(StorageError, match="was deleted while the window was read"):
         attempt.seal(manifest)
-    assert list(landing.complete_reads(stored)) == complete
+    assert list(extracts.complete_reads(stored)) == complete
 
 
 class Refusing(BaseHTTPRequestHandler):
@@ -363,10 +365,10 @@ def test_an_object_that_cannot_be_had_is_not_taken_for_one_that_is_gone(
     def out(*_: object, **__: object) -> None:
         raise TimeoutError("nobody answers")
 
-    fs: Any = landing.root(stored).fs  # type: ignore[attr-defined]  # of a UPath
+    fs: Any = extracts.root(stored).fs  # type: ignore[attr-defined]  # of a UPath
     for question in ("ls", "find", "cat_file"):
         monkeypatch.setattr(fs, question, out)
-    for ask in (lambda: list(landing.complete_reads(stored)), lambda: verify(stored)):
+    for ask in (lambda: list(extracts.complete_reads(stored)), lambda: verify(stored)):
         with pytest.raises(StorageError, match="nobody answers"):
             ask()
 

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import time_machine
 
-from faletl import client as client_module
 from faletl import pipeline
 from faletl.config import Settings
 from faletl.errors import CircuitOpenError
-from faletl.limiter import MAX_FAILURES
-from faletl.plan import Asked
+from faletl.fal import client as client_module
+from faletl.fal.limiter import MAX_FAILURES
+from faletl.line.plan import Asked
 from faletl.sandbox import Fault, Request, Sandbox
 from tests import truth
 from tests.conftest import all_tables, ask, opened, published_path, settings_for, total

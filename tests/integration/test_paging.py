@@ -22,10 +22,7 @@ import zstandard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from faletl import client as client_module
-from faletl import landing, pipeline
-from faletl.accounts import look_up
-from faletl.client import FalClient, MalformedBodyError
+from faletl import pipeline
 from faletl.config import Settings
 from faletl.errors import (
     ApiUnavailableError,
@@ -35,15 +32,19 @@ from faletl.errors import (
     KeyRefusedError,
     TamperedError,
 )
-from faletl.extract import Origin, Retry, fetch_window
-from faletl.landing import Landed, Receipt
-from faletl.pages import MAX_EMPTY_PAGES, MAX_RECORDS, read_envelope, walk
-from faletl.plan import Asked
+from faletl.fal import client as client_module
+from faletl.fal.client import FalClient, MalformedBodyError
+from faletl.fal.pages import MAX_EMPTY_PAGES, MAX_RECORDS, read_envelope, walk
+from faletl.landing import extracts
+from faletl.landing.extracts import Landed, Receipt
+from faletl.line.accounts import look_up
+from faletl.line.fetch import Origin, Retry, fetch_window
+from faletl.line.plan import Asked
 from faletl.redaction import REDACTED
 from faletl.resources import BILLING_EVENTS, CREDITS, MODELS, PRICES, USAGE, Resource
 from faletl.sandbox import BILLING_KEY, FULL_KEY, Fault, Request, Sandbox
 from faletl.sandbox.server import answer
-from faletl.staging import stage_window
+from faletl.staging.window import stage_window
 from faletl.windows import Window
 from tests import truth
 from tests.conftest import ask, settings_for
@@ -187,11 +188,11 @@ def test_a_cycle_of_cursors_is_refused_within_one_round(length: int, lead: int, 
     told = str(caught.value)
     assert told.startswith(f"models, window {SNAPSHOT}, page {lead + length + 1}: ")
     assert told.endswith(f"(fal request {last})")
-    assert list(landing.complete_reads(settings_for(sandbox.url, tmp_path))) == []
+    assert list(extracts.complete_reads(settings_for(sandbox.url, tmp_path))) == []
 
 
 def test_endless_new_cursors_come_to_an_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("faletl.pages.MAX_PAGES", 7)
+    monkeypatch.setattr("faletl.fal.pages.MAX_PAGES", 7)
     with Sandbox(truth.Account(), fault=lambda r: Fault(body=page(cursor=r.request_id))) as sandbox:
         with pytest.raises(ContractError, match="more than 7 pages") as caught:
             fetch(settings_for(sandbox.url, tmp_path))
@@ -202,7 +203,7 @@ def test_a_walk_of_more_bytes_than_can_be_meant_comes_to_an_end_and_leaves_none(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     body = page(cursor="c" * 1000)
-    monkeypatch.setattr("faletl.pages.MAX_BYTES", 2 * len(body))
+    monkeypatch.setattr("faletl.fal.pages.MAX_BYTES", 2 * len(body))
     endless = Script({cursor: page(cursor=str(n) * 1000) for n, cursor in enumerate([None, "0" * 1000])})
     endless.pages["1" * 1000] = body
     with Sandbox(truth.Account(), fault=endless) as sandbox:
@@ -338,7 +339,7 @@ def test_another_document_than_was_asked_for_is_refused_at_once(
         assert len(sandbox.requests) == 1
     assert caught.value.facts["resource"] == resource.name
     assert caught.value.exit_code == 3
-    assert list(map(landing.open_read, landing.complete_reads(given))) == []
+    assert list(map(extracts.open_read, extracts.complete_reads(given))) == []
 
 
 def test_a_page_is_counted_by_its_records() -> None:
@@ -639,11 +640,11 @@ def test_a_complete_read_that_was_not_loaded_is_only_asked_whether_it_is_still_a
         assert len(small_pages.requests) > before
         assert landed.manifest.started_at == first.manifest.started_at  # as old as its pages
 
-    landing.refuse(landed.folder)
+    extracts.refuse(landed.folder)
     before = len(small_pages.requests)
     anew = fetch(given, USAGE, DAY)
     assert len(rows_requests(small_pages.requests[before:])) == 1 + len(whole)
-    landing.leave_receipt(anew.folder, Receipt(1, truth.NOW, "loaded"))
+    extracts.leave_receipt(anew.folder, Receipt(1, truth.NOW, "loaded"))
     fetch(given, USAGE, DAY)
     assert len(rows_requests(small_pages.requests[before:])) == 2 * (1 + len(whole))
 
@@ -757,7 +758,7 @@ def test_what_a_killed_run_left_half_written_is_gone_once_the_read_is_complete(
     (folder / interrupted.landed[2].name.replace("-00003.", "-00033.")).write_bytes(b"older")
     landed = fetch(given, USAGE, DAY)
     assert landed.folder == folder
-    assert {path.name for path in folder.iterdir()} == {landing.MANIFEST} | {
+    assert {path.name for path in folder.iterdir()} == {extracts.MANIFEST} | {
         one.file for call in landed.manifest.calls for one in call.pages
     }
 
@@ -815,7 +816,7 @@ def test_a_cursor_that_expired_starts_the_read_over_once(
     assert asked.count(None) == 4  # the first page comes twice each time
     assert len(asked) == 4 + len(whole) + 1
     assert "starting over" in caplog.text
-    assert [read.folder for read in map(landing.open_read, landing.complete_reads(given))] == [
+    assert [read.folder for read in map(extracts.open_read, extracts.complete_reads(given))] == [
         landed.folder
     ]
     assert list(landed.folder.parent.iterdir()) == [landed.folder]
@@ -830,7 +831,7 @@ def test_a_cursor_that_expires_again_ends_the_read(
         fetch(given, USAGE, DAY)
     assert len(asked) == 8
     assert (caught.value.facts["window"], caught.value.facts["page"]) == (str(DAY), 3)
-    assert list(map(landing.open_read, landing.complete_reads(given))) == []
+    assert list(map(extracts.open_read, extracts.complete_reads(given))) == []
 
     small_pages.fault = None
     assert bodies(fetch(given, USAGE, DAY)) == whole
@@ -915,7 +916,7 @@ def test_every_id_is_asked_in_batches_and_unknown_ones_are_found_by_halving(
         files = {path.name for path in landed.folder.iterdir()}
     assert answered == [name for name in ids if name not in unknown]
     assert landed.manifest.unknown_ids == sorted(unknown)
-    assert files == {one.file for one in landed.manifest.pages("rows")} | {landing.MANIFEST}
+    assert files == {one.file for one in landed.manifest.pages("rows")} | {extracts.MANIFEST}
 
     requests = scripted.requests[before:]
     assert all(len(request.query["endpoint_id"]) <= 50 for request in requests)
@@ -952,7 +953,7 @@ def test_no_id_is_asked_for_with_no_request(scripted: Sandbox, tmp_path: Path) -
 def test_a_complete_read_can_be_opened_again_as_it_was(sandbox: Sandbox, tmp_path: Path) -> None:
     given = settings_for(sandbox.url, tmp_path)
     landed = fetch(given, USAGE, DAY)
-    (read,) = map(landing.open_read, landing.complete_reads(given))
+    (read,) = map(extracts.open_read, extracts.complete_reads(given))
     assert read == landed
     assert bodies(read) == bodies(landed)
     assert read.manifest.window == DAY
@@ -1005,9 +1006,9 @@ def test_pages_that_changed_places_are_told(sandbox: Sandbox, tmp_path: Path) ->
 def test_a_manifest_that_is_none_is_told(content: bytes, sandbox: Sandbox, tmp_path: Path) -> None:
     given = settings_for(sandbox.url, tmp_path)
     landed = fetch(given)
-    (landed.folder / landing.MANIFEST).write_bytes(content)
+    (landed.folder / extracts.MANIFEST).write_bytes(content)
     with pytest.raises(TamperedError, match=r"manifest\.json"):
-        list(map(landing.open_read, landing.complete_reads(given)))
+        list(map(extracts.open_read, extracts.complete_reads(given)))
 
 
 LABELS = [
@@ -1034,7 +1035,7 @@ def test_no_account_label_leads_out_of_the_landing_folder_or_into_anothers(
         assert len(list(level.iterdir())) == 1
     assert {path.name for path in (root / "landing").iterdir()} == set(folders.values())
     assert {
-        read.manifest.account for read in map(landing.open_read, landing.complete_reads(given))
+        read.manifest.account for read in map(extracts.open_read, extracts.complete_reads(given))
     } == set(LABELS)
 
 
@@ -1050,7 +1051,7 @@ def test_only_the_owner_can_read_what_landed(sandbox: Sandbox, tmp_path: Path) -
 def test_no_half_written_file_is_left(sandbox: Sandbox, tmp_path: Path) -> None:
     landed = fetch(settings_for(sandbox.url, tmp_path), USAGE, DAY)
     names = {path.name for path in tmp_path.rglob("*") if path.is_file()}
-    assert names == {landing.MANIFEST} | {
+    assert names == {extracts.MANIFEST} | {
         one.file for call in landed.manifest.calls for one in call.pages
     }
 

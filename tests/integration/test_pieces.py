@@ -11,11 +11,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from faletl import pieces, pipeline
+from faletl import pipeline
 from faletl.config import Settings
 from faletl.errors import AccountLockedError, KeyRefusedError, TamperedError
-from faletl.landing import complete_reads
-from faletl.plan import Asked
+from faletl.landing.extracts import complete_reads
+from faletl.line import distributed
+from faletl.line.plan import Asked
 from faletl.resources import RESOURCES
 from faletl.sandbox import Fault, Request, Sandbox
 from tests import truth
@@ -49,22 +50,22 @@ def sandbox(account: Account) -> Iterator[Sandbox]:
         yield server
 
 
-def in_pieces(settings: Settings, asked: Asked, most: int = pieces.MOST_PIECES) -> None:
+def in_pieces(settings: Settings, asked: Asked, most: int = distributed.MOST_PIECES) -> None:
     """The whole line, resource by resource, as the DAGs order it."""
     for name in asked.resources or IN_ORDER:
-        path = pieces.make_plan(settings, Asked(asked.start, asked.end, [name]))
+        path = distributed.make_plan(settings, Asked(asked.start, asked.end, [name]))
         assert path is not None
-        for batch in pieces.batches(path):
-            assert pieces.ask_batch(settings, batch)
-        for piece in pieces.pieces(path, most):
-            assert pieces.extract_piece(settings, piece).exit_code == 0
-        assert pieces.load_plan(settings, path).exit_code == 0
+        for batch in distributed.batches(path):
+            assert distributed.ask_batch(settings, batch)
+        for piece in distributed.pieces(path, most):
+            assert distributed.extract_piece(settings, piece).exit_code == 0
+        assert distributed.load_plan(settings, path).exit_code == 0
     pipeline.build_and_publish(settings, pipeline.Report("build"))
 
 
 @pytest.mark.parametrize(
     ("asked", "most"),
-    [(Asked(), 1), (Asked(date(2026, 11, 21), date(2026, 11, 23)), pieces.MOST_PIECES)],
+    [(Asked(), 1), (Asked(date(2026, 11, 21), date(2026, 11, 23)), distributed.MOST_PIECES)],
     ids=["due", "named"],
 )
 def test_the_line_in_pieces_leaves_the_tables_of_one_run(
@@ -82,16 +83,16 @@ def test_the_line_in_pieces_leaves_the_tables_of_one_run(
 
 def test_what_batches_asked_ahead_is_not_asked_again(settings: Settings, sandbox: Sandbox) -> None:
     pipeline.run(settings, Asked(resources=["usage", "models"]))
-    path = pieces.make_plan(settings, Asked(resources=["prices"]))
+    path = distributed.make_plan(settings, Asked(resources=["prices"]))
     assert path is not None
-    batches = pieces.batches(path)
+    batches = distributed.batches(path)
     assert len(batches) == 3
     for batch in batches:
-        pieces.ask_batch(settings, batch)
+        distributed.ask_batch(settings, batch)
     asked = Counter(request.path for request in sandbox.requests)
 
-    (piece,) = pieces.pieces(path)
-    pieces.extract_piece(settings, piece)
+    (piece,) = distributed.pieces(path)
+    distributed.extract_piece(settings, piece)
 
     # VIDEO is used and has no price: fal answers 404 to its batch, which is halved again.
     halved = [r for r in sandbox.requests[sum(asked.values()) :] if r.path == "/models/pricing"]
@@ -103,27 +104,29 @@ def test_a_batch_that_was_asked_is_not_asked_again_by_a_retry(
     settings: Settings, sandbox: Sandbox
 ) -> None:
     pipeline.run(settings, Asked(resources=["usage"]))
-    path = pieces.make_plan(settings, Asked(resources=["analytics"]))
+    path = distributed.make_plan(settings, Asked(resources=["analytics"]))
     assert path is not None
-    batch = pieces.batches(path)[0]
-    pieces.ask_batch(settings, batch)
+    batch = distributed.batches(path)[0]
+    distributed.ask_batch(settings, batch)
     asked = len(sandbox.requests)
 
-    pieces.ask_batch(settings, batch)
+    distributed.ask_batch(settings, batch)
 
     assert len(sandbox.requests) == asked
 
 
 def test_without_batches_asked_ahead_a_window_is_read_all_the_same(settings: Settings) -> None:
     pipeline.run(settings, Asked(resources=["usage", "models"]))
-    path = pieces.make_plan(settings, Asked(resources=["prices"]))
+    path = distributed.make_plan(settings, Asked(resources=["prices"]))
     assert path is not None
-    pieces.ask_batch(settings, pieces.batches(path)[1])  # the others were lost with their worker
+    distributed.ask_batch(
+        settings, distributed.batches(path)[1]
+    )  # the others were lost with their worker
 
-    (piece,) = pieces.pieces(path)
-    assert pieces.extract_piece(settings, piece).exit_code == 0
+    (piece,) = distributed.pieces(path)
+    assert distributed.extract_piece(settings, piece).exit_code == 0
 
-    assert pieces.load_plan(settings, path).outcomes[0].rows == MANY + 2
+    assert distributed.load_plan(settings, path).outcomes[0].rows == MANY + 2
 
 
 def test_a_retry_takes_windows_that_landed_as_read_and_fetches_the_others(
@@ -137,28 +140,28 @@ def test_a_retry_takes_windows_that_landed_as_read_and_fetches_the_others(
 
     with Sandbox(account, fault=fault) as server:
         settings = settings_for(server.url, tmp_path)
-        path = pieces.make_plan(settings, Asked(resources=["usage"]))
+        path = distributed.make_plan(settings, Asked(resources=["usage"]))
         assert path is not None
-        (piece,) = pieces.pieces(path, most=1)
-        first = pieces.extract_piece(settings, piece)
+        (piece,) = distributed.pieces(path, most=1)
+        first = distributed.extract_piece(settings, piece)
         assert [str(task.window) for task, _ in first.failures if task] == ["2026-11-22"]
         landed, is_out = set(complete_reads(settings)), False
 
-        assert pieces.extract_piece(settings, piece).exit_code == 0
+        assert distributed.extract_piece(settings, piece).exit_code == 0
 
     again = set(complete_reads(settings))
     assert landed < again
     assert len(again) == len(landed) + 1
-    assert {o.outcome for o in pieces.load_plan(settings, path).outcomes} == {"loaded"}
+    assert {o.outcome for o in distributed.load_plan(settings, path).outcomes} == {"loaded"}
 
 
 def test_what_landed_is_loaded_though_another_piece_never_ran(settings: Settings) -> None:
-    path = pieces.make_plan(settings, Asked(resources=["usage"]))
+    path = distributed.make_plan(settings, Asked(resources=["usage"]))
     assert path is not None
-    first, *_ = pieces.pieces(path)
-    pieces.extract_piece(settings, first)
+    first, *_ = distributed.pieces(path)
+    distributed.extract_piece(settings, first)
 
-    loaded = pieces.load_plan(settings, path)
+    loaded = distributed.load_plan(settings, path)
 
     assert [str(outcome.window) for outcome in loaded.outcomes] == ["2026-11-21"]
 
@@ -167,12 +170,12 @@ def test_a_plan_holds_neither_key_nor_rows_and_pieces_cover_it_once(
     settings: Settings, tmp_path: Path
 ) -> None:
     days = Asked(date(2026, 8, 1), date(2026, 11, 1), ["usage"])
-    path = pieces.make_plan(settings, days)
+    path = distributed.make_plan(settings, days)
     assert path is not None
 
-    cut = pieces.pieces(path)
+    cut = distributed.pieces(path)
 
-    assert len(cut) <= pieces.MOST_PIECES
+    assert len(cut) <= distributed.MOST_PIECES
     covered = [number for piece in cut for number in range(piece["first"], piece["end"])]
     assert covered == list(range(92))
     assert cut[0]["windows"] == "usage 2026-08-01 to 2026-08-04"
@@ -182,37 +185,39 @@ def test_a_plan_holds_neither_key_nor_rows_and_pieces_cover_it_once(
 
 def test_nothing_due_makes_no_plan(settings: Settings) -> None:
     pipeline.run(settings)
-    assert pieces.make_plan(settings, Asked(resources=["models"])) is None
+    assert distributed.make_plan(settings, Asked(resources=["models"])) is None
 
 
 def test_a_first_read_by_hand_is_of_what_is_due(settings: Settings) -> None:
     today = Asked(date(2026, 11, 23), resources=["usage"])
-    path = pieces.make_plan(settings, today, is_first_due=True)
+    path = distributed.make_plan(settings, today, is_first_due=True)
     assert path is not None
-    assert len(pieces.read_plan(path).windows) == 3
-    pieces.extract_piece(settings, pieces.pieces(path, most=1)[0])
-    pieces.load_plan(settings, path)
+    assert len(distributed.read_plan(path).windows) == 3
+    distributed.extract_piece(settings, distributed.pieces(path, most=1)[0])
+    distributed.load_plan(settings, path)
 
-    path = pieces.make_plan(settings, today, is_first_due=True)
+    path = distributed.make_plan(settings, today, is_first_due=True)
     assert path is not None
-    assert [one.start.day for one in pieces.read_plan(path).windows] == [23]
+    assert [one.start.day for one in distributed.read_plan(path).windows] == [23]
 
 
 def test_a_snapshot_by_hand_is_taken_though_the_day_has_one(settings: Settings) -> None:
     pipeline.run(settings, Asked(resources=["models"]))
-    assert pieces.make_plan(settings, Asked(date(2026, 11, 23), resources=["models"]), is_first_due=True)
+    assert distributed.make_plan(
+        settings, Asked(date(2026, 11, 23), resources=["models"]), is_first_due=True
+    )
 
 
 def test_many_windows_are_spread_without_batches(settings: Settings) -> None:
     pipeline.run(settings, Asked(date(2026, 11, 21), date(2026, 11, 22), ["usage"]))
     days = Asked(date(2026, 11, 8), date(2026, 11, 23), ["analytics"])
-    path = pieces.make_plan(settings, days)
+    path = distributed.make_plan(settings, days)
     assert path is not None
-    made = pieces.read_plan(path)
+    made = distributed.read_plan(path)
     some = made.windows[-1]
-    assert pieces.batches(path)
+    assert distributed.batches(path)
     Path(path).write_bytes(msgspec.json.encode(msgspec.structs.replace(made, windows=[some] * 30)))
-    assert pieces.batches(path) == []
+    assert distributed.batches(path) == []
 
 
 def test_a_key_that_fal_accepts_for_nothing_is_told_when_it_plans(
@@ -220,12 +225,12 @@ def test_a_key_that_fal_accepts_for_nothing_is_told_when_it_plans(
 ) -> None:
     settings = settings_for(sandbox.url, tmp_path, key="unknown:0123456789abcdef")
     with pytest.raises(KeyRefusedError, match="fal does not accept FAL_KEY for anything"):
-        pieces.make_plan(settings, Asked(resources=["usage"]))
+        distributed.make_plan(settings, Asked(resources=["usage"]))
 
 
 def test_a_worker_that_does_not_see_the_landing_folder_says_so(settings: Settings) -> None:
     with pytest.raises(TamperedError, match="every worker must see the same FALETL_LANDING"):
-        pieces.read_plan("/nowhere/plan.json")
+        distributed.read_plan("/nowhere/plan.json")
     assert settings.landing
 
 
@@ -239,10 +244,10 @@ def test_a_locked_account_ends_a_piece_and_is_recorded(
 ) -> None:
     settings = settings_for(sandbox.url, tmp_path)
     days = Asked(truth.day(21), truth.day(23), ["usage"])
-    in_usage = pieces.make_plan(settings, days)
+    in_usage = distributed.make_plan(settings, days)
     assert in_usage is not None
-    assert pieces.extract_piece(settings, pieces.pieces(in_usage)[0]).exit_code == 0
-    assert pieces.load_plan(settings, in_usage).exit_code == 0
+    assert distributed.extract_piece(settings, distributed.pieces(in_usage)[0]).exit_code == 0
+    assert distributed.load_plan(settings, in_usage).exit_code == 0
     locked = Fault(status=403, body=b'{"detail":"User is locked. Reason: TOP_UP"}')
     sandbox.fault = lambda request: locked if request.path == path else None
     with pytest.raises(AccountLockedError, match="TOP_UP"):

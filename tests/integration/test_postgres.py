@@ -27,8 +27,8 @@ import pytest
 import sqlalchemy as sa
 import time_machine
 
-from faletl import load, models, pipeline
-from faletl.answers import Format, print_query
+from faletl import pipeline
+from faletl.cli.output import Format, print_query
 from faletl.config import Settings
 from faletl.errors import (
     LeaseLostError,
@@ -38,11 +38,13 @@ from faletl.errors import (
     WarehouseBusyError,
     WarehouseError,
 )
-from faletl.load import fence
-from faletl.plan import Asked
-from faletl.rebuild import rebuild
+from faletl.line import replace
+from faletl.line.plan import Asked
+from faletl.line.replace import fence
+from faletl.models import catalogue
+from faletl.operations.rebuild import rebuild
+from faletl.operations.verify import verify
 from faletl.sandbox import Sandbox
-from faletl.verify import verify
 from faletl.warehouse import open_warehouse
 from faletl.warehouse.tables import METADATA, SCHEMA_VERSION
 from tests import truth
@@ -247,7 +249,7 @@ def test_a_load_and_a_build_that_are_killed_at_any_step_are_done_or_not(
     assert pipeline.extract(on_server, days).exit_code == 0
     for kill in (
         Trap("faletl.warehouse.postgres.PostgresWarehouse.take_in"),
-        Trap("faletl.load._enter"),  # all written, not committed
+        Trap("faletl.line.replace._enter"),  # all written, not committed
     ):
         assert is_killed(start(on_server, kill, command="load"))
         assert loaded(on_server) == (0, 0)
@@ -256,10 +258,10 @@ def test_a_load_and_a_build_that_are_killed_at_any_step_are_done_or_not(
     assert loaded(on_server) == (15, 1)
     assert start(on_server, command="load").finish()[0] == 0
     assert loaded(on_server) == (30, 2)
-    assert is_killed(start(on_server, Trap("faletl.models._fill", nth=9), command="build"))
+    assert is_killed(start(on_server, Trap("faletl.models.catalogue._fill", nth=9), command="build"))
     assert builds(on_server) == 0
     # Built, not noted as published.
-    assert is_killed(start(on_server, Trap("faletl.models.build"), command="build"))
+    assert is_killed(start(on_server, Trap("faletl.models.catalogue.build"), command="build"))
     assert builds(on_server) == 1
     check_a_clean_run_mends_all(on_server)
 
@@ -274,7 +276,7 @@ def test_a_killed_rebuild_leaves_the_old_rows(
 ) -> None:
     pipeline.run(on_server, Asked(truth.day(21), truth.day(23), ["usage"]))
     before, spent = all_tables(on_server), ask(on_server, SPENT)
-    for kill in (Trap("faletl.rebuild.replay", nth=2), Trap("faletl.models.build")):
+    for kill in (Trap("faletl.operations.rebuild.replay", nth=2), Trap("faletl.models.catalogue.build")):
         assert is_killed(start(on_server, kill, command="rebuild"))
         assert ask(on_server, SPENT) == spent
         assert loaded(on_server) == (30, 2)
@@ -445,7 +447,7 @@ def test_a_reader_gets_marts_and_reports_and_nothing_else(
         with psycopg.connect(on_server.warehouse) as owner:  # as if its shape had changed
             owner.execute("drop table marts.dim_unit")
         pipeline.build(on_server, full=True)
-        for model in models.models():
+        for model in catalogue.models():
             if model.layer in ("marts", "reports"):
                 reader.execute(f"select * from {model.table}")
         for refused in (
@@ -722,7 +724,7 @@ def test_whatever_ends_a_transaction_is_said_and_undone_and_the_next_run_is_righ
     name = psycopg.conninfo.conninfo_to_dict(on_server.warehouse)["dbname"]
     if setting:
         in_another_session(on_server, f"alter database {name} set {setting}")
-    befalling, original = Befalling(on_server), getattr(load, function)
+    befalling, original = Befalling(on_server), getattr(replace, function)
     happens = [getattr(befalling, befalls)] if befalls else []
 
     def first(*given: Any, **named: Any) -> Any:
@@ -730,7 +732,7 @@ def test_whatever_ends_a_transaction_is_said_and_undone_and_the_next_run_is_righ
             happens.pop()()
         return original(*given, **named)
 
-    monkeypatch.setattr(load, function, first)
+    monkeypatch.setattr(replace, function, first)
     ((_, failure),) = pipeline.run(on_server, DAY).failures
     befalling.ends()
     assert not happens
@@ -804,7 +806,7 @@ def test_where_the_answer_to_a_commit_is_lost_the_ledger_tells_whether_it_was_ma
     )
     pipeline.run(far, DAY)
     account.lines[0] = line(account.lines[0].hour, FLUX, "9")
-    enter, tell = load._enter, models._new_runaways
+    enter, tell = replace._enter, catalogue._new_runaways
 
     def entered(*given: Any) -> None:
         enter(*given)
@@ -815,13 +817,13 @@ def test_where_the_answer_to_a_commit_is_lost_the_ledger_tells_whether_it_was_ma
         return tell(*given, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(load, "_enter", entered)
+        patch.setattr(replace, "_enter", entered)
         ((_, lost),) = pipeline.run(far, DAY).failures
     assert isinstance(lost, WarehouseError)
     assert "whether the window is loaded is in the ledger" in str(lost)
     assert loaded(on_server) == (15, 2)  # it was made
     with monkeypatch.context() as patch:
-        patch.setattr(models, "_new_runaways", told)
+        patch.setattr(catalogue, "_new_runaways", told)
         report = pipeline.run(far, DAY)
     ((_, lost),) = report.failures
     assert [outcome.outcome for outcome in report.outcomes] == ["unchanged"]
@@ -846,7 +848,7 @@ def on_a_server_with_a_full_disk(folder: Path, url: str) -> None:
         plain.close()
         warehouse = f"postgresql://faletl@127.0.0.1:{server.port}/small"
         settings = settings_for(url, folder, warehouse=warehouse)
-        for function in ("faletl.load._insert", "faletl.models._fill"):
+        for function in ("faletl.line.replace._insert", "faletl.models.catalogue._fill"):
             Trap(function, "before", springs=disk.fill)()
             (failure,) = failed(settings)
             assert isinstance(failure, WarehouseError)

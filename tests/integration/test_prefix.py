@@ -13,13 +13,13 @@ import pytest
 import time_machine
 
 from faletl import pipeline
-from faletl.answers import print_query
+from faletl.cli.output import print_query
 from faletl.config import Settings
 from faletl.errors import SettingsError, WarehouseBusyError
-from faletl.plan import Asked
-from faletl.rebuild import rebuild
+from faletl.line.plan import Asked
+from faletl.operations.rebuild import rebuild
+from faletl.operations.verify import verify
 from faletl.sandbox import Sandbox
-from faletl.verify import verify
 from faletl.warehouse import open_warehouse
 from tests.conftest import all_tables, ask, settings_for
 from tests.servers import shared_postgres

@@ -14,11 +14,12 @@ import pytest
 import time_machine
 import zstandard
 
-from faletl import pipeline, quarantine
+from faletl import pipeline
 from faletl.config import Settings
 from faletl.errors import UnprovenError
-from faletl.plan import Asked
-from faletl.rebuild import rebuild
+from faletl.line.plan import Asked
+from faletl.operations import quarantine
+from faletl.operations.rebuild import rebuild
 from faletl.resources import RESOURCES, Column
 from faletl.sandbox import Fault, Request, Sandbox
 from tests import truth
@@ -213,7 +214,7 @@ def learn_to_take_any_discount(monkeypatch: pytest.MonkeyPatch) -> None:
     assert usage.proof is not None
     proof = replace(usage.proof, columns=taught(usage.proof.columns))
     fixed = replace(usage, columns=taught(usage.columns), proof=proof)
-    for module in ("faletl.staging", "faletl.pipeline"):
+    for module in ("faletl.staging.window", "faletl.pipeline"):
         monkeypatch.setattr(sys.modules[module], "RESOURCES", {**RESOURCES, "usage": fixed})
 
 

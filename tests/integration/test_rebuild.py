@@ -15,13 +15,14 @@ import pytest
 import sqlalchemy as sa
 import time_machine
 
-from faletl import landing, pipeline
+from faletl import pipeline
 from faletl.config import Settings
 from faletl.errors import SettingsError, TamperedError, UsageError
-from faletl.plan import Asked
-from faletl.rebuild import prune, rebuild
+from faletl.landing import extracts
+from faletl.line.plan import Asked
+from faletl.operations.rebuild import prune, rebuild
+from faletl.operations.verify import verify
 from faletl.sandbox import Fault, Request, Sandbox
-from faletl.verify import verify
 from faletl.warehouse.tables import LOADS, RESTATEMENTS
 from tests import truth
 from tests.conftest import IS_ON_POSTGRES, all_tables, ask, opened, settings_for, total
@@ -223,7 +224,7 @@ def test_a_kill_between_a_load_and_its_receipt_loses_nothing(
     clock.shift(timedelta(days=1))
     pipeline.run(settings)
     before, past = all_tables(settings), history(settings)
-    for receipt in (tmp_path / "landing").rglob(landing.RECEIPT):
+    for receipt in (tmp_path / "landing").rglob(extracts.RECEIPT):
         receipt.unlink()
     rebuild(settings)
     assert (all_tables(settings), history(settings)) == (before, past)
@@ -273,7 +274,7 @@ def test_damage_to_pages_that_nothing_stands_on_is_no_hindrance(
     assert verify(settings).findings == []
     rebuild(settings)
     assert all_tables(settings) == before
-    (open_read / landing.MANIFEST).write_bytes(b"{")
+    (open_read / extracts.MANIFEST).write_bytes(b"{")
     rebuild(settings)
     assert all_tables(settings) == before
 

@@ -20,10 +20,10 @@ import time_machine
 from faletl import pipeline
 from faletl.config import Settings
 from faletl.errors import CheckFailedError, DataRefusedError, UnprovenError
-from faletl.plan import Asked
+from faletl.line.plan import Asked
+from faletl.operations.verify import verify
 from faletl.resources import RESOURCES
 from faletl.sandbox import BILLING_KEY, READONLY_KEY, Fault, Request, Sandbox
-from faletl.verify import verify
 from tests import truth
 from tests.conftest import Query, all_tables, ask, opened, settings_for, total
 from tests.faults import PROVEN

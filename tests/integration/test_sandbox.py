@@ -780,7 +780,14 @@ def test_any_range_is_the_sum_of_its_pieces(
 
 def test_the_command_serves_the_seed_it_is_given() -> None:
     day = {"start": "2025-11-06", "end": "2025-11-07", "expand": "summary"}
-    command = [sys.executable, "-c", "from faletl.cli import main; main()", "sandbox", "--port", "0"]
+    command = [
+        sys.executable,
+        "-c",
+        "from faletl.cli import main; main()",
+        "sandbox",
+        "--port",
+        "0",
+    ]
     spent = []
     for arguments in ([], ["--seed", "8"]):
         with subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, text=True) as process:

@@ -26,11 +26,12 @@ import pytest
 import time_machine
 import typer
 
-from faletl import cli, pipeline
-from faletl.accounts import look_up
-from faletl.client import FalClient
+from faletl import pipeline
+from faletl.cli import commands
 from faletl.config import Settings
 from faletl.errors import ApiUnavailableError
+from faletl.fal.client import FalClient
+from faletl.line.accounts import look_up
 from faletl.redaction import REDACTED
 from faletl.sandbox import Credential, Fault, Request, Sandbox
 from tests import truth
@@ -122,8 +123,8 @@ def shell(folder: Path, url: str, **environment: str) -> Iterator[None]:
         (folder / "tmp").mkdir(exist_ok=True)
         patch.setattr("tempfile.tempdir", str(folder / "tmp"))
         patch.chdir(folder)
-        patch.setattr("faletl.client.TRIES", 2)
-        patch.setattr("faletl.client.BACKOFF_SECONDS", 0.001)
+        patch.setattr("faletl.fal.client.TRIES", 2)
+        patch.setattr("faletl.fal.client.BACKOFF_SECONDS", 0.001)
         yield
         (folder / "tmp").rmdir()  # nothing is left in there
 
@@ -144,7 +145,7 @@ def faletl(*args: str) -> Said:
             one.handlers, one.propagate = [logging.StreamHandler(logged)], False
             one.setLevel(logging.DEBUG)
         try:
-            code = cli._run()
+            code = commands._run()
         finally:
             for one, (handlers, propagate, level) in zip(loggers, before, strict=True):
                 one.handlers, one.propagate = handlers, propagate
@@ -208,7 +209,7 @@ def test_no_command_leaves_anything_of_a_key_though_fal_echoes_it_everywhere(tmp
         said = {args: faletl(*args) for args in all_commands(tmp_path)}
     sent = {request.headers.get("authorization") for request in server.requests}
     assert sent == {f"Key {KEY}", f"Key {METRICS_KEY}"}  # so they were really used
-    words = {" ".join(words) for words, _ in commands_of(cli.app)}
+    words = {" ".join(words) for words, _ in commands_of(commands.app)}
     used = {word for word in words for args in said if f"{word} " in f"{' '.join(args)} "}
     assert used == words
     # One window is refused for a row that cannot be right, so what meets it fails; all else is done.
@@ -283,7 +284,7 @@ def test_a_killed_run_leaves_nothing_of_a_key_in_what_nobody_cleared_away(tmp_pa
     with Sandbox(account, keys={KEY: "FULL"}) as server:
         settings = settings_for(server.url, tmp_path)
         environment = {"FAL_KEY": KEY, "TMPDIR": str(tmp_path / "tmp")}
-        code, said = start(settings, Trap("faletl.load._enter", nth=5), **environment).finish()
+        code, said = start(settings, Trap("faletl.line.replace._enter", nth=5), **environment).finish()
     assert code == -signal.SIGKILL, said
     assert list(tmp_path.glob("tmp/*/*.parquet"))
     assert (tmp_path / "warehouse.duckdb.wal").exists()
@@ -343,7 +344,7 @@ def test_a_traceback_with_locals_shows_nothing_of_a_key(monkeypatch: pytest.Monk
 
     is_sent: list[bool] = []
     monkeypatch.setattr("httpcore._backends.sync.SyncStream.write", fail)
-    monkeypatch.setattr("faletl.client.TRIES", 1)
+    monkeypatch.setattr("faletl.fal.client.TRIES", 1)
     with Sandbox(truth.two_days()) as server:
         settings = Settings.isolated(key=KEY, api_url=server.url)
         with FalClient(settings) as client, pytest.raises(ApiUnavailableError) as caught:
@@ -383,7 +384,7 @@ def commands_of(app: typer.Typer) -> list[tuple[tuple[str, ...], Any]]:
 
 def test_no_option_takes_a_key(tmp_path: Path) -> None:
     """A command line is seen by everybody on the machine, and kept by shells."""
-    for words, command in commands_of(cli.app):
+    for words, command in commands_of(commands.app):
         names = {option for parameter in command.params for option in (parameter.name, *parameter.opts)}
         assert not [n for n in names if any(w in n for w in ("key", "secret", "token", "pass"))], words
     with shell(tmp_path, "http://127.0.0.1:9"):

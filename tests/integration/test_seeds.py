@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import time_machine
 
-from faletl import pipeline, seeds
+from faletl import pipeline
 from faletl.config import Settings
+from faletl.models import seeds
 from tests.conftest import ask, opened
 
 OWNERS = "account,credential_id,owner,team,cost_centre\n"

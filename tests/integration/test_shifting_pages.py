@@ -22,17 +22,18 @@ import duckdb
 import pytest
 import time_machine
 
-from faletl import client as client_module
-from faletl import landing, pipeline
-from faletl.client import FalClient
+from faletl import pipeline
 from faletl.config import Settings
 from faletl.errors import ContractError, UnprovenError
-from faletl.extract import Origin
-from faletl.plan import Asked, Task
+from faletl.fal import client as client_module
+from faletl.fal.client import FalClient
+from faletl.landing import extracts
+from faletl.line.fetch import Origin
+from faletl.line.plan import Asked, Task
 from faletl.resources import BILLING_EVENTS, USAGE, Resource
 from faletl.sandbox import Fault, Request, Sandbox, UsageLine
 from faletl.sandbox.server import answer, to_json
-from faletl.staging import Staged, stage_window
+from faletl.staging.window import Staged, stage_window
 from faletl.windows import Window
 from tests import truth
 from tests.conftest import ask, settings_for, total
@@ -246,8 +247,9 @@ def test_a_day_that_never_holds_still_is_refused_and_says_so(
     assert str(caught.value).startswith(f"{resource.name}, window 2026-11-21: the rows ")
     assert "the next run reads the window again (fal request " in str(caught.value)
     assert caught.value.exit_code == 3
-    assert [one.folder for one in map(landing.open_read, landing.complete_reads(given(server, tmp_path)))
-            ] == list((tmp_path / "landing/acme" / resource.name / "2026-11-21").iterdir())  # fmt: skip
+    sealed = map(extracts.open_read, extracts.complete_reads(given(server, tmp_path)))
+    folder = tmp_path / "landing/acme" / resource.name / "2026-11-21"
+    assert [one.folder for one in sealed] == list(folder.iterdir())
 
 
 def edit(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from faletl import client
+from faletl.fal import client
 
 
 @pytest.fixture(autouse=True)

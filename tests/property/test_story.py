@@ -28,10 +28,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from faletl import pipeline
-from faletl.plan import Asked
-from faletl.rebuild import rebuild
+from faletl.line.plan import Asked
+from faletl.operations.rebuild import rebuild
+from faletl.operations.verify import verify
 from faletl.sandbox import BILLING_KEY, FULL_KEY, Conduct, Fault, Request, Sandbox, UsageLine
-from faletl.verify import verify
 from tests import laws, truth
 from tests.conftest import all_tables, published_path, settings_for
 from tests.faults import Faults, break_answers
@@ -50,17 +50,17 @@ traps = st.builds(
     Trap,
     st.sampled_from(
         [
-            "faletl.landing.write_durably",
-            "faletl.landing.Attempt.seal",
+            "faletl.landing.extracts.write_durably",
+            "faletl.landing.extracts.Attempt.seal",
             "faletl.pipeline.stage_window",
-            "faletl.load.fence",
-            "faletl.load._delete_window",
-            "faletl.load._insert",
-            "faletl.load._enter",
+            "faletl.line.replace.fence",
+            "faletl.line.replace._delete_window",
+            "faletl.line.replace._insert",
+            "faletl.line.replace._enter",
             "faletl.pipeline.replace_window",
-            "faletl.models._fill",
-            "faletl.models._check",
-            "faletl.models.build",
+            "faletl.models.catalogue._fill",
+            "faletl.models.catalogue._check",
+            "faletl.models.catalogue.build",
             "faletl.warehouse.duckdb.copy_file",
         ]
     ),

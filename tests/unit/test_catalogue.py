@@ -18,14 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import faletl.sandbox
-from faletl import landing
 from faletl.config import Settings
 from faletl.errors import DataRefusedError
-from faletl.landing import Call, Landed, Manifest
-from faletl.models import column_comments, models
-from faletl.pages import Page, read_envelope
+from faletl.fal.pages import Page, read_envelope
+from faletl.landing import extracts
+from faletl.landing.extracts import Call, Landed, Manifest
+from faletl.models.catalogue import column_comments, models
 from faletl.resources import RESOURCES, Column, Kind, Resource
-from faletl.staging import Staged, stage_window
+from faletl.staging.window import Staged, stage_window
 from faletl.warehouse.tables import RAW
 from faletl.windows import Window
 from tests import truth
@@ -44,7 +44,7 @@ def stage(resource: Resource, body: bytes, folder: Path) -> Staged:
     """Land the body as the only page of a read and stage it; its control total is left out."""
     settings = Settings.isolated(landing=str(folder / "landing"))
     window = Window.of_day(truth.day(22)) if resource.window == "day" else Window.snapshot(truth.NOW)
-    attempt = landing.begin(settings, "acme", resource.name, window, now=truth.NOW)
+    attempt = extracts.begin(settings, "acme", resource.name, window, now=truth.NOW)
     rows, cursor = read_envelope(body, resource.rows_path)
     page = attempt.land("rows", {}, Page(1, body, "req-1", rows, cursor))
     again = attempt.land("again", {}, Page(1, body, "req-2", rows, cursor))  # two equal walks
@@ -331,7 +331,7 @@ def test_every_column_is_commented_and_every_key_is_a_column(resource: Resource)
 
 def test_a_landed_manifest_survives_its_json(tmp_path: Path) -> None:
     staged = stage(RESOURCES["usage"], (FIXTURES / "usage" / "first.json").read_bytes(), tmp_path)
-    reread = landing.open_read(staged.landed.folder)
+    reread = extracts.open_read(staged.landed.folder)
     assert isinstance(reread, Landed)
     assert reread.manifest == staged.landed.manifest
     assert msgspec.json.decode(msgspec.json.encode(reread.manifest), type=Manifest) == reread.manifest

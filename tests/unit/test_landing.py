@@ -11,11 +11,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from faletl import landing
 from faletl.config import Settings
 from faletl.errors import StorageError, TamperedError
-from faletl.landing import Attempt, Call, Landed, LandedPage, Manifest
-from faletl.pages import Page
+from faletl.fal.pages import Page
+from faletl.landing import extracts
+from faletl.landing.extracts import Attempt, Call, Landed, LandedPage, Manifest
 from faletl.windows import Window
 from tests.conftest import settings_for
 
@@ -34,7 +34,7 @@ def settings(tmp_path: Path) -> Settings:
 
 def read(settings: Settings, at: datetime = NOW, window: Window = DAY) -> Attempt:
     """A read of acme's window that began then, with one page so far."""
-    attempt = landing.begin(settings, "acme", "usage", window, at)
+    attempt = extracts.begin(settings, "acme", "usage", window, at)
     attempt.land("rows", ASKED, page(1))
     return attempt
 
@@ -98,10 +98,10 @@ def test_a_plain_label_is_a_folder_as_it_is(account: str, settings: Settings) ->
 
 def parts(settings: Settings, account: str) -> tuple[str, ...]:
     """Where a read of the account's usage lies."""
-    attempt = landing.begin(settings, account, "usage", DAY, NOW)
+    attempt = extracts.begin(settings, account, "usage", DAY, NOW)
     attempt.close()
     assert attempt.started_at == NOW
-    return Path(landing.relative_path(settings, attempt.folder)).parts
+    return Path(extracts.relative_path(settings, attempt.folder)).parts
 
 
 # --- Batches that were asked ahead ----------------------------------------------------------------
@@ -110,9 +110,9 @@ def parts(settings: Settings, account: str) -> tuple[str, ...]:
 @pytest.fixture
 def ahead(settings: Settings) -> list[str]:
     """Three reads of one window, each with the first pages to a question of its own."""
-    ids = [landing.new_load_id(NOW + timedelta(seconds=n)) for n in range(3)]
+    ids = [extracts.new_load_id(NOW + timedelta(seconds=n)) for n in range(3)]
     for number, load_id in enumerate(ids):
-        attempt = landing.open_ahead(settings, "acme", "analytics", DAY, load_id)
+        attempt = extracts.open_ahead(settings, "acme", "analytics", DAY, load_id)
         assert attempt is not None
         attempt.land("rows", {"endpoint_id": (f"batch-{number}",)}, page(1))
         attempt.close()
@@ -121,7 +121,7 @@ def ahead(settings: Settings) -> list[str]:
 
 def gathered(settings: Settings, ahead: Sequence[str], since: datetime = NOW) -> Attempt | None:
     """One read of all of them, of no page older than `since`."""
-    return landing.gather(settings, "acme", "analytics", DAY, ahead, since)
+    return extracts.gather(settings, "acme", "analytics", DAY, ahead, since)
 
 
 def batches_in(attempt: Attempt) -> list[int]:
@@ -139,11 +139,11 @@ def test_what_was_asked_ahead_becomes_one_read(settings: Settings, ahead: list[s
     assert whole is not None
     assert (whole.load_id, whole.started_at) == (ahead[0], NOW)
     assert batches_in(whole) == [0, 1, 2]
-    assert [folder.name for folder in landing.all_reads(settings)] == ahead[:1]
+    assert [folder.name for folder in extracts.all_reads(settings)] == ahead[:1]
 
 
 def test_a_batch_that_somebody_is_at_is_left_to_them(settings: Settings, ahead: list[str]) -> None:
-    theirs = landing.open_ahead(settings, "acme", "analytics", DAY, ahead[1])
+    theirs = extracts.open_ahead(settings, "acme", "analytics", DAY, ahead[1])
     assert theirs is not None
 
     whole = gathered(settings, ahead)
@@ -157,7 +157,7 @@ def test_a_batch_that_somebody_is_at_is_left_to_them(settings: Settings, ahead: 
 def test_a_batch_that_nobody_asked_ahead_is_missing_and_no_more(
     settings: Settings, ahead: list[str]
 ) -> None:
-    whole = gathered(settings, [*ahead, landing.new_load_id(NOW)])
+    whole = gathered(settings, [*ahead, extracts.new_load_id(NOW)])
 
     assert whole is not None
     assert batches_in(whole) == [0, 1, 2]
@@ -169,7 +169,7 @@ def test_nothing_is_gathered_of_batches_that_are_too_old_taken_or_none(
 ) -> None:
     assert gathered(settings, []) is None
     assert gathered(settings, ahead, since=NOW + timedelta(microseconds=1)) is None
-    at_work = landing.open_ahead(settings, "acme", "analytics", DAY, ahead[0])
+    at_work = extracts.open_ahead(settings, "acme", "analytics", DAY, ahead[0])
     assert at_work is not None
     assert gathered(settings, ahead) is None
     at_work.close()
@@ -179,8 +179,8 @@ def test_nothing_is_gathered_of_batches_that_are_too_old_taken_or_none(
 def test_a_read_that_is_complete_is_not_asked_ahead_again(settings: Settings) -> None:
     done = sealed(read(settings)).manifest.load_id
 
-    assert landing.open_ahead(settings, "acme", "usage", DAY, done) is None
-    assert landing.resume(settings, "acme", "usage", DAY, NOW) is not None  # as another read
+    assert extracts.open_ahead(settings, "acme", "usage", DAY, done) is None
+    assert extracts.resume(settings, "acme", "usage", DAY, NOW) is not None  # as another read
 
 
 def test_a_folder_that_another_run_took_up_first_is_left_to_it(
@@ -188,12 +188,12 @@ def test_a_folder_that_another_run_took_up_first_is_left_to_it(
 ) -> None:
     sealed(read(settings))
     theirs = read(settings)
-    ids = iter([theirs.load_id, landing.new_load_id(NOW)])
-    monkeypatch.setattr(landing, "new_load_id", lambda _: next(ids))
-    monkeypatch.setattr(landing, "_beside", lambda _: theirs.folder)
+    ids = iter([theirs.load_id, extracts.new_load_id(NOW)])
+    monkeypatch.setattr(extracts, "new_load_id", lambda _: next(ids))
+    monkeypatch.setattr(extracts, "_beside", lambda _: theirs.folder)
 
-    assert landing.resume(settings, "acme", "usage", DAY, NOW) is None
-    ours = landing.begin(settings, "acme", "usage", DAY, NOW)
+    assert extracts.resume(settings, "acme", "usage", DAY, NOW) is None
+    ours = extracts.begin(settings, "acme", "usage", DAY, NOW)
     assert ours.folder != theirs.folder
     assert len(names(theirs.folder)) == 1
 
@@ -210,7 +210,7 @@ def test_a_run_finds_its_own_newest_read_of_that_very_window(settings: Settings)
     read(settings, later[4]).close()  # of no run yet: it has no manifest
 
     def found(window: Window, run_id: str = "mine") -> Landed | None:
-        return landing.read_of_run(settings, "acme", "usage", window, run_id)
+        return extracts.read_of_run(settings, "acme", "usage", window, run_id)
 
     assert found(DAY) == mine
     assert found(UP_TO_NOON) == of_a_part
@@ -220,10 +220,10 @@ def test_a_run_finds_its_own_newest_read_of_that_very_window(settings: Settings)
 
 def test_a_damaged_manifest_of_a_run_is_told_and_not_passed_over(settings: Settings) -> None:
     done = sealed(read(settings))
-    (done.folder / landing.MANIFEST).write_bytes(b"{}")
+    (done.folder / extracts.MANIFEST).write_bytes(b"{}")
 
     with pytest.raises(TamperedError, match=r"manifest\.json cannot be read"):
-        landing.read_of_run(settings, "acme", "usage", DAY, "a-run")
+        extracts.read_of_run(settings, "acme", "usage", DAY, "a-run")
 
 
 # --- What is left behind --------------------------------------------------------------------------
@@ -249,23 +249,23 @@ def test_interrupted_is_what_began_before_and_is_neither_done_nor_at_work(
     settings: Settings, left: dict[str, Path]
 ) -> None:
     def found(before: int) -> list[Path]:
-        return list(landing.interrupted_reads(settings, NOW + timedelta(seconds=before)))
+        return list(extracts.interrupted_reads(settings, NOW + timedelta(seconds=before)))
 
     assert found(3) == [left["interrupted"]]
     assert found(2) == []
-    assert list(landing.all_reads(settings)) == list(left.values())
-    assert list(landing.complete_reads(settings)) == [left["done"]]
-    assert list(landing.complete_reads(settings, DAY.day)) == [left["done"]]
-    assert list(landing.complete_reads(settings, date(2026, 11, 21))) == []
+    assert list(extracts.all_reads(settings)) == list(left.values())
+    assert list(extracts.complete_reads(settings)) == [left["done"]]
+    assert list(extracts.complete_reads(settings, DAY.day)) == [left["done"]]
+    assert list(extracts.complete_reads(settings, date(2026, 11, 21))) == []
 
 
 def test_a_read_is_deleted_whole_and_its_day_with_the_last(settings: Settings) -> None:
     first, second = sealed(read(settings)), sealed(read(settings, NOW + timedelta(seconds=1)))
-    assert landing.size(first.folder) == sum(path.stat().st_size for path in first.folder.iterdir())
+    assert extracts.size(first.folder) == sum(path.stat().st_size for path in first.folder.iterdir())
 
-    landing.drop(first.folder)
-    assert list(landing.all_reads(settings)) == [second.folder]
-    landing.drop(second.folder)
+    extracts.drop(first.folder)
+    assert list(extracts.all_reads(settings)) == [second.folder]
+    extracts.drop(second.folder)
     assert not second.folder.parent.exists()
 
 
@@ -276,8 +276,8 @@ def test_a_sealed_read_holds_the_pages_of_its_manifest_and_nothing_else(settings
     done = sealed(attempt)
 
     (kept,) = done.manifest.pages("rows")
-    assert names(done.folder) == sorted([landing.MANIFEST, kept.file])
-    assert not (done.folder / landing._LOCK).exists()
+    assert names(done.folder) == sorted([extracts.MANIFEST, kept.file])
+    assert not (done.folder / extracts._LOCK).exists()
     assert done.body(kept) == BODY
 
 
@@ -288,7 +288,7 @@ def test_a_read_whose_pages_were_deleted_is_never_complete(settings: Settings) -
 
     with pytest.raises(StorageError, match=f"{record.file} was deleted while the window was read"):
         attempt.seal(manifest_of(attempt, record))
-    assert not landing.is_complete(attempt.folder)
+    assert not extracts.is_complete(attempt.folder)
 
 
 def test_a_read_takes_over_the_rows_of_the_one_before_under_another_name(settings: Settings) -> None:
@@ -342,7 +342,7 @@ def test_the_parts_of_a_window_are_those_that_were_asked_for_in_order_of_time(
     total = Call("proof", "/models/usage", bounds, [])
     totalled = msgspec.structs.replace(halved, calls=[*calls, total])
     assert totalled.parts == halved.parts
-    assert totalled.whole == landing.Part(DAY, [total])
+    assert totalled.whole == extracts.Part(DAY, [total])
 
 
 @pytest.mark.parametrize(
@@ -356,37 +356,37 @@ def test_a_manifest_whose_parts_cannot_be_is_none(bounds: tuple[str, str], setti
     call = Call("rows", "/models/usage", {"start": [bounds[0]], "end": [bounds[1]]}, [])
     paper = json.loads(msgspec.json.encode(done.manifest))
     paper["calls"] = [json.loads(msgspec.json.encode(call))]
-    (done.folder / landing.MANIFEST).write_text(json.dumps(paper), encoding="utf-8")
+    (done.folder / extracts.MANIFEST).write_text(json.dumps(paper), encoding="utf-8")
 
     with pytest.raises(TamperedError, match="cannot be read"):
-        landing.open_read(done.folder)
+        extracts.open_read(done.folder)
 
 
 def test_a_manifest_of_an_older_faletl_does_not_say_when_fal_began(settings: Settings) -> None:
     done = sealed(read(settings))
     paper = json.loads(msgspec.json.encode(done.manifest))
     del paper["fal_started_at"]
-    (done.folder / landing.MANIFEST).write_text(json.dumps(paper), encoding="utf-8")
+    (done.folder / extracts.MANIFEST).write_text(json.dumps(paper), encoding="utf-8")
 
-    assert landing.open_read(done.folder).manifest.fal_started_at is None
+    assert extracts.open_read(done.folder).manifest.fal_started_at is None
 
 
 def test_a_read_that_is_given_up_leaves_nothing(settings: Settings) -> None:
     attempt = read(settings)
     attempt.discard()
 
-    assert list(landing.all_reads(settings)) == []
-    assert landing.resume(settings, "acme", "usage", DAY, NOW) is None
+    assert list(extracts.all_reads(settings)) == []
+    assert extracts.resume(settings, "acme", "usage", DAY, NOW) is None
 
 
 def test_what_is_in_the_way_of_a_read_is_told_with_its_path(settings: Settings) -> None:
-    load_id = landing.new_load_id(NOW)
+    load_id = extracts.new_load_id(NOW)
     day = settings.landing / Path("acme", "usage", "2026-11-22")
     day.mkdir(parents=True)
     (day / load_id).write_bytes(b"")
 
     with pytest.raises(StorageError, match=f"{day / load_id}"):
-        landing.open_ahead(settings, "acme", "usage", DAY, load_id)
+        extracts.open_ahead(settings, "acme", "usage", DAY, load_id)
 
 
 def test_a_page_that_was_changed_is_told_with_what_to_do(settings: Settings) -> None:
@@ -401,8 +401,8 @@ def test_a_page_that_was_changed_is_told_with_what_to_do(settings: Settings) -> 
 
 def test_a_receipt_that_cannot_be_read_is_told_with_its_path(settings: Settings) -> None:
     done = sealed(read(settings))
-    (done.folder / landing.RECEIPT).mkdir()
+    (done.folder / extracts.RECEIPT).mkdir()
 
     with pytest.raises(StorageError, match=r"cannot read .*loaded\.json: Is a directory") as told:
-        landing.receipt_of(done.folder)
-    assert told.value.facts["file"] == str(done.folder / landing.RECEIPT)
+        extracts.receipt_of(done.folder)
+    assert told.value.facts["file"] == str(done.folder / extracts.RECEIPT)

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from faletl.errors import ApiUnavailableError, FaletlError
-from faletl.limiter import MAX_FAILURES, Limiter, Patience
+from faletl.fal.limiter import MAX_FAILURES, Limiter, Patience
 from tests.limits import Limit, fixed, sliding, token_bucket
 
 RUN = Patience(tries=6, deadline_seconds=120, retry_after_seconds=120)

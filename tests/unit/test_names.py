@@ -6,7 +6,7 @@ import pytest
 import sqlglot
 from sqlglot import exp
 
-from faletl.models import checks, models, translate
+from faletl.models.catalogue import checks, models, translate
 from faletl.warehouse.names import prefixed
 
 

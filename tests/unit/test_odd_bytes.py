@@ -10,15 +10,15 @@ from typing import Any
 import msgspec
 import pytest
 
-from faletl import landing
-from faletl.accounts import read_username
-from faletl.client import MalformedBodyError
 from faletl.errors import ContractError, TamperedError
-from faletl.estimate import _read as read_estimate
-from faletl.extract import first_endpoint
+from faletl.fal.client import MalformedBodyError
+from faletl.fal.pages import as_json
 from faletl.findings import SetAside
-from faletl.pages import as_json
-from faletl.pieces import read_plan
+from faletl.landing import extracts
+from faletl.line.accounts import read_username
+from faletl.line.distributed import read_plan
+from faletl.line.fetch import first_endpoint
+from faletl.operations.estimate import _read as read_estimate
 from faletl.resources import CREDITS, RESOURCES, USAGE, Resource
 from tests.fuzz.targets import check_landed, in_memory, landed_page
 from tests.unit.test_catalogue import stage
@@ -133,7 +133,7 @@ def test_an_estimate_that_is_no_amount_is_a_typed_error(cost: bytes) -> None:
     ],
 )
 def test_a_receipt_that_cannot_be_read_is_none(content: bytes) -> None:
-    assert landing.receipt_of(in_memory(content)) is None
+    assert extracts.receipt_of(in_memory(content)) is None
 
 
 @pytest.mark.parametrize(
@@ -154,18 +154,18 @@ def test_a_receipt_that_cannot_be_read_is_none(content: bytes) -> None:
 )
 def test_a_manifest_that_faletl_would_not_write_was_tampered_with(changed: dict[str, Any]) -> None:
     manifest = msgspec.to_builtins(landed_page(USAGE, "rows", b"").manifest)
-    assert landing.open_read(in_memory(json.dumps(manifest).encode()))
+    assert extracts.open_read(in_memory(json.dumps(manifest).encode()))
     page = manifest["calls"][0]["pages"][0]
     for name, value in changed.items():
         (page if name in page else manifest)[name] = value
     with pytest.raises(TamperedError):
-        landing.open_read(in_memory(json.dumps(manifest).encode()))
+        extracts.open_read(in_memory(json.dumps(manifest).encode()))
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff", DEEP, DEEP_INSIDE, b'{"load_id":"\xff"}'])
 def test_a_manifest_or_plan_that_is_no_json_was_tampered_with(content: bytes, tmp_path: Path) -> None:
     with pytest.raises(TamperedError):
-        landing.open_read(in_memory(content))
+        extracts.open_read(in_memory(content))
     (tmp_path / "plan.json").write_bytes(content)
     with pytest.raises(TamperedError):
         read_plan(str(tmp_path / "plan.json"))

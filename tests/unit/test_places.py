@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from faletl import places
-from faletl.places import copy_file
+from faletl.landing import storage
+from faletl.landing.storage import copy_file
 
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file of several chunks."""
-    monkeypatch.setattr(places, "_CHUNK", 4096)
+    monkeypatch.setattr(storage, "_CHUNK", 4096)
     path = tmp_path / "source"
     path.write_bytes(os.urandom(3 * 4096 + 1))
     return path

@@ -7,8 +7,8 @@ from datetime import UTC, datetime, timedelta
 from hypothesis import given
 from hypothesis import strategies as st
 
-from faletl.decisions import AccountBound, AccountForgotten, AccountRenamed, Decision
-from faletl.relabel import label_now
+from faletl.landing.decisions import AccountBound, AccountForgotten, AccountRenamed, Decision
+from faletl.line.relabel import label_now
 
 START = datetime(2026, 11, 1, tzinfo=UTC)
 LABELS = st.sampled_from(["acme", "beta", "emea"])

@@ -16,7 +16,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from sqlglot import exp
 
-from faletl.models import (
+from faletl.landing.storage import sql_folder
+from faletl.models.catalogue import (
     LONGEST_SPAN,
     Check,
     Model,
@@ -29,7 +30,6 @@ from faletl.models import (
     tables_read,
     translate,
 )
-from faletl.places import sql_folder
 from faletl.warehouse.duckdb import MACROS
 from faletl.warehouse.tables import METADATA, SCHEMAS
 from tests.truth import quotient

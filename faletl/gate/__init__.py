@@ -1,0 +1,1 @@
+"""Great Expectations between staging and load; nothing else imports it."""

@@ -1,0 +1,1 @@
+"""The steps over many windows: plan, fetch, replace; and who the key belongs to."""

@@ -1,0 +1,1 @@
+"""Run sql/ layer by layer, then its checks."""

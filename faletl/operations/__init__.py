@@ -1,0 +1,1 @@
+"""One command each that is not a step of the line: check, verify, rebuild, maintain and others."""

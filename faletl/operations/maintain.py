@@ -1,0 +1,384 @@
+"""Maintain: delete what has served its time, so that a warehouse of years stays small.
+
+Three things grow with the number of runs: extracts that later ones superseded, snapshots that say what
+the one before said, and rows of ops about runs that are long over. What `rebuild` needs for the same
+rows, ledger and restatements stays (docs/decisions.md, "Retention").
+
+Each kind of row goes in one transaction under the lease, before the landed pages that it came from. A
+kill at any point leaves a warehouse that can be read, rebuilt and maintained again.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any, Self
+
+import sqlalchemy as sa
+
+from faletl.config import Settings
+from faletl.landing import decisions, extracts
+from faletl.landing.extracts import Receipt
+from faletl.landing.storage import abandoned_scratch, at
+from faletl.line import relabel
+from faletl.line.distributed import old_plans
+from faletl.line.replace import REFUSED, fence, read_ledger
+from faletl.operations.rebuild import unneeded
+from faletl.pipeline import Report, build_and_publish, new_run_id
+from faletl.resources import RESOURCES
+from faletl.warehouse import Lease, open_warehouse
+from faletl.warehouse.tables import (
+    ACCEPTANCES,
+    ACCOUNTS,
+    ALERTS,
+    BUILDS,
+    CONTRACT_DRIFT,
+    FAILURES,
+    HOLDS,
+    HORIZONS,
+    LOADS,
+    OBJECTS,
+    QUARANTINE,
+    RAW,
+    RESTATEMENTS,
+    UNKNOWN_ENDPOINTS,
+    VALIDATIONS,
+    WAREHOUSE,
+)
+
+_AT_ONCE = 500  # rows that a statement names
+
+
+@dataclass(frozen=True, slots=True)
+class Freed:
+    """What was deleted of one kind, or would be."""
+
+    kind: str
+    rows: int = 0
+    files: int = 0
+    bytes: int = 0
+
+
+_IN_ANY_CASE: sa.ColumnElement[bool] = sa.true()
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """Rows that go FALETL_KEEP_OPS_DAYS after the instant in `since`; where it is null, they stay.
+
+    `only_if` names those of them that are over.
+    """
+
+    since: sa.Column[Any]
+    only_if: sa.ColumnElement[bool] = _IN_ANY_CASE
+
+    @property
+    def table(self) -> sa.Table:
+        """The table of the rows."""
+        return self.since.table
+
+
+def _newest_token(only_if: sa.ColumnElement[bool]) -> sa.ScalarSelect[Any]:
+    newest = sa.select(sa.func.coalesce(sa.func.max(BUILDS.c.fencing_token), -1))
+    return newest.where(only_if).scalar_subquery()
+
+
+_IS_LOADED = sa.exists().where(
+    LOADS.c.account == FAILURES.c.account,
+    LOADS.c.resource == FAILURES.c.resource,
+    LOADS.c.window_start == FAILURES.c.window_start,
+    LOADS.c.is_current,
+)
+
+RETENTIONS = (
+    Retention(VALIDATIONS.c.validated_at),
+    Retention(
+        BUILDS.c.finished_at,  # runs and readers compare with the newest one, and the newest shown
+        BUILDS.c.fencing_token.not_in(
+            [_newest_token(_IN_ANY_CASE), _newest_token(BUILDS.c.published_at.is_not(None))]
+        ),
+    ),
+    # A window that was refused, or never loaded, is a hole for as long as it is in the table.
+    Retention(FAILURES.c.failed_at, sa.and_(FAILURES.c.exit_code != REFUSED, _IS_LOADED)),
+    Retention(QUARANTINE.c.resolved_at),
+    Retention(ALERTS.c.resolved_at),
+    Retention(UNKNOWN_ENDPOINTS.c.seen_at),
+)
+
+KEPT: Mapping[sa.Table, str] = {
+    WAREHOUSE: "one row",
+    OBJECTS: "one row per table or view",
+    RESTATEMENTS: "data: what fal changed",
+    CONTRACT_DRIFT: "one row per field that changed; without it fal's change would be news again",
+    HORIZONS: "decided by people",
+    ACCOUNTS: "decided by people",
+    ACCEPTANCES: "decided by people",
+    HOLDS: "open state",
+    LOADS: "the ledger; what is superseded goes with its landed pages",
+}
+"""Tables of ops without a `Retention`, and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Maintained:
+    """What was freed, kind by kind, and what was built and published afterwards."""
+
+    freed: Sequence[Freed]
+    report: Report
+
+
+def maintain(settings: Settings, *, is_dry: bool = False) -> Maintained:
+    """Delete what is old enough and not needed; build and publish where that changes a table.
+
+    Raises:
+        UsageError: landed pages are there but no warehouse that knows which are needed, or it does not
+            follow a rename yet.
+        WarehouseBusyError: somebody else writes, deletes landed pages, or rebuilds from them.
+        CheckFailedError: a SQL check found rows; snapshots are gone, readers keep what they had.
+        StorageError, WarehouseError: a disk or the warehouse refuses; what is freed stays freed.
+    """
+    now, report = datetime.now(UTC), Report(new_run_id())
+    found = _look(settings, now)
+    if is_dry:
+        return Maintained(_deleted(settings, found, now, is_dry=True), report)
+    with extracts.deleting(settings):
+        _mark_thinned(settings, found)
+        warehouse, thinned = open_warehouse(settings), found
+        if found.thinnable:
+            with warehouse.lease("faletl maintain") as lease:
+                thinned = _thin_out(lease, found, _Cuts.of(settings, now))
+        build_and_publish(settings, report)
+        found = replace(_look(settings, now), thinnable=thinned.thinnable)
+        if found.superseded or any(found.ops.values()):
+            with warehouse.lease("faletl maintain") as lease:
+                _delete_rows(lease, found, _Cuts.of(settings, now))
+        return Maintained(_deleted(settings, found, now, is_dry=False), report)
+
+
+def _deleted(settings: Settings, found: _Found, now: datetime, *, is_dry: bool) -> list[Freed]:
+    """Delete the files that nothing needs, unless it is dry; with the rows, all that is freed."""
+    thinned = frozenset(load.load_id for load in found.thinnable)
+    before = _Cuts.of(settings, now).pages
+    pages = unneeded(settings, before=before, thinned=thinned, is_dry=is_dry)
+    of_snapshots = [folder for folder in pages.superseded if folder.name in thinned]
+    superseded = [folder for folder in pages.superseded if folder.name not in thinned]
+    drop = None if is_dry else extracts.drop
+    return [
+        _folders("snapshots like the one before", of_snapshots, drop, rows=found.thinned_rows),
+        _folders("superseded extracts", superseded, drop, rows=len(found.superseded)),
+        _folders("interrupted extracts", pages.interrupted, drop),
+        *(Freed(rule.table.fullname, rows=found.ops.get(rule.table, 0)) for rule in RETENTIONS),
+        _files("plans", old_plans(settings, now), is_dry=is_dry),
+        _files("unfinished files", extracts.unfinished_files(settings), is_dry=is_dry),
+        _folders(
+            "abandoned temporary folders",
+            list(abandoned_scratch(Path(tempfile.gettempdir()))),
+            None if is_dry else lambda folder: shutil.rmtree(folder, ignore_errors=True),
+        ),
+    ]
+
+
+# --- Rows -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Cuts:
+    """What is older may go: landed pages and the loads that they made; rows of ops."""
+
+    pages: datetime
+    ops: datetime
+
+    @classmethod
+    def of(cls, settings: Settings, now: datetime) -> Self:
+        return cls(
+            now - timedelta(days=settings.keep_days), now - timedelta(days=settings.keep_ops_days)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What can go of the warehouse: loads of snapshots, superseded loads, and rows of ops by table."""
+
+    thinnable: Sequence[sa.Row[Any]] = ()
+    superseded: Sequence[str] = ()
+    ops: Mapping[sa.Table, int] = field(default_factory=dict)
+    warehouse_id: str = ""
+
+    @property
+    def thinned_rows(self) -> int:
+        """Rows of raw, and of ops.loads, that go with the snapshots."""
+        return sum(load.rows + 1 for load in self.thinnable)
+
+
+def _look(settings: Settings, now: datetime) -> _Found:
+    """What can go now; nothing where there is no warehouse."""
+    cuts = _Cuts.of(settings, now)
+    with open_warehouse(settings).reading() as connection:
+        if connection is None:
+            return _Found()
+        relabel.require_followed(connection, decisions.recorded(settings))
+        thinnable = connection.execute(_thinnable_loads(cuts.pages)).all()
+        return _Found(
+            thinnable=thinnable,
+            superseded=_superseded_loads(connection, cuts.pages),
+            ops={
+                rule.table: _count_over(connection, rule, cuts.ops, is_built=bool(thinnable))
+                for rule in RETENTIONS
+            },
+            warehouse_id=connection.execute(sa.select(WAREHOUSE.c.warehouse_id)).scalar_one(),
+        )
+
+
+def _count_over(connection: sa.Connection, rule: Retention, before: datetime, *, is_built: bool) -> int:
+    """How many rows go by the rule; where it `is_built` before they go, no build is the newest now."""
+    is_over = rule.since < before if is_built and rule.table is BUILDS else _is_over(rule, before)
+    count = sa.select(sa.func.count()).select_from(rule.table).where(is_over)
+    return int(connection.execute(count).scalar_one())
+
+
+def _is_over(rule: Retention, before: datetime) -> sa.ColumnElement[bool]:
+    return sa.and_(rule.since < before, rule.only_if)
+
+
+def _thinnable_loads(before: datetime) -> sa.Select[Any]:
+    """Loads of snapshots that are neither the first nor the last of their UTC day, nor news.
+
+    News is what differs from the snapshot before. Where snapshots list endpoints, the last one before
+    news stays as well: it shows until when an endpoint that is gone was listed.
+    """
+    loads = LOADS.c
+    snapshots = {name for name, one in RESOURCES.items() if one.window == "snapshot"}
+    lists = {name for name in snapshots if "endpoint_id" in RAW[name].c}
+    day = (loads.account, loads.resource, _utc_day(LOADS))
+
+    def in_order(digest: sa.Function[Any]) -> sa.Over[Any]:
+        return digest.over(partition_by=day, order_by=loads.window_start)
+
+    neighbours = (
+        sa.select(
+            loads.load_id, loads.resource, loads.window_start, loads.landing_path, loads.rows,
+            loads.fencing_token, loads.loaded_at, loads.digest,
+            in_order(sa.func.lag(loads.digest)).label("digest_before"),
+            in_order(sa.func.lead(loads.digest)).label("digest_after"),
+        )
+        .where(loads.resource.in_(sorted(snapshots)), loads.is_current)
+        .subquery()
+    )  # fmt: skip
+    one = neighbours.c
+    return sa.select(neighbours).where(
+        one.window_start < before,
+        one.digest == one.digest_before,
+        one.digest_after.is_not(None),
+        sa.or_(one.resource.not_in(sorted(lists)), one.digest == one.digest_after),
+    )
+
+
+def _superseded_loads(connection: sa.Connection, before: datetime) -> Sequence[str]:
+    """Loads that a rebuild does without: of days that were open still, and were loaded again since.
+
+    A snapshot that is not current was taken out as one of the future, which `load` has to remember.
+    """
+    old = sa.select(LOADS.c.load_id).where(
+        LOADS.c.read_at < before,
+        LOADS.c.is_current.is_(False),
+        LOADS.c.window_start != LOADS.c.window_end,
+    )
+    return sorted(set(connection.execute(old).scalars()) - read_ledger(connection).needed)
+
+
+def _mark_thinned(settings: Settings, found: _Found) -> None:
+    """Leave a note with the landed pages of snapshots: a rebuild is not to load them again.
+
+    It is done first, and counts only once the ledger has forgotten the load: a kill in between changes
+    nothing. It takes no lease, as an object store may take minutes for it.
+    """
+    for load in found.thinnable:
+        folder = extracts.root(settings) / load.landing_path
+        receipt = Receipt(load.fencing_token, load.loaded_at, "pruned", found.warehouse_id)
+        if extracts.is_complete(folder):
+            extracts.leave_receipt(folder, receipt)
+
+
+def _thin_out(lease: Lease, marked: _Found, cuts: _Cuts) -> _Found:
+    """Delete the marked snapshots, in one transaction; the next build makes their days anew.
+
+    Returns those that were found once more, as a load may have come in between.
+    """
+    connection, gone = lease.connection, LOADS.alias("gone")
+    may_go = {load.load_id for load in marked.thinnable}
+    with lease.transaction():
+        found = connection.execute(_thinnable_loads(cuts.pages)).all()
+        loads = [load for load in found if load.load_id in may_go]
+        version = fence(lease, changes_data=bool(loads))
+        for some in _chunks([load.load_id for load in loads]):
+            is_same_day = sa.exists().where(
+                gone.c.load_id.in_(some),
+                gone.c.account == LOADS.c.account,
+                gone.c.resource == LOADS.c.resource,
+                _utc_day(gone) == _utc_day(LOADS),
+            )
+            connection.execute(sa.update(LOADS).where(is_same_day).values(data_version=version))
+        for name in sorted({load.resource for load in loads}):
+            table = RAW[name]
+            for some in _chunks([load.load_id for load in loads if load.resource == name]):
+                is_gone = sa.exists().where(
+                    gone.c.load_id.in_(some),
+                    gone.c.account == table.c["_account"],
+                    gone.c.window_start == table.c["_snapshot_at"],
+                )
+                connection.execute(sa.delete(table).where(is_gone))
+        _delete_loads(connection, [load.load_id for load in loads])
+    return replace(marked, thinnable=loads)
+
+
+def _delete_rows(lease: Lease, found: _Found, cuts: _Cuts) -> None:
+    """Delete superseded loads, then what is over of each table of ops: a transaction each."""
+    with lease.transaction():
+        fence(lease, changes_data=False)
+        _delete_loads(lease.connection, found.superseded)
+    for rule in RETENTIONS:
+        with lease.transaction():
+            fence(lease, changes_data=False)
+            lease.connection.execute(sa.delete(rule.table).where(_is_over(rule, cuts.ops)))
+
+
+def _delete_loads(connection: sa.Connection, load_ids: Sequence[str]) -> None:
+    for some in _chunks(load_ids):
+        connection.execute(sa.delete(LOADS).where(LOADS.c.load_id.in_(some)))
+
+
+def _chunks(values: Sequence[str]) -> Iterable[Sequence[str]]:
+    return (values[first : first + _AT_ONCE] for first in range(0, len(values), _AT_ONCE))
+
+
+def _utc_day(loads: sa.FromClause) -> sa.ColumnElement[date]:
+    return sa.cast(sa.func.utc(loads.c.window_start), sa.Date)
+
+
+# --- Files ----------------------------------------------------------------------------------------
+
+
+def _folders(
+    kind: str, folders: Collection[Path], drop: Callable[[Path], object] | None, rows: int = 0
+) -> Freed:
+    """Drop these folders, unless there is nothing that drops them; what that frees, with the rows."""
+    files = size = 0
+    for folder in folders:
+        sizes = at(folder).sizes(folder)
+        files, size = files + len(sizes), size + sum(sizes)
+        if drop is not None:
+            drop(folder)
+    return Freed(kind, rows, files, size)
+
+
+def _files(kind: str, paths: Iterable[Path], *, is_dry: bool) -> Freed:
+    files = size = 0
+    for path in paths:
+        files, size = files + 1, size + at(path).size(path)
+        if not is_dry:
+            at(path).delete(path)
+    return Freed(kind, files=files, bytes=size)

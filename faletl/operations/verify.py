@@ -1,0 +1,345 @@
+"""Verify: is the warehouse still what was loaded and built? Without an oracle, without the network.
+
+Ledger and totals (every check of a build, over all days), digests (raw rows are those that were
+loaded), lineage (each raw row names a load, a landed page and a row of it, and the page is the one
+that fal sent), and models (every table is what its SQL makes of what it reads).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from faletl import duck
+from faletl.config import Settings
+from faletl.errors import DamagedExtractError, FaletlError, StorageError, UsageError
+from faletl.landing import extracts
+from faletl.landing.extracts import Landed
+from faletl.landing.storage import scratch_folder
+from faletl.line import holds, relabel
+from faletl.line.replace import read_ledger
+from faletl.models import catalogue
+from faletl.resources import RESOURCES, Resource
+from faletl.staging.window import DIGEST_FORM, Staged, digest_of, digest_sums, stage_window
+from faletl.warehouse import Warehouse, open_warehouse, quoted, schema
+from faletl.warehouse.tables import LAYERS, LOADS, RAW
+from faletl.windows import Window
+
+_TURN_SECONDS = 1.0
+"""After so long, once the part at hand is done, others get at the warehouse."""
+
+
+@dataclass(slots=True)
+class Verdict:
+    """A sentence for each thing that is not as it was left, and whether all was looked at.
+
+    Sums and models are not, while something is loaded that is not built yet.
+    """
+
+    findings: list[str] = field(default_factory=list)
+    is_complete: bool = True
+
+
+def verify(settings: Settings) -> Verdict:
+    """Look at everything, for `_TURN_SECONDS` at a time: runs get their turn in between.
+
+    Raises:
+        UsageError: there is no warehouse yet.
+        WarehouseError, TamperedError: the warehouse cannot be read at all.
+        SettingsError, StorageError: the landed pages cannot be read at all.
+    """
+    warehouse, verdict = open_warehouse(settings), Verdict()
+    parts = deque([*_parts_of_raw(settings, warehouse), *_parts_of_models(warehouse)])
+    while parts:
+        with warehouse.reading() as connection:
+            if connection is None:
+                raise UsageError("nothing is loaded yet; run faletl run first")
+            is_built: bool | None = None  # for as long as this connection sees what it sees
+            began = time.monotonic()
+            while parts and time.monotonic() - began < _TURN_SECONDS:
+                part = parts.popleft()
+                if part.needs_build and is_built is None:
+                    is_built = not catalogue.is_behind(settings, connection)
+                if part.needs_build and not is_built:
+                    verdict.is_complete = False
+                    return verdict
+                found = list(part.look(connection))
+                verdict.findings += found
+                if found and part.is_shape:
+                    return verdict
+    return verdict
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What to look at; whether it must be built for that, and whether all else stands on it."""
+
+    look: Callable[[sa.Connection], Iterable[str]]
+    needs_build: bool = False
+    is_shape: bool = False
+
+
+def _parts_of_raw(settings: Settings, warehouse: Warehouse) -> Iterator[_Part]:
+    yield _Part(_altered_tables, is_shape=True)
+    lost = list[DamagedExtractError]()
+    for name in RESOURCES:
+        yield _Part(partial(_changed_rows, settings=settings, warehouse=warehouse, resource=name))
+        yield _Part(partial(_lost_pages, settings=settings, resource=name, lost=lost))
+        check = next(check for check in catalogue.checks() if check.name == f"loads of raw.{name}")
+        yield _Part(partial(_failed_check, dialect=warehouse.dialect, check=check))
+    yield _Part(lambda _: [str(DamagedExtractError.of_many(lost[0], len(lost)))] if lost else [])
+
+
+def _parts_of_models(warehouse: Warehouse) -> Iterator[_Part]:
+    dialect = warehouse.dialect
+    yield _Part(_altered_models, needs_build=True, is_shape=True)
+    yield _Part(partial(_retyped_models, warehouse=warehouse), needs_build=True, is_shape=True)
+    for check in catalogue.checks():
+        if not check.name.startswith("loads of raw."):
+            yield _Part(partial(_failed_check, dialect=dialect, check=check), needs_build=True)
+    for model in catalogue.models():
+        if not model.is_view:
+            yield _Part(partial(_changed_model, dialect=dialect, model=model), needs_build=True)
+
+
+def _altered_tables(connection: sa.Connection) -> Iterator[str]:
+    """What of raw and ops is not as it was made."""
+    for changed in schema.altered(connection):
+        yield f"{changed}; faletl rebuild makes all anew from the landed pages"
+
+
+def _altered_models(connection: sa.Connection) -> Iterator[str]:
+    """Models whose table or view is gone, or has other columns."""
+    held = schema.columns_held(connection, LAYERS)
+    for table, made in catalogue.column_comments().items():
+        if table.startswith(LAYERS) and list(made) != list(held.get(table, ())):
+            yield f"{table} has other columns than its SQL makes; faletl build --full makes it anew"
+
+
+def _retyped_models(connection: sa.Connection, warehouse: Warehouse) -> Iterator[str]:
+    """The first table whose columns are of other types: amounts may be bent there, and compare equal."""
+    for model in catalogue.models():
+        select = f"select * from (\n{catalogue.translate(model.sql, warehouse.dialect)}\n) as model"
+        made = warehouse.described(connection, select)
+        held = warehouse.described(connection, f"select * from {model.table}")
+        for (name, kind), (_, other) in zip(made, held, strict=True):
+            if kind != other:
+                yield (
+                    f"{model.table}: the column {name} is of type {other.lower()}, not {kind.lower()}; "
+                    "faletl build --full makes it anew"
+                )
+        if made != held:
+            return  # what reads it has other types, too
+
+
+def _repair(day: date) -> str:
+    return f"faletl rebuild --window {day} makes it anew from the landed pages"
+
+
+def _changed_rows(
+    connection: sa.Connection, settings: Settings, warehouse: Warehouse, resource: str
+) -> Iterator[str]:
+    """Loads whose rows in raw are not those that were loaded."""
+    table = RAW[resource].fullname
+    held = _held_digests(settings, warehouse, connection, resource)
+    loads = {
+        load.load_id: load
+        for load in connection.execute(sa.select(LOADS).where(LOADS.c.resource == resource))
+    }
+    for load_id in sorted(held.keys() - loads.keys()):
+        yield f"{table}: rows of load {load_id!a}, which ops.loads does not know; faletl rebuild"
+    for load_id, load in sorted(loads.items()):
+        day = load.window_start.astimezone(UTC).date()
+        if not load.is_current and load_id not in held:
+            continue
+        digest = _digest_now(settings, connection, load)
+        if digest is None:
+            yield (
+                f"{table}, window {day}: the rows of load {load_id} cannot be compared, as an older "
+                "faletl made its digest and its landed pages cannot be read"
+            )
+            continue
+        is_same = held.get(load_id, digest_of((0, None))) == digest
+        if not is_same and not load.is_current:  # a part of its rows, then
+            is_same = _are_landed(settings, connection, RESOURCES[resource], load.landing_path)
+        if not is_same:
+            yield (
+                f"{table}, window {day}: its rows are not those of load {load_id}, in number or "
+                f"content; {_repair(day)}"
+            )
+
+
+def _held_digests(
+    settings: Settings, warehouse: Warehouse, connection: sa.Connection, resource: str
+) -> Mapping[str, str]:
+    """The digest of the rows that raw holds of each load: as staging made it, by DuckDB."""
+    with scratch_folder() as scratch:
+        path = scratch / "rows.parquet"
+        warehouse.hand_out(connection, sa.select(RAW[resource]), path)
+        with duck.engine(settings.memory, scratch) as engine:
+            sums = digest_sums(RESOURCES[resource])
+            found = engine.execute(f"select _load_id, {sums} from {quoted(path)} group by _load_id")
+            return {load_id: digest_of(sums) for load_id, *sums in found.fetchall()}
+
+
+def _digest_now(settings: Settings, connection: sa.Connection, load: sa.Row[Any]) -> str | None:
+    """The digest of what was loaded; where another faletl made that of the ledger, of the landed pages.
+
+    None where these cannot be staged any more.
+    """
+    if load.digest.endswith(DIGEST_FORM):
+        return str(load.digest)
+    with scratch_folder() as scratch:
+        staged = _staged(settings, connection, load.landing_path, scratch)
+        return None if staged is None else staged.digest
+
+
+def _staged(
+    settings: Settings, connection: sa.Connection, landing_path: str, scratch: Path
+) -> Staged | None:
+    """The rows of a read, from its landed pages; None where these are not as they were loaded."""
+    try:
+        landed = relabel.opener(settings)(extracts.root(settings) / landing_path)
+        if landed is None:
+            return None
+        return stage_window(settings, landed, scratch, holds.accepted_rows(connection))
+    except StorageError:
+        raise  # nobody knows what lies there
+    except FaletlError:
+        return None
+
+
+def _are_landed(
+    settings: Settings, connection: sa.Connection, resource: Resource, landing_path: str
+) -> bool:
+    """Whether all rows that raw holds of the load are among those that were landed."""
+    names = [column.name for column in resource.columns]
+    table = RAW[resource.name]
+    with scratch_folder() as scratch:
+        staged = _staged(settings, connection, landing_path, scratch)
+        if staged is None:
+            return False
+        with duck.engine(settings.memory, scratch) as engine:
+            ours = ", ".join(f'"{name}"' for name in ("_page", "_row", *names))
+            rows = set(engine.execute(f"select {ours} from {staged.source}").fetchall())
+    held = sa.select(table.c["_page"], table.c["_row"], *(table.c[name] for name in names)).where(
+        table.c["_load_id"] == staged.landed.manifest.load_id
+    )
+    return all(tuple(row) in rows for row in connection.execute(held))
+
+
+def _lost_pages(
+    connection: sa.Connection, settings: Settings, resource: str, lost: list[DamagedExtractError]
+) -> Iterator[str]:
+    """Loads whose landed pages are too few for the rows in raw; `lost` gets those that are damaged."""
+    table = RAW[resource]
+    load_id_and_page, row = (table.c["_load_id"], table.c["_page"]), table.c["_row"]
+    twins = sa.func.count() - sa.func.count(sa.distinct(row))
+    last_rows: dict[str, dict[int, tuple[int, int]]] = {}
+    for load_id, page, *found in connection.execute(
+        sa.select(*load_id_and_page, sa.func.max(row), twins).group_by(*load_id_and_page)
+    ):
+        last_rows.setdefault(load_id, {})[page] = tuple(found)
+    needed = read_ledger(connection).needed
+    loads = sa.select(LOADS.c.load_id, LOADS.c.landing_path)
+    for load in connection.execute(loads.where(LOADS.c.resource == resource)).all():
+        if load.load_id not in needed:
+            continue
+        folder = extracts.root(settings) / load.landing_path
+        try:
+            landed = extracts.open_read(folder)
+            pages = _checked_pages(landed)
+        except StorageError:
+            raise  # nobody knows what lies there
+        except DamagedExtractError as error:
+            lost.append(error)
+            continue
+        except FaletlError as error:
+            yield f"{table.fullname}, load {load.load_id}: {error}"
+            continue
+        for page, (last, twice) in last_rows.get(load.load_id, {}).items():
+            place = f"{table.fullname}, load {load.load_id}: page {page}"
+            if not (1 <= page <= len(pages) and 1 <= last <= pages[page - 1]):
+                yield f"{place} row {last} was never landed; {_repair(landed.manifest.window.day)}"
+            if twice:
+                yield f"{place} gave {twice} rows twice; {_repair(landed.manifest.window.day)}"
+
+
+def _checked_pages(landed: Landed) -> list[int]:
+    """How many rows each landed page holds; raises TamperedError for one that was changed."""
+    for call in landed.manifest.calls:
+        for page in call.pages:
+            landed.body(page)
+    return [page.rows for page in landed.manifest.pages("rows")]
+
+
+def _failed_check(connection: sa.Connection, dialect: str, check: catalogue.Check) -> Iterator[str]:
+    for sql in catalogue.statements(connection, check, dialect):
+        found = connection.exec_driver_sql(sql).mappings().fetchmany(3)
+        for row in found:
+            told = ", ".join(f"{key} {_plain(value)}" for key, value in row.items())
+            cure = check.cure or "faletl rebuild makes all anew"
+            yield f"the check '{check.name}' finds {told}; {cure}"
+        if found:
+            return
+
+
+def _changed_model(connection: sa.Connection, dialect: str, model: catalogue.Model) -> Iterator[str]:
+    """Where the table is not what its SQL makes of what it reads."""
+    if model.is_by_day:
+        without = f"select count(*) from {model.table} where {model.day} is null"
+        if count := connection.exec_driver_sql(without).scalar_one():
+            yield f"{model.table}: {count} rows have no day; faletl build --full makes it anew"
+    columns = ", ".join(f'"{name}"' for name in catalogue.column_comments()[model.table])
+    for span in _spans(connection, model) if model.is_by_day else [None]:
+        made, held = (
+            catalogue.restricted(sql, span, dialect) if span else catalogue.translate(sql, dialect)
+            for sql in (model.sql, f"select * from {model.table}")
+        )  # fmt: skip
+        # EXCEPT ALL in both directions would make each side twice.
+        differing = f"""
+            select coalesce(sum(abs(surplus)), 0) from (
+                select sum(side) as surplus from (
+                    select *, 1 as side from ({made}) as made
+                    union all
+                    select *, -1 as side from ({held}) as held
+                ) as both_sides
+                group by {columns}
+                having sum(side) <> 0
+            ) as differing
+        """
+        count = connection.exec_driver_sql(differing).scalar_one()
+        if count:
+            when = f", {span.first} to before {span.end}" if span else ""
+            yield (
+                f"{model.table}{when}: {count} rows are not what {model.name}.sql makes; "
+                "faletl build --full makes it anew"
+            )
+
+
+def _spans(connection: sa.Connection, model: catalogue.Model) -> Iterator[catalogue.Span]:
+    """The days of the model's table and of the windows it is made of, a few at a time."""
+    days = {
+        start.astimezone(UTC).date()
+        for (start,) in connection.execute(
+            sa.select(LOADS.c.window_start).where(
+                LOADS.c.is_current, LOADS.c.resource.in_(sorted(catalogue.sources(model.sql)))
+            )
+        )
+    }
+    held = catalogue.days_held(connection, model)
+    yield from catalogue.spans(days | held, min(model.longest_span, catalogue.CHECKED_SPAN))
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, datetime):
+        return str(Window.snapshot(value.astimezone(UTC)))
+    return ascii(value) if isinstance(value, str) else str(value)

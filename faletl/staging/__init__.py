@@ -1,0 +1,1 @@
+"""Landed pages become the typed, proven rows of one window."""
