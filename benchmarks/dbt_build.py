@@ -26,7 +26,8 @@ from benchmarks import ours
 from benchmarks.history import A_DAY, NEXT, fill
 from benchmarks.measure import Spent, environment_of, faletl, figures, median, spent, tell
 from faletl.config import Settings
-from faletl.models.catalogue import Model, Span, models, restricted
+from faletl.models.catalogue import Model, models
+from faletl.models.days import Span, is_by_day, restricted
 
 ROUNDS = 3
 PACKAGES = ("dbt-core<1.12", "dbt-duckdb<1.12", f"duckdb=={duckdb.__version__}")
@@ -65,7 +66,7 @@ def write_project(folder: Path, database: Path) -> None:
 
 def _dbt_model(model: Model) -> str:
     whole = _with_refs(model.sql)
-    if model.is_view or not model.is_by_day:
+    if model.is_view or not is_by_day(model):
         kind = "view" if model.is_view else "table"
         return f"{{{{ config(materialized='{kind}', schema='{model.layer}') }}}}\n{whole}"
     a_day = _with_refs(restricted(model.sql, Span(date(2000, 1, 1), date(2000, 1, 2))))

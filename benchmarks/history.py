@@ -26,7 +26,8 @@ from benchmarks import ours
 from benchmarks.account import serving, write_pages
 from benchmarks.measure import ROUNDS, Spent, faletl, figures, median, spent, tell
 from faletl.config import Settings
-from faletl.warehouse import Lease, open_warehouse
+from faletl.warehouse import open_warehouse
+from faletl.warehouse.protocol import Lease
 from faletl.warehouse.tables import LOADS, RAW, WAREHOUSE
 from tests.feed import Feed
 

@@ -24,7 +24,8 @@ import sqlalchemy as sa
 
 from benchmarks.measure import ROUNDS, tell
 from faletl.config import Settings
-from faletl.warehouse import open_warehouse, quoted
+from faletl.duck import quoted
+from faletl.warehouse import open_warehouse
 from faletl.warehouse.tables import RAW
 from tests.servers import shared_postgres
 

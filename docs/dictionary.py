@@ -14,7 +14,8 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from faletl.config import Settings
-from faletl.models.catalogue import build, models
+from faletl.models.build import build_models
+from faletl.models.catalogue import models
 from faletl.warehouse import open_warehouse
 from faletl.warehouse.tables import METADATA, SCHEMAS
 
@@ -47,7 +48,7 @@ def document() -> str:
         settings = Settings.isolated(warehouse=f"duckdb:///{Path(folder) / 'empty.duckdb'}")
         warehouse = open_warehouse(settings)
         with warehouse.lease("make docs") as lease:
-            build(settings, warehouse, lease, run_id="docs")
+            build_models(settings, warehouse, lease, run_id="docs")
             return "\n".join([INTRODUCTION, *_contents(lease.connection), *_schemas(lease.connection)])
 
 

@@ -12,7 +12,8 @@ import duckdb
 import duckdb_sqlalchemy
 
 from faletl.errors import StorageError
-from faletl.landing.storage import scratch_folder
+from faletl.files import scratch_folder
+from faletl.money import BOUNDED_TYPE, DECIMAL_TYPE, SCALE
 
 # The dialect would ask an engine of its own, without our limits, whether DuckDB knows comments.
 duckdb_sqlalchemy.has_comment_support = lambda: True  # type: ignore[attr-defined,assignment]
@@ -50,3 +51,33 @@ def room_to_spill() -> Iterator[Path | None]:
         except StorageError:
             folder = None
         yield folder
+
+
+def quoted(text: object) -> str:
+    """The text as a literal of SQL."""
+    return "'" + str(text).replace("'", "''") + "'"
+
+
+# What most amounts fit in. DuckDB keeps it in 64 bits, and turns texts into it, and back, much faster.
+_NARROW_TYPE = f"decimal(18,{SCALE})"
+
+
+def decimal_of(text: str, *, is_bounded: bool = True) -> str:
+    """The SQL of DuckDB for a text as DECIMAL(38,12); NULL where it is not a number below the bound.
+
+    The bound is `LARGEST` for an amount of one row; a sum may be as large as the type.
+    """
+    narrow = f"cast(try_cast({text} as {_NARROW_TYPE}) as {DECIMAL_TYPE})"
+    wide = BOUNDED_TYPE if is_bounded else DECIMAL_TYPE
+    return f"coalesce({narrow}, cast(try_cast({text} as {wide}) as {DECIMAL_TYPE}))"
+
+
+def text_of(amount: str) -> str:
+    """The SQL of DuckDB for the text of a DECIMAL(38,12), with all of its decimals."""
+    narrow = f"cast(try_cast({amount} as {_NARROW_TYPE}) as varchar)"
+    return f"coalesce({narrow}, cast({amount} as varchar))"
+
+
+def count(connection: duckdb.DuckDBPyConnection, query: str) -> int:
+    row = connection.execute(query).fetchone()
+    return int(row[0]) if row else 0

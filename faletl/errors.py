@@ -7,13 +7,8 @@ help. An error keeps its facts; whoever knows more of them (which window, which 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Self
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from faletl.findings import Findings
-    from faletl.staging.window import UnprovenPart
+from collections.abc import Sequence
+from typing import ClassVar, Self
 
 Fact = str | int | None
 
@@ -29,11 +24,11 @@ class FaletlError(Exception):
     advice: ClassVar[str] = ""
     """What to do, where the message does not say it."""
 
-    findings: Findings | None = None
-    """What was noticed of a read before it was refused, for the tables of ops."""
+    findings: object | None = None
+    """What was found in an extract before it was refused (faletl/findings.py)."""
 
-    unproven: Sequence[UnprovenPart] = ()
-    """The parts of a window that do not add up, where asking for them again may help."""
+    unproven: Sequence[object] = ()
+    """The parts of a window that do not add up (faletl/staging/proof.py), to be fetched again."""
 
     def __init__(self, message: str, **facts: Fact) -> None:
         super().__init__(message)

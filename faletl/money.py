@@ -28,11 +28,9 @@ DECIMAL_TYPE = f"decimal({PRECISION},{SCALE})"
 EXACT_TEXT = rf"\d{{1,{len(str(LARGEST)) - 1}}}(\.\d{{1,{SCALE}}})?"
 """What an amount looks like that is held to its last digit."""
 
-# What most amounts fit in. DuckDB keeps it in 64 bits, and turns texts into it, and back, much faster.
-_NARROW_TYPE = f"decimal(18,{SCALE})"
 
 # What every amount below `LARGEST` fits in, and no other.
-_BOUNDED_TYPE = f"decimal({len(str(LARGEST)) - 1 + SCALE},{SCALE})"
+BOUNDED_TYPE = f"decimal({len(str(LARGEST)) - 1 + SCALE},{SCALE})"
 
 _number = re.compile(r"(-?)(\d+(?:\.\d+)?)(?:[eE]([+-]?)0*(\d*))?", re.ASCII)
 _plain = re.compile(rf"-?\d+(?:\.\d{{1,{SCALE}}})?", re.ASCII)
@@ -145,22 +143,6 @@ def plain(amount: Decimal) -> str:
     """The amount in plain notation, without trailing zeros."""
     text = f"{amount:f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
-
-
-def decimal_of(text: str, *, is_bounded: bool = True) -> str:
-    """The SQL of DuckDB for a text as DECIMAL(38,12); NULL where it is not a number below the bound.
-
-    The bound is `LARGEST` for an amount of one row; a sum may be as large as the type.
-    """
-    narrow = f"cast(try_cast({text} as {_NARROW_TYPE}) as {DECIMAL_TYPE})"
-    wide = _BOUNDED_TYPE if is_bounded else DECIMAL_TYPE
-    return f"coalesce({narrow}, cast(try_cast({text} as {wide}) as {DECIMAL_TYPE}))"
-
-
-def text_of(amount: str) -> str:
-    """The SQL of DuckDB for the text of a DECIMAL(38,12), with all of its decimals."""
-    narrow = f"cast(try_cast({amount} as {_NARROW_TYPE}) as varchar)"
-    return f"coalesce({narrow}, cast({amount} as varchar))"
 
 
 def product_of(one: str, other: str) -> str:

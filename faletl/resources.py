@@ -129,6 +129,11 @@ class Resource:
         return f"raw.{self.name}"
 
     @property
+    def has_endpoints(self) -> bool:
+        """Whether a row is of one endpoint."""
+        return any(column.name == "endpoint_id" for column in self.columns)
+
+    @property
     def identifying(self) -> tuple[str, ...]:
         """The columns that say when and for what a row was charged or counted: no amount, no label."""
         names = ("request_id", "endpoint_id", "unit", "timeframe", self.time)

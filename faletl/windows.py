@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, time, timedelta
+from typing import Any
 
 from faletl.errors import UsageError
 
@@ -96,6 +97,41 @@ class Window:
         if self.end - self.start == DAY:
             return self.day.isoformat()
         return f"{instant(self.start)}/{instant(self.end)}"
+
+
+@dataclass(frozen=True, slots=True)
+class WindowKey:
+    """The name of a window: of which account, of which resource, of which time."""
+
+    account: str
+    resource: str
+    window: Window
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The same as columns of the tables of ops."""
+        return {
+            "account": self.account,
+            "resource": self.resource,
+            "window_start": self.window.start,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractRef:
+    """The name of an extract; `path` is relative to the landing folder, `started_at` by our clock."""
+
+    key: WindowKey
+    extract_id: str
+    run_id: str
+    path: str
+    started_at: datetime
+    finished_at: datetime
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The same as columns of the tables of ops."""
+        return {"load_id": self.extract_id, **self.key.columns}
 
 
 def instant(at: datetime) -> str:

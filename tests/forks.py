@@ -12,17 +12,18 @@ from datetime import date
 from typing import Generic, TypeVar
 
 from faletl.models import catalogue
+from faletl.models.days import Span, restricted
 
 T = TypeVar("T")
 
 
 def parse_all_sql(*dialects: str) -> None:
     """Parse the SQL of models and checks once, for all forks."""
-    span = catalogue.Span(date(2026, 1, 1), date(2026, 1, 2))
+    span = Span(date(2026, 1, 1), date(2026, 1, 2))
     for sql in [one.sql for one in catalogue.models()] + [one.sql for one in catalogue.checks()]:
         for dialect in dialects:
             catalogue.translate(sql, dialect)
-            catalogue.restricted(sql, span, dialect)
+            restricted(sql, span, dialect)
     catalogue.column_comments()
 
 

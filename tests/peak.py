@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from faletl import pipeline
-from faletl.line.plan import Asked
+from faletl.selection import Asked
 from tests import truth
 from tests.conftest import settings_for
 

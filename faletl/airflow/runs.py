@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from faletl.config import Settings
-    from faletl.line.plan import Asked
+    from faletl.selection import Asked
 
 log = logging.getLogger(__name__)
 
@@ -24,8 +24,8 @@ def asked(settings: Settings, dag_run: Any, resource: str) -> Asked | None:
     belongs to a backfill fetches every UTC day anew that its interval touches; of the many runs of a
     backfill that touch a day, the first does it. Models, prices and credits are read as of now.
     """
-    from faletl.line.plan import Asked
     from faletl.resources import RESOURCES
+    from faletl.selection import Asked
 
     days = days_of(dag_run)
     if days is None or dag_run.run_type == "scheduled":

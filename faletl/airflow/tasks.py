@@ -36,7 +36,7 @@ from faletl.resources import RESOURCES, Resource
 if TYPE_CHECKING:
     from faletl.config import Settings
     from faletl.line.distributed import Batch, Piece
-    from faletl.line.plan import Asked
+    from faletl.selection import Asked
 
 log = logging.getLogger(__name__)
 
@@ -235,14 +235,14 @@ def load(name: str, connection: str, planned: Sequence[Piece]) -> dict[str, int]
     Returns counts of windows. Updates the asset of the raw table if that is news to the models; what is
     refused or held is announced and left for `all_loaded`.
     """
-    from faletl import pipeline
     from faletl.line import distributed
+    from faletl.line.release import announce_alerts, is_news
 
     if not planned:
         raise AirflowSkipException("no window is to be read")
     with _settings(connection, RESOURCES[name]) as settings:
         report = distributed.load_plan(settings, planned[0]["plan"])
-        pipeline.announce_alerts(settings, announce)
+        announce_alerts(settings, announce)
         for _, error in report.failures:
             if error.exit_code == FAILED:
                 raise error
@@ -252,7 +252,7 @@ def load(name: str, connection: str, planned: Sequence[Piece]) -> dict[str, int]
             counts[outcome.outcome] += 1
         if not report.outcomes and not report.failures:
             raise AirflowSkipException("nothing has landed")
-        if not report.failures and not pipeline.is_news(settings, name):
+        if not report.failures and not is_news(settings, name):
             raise AirflowSkipException(f"nothing moved: {counts['unchanged']} windows are as they were")
         moved = [outcome for outcome in report.outcomes if outcome.outcome == "loaded"]
         get_current_context()["outlet_events"][RAW[name]].extra = {
@@ -283,6 +283,7 @@ def build(connection: str) -> int:
     Returns how many days. What fails a check is undone, and readers keep what they had.
     """
     from faletl import pipeline
+    from faletl.line.release import announce_alerts
 
     context = get_current_context()
     for asset, events in context.get("triggering_asset_events", {}).items():
@@ -291,7 +292,7 @@ def build(connection: str) -> int:
             log.info("%s moved: %s", asset.uri, windows or "as the event does not tell")
     with _settings(connection) as settings:
         built = pipeline.build(settings).build
-        pipeline.announce_alerts(settings, announce)
+        announce_alerts(settings, announce)
     if built is None:
         raise AirflowSkipException("nothing to build: nothing new is loaded")
     for asset in (MARTS, REPORTS):
@@ -309,9 +310,10 @@ def build(connection: str) -> int:
 def publish(connection: str) -> str:
     """Show the newest build to readers in one step: returns what they open."""
     from faletl import pipeline
+    from faletl.line.release import is_behind
 
     with _settings(connection) as settings:
-        if pipeline.is_behind(settings):
+        if is_behind(settings):
             raise AirflowSkipException("something was loaded meanwhile: the run it sets off shows both")
         published = pipeline.publish(settings).published
     if published is None:
@@ -344,12 +346,12 @@ def shown(published: str | None) -> None:
 @task.sensor(mode="reschedule", poke_interval=600, timeout=timedelta(days=1).total_seconds())
 def is_modelled(connection: str) -> bool:
     """Wait until readers can see the whole of the day that this run stands for."""
-    from faletl import pipeline
+    from faletl.line.release import is_published
 
     start = get_current_context().get("data_interval_start")
     day = start.astimezone(UTC).date() if start else datetime.now(UTC).date() - timedelta(days=1)
     with _settings(connection) as settings:
-        return pipeline.is_published(settings, day)
+        return is_published(settings, day)
 
 
 # --- A backfill by hand ---------------------------------------------------------------------------
@@ -380,7 +382,7 @@ def backfill_params() -> dict[str, Param]:
 
 def _meant_by(form: Mapping[str, Any], name: str) -> Asked:
     """What the form asks for, of one resource."""
-    from faletl.line.plan import Asked
+    from faletl.selection import Asked
     from faletl.windows import day_of
 
     if name not in form["resources"]:

@@ -6,35 +6,37 @@ heavy is imported before a command needs it: `faletl --help` answers at once.
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from datetime import UTC, date, datetime
+from contextlib import suppress
+from datetime import date
 from pathlib import Path
 from resource import RLIMIT_CORE, getrlimit, setrlimit
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
-from typer.exceptions import TyperException
 
-from faletl import __version__
+from faletl.cli.runtime import (
+    Options,
+    Stopped,
+    finish,
+    on_signal,
+    print_version,
+    progress_bar,
+    run_command,
+    say,
+    set_up_logging,
+    signals,
+)
 from faletl.errors import (
-    DamagedExtractError,
-    ExhaustedError,
-    FaletlError,
-    StorageError,
     UsageError,
 )
 from faletl.resources import RESOURCES
 from faletl.windows import day_of
 
 if TYPE_CHECKING:
-    from faletl.line.plan import Task
-    from faletl.pipeline import Progress, Report
+    pass
 
 app = typer.Typer(
     name="faletl",
@@ -72,17 +74,6 @@ accounts_app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(accounts_app, name="accounts")
-
-
-class _Stopped(BaseException):
-    """Ctrl-C, or a request to terminate."""
-
-
-class _Options:
-    """What the options before the command say."""
-
-    debug = False
-    log_format = "text"
 
 
 def _day(text: str) -> date:
@@ -128,7 +119,7 @@ def options(
         typer.Option(
             "--version",
             help="Show the version.",
-            callback=lambda on: _version_of(on),
+            callback=lambda on: print_version(on),
             is_eager=True,
         ),
     ] = False,
@@ -136,8 +127,8 @@ def options(
     """Remember what holds for every command."""
     from faletl.config import unknown_variables
 
-    _Options.debug, _Options.log_format = debug, log_format
-    _set_up_logging()
+    Options.debug, Options.log_format = debug, log_format
+    set_up_logging()
     for name, meant in unknown_variables().items():
         logging.getLogger("faletl").warning(
             "%s is no setting of faletl%s", name, f"; is {meant} meant?" if meant else ""
@@ -157,16 +148,16 @@ def run(
     from faletl import pipeline
     from faletl.cli.output import print_forecasts
     from faletl.config import Settings
-    from faletl.line.plan import Asked
+    from faletl.selection import Asked
 
     if dry_run:
         settings = Settings.load()
         forecasts = pipeline.dry_run(settings, Asked(start, end, resource or ()))
         print_forecasts(settings, forecasts)
         return
-    with _progress() as progress:
+    with progress_bar() as progress:
         report = pipeline.run(Settings.load(), Asked(start, end, resource or ()), progress)
-    _finish(report)
+    finish(report)
 
 
 @app.command(epilog="Example: faletl extract --start 2026-11-01 --resource usage")
@@ -174,11 +165,11 @@ def extract(start: Start = None, end: End = None, resource: Resources = None) ->
     """Land and prove pages of what is due, or of the days given; load nothing."""
     from faletl import pipeline
     from faletl.config import Settings
-    from faletl.line.plan import Asked
+    from faletl.selection import Asked
 
-    with _progress() as progress:
+    with progress_bar() as progress:
         report = pipeline.extract(Settings.load(), Asked(start, end, resource or ()), progress)
-    _finish(report)
+    finish(report)
 
 
 @app.command(epilog="Example: faletl load --resource usage")
@@ -186,11 +177,11 @@ def load(start: Start = None, end: End = None, resource: Resources = None) -> No
     """Load what has landed and is not loaded yet; asks fal nothing."""
     from faletl import pipeline
     from faletl.config import Settings
-    from faletl.line.plan import Asked
+    from faletl.selection import Asked
 
-    with _progress() as progress:
+    with progress_bar() as progress:
         report = pipeline.load(Settings.load(), Asked(start, end, resource or ()), progress)
-    _finish(report, nothing="nothing to load: all that has landed is loaded")
+    finish(report, nothing="nothing to load: all that has landed is loaded")
 
 
 @app.command(epilog="Example: faletl build --full")
@@ -201,9 +192,7 @@ def build(
     from faletl import pipeline
     from faletl.config import Settings
 
-    _finish(
-        pipeline.build(Settings.load(), full=full), nothing="nothing to build: nothing new is loaded"
-    )
+    finish(pipeline.build(Settings.load(), full=full), nothing="nothing to build: nothing new is loaded")
 
 
 @app.command(epilog="Example: faletl publish")
@@ -212,7 +201,7 @@ def publish() -> None:
     from faletl import pipeline
     from faletl.config import Settings
 
-    _finish(pipeline.publish(Settings.load()), nothing="nothing to publish: no newer build is there")
+    finish(pipeline.publish(Settings.load()), nothing="nothing to publish: no newer build is there")
 
 
 @app.command(epilog="Example: faletl rebuild --window 2026-11-01")
@@ -226,9 +215,9 @@ def rebuild(
     from faletl.config import Settings
     from faletl.operations.rebuild import rebuild as rebuild_warehouse
 
-    with _progress() as progress:
+    with progress_bar() as progress:
         report = rebuild_warehouse(Settings.load(), window, progress)
-    _finish(report, nothing="nothing to rebuild: nothing was ever loaded from landed pages")
+    finish(report, nothing="nothing to rebuild: nothing was ever loaded from landed pages")
 
 
 @app.command(epilog="Example: faletl verify")
@@ -240,9 +229,9 @@ def verify() -> None:
 
     verdict = verdict_on(Settings.load())
     for sentence in verdict.findings:
-        _say(sentence)
+        say(sentence)
     if not verdict.is_complete:
-        _say("sums and models were not looked at: something is not built yet; run faletl build")
+        say("sums and models were not looked at: something is not built yet; run faletl build")
     if verdict.findings:
         raise typer.Exit(TamperedError.exit_code)
     more = ", sums and models" if verdict.is_complete else ""
@@ -262,10 +251,10 @@ def validate(
     """The gate once more, over what is loaded: all of it, or the days and resources given."""
     from faletl.cli.output import print_validations
     from faletl.config import Settings
-    from faletl.line.plan import Asked
     from faletl.operations.validate import validate as verdict_on
+    from faletl.selection import Asked
 
-    with _progress() as progress:
+    with progress_bar() as progress:
         verdict = verdict_on(Settings.load(), Asked(start, end, resource or ()), progress)
     print_validations(verdict)
     if docs is not None:
@@ -284,10 +273,10 @@ def stage(
 ) -> None:
     """Loaded days as typed Parquet, a file each, for another engine; only what is new since."""
     from faletl.config import Settings
-    from faletl.line.plan import Asked
     from faletl.operations.handover import hand_over
+    from faletl.selection import Asked
 
-    with _progress() as progress:
+    with progress_bar() as progress:
         handed = hand_over(Settings.load(), out, Asked(start, end, resource or ()), progress)
     typer.echo(
         f"{out}: {len(handed.written):,} files written, {handed.unchanged:,} there already, "
@@ -325,7 +314,7 @@ def accept(
     from faletl.config import Settings
     from faletl.operations.accept import accept as accepted
 
-    _finish(accepted(Settings.load(), resource, day, reason=reason, account=account, is_kept=keep))
+    finish(accepted(Settings.load(), resource, day, reason=reason, account=account, is_kept=keep))
 
 
 @quarantine_app.command("list", epilog="Example: faletl quarantine list --all")
@@ -364,9 +353,9 @@ def retry(
     from faletl.config import Settings
     from faletl.operations.quarantine import retry as retried
 
-    with _progress() as progress:
+    with progress_bar() as progress:
         report = retried(Settings.load(), load_ids or (), progress)
-    _finish(report, nothing="nothing to retry: no row is set aside")
+    finish(report, nothing="nothing to retry: no row is set aside")
 
 
 @accounts_app.callback()
@@ -396,7 +385,7 @@ def rename_account(
 
     report = rename(Settings.load(), old, new)
     typer.echo(f"account {old} is now {new}; say so in FALETL_ACCOUNT and FALETL_OWNERS, where set")
-    _finish(report)
+    finish(report)
 
 
 @accounts_app.command("forget", epilog="Example: faletl accounts forget trial --yes")
@@ -422,7 +411,7 @@ def forget_account(
         raise UsageError(f"this would delete account {name!a}: {told}; if you mean it, add --yes")
     report = forget(settings, name)
     typer.echo(f"account {name} is forgotten: {told} deleted")
-    _finish(report)
+    finish(report)
 
 
 @app.command(epilog="Example: faletl horizon --set 2026-01-01 --resource usage")
@@ -495,7 +484,7 @@ def maintain(
     done = maintained(Settings.load(), is_dry=dry_run)
     print_freed(done.freed, is_dry=dry_run)
     if not dry_run:
-        _finish(done.report, nothing="nothing to build: the tables are as they were")
+        finish(done.report, nothing="nothing to build: the tables are as they were")
 
 
 @app.command(epilog="Example: faletl status --json")
@@ -516,13 +505,13 @@ def check() -> None:
     from faletl.config import Settings
     from faletl.operations.check import check as checked_by
 
-    if not _Options.debug:  # what is told below says it better than the client's log
+    if not Options.debug:  # what is told below says it better than the client's log
         logging.getLogger("faletl.fal.client").setLevel(logging.ERROR)
     settings = Settings.load()
     checked = checked_by(settings)
     print_check(settings, checked)
     for problem in checked.problems:
-        _say(problem.sentence)
+        say(problem.sentence)
     raise typer.Exit(checked.exit_code)
 
 
@@ -543,7 +532,7 @@ def estimate(
     estimates = estimated(Settings.load(), planned_ones, by_calls=calls)
     print_estimates(estimates, by_calls=calls)
     for endpoint_id in estimates.unknown:
-        _say(f"fal knows no endpoint {endpoint_id!r}; look it up on fal.ai/models")
+        say(f"fal knows no endpoint {endpoint_id!r}; look it up on fal.ai/models")
     raise typer.Exit(UsageError.exit_code if estimates.unknown else 0)
 
 
@@ -592,9 +581,9 @@ def sandbox(
         typer.echo(f"Serving invented data on {server.url}; stop with Ctrl-C. To load it:")
         allowed = "" if server.url.startswith("http://127.") else "FALETL_ALLOW_HTTP=1 "
         typer.echo(f"  {allowed}FALETL_API_URL={server.url} FAL_KEY={FULL_KEY} faletl run")
-        with suppress(_Stopped):  # the way it is meant to end
+        with suppress(Stopped):  # the way it is meant to end
             server.serve_forever()
-    _signals.clear()
+    signals.clear()
 
 
 @app.command(epilog="Example: faletl demo")
@@ -604,11 +593,11 @@ def demo(
     """Sandbox, a run over this month and the last, and the first answers, in one go."""
     from faletl.cli import demo
 
-    with _progress() as progress:
+    with progress_bar() as progress:
         settings, report = demo.run(folder, progress)
     if report.exit_code == 0:
         demo.print_first_answers(settings)
-    _finish(report, quiet=True)
+    finish(report, quiet=True)
 
 
 # --- How results, progress and errors are told ----------------------------------------------------
@@ -617,205 +606,11 @@ def demo(
 def main() -> NoReturn:
     """Run the command line; always ends the process with a designed exit code."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _on_signal)
+        signal.signal(number, on_signal)
     # A crash of a library must not leave the memory, and so the key, in a file.
     setrlimit(RLIMIT_CORE, (0, getrlimit(RLIMIT_CORE)[1]))
-    code = _run()
-    if _signals:
-        _say("interrupted; what was loaded stays, the same command goes on from here")
-        code = 128 + _signals[0]
+    code = run_command(app)
+    if signals:
+        say("interrupted; what was loaded stays, the same command goes on from here")
+        code = 128 + signals[0]
     sys.exit(code)
-
-
-def _run() -> int:
-    """Run the command line; every error becomes a sentence and an exit code."""
-    try:
-        code = app(standalone_mode=False)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output went away; nothing is left to be said
-        return 1
-    except TyperException as error:
-        text = error.format_message()
-        if text.startswith("Usage:"):  # no command was given
-            sys.stderr.write(f"{text}\n")
-        else:
-            _say(f"{text.rstrip('.')}; see faletl --help")
-        return UsageError.exit_code
-    except (FaletlError, _Stopped, Exception) as error:  # noqa: BLE001  # a bug of ours, too
-        if _signals:  # told by main; DuckDB, say, makes an error of its own of an interrupted query
-            return 1
-        if isinstance(error, OSError):
-            with suppress(OSError):
-                sys.stdout.close()  # it may be stdout that takes no more, of what it holds still
-        told = _of_the_system(error)
-        _tell_error(told)
-        return told.exit_code if isinstance(told, FaletlError) else 1
-    return int(code or 0)
-
-
-def _of_the_system(error: BaseException) -> BaseException:
-    """An error of ours for what the system refused, which is no bug; any other as it is."""
-    if isinstance(error, MemoryError) or "can't start new thread" in str(error):
-        return ExhaustedError(
-            "there is no memory left for this; raise its limit, or lower FALETL_PARALLEL, FALETL_MEMORY "
-            "or FALETL_MAX_BODY"
-        )
-    if isinstance(error, OSError) and error.strerror:
-        where = f" {error.filename}" if error.filename else ""
-        return StorageError(f"the system refused{where}: {error.strerror}")
-    return error
-
-
-_signals: list[int] = []
-
-
-def _on_signal(number: int, _frame: object) -> NoReturn:
-    """Stop in good order at the first signal, at once at the second."""
-    if _signals:
-        os._exit(128 + number)
-    _signals.append(number)
-    raise _Stopped
-
-
-def _version_of(is_asked: bool) -> None:
-    if is_asked:
-        typer.echo(f"faletl {__version__}")
-        raise typer.Exit
-
-
-def _finish(
-    report: Report, *, quiet: bool = False, nothing: str = "nothing to do: no window was due"
-) -> NoReturn:
-    """Tell what was done on stdout and what failed on stderr; end with the report's exit code."""
-    if not quiet:
-        for sentence in list(_sentences(report)) or [nothing] * (report.exit_code == 0):
-            typer.echo(sentence)
-    for error, windows in _alike(report.failures):
-        _tell_error(error, windows)
-    raise typer.Exit(report.exit_code)
-
-
-def _alike(
-    failures: Iterable[tuple[Task | None, FaletlError]],
-) -> Iterator[tuple[FaletlError, list[str]]]:
-    """Each failure once, with the windows that failed in the same way, in order of time."""
-    found: dict[tuple[type[FaletlError], str], tuple[FaletlError, list[Task]]] = {}
-    for task, error in _with_damage_as_one(failures):
-        first, tasks = found.setdefault((type(error), error.message), (error, []))
-        if task is not None:
-            tasks.append(task)
-    for first, tasks in found.values():
-        ordered = sorted(tasks, key=lambda task: task.window)
-        yield first, [f"{task.resource.name} {task.window}" for task in ordered]
-
-
-def _with_damage_as_one(
-    failures: Iterable[tuple[Task | None, FaletlError]],
-) -> Iterator[tuple[Task | None, FaletlError]]:
-    """The failures, with one for all extracts that are damaged, at its first place."""
-    every = list(failures)
-    damaged = [error for _, error in every if isinstance(error, DamagedExtractError)]
-    for task, error in every:
-        if not isinstance(error, DamagedExtractError):
-            yield task, error
-        elif error is damaged[0]:
-            one = DamagedExtractError.of_many(error, len(damaged))
-            yield (task if one is error else None), one
-
-
-def _sentences(report: Report) -> Iterator[str]:
-    for name in RESOURCES:
-        mine = [outcome for outcome in report.outcomes if outcome.resource == name]
-        if mine:
-            counts = {
-                kind: sum(o.outcome == kind for o in mine)
-                for kind in dict.fromkeys(o.outcome for o in mine)
-            }
-            told = ", ".join(f"{count} {kind}" for kind, count in counts.items())
-            rows = sum(o.rows for o in mine)
-            windows = "window" if len(mine) == 1 else "windows"
-            yield f"{name}: {len(mine)} {windows} ({told}), {rows:,} rows"
-    if report.build:
-        yield f"built {report.build.days:,} days anew; {report.build.checks} checks found nothing"
-        if report.build.runaways:
-            charges = "charge" if report.build.runaways == 1 else "charges"
-            yield f"{report.build.runaways:,} new runaway {charges}: see reports.rpt_runaway_requests"
-    if report.published:
-        yield f"published {report.published}"
-
-
-def _tell_error(error: BaseException, windows: Sequence[str] = ()) -> None:
-    """Report an error on one line; where several windows failed so, their number, first and last."""
-    if _Options.debug:
-        logging.getLogger("faletl").error("failed", exc_info=error)
-    if not isinstance(error, FaletlError):
-        # The text of a foreign exception may hold anything, so only its name is told.
-        _say(f"unexpected {type(error).__name__}: this is a bug of faletl; --debug shows where")
-    elif _Options.log_format == "json":
-        many = {"windows": len(windows), "first": windows[0], "last": windows[-1]} if windows else {}
-        with suppress(OSError):
-            sys.stderr.write(json.dumps({**error.as_dict(), **many}) + "\n")
-    elif len(windows) > 1:
-        _say(f"{len(windows)} windows, {windows[0]} to {windows[-1]}: {error.sentence}")
-    else:
-        _say(str(error))
-
-
-def _say(sentence: str) -> None:
-    with suppress(OSError):  # there is nobody else to tell
-        sys.stderr.write(f"faletl: {sentence}\n")
-
-
-class _Stderr(logging.Handler):
-    """Writes to what stderr is now: a progress bar puts itself in between."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        with suppress(OSError):  # a full disk below the log is no reason to stop
-            sys.stderr.write(self.format(record) + "\n")
-
-
-class _JsonLines(logging.Formatter):
-    """One JSON object a line."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        line = {
-            "at": datetime.fromtimestamp(record.created, UTC).isoformat(),
-            "level": record.levelname.lower(),
-            "message": record.getMessage(),
-        }
-        if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line)
-
-
-def _set_up_logging() -> None:
-    handler = _Stderr()
-    is_json = _Options.log_format == "json"
-    handler.setFormatter(_JsonLines() if is_json else logging.Formatter("%(message)s"))
-    logger = logging.getLogger("faletl")
-    logger.handlers, logger.propagate = [handler], False
-    # Without a handler of its own it would show a traceback when a signal cuts a connection short.
-    for name in ("sqlalchemy", "great_expectations"):
-        logging.getLogger(name).addHandler(logging.NullHandler())
-    # On a terminal the bar tells the progress; elsewhere each window is one line.
-    quiet = sys.stderr.isatty() and not is_json and not _Options.debug
-    logger.setLevel(logging.WARNING if quiet else logging.INFO)
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """A bar on a terminal; elsewhere the log lines tell."""
-    if not sys.stderr.isatty() or _Options.log_format == "json":
-        yield lambda _what, _done, _of: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("windows"),
-        TimeElapsedColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("starting", total=None)
-        yield lambda what, done, of: bar.update(task, description=what, completed=done, total=of)

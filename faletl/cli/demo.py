@@ -21,16 +21,19 @@ import sqlalchemy as sa
 from rich.console import Console
 
 from faletl import duck, invented, pipeline
-from faletl.cli.output import COVERAGE, console, published, write_table
+from faletl.cli.output import console, published, write_table
 from faletl.config import Settings
 from faletl.errors import UsageError
-from faletl.fal.pages import UNREADABLE
-from faletl.landing.storage import storage_error, write_durably
-from faletl.line.plan import Asked
+from faletl.files import storage_error
+from faletl.landing.storage import write_durably
+from faletl.line.report import Progress, Report
+from faletl.operations.status import COVERAGE
 from faletl.resources import PRICES
 from faletl.sandbox import FULL_KEY, Sandbox, invented_world
+from faletl.selection import Asked
 from faletl.warehouse import open_warehouse
 from faletl.warehouse.tables import LOADS
+from faletl.wire import UNREADABLE
 
 _WAREHOUSE = "faletl.duckdb"
 _OLDER_WAREHOUSE, _OLDER_OWNERS = "warehouse.duckdb", "owners.csv"
@@ -43,7 +46,7 @@ class _Demo(msgspec.Struct, frozen=True):
     is_loaded: bool = False
 
 
-def run(folder: Path, progress: pipeline.Progress) -> tuple[Settings, pipeline.Report]:
+def run(folder: Path, progress: Progress) -> tuple[Settings, Report]:
     """Load last month and this one into the folder; when called again, what is due.
 
     Fal tells no history of its price list. So that there are changes to be seen, it is read twice at
@@ -72,8 +75,8 @@ def _now() -> datetime:
 
 
 def _load(
-    folder: Path, served_at: Callable[[], datetime], asked: Asked, progress: pipeline.Progress
-) -> tuple[Settings, pipeline.Report]:
+    folder: Path, served_at: Callable[[], datetime], asked: Asked, progress: Progress
+) -> tuple[Settings, Report]:
     with Sandbox(invented_world(late=True, now=served_at)) as server:
         settings = _settings(folder, api_url=server.url)
         return settings, pipeline.run(settings, asked, progress)

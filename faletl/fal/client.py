@@ -16,16 +16,13 @@ import socket
 import ssl
 import threading
 import time
-import weakref
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextvars import ContextVar
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from io import BytesIO
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import httpcore
 import httpx
 import tenacity
 
@@ -42,15 +39,21 @@ from faletl.errors import (
     KeyRefusedError,
     MalformedAnswerError,
     NotFoundError,
-    SettingsError,
     WebPageError,
 )
 from faletl.fal.bodies import chain, forget_frames, one_body, passed_on, take_turn
 from faletl.fal.limiter import MAX_FAILURES, TOO_MANY_REQUESTS, Limiter, Patience
+from faletl.fal.transport import (
+    DeadlineBackend,
+    StoppedError,
+    current_deadline,
+    extend_deadline,
+    transport,
+)
+from faletl.wire import MalformedBodyError, Params
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-Params = Mapping[str, str | tuple[str, ...]]
 
 CONNECT_SECONDS = 10.0
 READ_SECONDS = 30.0
@@ -93,14 +96,6 @@ class _Question:
     body: bytes | None = None
 
 
-class MalformedBodyError(Exception):
-    """Raised by a reader of bodies: this is no whole JSON document, so ask for it again."""
-
-
-class StoppedError(Exception):
-    """The client was told to stop while it waited."""
-
-
 class FalClient:
     """One keep-alive connection pool to fal, shared by all threads of a run, with one limiter.
 
@@ -130,9 +125,9 @@ class FalClient:
         self.turns = threading.BoundedSemaphore(settings.parallel)
         self._stop = threading.Event()
         self._wake = threading.Event()  # set when no thread has a reason to sleep any more
-        self._backend = _DeadlineBackend(self._stop)
+        self._backend = DeadlineBackend(self._stop)
         self._http = httpx.Client(
-            transport=_transport(settings, self._backend),
+            transport=transport(settings, self._backend),
             headers={
                 "user-agent": f"faletl/{__version__}",
                 "accept": "application/json",
@@ -237,7 +232,7 @@ class FalClient:
     ) -> tuple[Answer, T]:
         request_id: str | None = None
         seconds = self._patience.deadline_seconds
-        deadline = _deadline.set((time.monotonic() + seconds, seconds))
+        deadline = current_deadline.set((time.monotonic() + seconds, seconds))
         try:
             response = self._http.send(request, stream=True)
             request_id = self._request_id(response)
@@ -258,7 +253,7 @@ class FalClient:
                 cause=_cause(error),
             ) from None
         finally:
-            _deadline.reset(deadline)
+            current_deadline.reset(deadline)
         date = _http_date(response.headers.get("date"))
         self._watch_clock(date)
         self.is_sandbox = invented.HEADER in response.headers
@@ -306,7 +301,7 @@ class FalClient:
                         f"the answer is larger than {cap:,} bytes; if so meant, raise FALETL_MAX_BODY"
                     )
                 if size - len(part) < kept:
-                    _extend_deadline(take_turn(min(size, kept)))
+                    extend_deadline(take_turn(min(size, kept)))
                     body.write(part[: kept - size + len(part)])
         if gunzip and not is_empty and not gunzip.eof:
             raise MalformedAnswerError("the gzip body is not whole")
@@ -499,111 +494,3 @@ def _http_date(value: str | None) -> datetime | None:
 
 def _each(values: str | tuple[str, ...]) -> tuple[str, ...]:
     return (values,) if isinstance(values, str) else values
-
-
-# --- One deadline for everything a request does: a slow drip resets every read timeout. ---
-
-_deadline: ContextVar[tuple[float, float]] = ContextVar("deadline")
-"""The moment (monotonic), and how many seconds it was away at first."""
-
-
-def _left(timeout: float | None) -> float:
-    at, seconds = _deadline.get((math.inf, math.inf))
-    left = at - time.monotonic()
-    if left <= 0:
-        raise httpcore.ReadTimeout(f"no whole answer within {seconds:.0f} s")
-    return left if timeout is None else min(left, timeout)
-
-
-def _extend_deadline(seconds: float) -> None:
-    """Move the deadline of the request under way: the time was ours, not fal's."""
-    at, allowed = _deadline.get((math.inf, math.inf))
-    _deadline.set((at + seconds, allowed))
-
-
-class _DeadlineStream(httpcore.NetworkStream):
-    def __init__(self, stream: httpcore.NetworkStream, backend: _DeadlineBackend) -> None:
-        self._stream = stream
-        self._backend = backend
-        backend.watch(stream)
-
-    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        return self._stream.read(max_bytes, _left(timeout))
-
-    def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        self._stream.write(buffer, _left(timeout))
-
-    def close(self) -> None:
-        self._stream.close()
-
-    def start_tls(
-        self,
-        ssl_context: ssl.SSLContext,
-        server_hostname: str | None = None,
-        timeout: float | None = None,
-    ) -> httpcore.NetworkStream:
-        # TLS has a socket of its own; the plain one is detached.
-        stream = self._stream.start_tls(ssl_context, server_hostname, _left(timeout))
-        return _DeadlineStream(stream, self._backend)
-
-    def get_extra_info(self, info: str) -> Any:
-        return self._stream.get_extra_info(info)
-
-
-class _DeadlineBackend(httpcore.NetworkBackend):
-    """Sockets that know the deadline of the request under way, and can be shut from outside."""
-
-    def __init__(self, stop: threading.Event) -> None:
-        self._stop = stop
-        self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
-        self._lock = threading.Lock()
-        self._backend = httpcore.SyncBackend()
-
-    def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[Any] | None = None,
-    ) -> httpcore.NetworkStream:
-        stream = self._backend.connect_tcp(host, port, _left(timeout), local_address, socket_options)
-        return _DeadlineStream(stream, self)
-
-    def watch(self, stream: httpcore.NetworkStream) -> None:
-        """Keep the stream's socket, to be shut when the client stops; none opens after that."""
-        with self._lock:
-            self._sockets.add(stream.get_extra_info("socket"))
-        if self._stop.is_set():
-            stream.close()
-            raise httpcore.ConnectError("stopped")
-
-    def shut_down(self) -> None:
-        """Wake every thread that waits for a byte: its read ends with an error."""
-        with self._lock:
-            open_sockets = list(self._sockets)
-        for open_socket in open_sockets:
-            try:
-                open_socket.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                continue  # already closed
-
-
-def _transport(settings: Settings, backend: httpcore.NetworkBackend) -> httpx.HTTPTransport:
-    """Httpx's own transport over our sockets: TLS always verified, a proxy only when set."""
-    try:
-        tls = ssl.create_default_context(cafile=str(settings.ca_file) if settings.ca_file else None)
-    except OSError as error:  # an ssl.SSLError is one
-        raise SettingsError(f"FALETL_CA_FILE: no CA certificates there ({error.strerror})") from None
-    transport = httpx.HTTPTransport(verify=tls, trust_env=False)
-    transport._pool.close()  # httpx 0.28 has no public way to name the network backend
-    proxy = settings.proxy.get_secret_value() if settings.proxy else None
-    transport._pool = httpcore.ConnectionPool(
-        ssl_context=tls,
-        proxy=httpcore.Proxy(proxy) if proxy else None,
-        max_connections=settings.parallel,
-        max_keepalive_connections=settings.parallel,
-        keepalive_expiry=30,
-        network_backend=backend,
-    )
-    return transport

@@ -14,7 +14,8 @@ import msgspec
 
 from faletl.errors import AstrayError, ContractError
 from faletl.fal.bodies import one_body
-from faletl.fal.client import FalClient, MalformedBodyError, Params
+from faletl.fal.client import FalClient
+from faletl.wire import TEXT, UNREADABLE, MalformedBodyError, Params, as_json
 
 log = logging.getLogger(__name__)
 
@@ -45,14 +46,7 @@ _DEEPEST = 10_000
 """Levels of nesting that are counted in: a parser refuses far fewer."""
 
 _NUL = re.compile(rb"(?<!\\)(?:\\\\)*+\\u0000")  # not an escaped backslash before u0000
-_BOM = b"\xef\xbb\xbf"
-# A text without an end goes on to that of the body: to try again at each mark in it would take forever.
-_TEXT = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?'
-_TEXT_OR_MARK = re.compile(_TEXT + rb"|[\[\]{},]", re.DOTALL)
-_TEXT_OR_NO_NUMBER = re.compile(_TEXT + rb"|-?(?:NaN|Infinity)", re.DOTALL)
-
-UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-"""What msgspec raises for bytes that are not what they should be: even far from JSON, or too deep."""
+_TEXT_OR_MARK = re.compile(TEXT + rb"|[\[\]{},]", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,19 +93,6 @@ def read_envelope(body: bytes, rows_path: tuple[str, ...]) -> tuple[int, str | N
         said = "a next page but gave no cursor" if envelope.has_more else "no next page but a cursor"
         raise ContractError(f"fal announced {said}; the walk cannot be complete")
     return _count(envelope, rows_path), cursor
-
-
-def as_json(body: bytes) -> bytes:
-    """The body as JSON proper: without a byte order mark, NaN and Infinity as texts.
-
-    JSON has no such numbers, but Python's own encoder writes them: better one row that cannot be
-    right than a page that cannot be read.
-    """
-    body = body.removeprefix(_BOM)
-    # A byte that is not there is found missing much faster than a word.
-    if (b"N" in body and b"NaN" in body) or (b"I" in body and b"Infinity" in body):
-        return _TEXT_OR_NO_NUMBER.sub(lambda m: m[0] if m[0][:1] == b'"' else b'"%s"' % m[0], body)
-    return body
 
 
 def walk(

@@ -25,13 +25,13 @@ import sqlalchemy as sa
 
 from faletl import duck
 from faletl.config import Settings
+from faletl.duck import quoted
 from faletl.errors import DataRefusedError, SettingsError
 from faletl.findings import Validation
 from faletl.models.seeds import known_units
 from faletl.money import plain
 from faletl.resources import Resource
 from faletl.staging.window import Staged
-from faletl.warehouse import quoted
 from faletl.warehouse.duckdb import MACROS
 from faletl.warehouse.tables import LOADS, RAW
 from faletl.windows import DAY, WEEK, Window

@@ -21,8 +21,9 @@ from faletl.landing import extracts
 from faletl.config import Settings
 from faletl.errors import StorageError, TamperedError, UsageError
 from faletl.landing.extracts import (Instant, Manifest)
-from faletl.fal.pages import UNREADABLE
-from faletl.landing.storage import (at, storage_error, write_durably)
+from faletl.wire import UNREADABLE
+from faletl.landing.storage import (at, write_durably)
+from faletl.files import storage_error
 
 _STAMP = "%Y%m%dT%H%M%S%fZ"
 _NAME = re.compile(r"\d{8}T\d{12}Z-[0-9a-f]{6}\.json", re.ASCII)

@@ -28,7 +28,7 @@ import msgspec
 import zstandard
 
 from faletl.fal.bodies import (one_body, take_turn)
-from faletl.fal.client import Params
+from faletl.wire import Params
 from faletl.config import Settings
 from faletl.errors import (
     DamagedExtractError,
@@ -37,11 +37,13 @@ from faletl.errors import (
     UsageError,
     WarehouseBusyError,
 )
-from faletl.fal.pages import (Page, UNREADABLE)
-from faletl.landing.storage import (Disk, at, place, reach, storage_error, write_durably)
+from faletl.fal.pages import Page
+from faletl.wire import UNREADABLE
+from faletl.landing.storage import (Disk, at, place, reach, write_durably)
+from faletl.files import storage_error
 from faletl.redaction import REDACTED
 from faletl.resources import RESOURCES
-from faletl.windows import CLOCK_TOLERANCE, Window
+from faletl.windows import ExtractRef, WindowKey, CLOCK_TOLERANCE, Window
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -229,6 +231,19 @@ class Landed(msgspec.Struct, frozen=True):
 
     folder: Path
     manifest: Manifest
+
+    @property
+    def path(self) -> str:
+        """Where it is below the landing folder: account, resource, start of the window, id."""
+        return "/".join(self.folder.parts[-4:])
+
+    @property
+    def ref(self) -> ExtractRef:
+        """Its name, for all who need not open it."""
+        manifest = self.manifest
+        key = WindowKey(manifest.account, manifest.resource, manifest.window)
+        times = manifest.started_at, manifest.finished_at
+        return ExtractRef(key, manifest.load_id, manifest.run_id, self.path, *times)
 
     def body(self, page: LandedPage) -> bytes:
         """The page as fal sent it.
@@ -711,11 +726,6 @@ def unfinished_files(settings: Settings) -> Iterator[Path]:
     """Files that writers left which were killed before they could name them."""
     for folder in (*all_reads(settings), *(root(settings) / name for name in (DECISIONS, PLANS))):
         yield from at(folder).unfinished(folder)
-
-
-def relative_path(settings: Settings, folder: Path) -> str:
-    """Where the read lies below the landing folder."""
-    return folder.relative_to(root(settings)).as_posix()
 
 
 def page_name(label: str, params: Params, number: int) -> str:

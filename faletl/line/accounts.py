@@ -27,20 +27,22 @@ from faletl.errors import (
     NotFoundError,
     UsageError,
 )
-from faletl.fal.client import FalClient, MalformedBodyError
-from faletl.fal.pages import UNREADABLE, as_json, read_envelope
+from faletl.fal.client import FalClient
+from faletl.fal.pages import read_envelope
+from faletl.fal.questions import ask_in_either_form, bounds
 from faletl.landing import decisions
 from faletl.landing.decisions import AccountBound
-from faletl.line.fetch import ask_in_either_form, bounds
-from faletl.line.replace import fence
 from faletl.resources import CREDITS, USAGE, Question
-from faletl.warehouse import Warehouse, horizons, open_warehouse
+from faletl.warehouse import horizons, open_warehouse
+from faletl.warehouse.ledger import fence
+from faletl.warehouse.protocol import Warehouse
 from faletl.warehouse.schema import columns_of
 from faletl.warehouse.tables import ACCOUNTS, HORIZONS, LOADS, RAW
 from faletl.windows import HOUR, LONG_AGO, SETTLE, Window
+from faletl.wire import UNREADABLE, MalformedBodyError, as_json
 
 if TYPE_CHECKING:
-    from faletl.line.plan import Asked
+    from faletl.selection import Asked
 
 log = logging.getLogger(__name__)
 
@@ -310,7 +312,7 @@ def sign_in(
     if _is_bound(account, caller, settings):
         return _signed_in(account, caller, owner)
     try:
-        _ask_for_usage(client, settings, now)
+        ask_for_usage(client, settings, now)
     except FaletlError as error:
         if account.bound_at is None:
             raise
@@ -450,7 +452,7 @@ def read_username(body: bytes) -> str:
     return label
 
 
-def _ask_for_usage(client: FalClient, settings: Settings, now: datetime) -> None:
+def ask_for_usage(client: FalClient, settings: Settings, now: datetime) -> None:
     """Ask for a row of the last full hour; raises KeyRefusedError with what the key would need."""
     end = (now - SETTLE).replace(minute=0, second=0, microsecond=0)
     hour = bounds(Window(end - HOUR, end))

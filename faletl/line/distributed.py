@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Self, TypedDict
@@ -17,33 +17,34 @@ from typing import Self, TypedDict
 import msgspec
 
 from faletl.config import Settings
-from faletl.errors import AccountLockedError, FaletlError, KeyRefusedError, TamperedError
+from faletl.errors import (
+    AccountLockedError,
+    ApiUnavailableError,
+    ContractError,
+    FaletlError,
+    TamperedError,
+)
 from faletl.fal.client import FalClient
-from faletl.fal.pages import UNREADABLE
+from faletl.files import scratch_folder, storage_error
 from faletl.landing import extracts
 from faletl.landing.extracts import Landed
-from faletl.landing.storage import at, place, scratch_folder, storage_error, write_durably
+from faletl.landing.storage import at, place, write_durably
 from faletl.line import accounts, holds
 from faletl.line.accounts import SignedIn
+from faletl.line.extract import fencing_token, prove_or_reread, worked
 from faletl.line.fetch import Origin, ask_ahead
+from faletl.line.load import load_reads, record_failures
 from faletl.line.overlap import charges_first
-from faletl.line.plan import Asked, Task, first_planned, plan, with_ids
-from faletl.line.replace import reads_by_day
-from faletl.operations.check import check
-from faletl.pipeline import (
-    Report,
-    fencing_token,
-    load_reads,
-    new_run_id,
-    outcome_of,
-    prove_or_reread,
-    record_failures,
-    worked,
-)
+from faletl.line.plan import Task, first_planned, plan, with_ids
+from faletl.line.report import Report, new_run_id, outcome_of
 from faletl.resources import RESOURCES
+from faletl.selection import Asked
 from faletl.staging.window import Staged
-from faletl.warehouse import Warehouse, horizons, open_warehouse
+from faletl.warehouse import horizons, open_warehouse
+from faletl.warehouse.ledger import reads_by_day
+from faletl.warehouse.protocol import Warehouse
 from faletl.windows import LONG_AGO, Window
+from faletl.wire import UNREADABLE
 
 log = logging.getLogger(__name__)
 
@@ -180,16 +181,12 @@ def make_plan(settings: Settings, asked: Asked, *, is_first_due: bool = False) -
 
 
 def _sign_in(settings: Settings, warehouse: Warehouse, asked: Asked, now: datetime) -> SignedIn:
-    """The account; where fal refuses the key, one task says why, and not each that follows."""
-    try:
-        with FalClient(settings) as client:
-            signed_in = accounts.sign_in(client, settings, warehouse, asked, now)
-    except KeyRefusedError:
-        if sentence := check(settings).why_refused:
-            raise KeyRefusedError(sentence) from None
-        raise
-    if signed_in.username is None and (sentence := check(settings).why_refused):
-        raise KeyRefusedError(sentence)
+    """The account; a key that can do nothing is refused here once, and not in each task that follows."""
+    with FalClient(settings) as client:
+        signed_in = accounts.sign_in(client, settings, warehouse, asked, now)
+        if signed_in.username is None:  # fal let the key read nothing so far
+            with suppress(ApiUnavailableError, ContractError):
+                accounts.ask_for_usage(client, settings, now)
     return signed_in
 
 

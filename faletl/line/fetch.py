@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
-import msgspec
-
 from faletl import __version__
 from faletl.config import Settings
 from faletl.errors import (
@@ -21,20 +19,21 @@ from faletl.errors import (
     KeyRefusedError,
     NotFoundError,
 )
-from faletl.fal.client import FalClient, Params
-from faletl.fal.pages import UNREADABLE, as_json, read_envelope, walk
+from faletl.fal.client import FalClient
+from faletl.fal.pages import read_envelope, walk
+from faletl.fal.questions import ask_in_either_form, bounds, first_endpoint
+from faletl.files import storage_error
 from faletl.landing import extracts
 from faletl.landing.extracts import Attempt, Call, Landed, LandedPage, Manifest, Part
-from faletl.landing.storage import storage_error
 from faletl.resources import MAKE_A_KEY, MODELS, Question, Resource
-from faletl.windows import HOUR, LONG_AGO, Window, instant
+from faletl.windows import HOUR, LONG_AGO, Window
+from faletl.wire import Params
 
 log = logging.getLogger(__name__)
 
 RESUME_WITHIN = timedelta(hours=1)
 """How old an interrupted read of a closed window may be to be taken up where it ended."""
 
-BAD_REQUEST = 400
 
 SUSPICIOUS_IDS = 10
 """After a first batch of at least so many ids, all of them unknown, others are tried one by one."""
@@ -268,29 +267,6 @@ def _ask_part(
         asking.adopt(earlier, part)
 
 
-def ask_in_either_form(
-    resource: Resource, number: int, ask: Callable[[Question], None], *, is_older: bool
-) -> bool:
-    """Ask the resource's question of that number; where fal refuses it (400), in its older form.
-
-    `is_older` is whether fal took the older form of an earlier question; returned is whether it is the
-    form that fal takes.
-    """
-    if is_older:
-        ask(resource.older_params[number])
-        return True
-    try:
-        ask(resource.params[number])
-    except ContractError as error:
-        is_refused = error.facts.get("status") == BAD_REQUEST
-        if not is_refused or isinstance(error, CursorRefusedError) or not resource.older_params:
-            raise
-        log.info("%s: %s; asking as before fal had all of these values", resource.name, error)
-        ask(resource.older_params[number])
-        return True
-    return False
-
-
 def _ask_by_ids(asking: _Asking, number: int, ids: Sequence[str], unknown: set[str]) -> None:
     """Ask one question in batches of ids that fal may know; add those it does not to `unknown`."""
     size = asking.resource.ids_per_call or len(ids)
@@ -480,27 +456,3 @@ class _Asking:
         """Two parts of a window of hours; a day's percentiles are those of all of it."""
         is_hourly = self._question(number).get("timeframe") == "hour"
         return window.halves(self.resource.smallest_part) if is_hourly else ()
-
-
-def bounds(window: Window) -> Params:
-    """The window as parameters of a question; a snapshot has none."""
-    if window.is_snapshot:
-        return {}
-    return {"start": instant(window.start), "end": instant(window.end)}
-
-
-def first_endpoint(body: bytes) -> list[str]:
-    """The id of the first endpoint on a page of the catalogue, where it has one."""
-    try:
-        page = msgspec.json.decode(as_json(body), type=_Catalogue)
-    except UNREADABLE:  # what a record must hold is for staging to judge
-        return []
-    return [model.endpoint_id for model in page.models[:1]]
-
-
-class _Model(msgspec.Struct):
-    endpoint_id: str
-
-
-class _Catalogue(msgspec.Struct):
-    models: list[_Model]

@@ -18,13 +18,14 @@ import sqlalchemy as sa
 from faletl.config import Settings
 from faletl.findings import acceptance_key
 from faletl.landing.decisions import WindowAccepted, accept_command
-from faletl.landing.extracts import Manifest, relative_path
+from faletl.landing.extracts import Manifest
 from faletl.money import plain
 from faletl.resources import Resource
 from faletl.staging.window import Staged
-from faletl.warehouse import Lease, Warehouse, alerts
+from faletl.warehouse import alerts
+from faletl.warehouse.ledger import of_window
+from faletl.warehouse.protocol import Lease, Warehouse
 from faletl.warehouse.tables import ACCEPTANCES, HOLDS, QUARANTINE, RAW
-from faletl.windows import Window
 
 SERVED_FOR = timedelta(days=45)
 """How long after a window's end fal serves all of its rows for certain; how far back it goes is unknown
@@ -145,7 +146,7 @@ def hold(settings: Settings, lease: Lease, staged: Staged, loss: Loss, data_vers
             resource=manifest.resource,
             window_start=manifest.window_start,
             load_id=manifest.load_id,
-            landing_path=relative_path(settings, staged.landed.folder),
+            landing_path=staged.landed.path,
             rows_loaded=loss.before.rows,
             rows_extracted=loss.after.rows,
             cost_total_loaded=loss.before.cost_total,
@@ -210,17 +211,6 @@ def _subject(manifest: Manifest) -> str:
 
 def _of_manifest(table: sa.Table, manifest: Manifest) -> sa.ColumnElement[bool]:
     return of_window(table, manifest.account, manifest.resource, manifest.window.day)
-
-
-def of_window(table: sa.Table, account: str, resource: str, day: date) -> sa.ColumnElement[bool]:
-    """Where a table of ops speaks of the window that begins on that UTC day."""
-    window = Window.of_day(day)
-    return sa.and_(
-        table.c.account == account,
-        table.c.resource == resource,
-        table.c.window_start >= window.start,
-        table.c.window_start < window.end,
-    )
 
 
 # --- ops.acceptances ------------------------------------------------------------------------------

@@ -15,12 +15,13 @@ import sqlalchemy as sa
 
 from faletl import duck
 from faletl.config import Settings
+from faletl.duck import quoted
 from faletl.errors import DataRefusedError
 from faletl.landing.extracts import Landed
 from faletl.line.plan import Task
 from faletl.resources import BILLING_EVENTS, USAGE, Resource
 from faletl.staging.window import Staged
-from faletl.warehouse import Warehouse, quoted
+from faletl.warehouse.protocol import Warehouse
 from faletl.warehouse.tables import FAILURES, LOADS, RAW
 from faletl.windows import Window
 

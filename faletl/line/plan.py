@@ -11,53 +11,18 @@ from types import MappingProxyType
 import sqlalchemy as sa
 
 from faletl.config import Settings
-from faletl.errors import UsageError
-from faletl.line.replace import SEEN_WITHIN, KnownIds, known_ids, pages_per_window, reads_by_day
 from faletl.resources import RESOURCES, Resource
+from faletl.selection import Asked
 from faletl.warehouse import horizons
 from faletl.warehouse.horizons import Horizons
+from faletl.warehouse.ledger import SEEN_WITHIN, KnownIds, known_ids, pages_per_window, reads_by_day
 from faletl.windows import (
     Read,
     Window,
     asks_whole_catalogue,
     due_days,
-    refuse_odd_day,
     utc_days,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What a person or a scheduler asks for: the UTC days from `start` to before `end`, of `resources`.
-
-    Without `start`, what is due (before `end`); without `end`, up to now; without `resources`, all.
-    Days go from 2021-01-01 to tomorrow.
-
-    Raises:
-        UsageError: dates or resources that cannot mean anything.
-    """
-
-    start: date | None = None
-    end: date | None = None
-    resources: Collection[str] = ()
-
-    def __post_init__(self) -> None:
-        start, end = self.start, self.end
-        if unknown := sorted(set(self.resources) - set(RESOURCES)):
-            raise UsageError(
-                f"there is no resource {', '.join(map(repr, unknown))}; there are {', '.join(RESOURCES)}"
-            )
-        for option, day in (("--start", start), ("--end", end)):
-            if day is not None:
-                refuse_odd_day(option, day)
-        if start is not None and end is not None and end <= start:
-            raise UsageError(f"--end {end} is not after --start {start}; --end is exclusive")
-
-    def includes(self, resource: str, window: Window) -> bool:
-        """Whether that window of that resource is meant."""
-        if self.resources and resource not in self.resources:
-            return False
-        return (self.start or date.min) <= window.day < (self.end or date.max)
 
 
 @dataclass(frozen=True, slots=True)

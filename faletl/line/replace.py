@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from datetime import UTC, date, datetime, timedelta
+from dataclasses import dataclass, replace
+from datetime import UTC, date, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -22,23 +22,22 @@ from faletl.config import Settings
 from faletl.errors import (
     AccountLockedError,
     FaletlError,
-    LeaseLostError,
     UsageError,
     WarehouseError,
 )
-from faletl.findings import keep_findings
 from faletl.landing import decisions, extracts
 from faletl.landing.decisions import WindowAccepted
-from faletl.landing.extracts import Manifest, Receipt, relative_path
+from faletl.landing.extracts import Manifest, Receipt
 from faletl.line import holds
 from faletl.line.holds import Loss, loss_of
-from faletl.resources import RESOURCES, Resource
+from faletl.resources import RESOURCES
 from faletl.staging.window import Staged
-from faletl.warehouse import Lease, Warehouse, alerts
-from faletl.warehouse.schema import columns_of
+from faletl.warehouse import alerts
+from faletl.warehouse.ledger import fence, is_of, of_window
+from faletl.warehouse.protocol import Lease, Warehouse
+from faletl.warehouse.quality import LOCKED, REFUSED, failures_of, keep_findings
 from faletl.warehouse.tables import (
     FAILURES,
-    HOLDS,
     LOADS,
     QUARANTINE,
     RAW,
@@ -46,43 +45,14 @@ from faletl.warehouse.tables import (
     UNKNOWN_ENDPOINTS,
     WAREHOUSE,
 )
-from faletl.windows import CLOCK_TOLERANCE, DAY, HOUR, Hold, Read, Window
+from faletl.windows import CLOCK_TOLERANCE, DAY, Window
 
 if TYPE_CHECKING:
-    from faletl.line.plan import Asked
+    pass
 
 Outcome = Literal["loaded", "unchanged", "superseded", "held"]
 """What became of a window: replaced; found to hold the same rows; left as a later run had it; or left as
 it was, because the extract lacks rows that were proven before (faletl/line/holds.py)."""
-
-REFUSED = 3
-"""The exit code of what a check refused (README, "Exit codes")."""
-
-LOCKED = "the account"
-"""The subject of the alert that fal locked the account."""
-
-UNKNOWN_FOR = timedelta(days=7)
-"""For how long an endpoint id that fal does not know is not asked again."""
-
-SEEN_WITHIN = timedelta(days=90)
-"""Endpoints used within so many days before a window are asked for."""
-
-
-def fence(lease: Lease, *, changes_data: bool) -> int:
-    """Inside a transaction: hold on to the lease until the commit, or raise LeaseLostError.
-
-    Returns the version of the raw tables that the transaction makes (or leaves).
-    """
-    kept = lease.connection.execute(
-        sa.update(WAREHOUSE)
-        .where(WAREHOUSE.c.fencing_token == lease.token)
-        .values(data_version=WAREHOUSE.c.data_version + int(changes_data))
-        .returning(WAREHOUSE.c.data_version)
-    ).scalar_one_or_none()
-    if kept is None:
-        winner = lease.connection.execute(sa.select(WAREHOUSE.c.holder)).scalar_one()
-        raise LeaseLostError(f"a newer run took over the warehouse ({winner}); nothing was written")
-    return int(kept)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +112,7 @@ def confirm_window(
         connection, data_version = lease.connection, fence(lease, changes_data=True)
         holds.enter(connection, acceptance)
         holds.release(connection, account, resource, day, acceptance.decided_at)
-        loaded = sa.and_(holds.of_window(LOADS, account, resource, day), LOADS.c.is_current)
+        loaded = sa.and_(of_window(LOADS, account, resource, day), LOADS.c.is_current)
         confirmed = {**_as_confirmed(Window.of_day(day), extracted_at), "data_version": data_version}
         connection.execute(sa.update(LOADS).where(loaded).values(confirmed))
         decisions.record(settings, acceptance)
@@ -342,7 +312,7 @@ def _replace(
     data_version = fence(lease, changes_data=is_news or not (is_same or is_kept))
     _close_what_was_open(connection, manifest, at, is_all=is_all)
     outcome: Literal["loaded", "unchanged"] = "unchanged" if is_same or is_kept else "loaded"
-    keep_findings(settings, lease, staged.findings, outcome, at=at)
+    keep_findings(lease, staged.findings, outcome, at=at)
     extract = _columns_of_extract(staged, lease.token, current)
     if current is not None and outcome == "unchanged":
         if is_kept:  # the rows are still those of the load, and so are their proof and their pages
@@ -415,7 +385,7 @@ def _is_news(connection: sa.Connection, manifest: Manifest, current: sa.RowMappi
         (manifest.window.is_provisional, is_settled),
     )
     failed = sa.select(sa.func.count()).select_from(FAILURES).where(
-        _failures_of(manifest), FAILURES.c.exit_code == REFUSED
+        failures_of(manifest), FAILURES.c.exit_code == REFUSED
     )  # fmt: skip
     return (
         was != now or holds.is_held(connection, manifest) or connection.execute(failed).scalar_one() > 0
@@ -460,11 +430,11 @@ def _hold(
     data_version = fence(lease, changes_data=not holds.is_held(connection, manifest))
     if is_all:
         _forget_failures(connection, manifest, at)
-    keep_findings(settings, lease, staged.findings, "refused", at=at)
+    keep_findings(lease, staged.findings, "refused", at=at)
     holds.hold(settings, lease, staged, loss, data_version)
     if loss.is_final:  # nobody looks at the window again
         loaded = sa.and_(
-            holds.of_window(LOADS, manifest.account, manifest.resource, manifest.window.day),
+            of_window(LOADS, manifest.account, manifest.resource, manifest.window.day),
             LOADS.c.is_current,
         )
         settled = _as_confirmed(manifest.window, manifest.started_at)
@@ -529,16 +499,10 @@ def _current_load(connection: sa.Connection, staged: Staged) -> sa.RowMapping | 
     return connection.execute(newest).mappings().first()
 
 
-def rows_of_windows(resource: Resource, account: str, windows: Iterable[Window]) -> sa.Select[Any]:
-    """What raw holds of the windows, whichever loads brought it."""
-    held = (_is_of(resource, account, window) for window in windows)
-    return sa.select(RAW[resource.name]).where(sa.or_(sa.false(), *held))
-
-
 def _rows_of(staged: Staged) -> sa.ColumnElement[bool]:
     """Where the rows of the window stand in its raw table, also those that the read did not ask for."""
     manifest = staged.landed.manifest
-    return _is_of(staged.resource, manifest.account, manifest.window)
+    return is_of(staged.resource, manifest.account, manifest.window)
 
 
 def _replaced_by(staged: Staged) -> sa.ColumnElement[bool]:
@@ -547,15 +511,6 @@ def _replaced_by(staged: Staged) -> sa.ColumnElement[bool]:
         return _rows_of(staged)
     asked = RAW[staged.resource.name].c.endpoint_id.in_(sorted(staged.asked_ids))
     return sa.and_(_rows_of(staged), asked)
-
-
-def _is_of(resource: Resource, account: str, window: Window) -> sa.ColumnElement[bool]:
-    table = RAW[resource.name]
-    mine = table.c["_account"] == account
-    if resource.time is None:
-        return sa.and_(mine, table.c["_snapshot_at"] == window.start)
-    day, time = Window.of_day(window.day), table.c[resource.time]
-    return sa.and_(mine, time >= day.start, time < day.end)
 
 
 def _delete_window(connection: sa.Connection, staged: Staged) -> None:
@@ -611,7 +566,7 @@ def _enter(settings: Settings, lease: Lease, staged: Staged, read: Mapping[str, 
             doubtful_rows=staged.doubtful_rows,
             rounded_amounts=staged.rounded_amounts,
             fencing_token=lease.token,
-            landing_path=relative_path(settings, staged.landed.folder),
+            landing_path=staged.landed.path,
             read_at=manifest.started_at,
             is_current=True,
             **read,
@@ -676,7 +631,7 @@ def _forget_failures(connection: sa.Connection, manifest: Manifest, at: datetime
     """What failed of the window is over, and so is that the account was locked: fal answered."""
     is_lock = FAILURES.c.error == AccountLockedError.__name__
     was_locked = sa.and_(FAILURES.c.account == manifest.account, is_lock)
-    _delete_failures(connection, sa.or_(_failures_of(manifest), was_locked), at)
+    _delete_failures(connection, sa.or_(failures_of(manifest), was_locked), at)
 
 
 def _forget_failures_after(connection: sa.Connection, limit: datetime, at: datetime) -> None:
@@ -698,19 +653,6 @@ def _delete_failures(connection: sa.Connection, which: sa.ColumnElement[bool], a
             alerts.resolve(connection, "locked", account, LOCKED, at)
 
 
-def _failures_of(manifest: Manifest) -> sa.ColumnElement[bool]:
-    """Those of the window; of a snapshot also those of earlier ones, as it says all that they would."""
-    own = holds.of_window(FAILURES, manifest.account, manifest.resource, manifest.window.day)
-    if not manifest.window.is_snapshot:
-        return own
-    earlier = sa.and_(
-        FAILURES.c.account == manifest.account,
-        FAILURES.c.resource == manifest.resource,
-        FAILURES.c.window_start <= manifest.window_start,
-    )
-    return sa.or_(own, earlier)
-
-
 def _remember_unknown(connection: sa.Connection, manifest: Manifest) -> None:
     table = UNKNOWN_ENDPOINTS
     asked = {
@@ -729,287 +671,3 @@ def _remember_unknown(connection: sa.Connection, manifest: Manifest) -> None:
                 seen_at=manifest.started_at,
             )
         )
-
-
-def record_failure(
-    settings: Settings,
-    lease: Lease,
-    error: FaletlError,
-    *,
-    account: str,
-    resource: str,
-    window: Window,
-    run_id: str,
-) -> None:
-    """Keep a window's failure for `faletl status`, in place of an older one, and what was noticed.
-
-    A window that is refused (exit code 3) raises an alert, and is news to reports when it first is. It
-    stays refused while fal cannot be asked again.
-    """
-    same = sa.and_(
-        FAILURES.c.account == account,
-        FAILURES.c.resource == resource,
-        FAILURES.c.window_start == window.start,
-    )
-    is_refused = error.exit_code == REFUSED
-    with lease.transaction():
-        connection, now = lease.connection, datetime.now(UTC)
-        before = connection.execute(
-            sa.select(FAILURES.c.error, FAILURES.c.exit_code, FAILURES.c.data_version).where(same)
-        ).first()
-        is_lock = isinstance(error, AccountLockedError)
-        if before is not None and before.exit_code == REFUSED and not (is_refused or is_lock):
-            return
-        known = (
-            before.data_version if before is not None and before.error == type(error).__name__ else None
-        )
-        data_version = fence(lease, changes_data=is_refused and known is None)
-        connection.execute(sa.delete(FAILURES).where(same))
-        connection.execute(
-            sa.insert(FAILURES).values(
-                run_id=run_id,
-                account=account,
-                resource=resource,
-                window_start=window.start,
-                error=type(error).__name__,
-                exit_code=error.exit_code,
-                message=str(error),
-                failed_at=now,
-                data_version=data_version if known is None else known,
-            )
-        )
-        if error.findings is not None:
-            keep_findings(settings, lease, error.findings, "refused", at=now)
-        if is_refused:
-            key = (resource, window.start.isoformat(), run_id)
-            alert = alerts.Alert("refused", account, f"{resource} {window.day}", str(error), key)
-            alerts.raise_alert(connection, alert, now)
-        if is_lock:
-            alert = alerts.Alert("locked", account, LOCKED, error.message, (run_id,))
-            alerts.raise_alert(connection, alert, now)
-
-
-# --- What a run asks of the ledger ----------------------------------------------------------------
-
-
-def reads_by_day(connection: sa.Connection, account: str, resource: str) -> Mapping[date, Read]:
-    """The newest extract of each loaded day (or day with a snapshot)."""
-    loads, held = LOADS.c, HOLDS.c
-    held_days = {
-        start.astimezone(UTC).date(): Hold(*hold)
-        for start, *hold in connection.execute(
-            sa.select(held.window_start, held.held_since, held.last_extracted_at, held.is_final).where(
-                held.account == account, held.resource == resource
-            )
-        )
-    }
-    found = connection.execute(
-        sa.select(
-            loads.window_start, loads.last_read_at, loads.is_provisional, loads.whole_catalogue_at,
-            loads.changed_at,
-        )
-        .where(loads.account == account, loads.resource == resource, loads.is_current)
-        .order_by(loads.last_fencing_token, loads.window_start)
-    )  # fmt: skip
-    return {
-        (day := start.astimezone(UTC).date()): Read(
-            read_at, is_provisional, whole_catalogue_at, changed_at, held_days.get(day)
-        )
-        for start, read_at, is_provisional, whole_catalogue_at, changed_at in found
-    }
-
-
-def changed_days(connection: sa.Connection, since: int, token: int) -> Mapping[str, set[date]]:
-    """Per resource the UTC days whose rows changed after that version of the raw tables.
-
-    With them those that were held or refused since, and those of which rows were quarantined, or
-    resolved, under a later lease than `token`.
-    """
-    aside = QUARANTINE.c
-    found = connection.execute(
-        sa.union(
-            *(
-                sa.select(table.c.resource, table.c.window_start).where(table.c.data_version > since)
-                for table in (LOADS, HOLDS, FAILURES)
-            ),
-            sa.select(aside.resource, aside.window_start).where(aside.fencing_token > token),
-        )
-    )
-    changed: dict[str, set[date]] = {}
-    for resource, start in found:
-        changed.setdefault(resource, set()).add(start.astimezone(UTC).date())
-    return changed
-
-
-def pages_per_window(connection: sa.Connection, account: str) -> Mapping[str, float]:
-    """How many pages a read of each resource's loaded windows asks for on average.
-
-    The control total behind the rows is not counted. Where there are several pages, one in front of
-    them is asked for, and if fal tells it, the first page once more behind it. If fal refuses it, the
-    day is asked for in parts, twice, and for about one page more each time that a part is halved.
-    """
-    is_told = LOADS.c.proof == "summary"
-    is_framed = sa.and_(LOADS.c.pages > 1, LOADS.c.proof != "none", LOADS.c.is_provisional.is_(False))
-    is_halved = sa.and_(is_framed, LOADS.c.proof == "two walks", LOADS.c.control_total.is_(None))
-    walked = LOADS.c.pages * sa.case((is_halved, 3), (LOADS.c.proof == "two walks", 2), else_=1)
-    walked += sa.case((is_halved, 0), (sa.and_(is_framed, is_told), 2), (is_framed, 1), else_=0)
-    found = connection.execute(
-        sa.select(LOADS.c.resource, sa.func.sum(walked), sa.func.count())
-        .where(LOADS.c.account == account, LOADS.c.is_current)
-        .group_by(LOADS.c.resource)
-    )
-    return {resource: max(1.0, int(pages) / count) for resource, pages, count in found}
-
-
-def current_loads(warehouse: Warehouse, asked: Asked) -> list[sa.RowMapping]:
-    """The rows of ops.loads that hold what is asked for (default: all): by resource, oldest first.
-
-    Raises:
-        UsageError: there is no warehouse yet.
-    """
-    with warehouse.reading() as connection:
-        if connection is None:
-            raise UsageError("nothing is loaded yet; run faletl run first")
-        found = connection.execute(
-            sa.select(LOADS).where(LOADS.c.is_current).order_by(LOADS.c.window_start, LOADS.c.account)
-        )
-        loads = [
-            load
-            for load in found.mappings()
-            if asked.includes(load["resource"], Window(load["window_start"], load["window_start"]))
-        ]
-    order = list(RESOURCES)
-    return sorted(loads, key=lambda load: order.index(load["resource"]))
-
-
-def loaded_reads(connection: sa.Connection) -> Mapping[tuple[str, str, date], datetime]:
-    """When each window (account, resource, UTC day) was last extracted: for what is loaded, or held."""
-    columns = (LOADS.c.account, LOADS.c.resource, LOADS.c.window_start, LOADS.c.last_read_at)
-    loads = sa.select(*columns).where(LOADS.c.is_current)
-    found = connection.execute(loads.order_by(LOADS.c.last_fencing_token, LOADS.c.window_start))
-    last = {(a, r, start.astimezone(UTC).date()): read for a, r, start, read in found}
-    columns = (HOLDS.c.account, HOLDS.c.resource, HOLDS.c.window_start, HOLDS.c.last_extracted_at)
-    for account, resource, start, extracted_at in connection.execute(sa.select(*columns)):
-        key = (account, resource, start.astimezone(UTC).date())
-        last[key] = max(last.get(key, extracted_at), extracted_at)
-    return last
-
-
-@dataclass(frozen=True, slots=True)
-class KnownIds:
-    """Endpoint ids for one window: worth asking for, in fal's newest catalogue, unknown to fal."""
-
-    used_or_held: frozenset[str] = frozenset()
-    catalogue: frozenset[str] = frozenset()
-    unknown: frozenset[str] = frozenset()
-
-
-def known_ids(
-    connection: sa.Connection, account: str, resource: Resource, window: Window, now: datetime
-) -> KnownIds:
-    """What the warehouse knows of endpoint ids: those used in the window or in `SEEN_WITHIN` before
-    it, those that the window (or the newest snapshot) holds, and those fal lately answered 404 for.
-    """
-    usage, table = RAW["usage"], RAW[resource.name]
-    used = sa.select(usage.c.endpoint_id).where(
-        usage.c["_account"] == account,
-        usage.c.bucket >= window.start - SEEN_WITHIN,
-        usage.c.bucket < max(window.end, window.start + HOUR),
-    )
-    if resource.time is None:
-        held = _newest_snapshot_ids(table, account)
-    else:
-        day, time = Window.of_day(window.day), table.c[resource.time]
-        held = sa.select(table.c.endpoint_id).where(
-            table.c["_account"] == account, time >= day.start, time < day.end
-        )
-    unknown = sa.select(UNKNOWN_ENDPOINTS.c.endpoint_id).where(
-        UNKNOWN_ENDPOINTS.c.account == account,
-        UNKNOWN_ENDPOINTS.c.resource == resource.name,
-        UNKNOWN_ENDPOINTS.c.seen_at > now - UNKNOWN_FOR,
-        UNKNOWN_ENDPOINTS.c.seen_at <= now,
-    )
-    return KnownIds(
-        *(
-            frozenset(connection.execute(query).scalars())
-            for query in (
-                sa.union(used, held),
-                _newest_snapshot_ids(RAW["models"], account),
-                unknown,
-            )
-        )
-    )
-
-
-def _newest_snapshot_ids(table: sa.Table, account: str) -> sa.Select[Any]:
-    newest = sa.select(sa.func.max(table.c["_snapshot_at"])).where(table.c["_account"] == account)
-    return sa.select(table.c.endpoint_id).where(
-        table.c["_account"] == account, table.c["_snapshot_at"] == newest.scalar_subquery()
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Ledger:
-    """What ops says of landed extracts; of a warehouse that cannot be read, nothing.
-
-    `receipts` are by the ids of extracts: of loads, and of the newest extract that found the rows of
-    one. `needed` are the loads without whose landed pages rows or restatements would be lost, `held` the
-    extracts that are held, `thinned` the loads that are about to be thinned out (see
-    faletl/operations/maintain.py).
-    """
-
-    warehouse_id: str = ""
-    receipts: Mapping[str, Receipt] = field(default_factory=dict)
-    needed: frozenset[str] = frozenset()
-    held: frozenset[str] = frozenset()
-    thinned: frozenset[str] = frozenset()
-
-
-def read_ledger(connection: sa.Connection, day: date | None = None) -> Ledger:
-    """The ledger, or that of one UTC day. Raw depends on what is needed, and so do restatements."""
-    loads = LOADS.c
-    is_older = loads.last_load_id.name not in columns_of(connection, LOADS)
-    query = sa.select(
-        loads.load_id,
-        loads.load_id.label("last_load_id") if is_older else loads.last_load_id,
-        loads.fencing_token, loads.last_fencing_token, loads.loaded_at, loads.last_read_at,
-        loads.is_current, loads.is_provisional,
-    )  # fmt: skip
-    if day is not None:
-        window = Window.of_day(day)
-        query = query.where(loads.window_start >= window.start, loads.window_start < window.end)
-    found = connection.execute(query).all()
-    standing = _standing_loads(connection)
-    own_id, held = "", dict[str, Receipt]()
-    if columns_of(connection, HOLDS):  # a warehouse of schema 5
-        own_id = connection.execute(sa.select(WAREHOUSE.c.warehouse_id)).scalar_one()
-        token = connection.execute(sa.select(WAREHOUSE.c.fencing_token)).scalar_one()
-        held = {
-            load_id: Receipt(token, at, "held", own_id)
-            for load_id, at in connection.execute(sa.select(HOLDS.c.load_id, HOLDS.c.last_extracted_at))
-        }
-    confirmed = {
-        one.last_load_id: Receipt(one.last_fencing_token, one.last_read_at, "unchanged", own_id)
-        for one in found
-    }
-    loaded = {one.load_id: Receipt(one.fencing_token, one.loaded_at, "loaded", own_id) for one in found}
-    return Ledger(
-        warehouse_id=own_id,
-        receipts=held | confirmed | loaded,
-        needed=frozenset(
-            one.load_id
-            for one in found
-            if one.is_current or not one.is_provisional or one.load_id in standing
-        ),
-        held=frozenset(held),
-    )
-
-
-def _standing_loads(connection: sa.Connection) -> set[str]:
-    """Loads that brought rows which no later read of their day asked for again."""
-    standing = set[str]()
-    for name, resource in RESOURCES.items():
-        is_in_parts = resource.ids_per_call is not None and resource.window == "day"
-        if is_in_parts and columns_of(connection, RAW[name]):
-            standing |= set(connection.execute(sa.select(RAW[name].c["_load_id"]).distinct()).scalars())
-    return standing

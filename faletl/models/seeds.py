@@ -17,7 +17,7 @@ import sqlalchemy as sa
 
 from faletl.config import Settings
 from faletl.errors import SettingsError
-from faletl.landing.storage import sql_folder
+from faletl.files import sql_folder
 from faletl.warehouse.tables import (
     SEED_CREDENTIAL_OWNER,
     SEED_THRESHOLD,

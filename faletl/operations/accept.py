@@ -10,21 +10,22 @@ from typing import Any, Literal
 
 import sqlalchemy as sa
 
-from faletl import pipeline
 from faletl.config import Settings
 from faletl.errors import DataRefusedError, UsageError
-from faletl.findings import acceptance_key
+from faletl.files import scratch_folder
+from faletl.findings import Findings, acceptance_key
 from faletl.landing import decisions, extracts
 from faletl.landing.decisions import WindowAccepted
 from faletl.landing.extracts import Landed, Manifest
-from faletl.landing.storage import scratch_folder
 from faletl.line import holds, relabel
 from faletl.line.overlap import refuse_shared
+from faletl.line.release import build_and_publish
 from faletl.line.replace import confirm_window, replace_window
+from faletl.line.report import Outcome, Report, new_run_id, note_outcome
 from faletl.money import plain
-from faletl.pipeline import Report
 from faletl.staging.window import Staged, stage_window
 from faletl.warehouse import open_warehouse
+from faletl.warehouse.ledger import of_window
 from faletl.warehouse.tables import HOLDS, LOADS, QUARANTINE
 from faletl.windows import Window
 
@@ -50,7 +51,7 @@ def accept(
     """
     if not reason.strip() or not reason.isprintable():
         raise UsageError("--reason needs a text that says why, on one line")
-    report = Report(pipeline.new_run_id())
+    report = Report(new_run_id())
     held = _one_of(settings, HOLDS, resource, day, account)
     refused = None if is_kept else _one_of(settings, QUARANTINE, resource, day, account)
     # The newest extract is meant: its id begins with when it began.
@@ -66,7 +67,7 @@ def accept(
             f"nothing of {resource} {day} is held{'' if is_kept else ' or quarantined'}; faletl status "
             "shows what is"
         )
-    pipeline.build_and_publish(settings, report)
+    build_and_publish(settings, report)
     return report
 
 
@@ -119,7 +120,7 @@ def _load_refused(settings: Settings, report: Report, refused: sa.RowMapping, re
         try:
             stage_window(settings, landed, scratch).discard()
         except DataRefusedError as error:
-            digest = error.findings.rows_digest if error.findings else ""
+            digest = error.findings.rows_digest if isinstance(error.findings, Findings) else ""
         else:
             raise UsageError(
                 "the quarantined rows do not keep their window from being loaded; load them with "
@@ -146,7 +147,7 @@ def _load_refused(settings: Settings, report: Report, refused: sa.RowMapping, re
 def _loaded_figures(settings: Settings, manifest: Manifest) -> holds.Figures:
     """What is loaded of the window now."""
     loaded = sa.select(LOADS.c.rows, LOADS.c.cost_total).where(
-        holds.of_window(LOADS, manifest.account, manifest.resource, manifest.window.day),
+        of_window(LOADS, manifest.account, manifest.resource, manifest.window.day),
         LOADS.c.is_current,
     )
     with open_warehouse(settings).reading() as connection:
@@ -160,7 +161,7 @@ def _keep(settings: Settings, report: Report, held: sa.RowMapping, reason: str) 
         confirm_window(settings, lease, acceptance, held["last_extracted_at"])
     window = Window.of_day(held["window_start"].astimezone(UTC).date())
     folder = extracts.root(settings) / held["landing_path"]
-    kept = pipeline.Outcome(held["resource"], window, "kept", held["rows_loaded"], folder)
+    kept = Outcome(held["resource"], window, "kept", held["rows_loaded"], folder)
     report.outcomes.append(kept)
 
 
@@ -170,7 +171,7 @@ def _load(settings: Settings, report: Report, staged: Staged, acceptance: Window
         with lease.transaction():
             refuse_shared(settings, warehouse, lease.connection, staged)
         replaced = replace_window(settings, warehouse, lease, staged, acceptance)
-    pipeline.note_outcome(report, staged, replaced)
+    note_outcome(report, staged, replaced)
 
 
 def _acceptance(

@@ -18,14 +18,15 @@ from faletl.errors import (
     NotFoundError,
     WebPageError,
 )
-from faletl.fal.client import FalClient, Params
+from faletl.fal.client import FalClient
 from faletl.fal.limiter import Patience
 from faletl.fal.pages import read_envelope
+from faletl.fal.questions import ask_in_either_form, bounds, first_endpoint
 from faletl.line.accounts import read_username
-from faletl.line.fetch import ask_in_either_form, bounds, first_endpoint
 from faletl.resources import CREDITS, MAKE_A_KEY, MODELS, PRICES, RESOURCES, Question, Resource
 from faletl.staging.contract import has_value
 from faletl.windows import HOUR, SETTLE, Window
+from faletl.wire import Params
 
 PATIENCE = Patience(tries=2, deadline_seconds=10, retry_after_seconds=5, give_up_seconds=5)
 

@@ -13,11 +13,11 @@ import sqlalchemy as sa
 
 from faletl.config import Settings
 from faletl.errors import ContractError, KeyRefusedError, NotFoundError, UsageError
-from faletl.fal.client import FalClient, MalformedBodyError
-from faletl.fal.pages import UNREADABLE, as_json
+from faletl.fal.client import FalClient
 from faletl.line import accounts
 from faletl.money import EXACT_TEXT, exact_text, plain
 from faletl.warehouse import open_warehouse
+from faletl.wire import UNREADABLE, MalformedBodyError, as_json
 
 PATH = "/models/pricing/estimate"
 DAYS = 30

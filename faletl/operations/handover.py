@@ -25,16 +25,17 @@ import sqlalchemy as sa
 from faletl import duck
 from faletl.config import Settings
 from faletl.errors import StorageError
-from faletl.fal.pages import UNREADABLE
+from faletl.files import scratch_folder
 from faletl.landing import decisions
 from faletl.landing.decisions import AccountForgotten, AccountRenamed
-from faletl.landing.storage import scratch_folder
-from faletl.line.plan import Asked
-from faletl.line.replace import current_loads, rows_of_windows
-from faletl.pipeline import DUE, Progress, silent
+from faletl.line.report import Progress, silent
 from faletl.resources import RESOURCES
-from faletl.warehouse import Warehouse, open_warehouse
+from faletl.selection import DUE, Asked
+from faletl.warehouse import open_warehouse
+from faletl.warehouse.ledger import current_loads, rows_of_windows
+from faletl.warehouse.protocol import Warehouse
 from faletl.windows import Window
+from faletl.wire import UNREADABLE
 
 FILE, MANIFEST = "rows.parquet", "manifest.json"
 

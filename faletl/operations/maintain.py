@@ -21,16 +21,20 @@ from typing import Any, Self
 import sqlalchemy as sa
 
 from faletl.config import Settings
+from faletl.files import abandoned_scratch
 from faletl.landing import decisions, extracts
 from faletl.landing.extracts import Receipt
-from faletl.landing.storage import abandoned_scratch, at
+from faletl.landing.storage import at
 from faletl.line import relabel
 from faletl.line.distributed import old_plans
-from faletl.line.replace import REFUSED, fence, read_ledger
+from faletl.line.release import build_and_publish
+from faletl.line.report import Report, new_run_id
 from faletl.operations.rebuild import unneeded
-from faletl.pipeline import Report, build_and_publish, new_run_id
 from faletl.resources import RESOURCES
-from faletl.warehouse import Lease, open_warehouse
+from faletl.warehouse import open_warehouse
+from faletl.warehouse.ledger import fence, read_ledger
+from faletl.warehouse.protocol import Lease
+from faletl.warehouse.quality import REFUSED
 from faletl.warehouse.tables import (
     ACCEPTANCES,
     ACCOUNTS,

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 
 import sqlalchemy as sa
 
-from faletl import pipeline
 from faletl.config import Settings
 from faletl.errors import DataRefusedError, UsageError
 from faletl.landing import extracts
 from faletl.line import relabel
-from faletl.pipeline import Outcome, Progress, Report, silent
+from faletl.line.load import load_reads
+from faletl.line.release import build_and_publish
+from faletl.line.report import Outcome, Progress, Report, new_run_id, silent
 from faletl.warehouse import open_warehouse
 from faletl.warehouse.tables import QUARANTINE
 from faletl.windows import DAY
@@ -52,7 +53,7 @@ def retry(settings: Settings, load_ids: Sequence[str] = (), progress: Progress =
         UsageError: nothing is open of one of the reads.
         TamperedError: their landed pages are gone, or are not those that were landed.
     """
-    report = pipeline.Report(pipeline.new_run_id())
+    report = Report(new_run_id())
     found = rows_set_aside(settings)
     if gone := sorted(set(load_ids) - {row["load_id"] for row in found}):
         raise UsageError(f"nothing is open of a read {gone[0]!a}; see faletl quarantine list --all")
@@ -60,12 +61,12 @@ def retry(settings: Settings, load_ids: Sequence[str] = (), progress: Progress =
     folders = [extracts.root(settings) / row["landing_path"] for row in rows.values()]
     with open_warehouse(settings).reading() as connection:
         opened = [relabel.opener(settings, connection)(folder) for folder in folders]
-    pipeline.load_reads(settings, [landed for landed in opened if landed], report, progress)
+    load_reads(settings, [landed for landed in opened if landed], report, progress)
     for one in report.outcomes:
         if one.outcome != "loaded":
             report.failures.append((None, _not_mended(one, rows[one.path.name])))
     if report.outcomes:
-        pipeline.build_and_publish(settings, report)
+        build_and_publish(settings, report)
     return report
 
 

@@ -30,18 +30,21 @@ from faletl.errors import (
     WarehouseBusyError,
     WarehouseError,
 )
+from faletl.files import scratch_folder
 from faletl.landing import decisions, extracts
 from faletl.landing.decisions import WindowAccepted
 from faletl.landing.extracts import Landed, Manifest, Receipt
-from faletl.landing.storage import scratch_folder
 from faletl.line import holds, relabel
 from faletl.line.fetch import RESUME_WITHIN
-from faletl.line.plan import Asked
-from faletl.line.replace import Ledger, read_ledger, replay
-from faletl.models import catalogue
-from faletl.pipeline import Progress, Report
+from faletl.line.release import build_and_publish, warn_of_runaways
+from faletl.line.replace import replay
+from faletl.line.report import Progress, Report, new_run_id, outcome_of, silent
+from faletl.models.build import build_models
+from faletl.selection import DUE, Asked
 from faletl.staging.window import Staged, stage_window
-from faletl.warehouse import Lease, open_warehouse
+from faletl.warehouse import open_warehouse
+from faletl.warehouse.ledger import Ledger, read_ledger
+from faletl.warehouse.protocol import Lease
 from faletl.warehouse.tables import WAREHOUSE
 from faletl.windows import refuse_odd_day
 
@@ -74,7 +77,7 @@ class Loaded:
         return self.landed.manifest.load_id
 
 
-def rebuild(settings: Settings, day: date | None = None, progress: Progress = pipeline.silent) -> Report:
+def rebuild(settings: Settings, day: date | None = None, progress: Progress = silent) -> Report:
     """The warehouse, or one UTC day of it, anew from the landed pages alone; asks fal nothing.
 
     Every read that was loaded is loaded again, in the order of that time, so that the ledger and the
@@ -87,7 +90,7 @@ def rebuild(settings: Settings, day: date | None = None, progress: Progress = pi
     """
     if day is not None:
         refuse_odd_day("--window", day)
-    report = Report(pipeline.new_run_id())
+    report = Report(new_run_id())
     with extracts.deleting(settings):
         if day is None:
             _rebuild_all(settings, report, progress)
@@ -95,7 +98,7 @@ def rebuild(settings: Settings, day: date | None = None, progress: Progress = pi
             _rebuild_day(settings, report, day)
     if report.outcomes or report.build:
         _load_what_waits(settings, report, day)
-        pipeline.build_and_publish(settings, report)
+        build_and_publish(settings, report)
     return report
 
 
@@ -124,14 +127,14 @@ def _rebuild_all(settings: Settings, report: Report, progress: Progress) -> None
             progress("loading", done, len(past))
             if staged := _staged_again(settings, one, needed, scratch, accepted, past):
                 outcomes, lease = replay(settings, fresh, lease, [(staged, one.receipt)])
-                report.outcomes.append(pipeline.outcome_of(staged, outcomes[0]))
+                report.outcomes.append(outcome_of(staged, outcomes[0]))
                 staged.discard()
         with lease.transaction():
             relabel.restore(
                 lease.connection, decisions.recorded(settings), (one.landed.manifest for one in past)
             )
-        report.build = catalogue.build(settings, fresh, lease, run_id=report.run_id)
-        pipeline.warn_of_runaways(report.build)
+        report.build = build_models(settings, fresh, lease, run_id=report.run_id)
+        warn_of_runaways(report.build)
         with lease.transaction():
             ledger = read_ledger(lease.connection)
     _complete_receipts(past)
@@ -175,7 +178,7 @@ def _rebuild_day(settings: Settings, report: Report, day: date) -> None:
         ]
         outcomes, _ = replay(settings, warehouse, lease, again, forget=day)
     for (staged, _), outcome in zip(again, outcomes, strict=True):
-        report.outcomes.append(pipeline.outcome_of(staged, outcome))
+        report.outcomes.append(outcome_of(staged, outcome))
     _complete_receipts(past)
 
 
@@ -185,7 +188,7 @@ def _load_what_waits(settings: Settings, report: Report, day: date | None) -> No
     A refused window is no failure of the rebuild: it was refused before.
     """
     waiting = Report(report.run_id)
-    asked = pipeline.DUE if day is None else Asked(day, day + timedelta(days=1))
+    asked = DUE if day is None else Asked(day, day + timedelta(days=1))
     pipeline.load_waiting(settings, asked, waiting)
     report.outcomes += waiting.outcomes
     damaged = [error for _, error in waiting.failures if isinstance(error, DamagedExtractError)]

@@ -13,20 +13,23 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from faletl import duck, pipeline
+from faletl import duck
 from faletl.config import Settings, is_label
+from faletl.duck import quoted
 from faletl.errors import UsageError, WarehouseError
+from faletl.files import scratch_folder
 from faletl.landing import decisions
 from faletl.landing.decisions import AccountForgotten, AccountRenamed
-from faletl.landing.storage import scratch_folder
 from faletl.line import relabel
 from faletl.line.accounts import Account, known_accounts
-from faletl.line.replace import fence
-from faletl.models import catalogue
-from faletl.pipeline import Report
+from faletl.line.release import build_and_publish
+from faletl.line.report import Report, new_run_id
+from faletl.models.build import make_next_build_full
 from faletl.resources import RESOURCES, Resource
-from faletl.staging.window import digest_of, digest_sums, hash_expression
-from faletl.warehouse import Lease, Warehouse, open_warehouse, quoted
+from faletl.staging.digest import digest_of, digest_sums, hash_expression
+from faletl.warehouse import open_warehouse
+from faletl.warehouse.ledger import fence
+from faletl.warehouse.protocol import Lease, Warehouse
 from faletl.warehouse.tables import ALERTS, LOADS, METADATA, RAW
 
 
@@ -59,7 +62,7 @@ def rename(settings: Settings, old: str, new: str) -> Report:
         lease.connection.execute(
             sa.update(LOADS).where(LOADS.c.account == new).values(data_version=version)
         )
-        catalogue.make_next_build_full(lease.connection)
+        make_next_build_full(lease.connection)
         _decide(
             settings,
             lease.connection,
@@ -117,7 +120,7 @@ def forget(settings: Settings, label: str) -> Report:
         fence(lease, changes_data=True)
         for column in _labels():
             lease.connection.execute(sa.delete(column.table).where(column == label))
-        catalogue.make_next_build_full(lease.connection)
+        make_next_build_full(lease.connection)
         _decide(
             settings,
             lease.connection,
@@ -152,8 +155,8 @@ def _require(known: Mapping[str, Account], label: str) -> None:
 
 
 def _built(settings: Settings) -> Report:
-    report = Report(pipeline.new_run_id())
-    pipeline.build_and_publish(settings, report, builds="always")
+    report = Report(new_run_id())
+    build_and_publish(settings, report, builds="always")
     return report
 
 

@@ -7,20 +7,22 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from faletl import pipeline
 from faletl.config import Settings
+from faletl.duck import quoted
 from faletl.errors import DataRefusedError
-from faletl.findings import Validation, keep_validations
+from faletl.files import scratch_folder
+from faletl.findings import Validation
 from faletl.gate.gate import Gate, Subject, tell
-from faletl.landing.storage import scratch_folder
 from faletl.line import holds
-from faletl.line.plan import Asked
-from faletl.line.replace import current_loads, fence, rows_of_windows
-from faletl.pipeline import DUE, Progress, silent
+from faletl.line.report import Progress, new_run_id, silent
 from faletl.resources import RESOURCES
-from faletl.warehouse import Warehouse, open_warehouse, quoted
+from faletl.selection import DUE, Asked
+from faletl.warehouse import open_warehouse
+from faletl.warehouse.ledger import current_loads, fence, rows_of_windows
+from faletl.warehouse.protocol import Warehouse
+from faletl.warehouse.quality import keep_validations
 from faletl.warehouse.tables import LOADS
-from faletl.windows import Window
+from faletl.windows import Window, WindowKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,7 @@ def validate(settings: Settings, asked: Asked = DUE, progress: Progress = silent
         UsageError: there is no warehouse yet.
         SettingsError: the user's expectations, or table of units, cannot be read.
     """
-    warehouse, verdict = open_warehouse(settings), Verdict(pipeline.new_run_id())
+    warehouse, verdict = open_warehouse(settings), Verdict(new_run_id())
     loads = current_loads(warehouse, asked)
     with scratch_folder() as scratch:
         gate = Gate(settings, scratch)
@@ -106,11 +108,5 @@ def _keep(warehouse: Warehouse, verdict: Verdict) -> None:
     with warehouse.lease(f"faletl validate, run {verdict.run_id}") as lease, lease.transaction():
         fence(lease, changes_data=False)
         for one in verdict.judged:
-            read = {
-                "load_id": one.load_id,
-                "run_id": verdict.run_id,
-                "account": one.account,
-                "resource": one.resource,
-                "window_start": one.window.start,
-            }
-            keep_validations(lease.connection, read, one.validations)
+            key = WindowKey(one.account, one.resource, one.window)
+            keep_validations(lease.connection, key, one.load_id, verdict.run_id, one.validations)

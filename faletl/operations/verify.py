@@ -20,16 +20,21 @@ import sqlalchemy as sa
 
 from faletl import duck
 from faletl.config import Settings
+from faletl.duck import quoted
 from faletl.errors import DamagedExtractError, FaletlError, StorageError, UsageError
+from faletl.files import scratch_folder
 from faletl.landing import extracts
 from faletl.landing.extracts import Landed
-from faletl.landing.storage import scratch_folder
 from faletl.line import holds, relabel
-from faletl.line.replace import read_ledger
 from faletl.models import catalogue
+from faletl.models.build import CHECKED_SPAN, days_held, has_unbuilt_rows, statements
+from faletl.models.days import Span, is_by_day, restricted, sources, spans
 from faletl.resources import RESOURCES, Resource
-from faletl.staging.window import DIGEST_FORM, Staged, digest_of, digest_sums, stage_window
-from faletl.warehouse import Warehouse, open_warehouse, quoted, schema
+from faletl.staging.digest import DIGEST_FORM, digest_of, digest_sums
+from faletl.staging.window import Staged, stage_window
+from faletl.warehouse import open_warehouse, schema
+from faletl.warehouse.ledger import read_ledger
+from faletl.warehouse.protocol import Warehouse
 from faletl.warehouse.tables import LAYERS, LOADS, RAW
 from faletl.windows import Window
 
@@ -67,7 +72,7 @@ def verify(settings: Settings) -> Verdict:
             while parts and time.monotonic() - began < _TURN_SECONDS:
                 part = parts.popleft()
                 if part.needs_build and is_built is None:
-                    is_built = not catalogue.is_behind(settings, connection)
+                    is_built = not has_unbuilt_rows(settings, connection)
                 if part.needs_build and not is_built:
                     verdict.is_complete = False
                     return verdict
@@ -282,7 +287,7 @@ def _checked_pages(landed: Landed) -> list[int]:
 
 
 def _failed_check(connection: sa.Connection, dialect: str, check: catalogue.Check) -> Iterator[str]:
-    for sql in catalogue.statements(connection, check, dialect):
+    for sql in statements(connection, check, dialect):
         found = connection.exec_driver_sql(sql).mappings().fetchmany(3)
         for row in found:
             told = ", ".join(f"{key} {_plain(value)}" for key, value in row.items())
@@ -294,14 +299,14 @@ def _failed_check(connection: sa.Connection, dialect: str, check: catalogue.Chec
 
 def _changed_model(connection: sa.Connection, dialect: str, model: catalogue.Model) -> Iterator[str]:
     """Where the table is not what its SQL makes of what it reads."""
-    if model.is_by_day:
+    if is_by_day(model):
         without = f"select count(*) from {model.table} where {model.day} is null"
         if count := connection.exec_driver_sql(without).scalar_one():
             yield f"{model.table}: {count} rows have no day; faletl build --full makes it anew"
     columns = ", ".join(f'"{name}"' for name in catalogue.column_comments()[model.table])
-    for span in _spans(connection, model) if model.is_by_day else [None]:
+    for span in _spans(connection, model) if is_by_day(model) else [None]:
         made, held = (
-            catalogue.restricted(sql, span, dialect) if span else catalogue.translate(sql, dialect)
+            restricted(sql, span, dialect) if span else catalogue.translate(sql, dialect)
             for sql in (model.sql, f"select * from {model.table}")
         )  # fmt: skip
         # EXCEPT ALL in both directions would make each side twice.
@@ -325,18 +330,18 @@ def _changed_model(connection: sa.Connection, dialect: str, model: catalogue.Mod
             )
 
 
-def _spans(connection: sa.Connection, model: catalogue.Model) -> Iterator[catalogue.Span]:
+def _spans(connection: sa.Connection, model: catalogue.Model) -> Iterator[Span]:
     """The days of the model's table and of the windows it is made of, a few at a time."""
     days = {
         start.astimezone(UTC).date()
         for (start,) in connection.execute(
             sa.select(LOADS.c.window_start).where(
-                LOADS.c.is_current, LOADS.c.resource.in_(sorted(catalogue.sources(model.sql)))
+                LOADS.c.is_current, LOADS.c.resource.in_(sorted(sources(model.sql)))
             )
         )
     }
-    held = catalogue.days_held(connection, model)
-    yield from catalogue.spans(days | held, min(model.longest_span, catalogue.CHECKED_SPAN))
+    held = days_held(connection, model)
+    yield from spans(days | held, min(model.longest_span, CHECKED_SPAN))
 
 
 def _plain(value: object) -> str:

@@ -17,8 +17,9 @@ import msgspec
 
 from faletl.errors import ContractError, DataRefusedError
 from faletl.fal.bodies import LARGE_BODY
-from faletl.fal.pages import MAX_FIELDS, UNREADABLE, as_json, require_uncrowded
+from faletl.fal.pages import MAX_FIELDS, require_uncrowded
 from faletl.resources import Column, Kind, Resource
+from faletl.wire import LIST, OBJECT, UNREADABLE, as_json
 
 Tree: TypeAlias = "dict[str, Column | Tree | None]"
 """Columns as they are nested in a record; None for a field that is known and not kept."""
@@ -166,11 +167,6 @@ class Contract:
                 value = _fields_of(value).get(step, b"null")
             self.retyped.setdefault(retyped, _sample(value))
         return sentence
-
-
-OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])
-LIST = msgspec.json.Decoder(list[msgspec.Raw])
-"""What they hold stays bytes."""
 
 
 def require_small(record: Json) -> None:

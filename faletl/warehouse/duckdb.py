@@ -27,6 +27,7 @@ import tenacity
 
 from faletl import duck
 from faletl.config import Settings
+from faletl.duck import quoted
 from faletl.errors import (
     ExhaustedError,
     FaletlError,
@@ -37,9 +38,10 @@ from faletl.errors import (
     WarehouseBusyError,
     WarehouseError,
 )
-from faletl.landing.storage import copy_file, room, sync
-from faletl.warehouse import Lease, Warehouse, ownership, quoted, schema
+from faletl.files import copy_file, room, sync
+from faletl.warehouse import ownership, schema
 from faletl.warehouse.names import AS_TYPED, add_prefix
+from faletl.warehouse.protocol import Lease, Warehouse
 from faletl.warehouse.tables import BUILDS, COUNTED_UNIT, WAREHOUSE
 from faletl.windows import instant
 
@@ -158,7 +160,7 @@ MACROS = (
 
 
 class DuckDBWarehouse:
-    """See `faletl.warehouse.Warehouse`."""
+    """See `faletl.warehouse.protocol.Warehouse`."""
 
     dialect = "duckdb"
 

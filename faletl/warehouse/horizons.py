@@ -19,14 +19,14 @@ from faletl.config import FINGERPRINT, Settings
 from faletl.errors import UsageError
 from faletl.landing import decisions
 from faletl.landing.decisions import HorizonSet
-from faletl.line.replace import fence
 from faletl.resources import RESOURCES
-from faletl.warehouse import Lease, Warehouse
+from faletl.warehouse.ledger import fence
+from faletl.warehouse.protocol import Lease, Warehouse
 from faletl.warehouse.tables import HORIZONS
 from faletl.windows import FIRST_DAY, refuse_odd_day
 
 if TYPE_CHECKING:
-    from faletl.line.plan import Asked
+    from faletl.selection import Asked
 
 BY_DAY = tuple(name for name, resource in RESOURCES.items() if resource.window == "day")
 """The resources that have a horizon: a snapshot is of now, whatever day is meant."""

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable
 import sqlalchemy as sa
 
 from faletl.errors import SettingsError
-from faletl.landing.storage import sql_folder
+from faletl.files import sql_folder
 from faletl.warehouse.names import in_database
 from faletl.warehouse.schema import columns_held, columns_of
 from faletl.warehouse.tables import BUILDS, LAYERS, METADATA, OBJECTS, SCHEMAS

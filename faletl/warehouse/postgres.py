@@ -26,6 +26,7 @@ import sqlalchemy as sa
 
 from faletl import duck
 from faletl.config import Settings
+from faletl.duck import quoted
 from faletl.errors import (
     SettingsError,
     TamperedError,
@@ -35,8 +36,9 @@ from faletl.errors import (
     how_to_install,
 )
 from faletl.money import PRECISION, SCALE
-from faletl.warehouse import Lease, Warehouse, ownership, quoted, schema
+from faletl.warehouse import ownership, schema
 from faletl.warehouse.names import AS_TYPED, add_prefix, in_database, prefixed
+from faletl.warehouse.protocol import Lease, Warehouse
 from faletl.warehouse.tables import BUILDS, COUNTED_UNIT, METADATA, OBJECTS, SCHEMAS, WAREHOUSE
 from faletl.windows import instant
 
@@ -221,7 +223,7 @@ _SHUT_OUT = (
 
 
 class PostgresWarehouse:
-    """See `faletl.warehouse.Warehouse`."""
+    """See `faletl.warehouse.protocol.Warehouse`."""
 
     dialect = "postgres"
 

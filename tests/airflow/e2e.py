@@ -36,8 +36,8 @@ import httpx
 import zstandard
 
 from faletl.config import Settings
+from faletl.line.release import is_behind
 from faletl.operations.check import check
-from faletl.pipeline import is_behind
 from faletl.resources import RESOURCES
 from faletl.sandbox import Fault, Request, Sandbox, invented_world
 from tests.airflow.services import WORKERS, Airflow, Executor, Json, running

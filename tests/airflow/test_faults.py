@@ -22,8 +22,8 @@ from faletl import pipeline
 from faletl.airflow.runs import asked
 from faletl.config import Settings
 from faletl.line import distributed
-from faletl.line.plan import Asked
 from faletl.sandbox import Fault, Request, Sandbox
+from faletl.selection import Asked
 from faletl.warehouse import open_warehouse
 from tests import truth
 from tests.airflow.conftest import RUN_DAGS, Airflow, few, settings_of
@@ -206,7 +206,7 @@ sys.exit(supervisor.supervise_task(
 
 LATE = """
 import faletl.line.replace
-fence = faletl.line.replace.fence
+fence = faletl.warehouse.ledger.fence
 def late(lease, **what):
     lease.connection.exec_driver_sql("select pg_advisory_unlock_all()")
     Path("waits.part").write_text(str(os.getpid()))
@@ -218,7 +218,7 @@ def late(lease, **what):
     except BaseException as error:
         Path("fails").write_text(f"{type(error).__name__}: {error}")
         raise
-faletl.line.replace.fence = late
+faletl.warehouse.ledger.fence = late
 """
 """The task has looked at what is loaded, has lost its lock without a word, as it may behind a pooler,
 and is about to write."""

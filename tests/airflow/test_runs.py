@@ -13,8 +13,9 @@ import pytest
 
 from faletl import pipeline
 from faletl.landing.extracts import complete_reads
-from faletl.line.plan import Asked
+from faletl.line.release import is_published
 from faletl.sandbox import FULL_KEY, Fault, Request, Sandbox
+from faletl.selection import Asked
 from tests import truth
 from tests.airflow.conftest import Airflow, few, settings_of
 from tests.conftest import settings_for
@@ -314,8 +315,8 @@ def test_each_connection_is_an_account_with_dags_of_its_own(airflow: Airflow, se
 def test_the_sensor_of_the_deadline_waits_for_the_whole_day(served: Sandbox, tmp_path: Path) -> None:
     settings = settings_for(served.url, tmp_path)
     day = date(2026, 3, 2)
-    assert not pipeline.is_published(settings, day)
+    assert not is_published(settings, day)
     pipeline.run(settings, Asked(day - timedelta(days=1), day, ["usage"]))
-    assert not pipeline.is_published(settings, day)
+    assert not is_published(settings, day)
     pipeline.run(settings, Asked(day, day + timedelta(days=1), ["usage"]))
-    assert pipeline.is_published(settings, day)
+    assert is_published(settings, day)

@@ -24,19 +24,20 @@ import zstandard
 from faletl import duck
 from faletl.config import Settings
 from faletl.errors import ContractError, FaletlError, MalformedAnswerError, TamperedError, UsageError
-from faletl.fal.client import Answer, FalClient, MalformedBodyError, _http_date, _Question, _retry_after
-from faletl.fal.pages import as_json, read_envelope, walk
+from faletl.fal.client import Answer, FalClient, _http_date, _Question, _retry_after
+from faletl.fal.pages import read_envelope, walk
+from faletl.fal.questions import bounds, first_endpoint
 from faletl.landing import extracts
 from faletl.landing.extracts import Attempt, Call, Landed, LandedPage, Manifest, Receipt
 from faletl.line.accounts import read_username
 from faletl.line.distributed import read_plan
-from faletl.line.fetch import bounds, first_endpoint
 from faletl.money import LARGEST, SCALE, exact_text
 from faletl.operations.estimate import _read as read_estimate
 from faletl.resources import MODELS, RESOURCES, USAGE, Column, Kind, Resource
 from faletl.sandbox import FULL_KEY, Sandbox
-from faletl.staging import window
+from faletl.staging.records import _rows_path, _write_lines, typed_records
 from faletl.windows import Window
+from faletl.wire import MalformedBodyError, as_json
 from tests import truth
 from tests.fuzz.mutations import NUMBERS, Tokens, tokens_of
 from tests.unit.test_catalogue import FIXTURES, records
@@ -233,7 +234,7 @@ def held_text(number: str) -> str:
 
 def with_outer(resource: Resource, label: str, body: bytes) -> list[tuple[Any, Any]]:
     """Each record of a page with the object that holds its list."""
-    found, rows_path = document(as_json(body), held_text), window._rows_path(resource, label)
+    found, rows_path = document(as_json(body), held_text), _rows_path(resource, label)
     lists = records(found, rows_path[:-1]) if rows_path else [{"": [found]}]
     name = rows_path[-1] if rows_path else ""
     return [(around, record) for around in lists for record in around[name]]
@@ -242,14 +243,14 @@ def with_outer(resource: Resource, label: str, body: bytes) -> list[tuple[Any, A
 def check_records(resource: Resource, label: str, body: bytes) -> bool:
     """Each record of a page is handed to DuckDB as it is, or set aside; in both ways of reading it."""
     try:
-        rows, _ = read_envelope(body, window._rows_path(resource, label))
+        rows, _ = read_envelope(body, _rows_path(resource, label))
     except (MalformedBodyError, ContractError):
         return False
     is_taken = False
     for is_each in (False, True):
         lines, landed = in_memory(), landed_page(resource, label, body)
         try:
-            typed = window._write_lines(landed, resource, label, lines, is_each=is_each)
+            typed = _write_lines(landed, resource, label, lines, is_each=is_each)
         except FaletlError as error:
             check_sentence(error)
             continue
@@ -299,7 +300,7 @@ def check_types(resource: Resource, folder: Path, body: bytes) -> bool:
     try:
         rows, _ = read_envelope(body, resource.rows_path)
         path = folder / "typed.parquet"
-        typed = window._typed(engine(), landed_page(resource, "rows", body), resource, "rows", path)
+        typed = typed_records(engine(), landed_page(resource, "rows", body), resource, "rows", path)
     except (MalformedBodyError, FaletlError, duckdb.InvalidInputException):
         return False
     found = engine().execute(f"from '{path}' where _breach = ''")

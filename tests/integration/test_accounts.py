@@ -23,12 +23,14 @@ from faletl.landing.decisions import AccountBound, recorded
 from faletl.line import distributed
 from faletl.line.accounts import known_accounts
 from faletl.line.overlap import SharedChargesError, UnknownOverlapError
-from faletl.line.plan import Asked
+from faletl.line.release import build_and_publish
+from faletl.line.report import Report
 from faletl.operations.accept import accept
 from faletl.operations.rebuild import prune, rebuild
 from faletl.operations.rename import extent, forget, rename
 from faletl.operations.verify import verify
 from faletl.sandbox import FULL_KEY, READONLY_KEY, Fault, Request, Sandbox
+from faletl.selection import DUE, Asked
 from faletl.warehouse import open_warehouse
 from tests import truth
 from tests.conftest import all_tables, ask, opened, settings_for
@@ -91,7 +93,7 @@ def what_was_decided(settings: Settings) -> list[list[tuple[object, ...]]]:
     ]
 
 
-def refusal(settings: Settings, asked: Asked = pipeline.DUE) -> str:
+def refusal(settings: Settings, asked: Asked = DUE) -> str:
     """The sentence of a run that is refused as wrong use."""
     report = pipeline.run(settings, asked)
     assert report.exit_code == 2
@@ -259,7 +261,7 @@ def test_the_key_of_another_account_is_refused_under_a_label(
         if is_known:
             pipeline.run(swapped.model_copy(update={"account": None}))
         before = all_tables(alpha)
-        for asked in (pipeline.DUE, Asked(truth.day(21), truth.day(23))):
+        for asked in (DUE, Asked(truth.day(21), truth.day(23))):
             said = refusal(swapped, asked)
             assert "'alpha'" in said
             assert "'beta'" in said
@@ -376,7 +378,7 @@ def test_usage_alone_of_a_new_label_is_judged_by_its_charges_too(
     assert pipeline.run(second, Asked(truth.day(22), truth.day(23), ["usage"])).exit_code == 3
     assert spent(first) == before
     assert pipeline.load(second).exit_code == 3
-    pipeline.build_and_publish(first, pipeline.Report("again"))
+    build_and_publish(first, Report("again"))
     assert spent(first) == before
 
 
@@ -409,7 +411,7 @@ class Label:
     account: Account
     server: Sandbox
 
-    def run(self, *resources: str) -> pipeline.Report:
+    def run(self, *resources: str) -> Report:
         """What is due."""
         return pipeline.run(self.settings, Asked(resources=resources))
 
@@ -823,7 +825,7 @@ def test_a_rename_that_is_killed_is_done_or_not_and_the_next_run_publishes_it(
         assert start(settings, trap, command=command).finish()[0] == -signal.SIGKILL
         assert all_tables(settings) == before
         assert set(bound(settings)) == {"acme"}
-    trap = Trap("faletl.pipeline.build_and_publish", "before")
+    trap = Trap("faletl.line.release.build_and_publish", "before")
     assert start(settings, trap, command=command).finish()[0] == -signal.SIGKILL
     assert set(bound(settings)) == {"emea"}
     assert pipeline.run(settings).exit_code == 0
@@ -922,9 +924,9 @@ def test_a_forget_that_is_killed_is_done_or_not_and_the_next_build_makes_all_of_
     trap = Trap("faletl.landing.decisions.record", "before")
     assert start(settings, trap, command=command).finish()[0] == -signal.SIGKILL
     assert all_tables(settings) == before
-    trap = Trap("faletl.pipeline.build_and_publish", "before")
+    trap = Trap("faletl.line.release.build_and_publish", "before")
     assert start(settings, trap, command=command).finish()[0] == -signal.SIGKILL
-    pipeline.build_and_publish(settings, pipeline.Report("next"), builds="behind")
+    build_and_publish(settings, Report("next"), builds="behind")
     assert spent(settings) == costs(account)
     assert verify(settings).findings == []
 

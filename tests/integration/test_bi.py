@@ -22,8 +22,8 @@ from typer.testing import CliRunner
 from faletl import pipeline
 from faletl.cli.commands import app
 from faletl.config import Settings
-from faletl.line.plan import Asked
 from faletl.sandbox import Sandbox
+from faletl.selection import Asked
 from faletl.warehouse import open_warehouse
 from tests.conftest import published_path, settings_for
 from tests.servers import postgres_program

@@ -26,7 +26,7 @@ from faletl.cli.demo import ANSWERS
 from faletl.cli.output import Format, print_query
 from faletl.config import Settings
 from faletl.errors import UsageError
-from faletl.pipeline import Report, silent
+from faletl.line.report import Report, silent
 from faletl.resources import RESOURCES
 from faletl.sandbox import FULL_KEY, Fault, Request, Sandbox
 from tests import truth

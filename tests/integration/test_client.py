@@ -40,10 +40,12 @@ from faletl.errors import (
     WebPageError,
 )
 from faletl.fal import client as client_module
-from faletl.fal.client import Answer, FalClient, Params, StoppedError
+from faletl.fal.client import Answer, FalClient
 from faletl.fal.limiter import MAX_FAILURES, Patience
 from faletl.fal.pages import read_envelope
+from faletl.fal.transport import StoppedError
 from faletl.sandbox import FULL_KEY, Fault, Request, Sandbox
+from faletl.wire import Params
 from tests import truth
 
 KEY = "0d5c2a7e-key-id:5ecf0ad97b31-secret"

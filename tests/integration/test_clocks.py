@@ -12,9 +12,9 @@ import time_machine
 
 from faletl import pipeline
 from faletl.config import Settings
-from faletl.line.plan import Asked
 from faletl.operations.verify import verify
 from faletl.sandbox import Request, Sandbox
+from faletl.selection import Asked
 from tests import truth
 from tests.conftest import Query
 from tests.truth import FLUX, Account, charges, line

@@ -11,8 +11,8 @@ import pytest
 from faletl import pipeline
 from faletl.config import Settings
 from faletl.landing.extracts import MANIFEST
-from faletl.line.plan import Asked
 from faletl.operations.verify import verify
+from faletl.selection import Asked
 from tests import truth
 from tests.conftest import opened
 from tests.integration.test_cli import faletl

@@ -25,10 +25,10 @@ from faletl import pipeline
 from faletl.config import Settings
 from faletl.errors import FaletlError, StorageError, TamperedError, WarehouseBusyError
 from faletl.landing import extracts
-from faletl.line.plan import Asked
 from faletl.operations.rebuild import rebuild
 from faletl.operations.verify import verify
 from faletl.sandbox import Fault, Sandbox
+from faletl.selection import Asked
 from faletl.warehouse import open_warehouse
 from tests import truth
 from tests.conftest import all_tables, ask, needs_root, opened, settings_for, total
@@ -130,9 +130,13 @@ def on_a_full_disk(folder: Path) -> None:
                 "before",
                 r"cannot write .*/manifest.json.* bytes needed",
             ),
-            ("faletl.staging.window._typed", "before", r"staging failed: .*; make room below .*/disk"),
-            ("faletl.staging.window._prove", "before", r"staging failed: .*; make room below .*/disk"),
-            ("faletl.line.replace.fence", "after", r"the warehouse .*\.duckdb cannot be used"),
+            (
+                "faletl.staging.records.typed_records",
+                "before",
+                r"staging failed: .*; make room below .*/disk",
+            ),
+            ("faletl.staging.proof.prove", "before", r"staging failed: .*; make room below .*/disk"),
+            ("faletl.warehouse.ledger.fence", "after", r"the warehouse .*\.duckdb cannot be used"),
             (
                 "faletl.landing.extracts.leave_receipt",
                 "before",
@@ -236,7 +240,9 @@ def test_too_few_descriptors_are_said_and_spoil_nothing(landed: Settings) -> Non
 
 def test_too_little_memory_is_said_and_spoils_nothing(sandbox: Sandbox, landed: Settings) -> None:
     # With less, a thread that cannot have its own few bytes would end the process where it stands.
-    short = Trap("faletl.staging.window._write_typed", "before", springs=partial(limit_memory, 36 * MIB))
+    short = Trap(
+        "faletl.staging.records._write_typed", "before", springs=partial(limit_memory, 36 * MIB)
+    )
     code, said = start(landed, short, command="load").finish()
     assert code == 1, said
     assert re.search(r"staging ran out of memory .*; raise the limit, or lower FALETL_PARALLEL", said)

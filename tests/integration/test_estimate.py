@@ -15,9 +15,9 @@ import time_machine
 from faletl import pipeline
 from faletl.config import Settings
 from faletl.errors import ContractError, KeyRefusedError, UsageError
-from faletl.line.plan import Asked
 from faletl.operations.estimate import PATH, Charged, Estimates, Planned, estimate, planned
 from faletl.sandbox import FULL_KEY, Calls, Fault, Request, Sandbox
+from faletl.selection import Asked
 from tests import truth
 from tests.conftest import settings_for
 from tests.integration.test_cli import faletl

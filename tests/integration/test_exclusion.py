@@ -16,10 +16,10 @@ from faletl import pipeline
 from faletl.config import Settings
 from faletl.errors import WarehouseBusyError
 from faletl.landing import extracts
-from faletl.line.plan import Asked
-from faletl.line.replace import Ledger
 from faletl.operations import rebuild as rebuilding
+from faletl.selection import Asked
 from faletl.warehouse import open_warehouse
+from faletl.warehouse.ledger import Ledger
 from faletl.warehouse.tables import WAREHOUSE
 from tests import truth
 from tests.conftest import ask, opened, settings_for

@@ -18,11 +18,13 @@ import time_machine
 from faletl import pipeline
 from faletl.config import Settings
 from faletl.errors import DataRefusedError, SettingsError
-from faletl.line.plan import Asked
+from faletl.line.release import build_and_publish
+from faletl.line.report import Report
 from faletl.operations.validate import validate
 from faletl.operations.validation_html import write_docs
 from faletl.resources import RESOURCES
 from faletl.sandbox import Fault, Request, Sandbox
+from faletl.selection import Asked
 from tests import truth
 from tests.conftest import ask, opened, settings_for, total
 from tests.forked import called
@@ -212,7 +214,7 @@ def test_a_critical_expectation_refuses_its_window_and_no_other(
 
     # Once it is expected no more, the window is loaded from where it landed.
     assert pipeline.load(settings).exit_code == 0
-    pipeline.build_and_publish(settings, pipeline.Report("run"))
+    build_and_publish(settings, Report("run"))
     assert total(settings) == sum(one.cost_total for one in account.lines)
 
 

@@ -14,8 +14,8 @@ import sqlalchemy as sa
 import time_machine
 
 from faletl import pipeline
-from faletl.line.plan import Asked
 from faletl.sandbox import Sandbox
+from faletl.selection import Asked
 from tests import truth
 from tests.conftest import settings_for
 from tests.touched import Watch, is_of

@@ -30,12 +30,16 @@ from faletl.errors import DataRefusedError, TamperedError, UnprovenError
 from faletl.fal import client as client_module
 from faletl.fal.client import FalClient
 from faletl.landing import extracts
+from faletl.line.extract import prove_or_reread
 from faletl.line.fetch import Origin
-from faletl.line.plan import Asked, Task
+from faletl.line.plan import Task
+from faletl.line.release import build_and_publish
+from faletl.line.report import Report
 from faletl.operations.rebuild import rebuild
 from faletl.resources import BILLING_EVENTS
 from faletl.sandbox import BillingEvent, Fault, Request, Sandbox, UsageLine
 from faletl.sandbox.server import answer, event_row, to_json
+from faletl.selection import Asked
 from faletl.staging.window import stage_window
 from faletl.windows import Window
 from tests import truth
@@ -173,7 +177,7 @@ def test_charges_at_any_instants_are_all_taken_where_a_minute_fits_on_a_page(
     origin = Origin("acme", "run", datetime.now(UTC), 0, planned_from={}, unknown_ids={})
     with TemporaryDirectory() as folder:
         mine, task = settings_for(server.url, Path(folder)), Task(BILLING_EVENTS, DAY)
-        staged = pipeline.prove_or_reread(client, mine, task, Path(folder), origin)
+        staged = prove_or_reread(client, mine, task, Path(folder), origin)
         with duckdb.connect() as connection:
             held = connection.execute(f"select request_id, cost_total from {staged.source}").fetchall()
     assert staged.proof == "summary"
@@ -201,7 +205,7 @@ def test_what_was_asked_in_halves_proves_itself_again_in_load_and_rebuild(tmp_pa
         mine = settings_for(sandbox.url, tmp_path)
         assert pipeline.extract(mine, BOTH).exit_code == 0
     assert pipeline.load(mine).exit_code == 0
-    pipeline.build_and_publish(mine, pipeline.Report("run"))
+    build_and_publish(mine, Report("run"))
     before = all_tables(mine)
     assert loaded(mine) == true_charges(account)
     assert rebuild(mine).exit_code == 0

@@ -18,11 +18,11 @@ import time_machine
 from faletl import pipeline
 from faletl.config import Settings
 from faletl.errors import StorageError, UsageError
-from faletl.line.plan import Asked
 from faletl.operations.handover import hand_over
 from faletl.operations.rename import forget, rename
 from faletl.resources import RESOURCES
 from faletl.sandbox import Sandbox
+from faletl.selection import Asked
 from faletl.warehouse.tables import RAW
 from tests import truth
 from tests.conftest import ask, settings_for

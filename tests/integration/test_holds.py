@@ -18,17 +18,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from faletl import pipeline
-from faletl.cli.output import status
 from faletl.config import Settings
 from faletl.errors import HeldError, UsageError
 from faletl.landing import extracts
-from faletl.line.plan import Asked
+from faletl.line.report import Report
 from faletl.operations.accept import accept
 from faletl.operations.rebuild import prune, rebuild
 from faletl.operations.rename import rename
+from faletl.operations.status import status
 from faletl.operations.validate import validate
 from faletl.operations.verify import verify
 from faletl.sandbox import Fault, Sandbox
+from faletl.selection import Asked
 from faletl.staging.window import stage_window
 from tests import laws, truth
 from tests.conftest import Query, all_tables, ask, opened, settings_for, total
@@ -62,7 +63,7 @@ def _stopped(clock: time_machine.Traveller) -> None:
     """The clock stands still unless a test moves it."""
 
 
-def extract(settings: Settings, day: Any) -> pipeline.Report:
+def extract(settings: Settings, day: Any) -> Report:
     """Extract one day by name and load it."""
     return pipeline.run(settings, Asked(day, day + DAY, ["usage", "billing_events", "analytics"]))
 

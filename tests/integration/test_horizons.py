@@ -17,9 +17,9 @@ from faletl.config import FINGERPRINT, Settings
 from faletl.errors import UsageError
 from faletl.line import distributed
 from faletl.line.accounts import set_horizon
-from faletl.line.plan import Asked
 from faletl.operations.rebuild import rebuild
 from faletl.sandbox import Sandbox
+from faletl.selection import Asked
 from faletl.warehouse import horizons
 from faletl.warehouse.horizons import BY_DAY, Horizon
 from faletl.windows import FIRST_DAY

@@ -17,10 +17,10 @@ import pytest
 import time_machine
 
 from faletl import pipeline
-from faletl.cli.commands import _JsonLines
 from faletl.cli.output import Format, print_query
-from faletl.line.plan import Asked
+from faletl.cli.runtime import JsonLines
 from faletl.sandbox import Credential, Sandbox
+from faletl.selection import Asked
 from tests import truth
 from tests.conftest import ask, settings_for
 from tests.truth import Account, charges, line
@@ -95,7 +95,7 @@ def test_any_text_is_kept_as_it_is_and_is_only_text(
         message = record.getMessage()
         assert message.isprintable(), ascii(message)
         assert PROMPT[:81] not in message
-        formatted = _JsonLines().format(record)
+        formatted = JsonLines().format(record)
         assert formatted.isascii()
         assert formatted.splitlines() == [formatted]
         assert json.loads(formatted)["message"] == message

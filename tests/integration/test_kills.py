@@ -22,13 +22,12 @@ from faletl import pipeline
 from faletl.config import Settings
 from faletl.errors import LeaseLostError, WarehouseBusyError
 from faletl.landing import extracts
-from faletl.line.plan import Asked
-from faletl.line.replace import fence
 from faletl.operations.rebuild import prune
 from faletl.operations.verify import verify
-from faletl.pipeline import DUE
 from faletl.sandbox import Fault, Sandbox
+from faletl.selection import DUE, Asked
 from faletl.warehouse import open_warehouse
+from faletl.warehouse.ledger import fence
 from faletl.warehouse.tables import WAREHOUSE
 from tests import truth
 from tests.conftest import (
@@ -119,10 +118,10 @@ def test_a_read_that_is_killed_at_any_step_loses_at_most_the_page_in_flight(
 
 
 LOADING = [
-    Trap("faletl.staging.window._prove", "before"),  # half staged
+    Trap("faletl.staging.proof.prove", "before"),  # half staged
     Trap("faletl.pipeline.stage_window"),  # staged, not validated
-    Trap("faletl.pipeline._load_batch", "before"),  # not begun to be loaded
-    Trap("faletl.line.replace.fence"),  # inside the window's transaction
+    Trap("faletl.line.load._load_batch", "before"),  # not begun to be loaded
+    Trap("faletl.warehouse.ledger.fence"),  # inside the window's transaction
     Trap("faletl.line.replace._delete_window"),
     Trap("faletl.line.replace._insert"),
     Trap("faletl.line.replace._enter"),  # all written, not committed
@@ -174,9 +173,9 @@ def test_a_load_that_is_killed_when_the_gate_has_passed_it_is_not_begun(
 
 
 BUILDING = [
-    Trap("faletl.models.catalogue._fill", "after", 9),  # half built
-    Trap("faletl.models.catalogue._check", "after", 9),  # checked, not committed
-    Trap("faletl.models.catalogue.build"),  # built, not published
+    Trap("faletl.models.build._fill", "after", 9),  # half built
+    Trap("faletl.models.build._check", "after", 9),  # checked, not committed
+    Trap("faletl.models.build.build_models"),  # built, not published
 ]
 
 
@@ -230,7 +229,7 @@ def test_a_rebuild_that_is_killed_leaves_the_old_warehouse_or_the_new(
         assert pipeline.run(settings, Asked(truth.day(21), truth.day(23), ["usage"])).exit_code == 0
     before = all_tables(settings)
     half = Trap("faletl.operations.rebuild.replay")  # of the reads loaded
-    whole = Trap("faletl.models.catalogue.build")  # not committed on a server
+    whole = Trap("faletl.models.build.build_models")  # not committed on a server
     if not IS_ON_POSTGRES:  # not in its place; before that the new file had got its name
         whole = Trap("pathlib.Path.replace", "before", 2)
     done = [] if IS_ON_POSTGRES else [Trap("pathlib.Path.replace", "after", 2)]  # not published
@@ -338,7 +337,7 @@ def test_a_signal_stops_any_step_in_good_order_and_a_second_one_at_once(
     steps = [
         (EXTRACT, "faletl.pipeline.wait"),
         ("load", "faletl.line.replace._insert"),
-        ("build", "faletl.models.catalogue._fill"),
+        ("build", "faletl.models.build._fill"),
         (
             "publish",
             "faletl.warehouse.duckdb.copy_file"
@@ -401,7 +400,7 @@ def test_a_paused_holder_spoils_nothing_when_it_goes_on(
     account: Account, sandbox: Sandbox, tmp_path: Path
 ) -> None:
     settings = settings_for(sandbox.url, tmp_path)
-    for hour, function in enumerate(("faletl.line.replace._insert", "faletl.models.catalogue._fill")):
+    for hour, function in enumerate(("faletl.line.replace._insert", "faletl.models.build._fill")):
         account.lines.append(line(truth.NOW.replace(hour=hour, minute=0)))
         pause = Trap(function, springs=partial(suffer, signal.SIGSTOP))
         paused = start(settings, pause, command="run --resource usage")

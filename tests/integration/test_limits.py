@@ -19,8 +19,8 @@ from faletl import pipeline
 from faletl.fal import client as client_module
 from faletl.fal.client import FalClient
 from faletl.fal.limiter import Limiter
-from faletl.line.plan import Asked
 from faletl.sandbox import Fault, Request, Sandbox
+from faletl.selection import Asked
 from tests import truth
 from tests.conftest import ask, settings_for
 from tests.limits import Limit, fixed, sliding, token_bucket

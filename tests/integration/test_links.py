@@ -17,12 +17,12 @@ import time_machine
 from faletl import duck, pipeline
 from faletl.config import Settings
 from faletl.errors import SettingsError, WarehouseBusyError
-from faletl.line.plan import Asked
 from faletl.operations.handover import hand_over
 from faletl.operations.rebuild import rebuild
 from faletl.operations.validate import validate
 from faletl.operations.verify import verify
 from faletl.sandbox import Sandbox
+from faletl.selection import Asked
 from faletl.warehouse import open_warehouse
 from faletl.warehouse.tables import SCHEMA_VERSION
 from tests import truth

@@ -23,11 +23,23 @@ from faletl.fal.pages import Page
 from faletl.landing import extracts
 from faletl.landing.extracts import Call, Receipt
 from faletl.line import replace
-from faletl.line.plan import Asked
-from faletl.line.replace import KnownIds
 from faletl.resources import ANALYTICS, CREDITS, MODELS, PRICES, USAGE, Resource
+from faletl.selection import Asked
 from faletl.staging.window import Staged, stage_window
-from faletl.warehouse import Lease, Warehouse, open_warehouse
+from faletl.warehouse import open_warehouse
+from faletl.warehouse.ledger import (
+    KnownIds,
+    changed_days,
+    current_loads,
+    known_ids,
+    loaded_reads,
+    pages_per_window,
+    read_ledger,
+    reads_by_day,
+    rows_of_windows,
+)
+from faletl.warehouse.protocol import Lease, Warehouse
+from faletl.warehouse.quality import record_failure
 from faletl.warehouse.tables import (
     FAILURES,
     HORIZONS,
@@ -200,7 +212,7 @@ def test_the_ledger_tells_all_of_a_load_and_of_later_reads_that_found_the_same(d
     told = extracts.receipt_of(again.landed.folder)
     with desk.warehouse.reading() as connection:
         assert connection is not None
-        receipts = replace.read_ledger(connection).receipts
+        receipts = read_ledger(connection).receipts
     assert receipts[first.landed.manifest.load_id] == receipt
     assert receipts[again.landed.manifest.load_id] == confirmed
     assert told is not None
@@ -217,7 +229,7 @@ def test_what_a_closed_day_was_and_is_now_is_kept_line_by_line(desk: Desk) -> No
         desk.load(lease, second := desk.read(USAGE, body, at=NOON))
         was, now = desk.loads(lease)
         lines = desk.rows(lease, sa.select(RESTATEMENTS).order_by(RESTATEMENTS.c.endpoint_id))
-        raw = desk.rows(lease, replace.rows_of_windows(USAGE, "acme", [DAY_22]))
+        raw = desk.rows(lease, rows_of_windows(USAGE, "acme", [DAY_22]))
     assert was == old | {"is_current": False}
     assert (now["is_current"], now["whole_catalogue_at"]) == (True, None)
     assert now["data_version"] == old["data_version"] + 1
@@ -312,8 +324,7 @@ def test_who_lost_the_lease_writes_nothing_and_is_told_who_has_it(desk: Desk) ->
             desk.load(lost, staged)
         assert caught.value.facts == {"resource": "usage", "window": "2026-11-22"}
         with pytest.raises(LeaseLostError):
-            replace.record_failure(
-                desk.settings, lost, UnprovenError("x"),
+            record_failure(lost, UnprovenError("x"),
                 account="acme", resource="usage", window=DAY_22, run_id="r",
             )  # fmt: skip
         assert desk.loads(lease) == []
@@ -356,13 +367,13 @@ def test_what_was_not_asked_for_stays(desk: Desk) -> None:
         assert desk.load(lease, more) == "unchanged"  # there was nothing of it, and there is nothing
         second = asked([FLUX], {"endpoint_id": FLUX, "request_count": 9}, at=NOON)
         assert desk.load(lease, second) == "loaded"
-        raw = desk.rows(lease, replace.rows_of_windows(ANALYTICS, "acme", [DAY_22]))
+        raw = desk.rows(lease, rows_of_windows(ANALYTICS, "acme", [DAY_22]))
         assert [one["rows"] for one in desk.loads(lease) if one["is_current"]] == [2]
-        standing = replace.read_ledger(lease.connection).needed
+        standing = read_ledger(lease.connection).needed
         lease.connection.rollback()
         gone = asked([FLUX, VIDEO], {"endpoint_id": FLUX, "request_count": 9}, at=NOON)
         assert desk.load(lease, gone) == "loaded"  # the same row, but now it speaks of the other, too
-        left = desk.rows(lease, replace.rows_of_windows(ANALYTICS, "acme", [DAY_22]))
+        left = desk.rows(lease, rows_of_windows(ANALYTICS, "acme", [DAY_22]))
     found = {row["endpoint_id"]: (row["request_count"], row["_load_id"]) for row in raw}
     ids = [one.landed.manifest.load_id for one in (first, second)]
     assert found == {FLUX: (9, ids[1]), VIDEO: (1, ids[0])}
@@ -385,7 +396,7 @@ def test_snapshots_of_a_day_follow_one_another_and_levels_stand_for_themselves(d
             outcomes.append((desk.load(lease, priced(at, price)), desk.load(lease, balance(at))))
         raw = desk.rows(lease, sa.select(RAW["prices"]).order_by(RAW["prices"].c["_snapshot_at"]))
         current = desk.rows(lease, sa.select(LOADS).where(LOADS.c.is_current))
-        reads = replace.reads_by_day(lease.connection, "acme", "prices")
+        reads = reads_by_day(lease.connection, "acme", "prices")
         lease.connection.rollback()
     assert [price for price, _ in outcomes] == ["loaded", "unchanged", "loaded", "loaded"]
     assert {credit for _, credit in outcomes} == {"loaded"}
@@ -408,8 +419,7 @@ def test_a_load_moves_no_horizon_and_ends_the_failure_of_its_window(desk: Desk) 
             ("models", window, 4), ("usage", Window.of_day(truth.day(23)), 5),
         ):  # fmt: skip
             error = UnprovenError(f"number {number}").at(resource=resource, window=str(failed))
-            replace.record_failure(
-                desk.settings, lease, error,
+            record_failure(lease, error,
                 account="acme", resource=resource, window=failed, run_id="run-2",
             )  # fmt: skip
         found = desk.rows(lease, sa.select(FAILURES).order_by(FAILURES.c.message))
@@ -432,7 +442,7 @@ def test_a_load_moves_no_horizon_and_ends_the_failure_of_its_window(desk: Desk) 
 def test_ids_that_are_worth_asking_for_are_those_used_or_held_and_those_unknown_rest(desk: Desk) -> None:
     def known(lease: Lease, resource: Resource, window: Window, now: datetime) -> KnownIds:
         with lease.transaction():
-            return replace.known_ids(lease.connection, "acme", resource, window, now)
+            return known_ids(lease.connection, "acme", resource, window, now)
 
     def listing(*ids: str, at: datetime) -> Staged:
         body = listed("models", *({"endpoint_id": one} for one in ids))
@@ -487,7 +497,7 @@ def test_ids_that_are_worth_asking_for_are_those_used_or_held_and_those_unknown_
 def test_the_ledger_is_read_by_day_by_change_and_by_account(desk: Desk) -> None:
     with desk.lease() as lease:
         with pytest.raises(UsageError, match="nothing is loaded yet"):
-            replace.current_loads(open_warehouse(replaced(desk.settings)), Asked())
+            current_loads(open_warehouse(replaced(desk.settings)), Asked())
         desk.load(lease, first := desk.read(USAGE, usage({})))
         desk.load(lease, desk.read(USAGE, usage({}, day=21), DAY_21, account="other"))
         version = desk.loads(lease)[-1]["data_version"]
@@ -503,34 +513,34 @@ def test_the_ledger_is_read_by_day_by_change_and_by_account(desk: Desk) -> None:
         )
         connection = lease.connection
         read = Read(NOON, False, NOON, changed_at=NOON)
-        assert replace.reads_by_day(connection, "acme", "usage") == {truth.day(22): read}
-        assert replace.changed_days(connection, version, lease.token) == {
+        assert reads_by_day(connection, "acme", "usage") == {truth.day(22): read}
+        assert changed_days(connection, version, lease.token) == {
             "usage": {truth.day(22)}, "models": {truth.day(23)},
         }  # fmt: skip
-        assert set(replace.changed_days(connection, version - 2, lease.token)["usage"]) == {
+        assert set(changed_days(connection, version - 2, lease.token)["usage"]) == {
             truth.day(21),
             truth.day(22),
         }
-        assert replace.loaded_reads(connection) == {
+        assert loaded_reads(connection) == {
             ("acme", "usage", truth.day(22)): NOON,
             ("other", "usage", truth.day(21)): MORNING,
             ("acme", "models", truth.day(23)): MORNING,
         }
-        assert replace.pages_per_window(connection, "acme") == {"usage": 2.0, "models": 1.0}
-        ledger = replace.read_ledger(connection)
+        assert pages_per_window(connection, "acme") == {"usage": 2.0, "models": 1.0}
+        ledger = read_ledger(connection)
         ids = [one.landed.manifest.load_id for one in (first, second, models)]
         assert set(ids) <= ledger.needed  # a closed day's earlier load, too
         assert set(ledger.receipts) >= set(ids)
         assert ledger.receipts[ids[1]].outcome == "loaded"
-        of_day = replace.read_ledger(connection, truth.day(21))
+        of_day = read_ledger(connection, truth.day(21))
         connection.rollback()
         assert len(of_day.receipts) == 1
         assert not set(ids) & of_day.needed
-    found = replace.current_loads(desk.warehouse, Asked())
+    found = current_loads(desk.warehouse, Asked())
     assert [(one["resource"], one["account"]) for one in found] == [
         ("usage", "other"), ("usage", "acme"), ("models", "acme"),
     ]  # fmt: skip
-    found = replace.current_loads(desk.warehouse, Asked(resources=["usage"], start=truth.day(22)))
+    found = current_loads(desk.warehouse, Asked(resources=["usage"], start=truth.day(22)))
     assert [(one["resource"], one["account"]) for one in found] == [("usage", "acme")]
 
 
@@ -548,8 +558,7 @@ def test_reads_are_loaded_once_more_as_they_were(desk: Desk) -> None:
     with desk.lease() as lease:
         desk.load(lease, second)
         desk.load(lease, desk.read(USAGE, usage({}, day=21), DAY_21))
-        replace.record_failure(
-            desk.settings, lease, UnprovenError("x"),
+        record_failure(lease, UnprovenError("x"),
             account="acme", resource="usage", window=DAY_22, run_id="r",
         )  # fmt: skip
         before = desk.loads(lease)

@@ -23,11 +23,11 @@ from faletl.config import Settings
 from faletl.errors import UsageError, WarehouseBusyError
 from faletl.landing import extracts
 from faletl.line import distributed
-from faletl.line.plan import Asked
 from faletl.operations.maintain import KEPT, RETENTIONS, Freed, maintain
 from faletl.operations.rebuild import prune, rebuild
 from faletl.operations.verify import verify
 from faletl.sandbox import Sandbox
+from faletl.selection import Asked
 from faletl.warehouse import open_warehouse
 from faletl.warehouse.tables import LOADS, METADATA, RESTATEMENTS
 from tests import truth

@@ -16,9 +16,9 @@ import pytest
 
 from faletl.fal import bodies
 from faletl.fal.bodies import LARGE_BODY, one_body, passed_on, take_turn
-from faletl.fal.client import MalformedBodyError
 from faletl.redaction import REDACTED, without
 from faletl.sandbox import Fault, Request, Sandbox
+from faletl.wire import MalformedBodyError
 from tests import truth
 from tests.peak import DAYS
 

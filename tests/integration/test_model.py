@@ -21,13 +21,14 @@ import time_machine
 from faletl import pipeline
 from faletl.config import Settings
 from faletl.errors import SettingsError, TamperedError, UnprovenError
-from faletl.line.plan import Asked
 from faletl.models import catalogue
+from faletl.models.days import Span, is_by_day, lookups, restricted
 from faletl.operations.rebuild import prune, rebuild
 from faletl.operations.verify import verify
 from faletl.resources import BILLING_EVENTS, RESOURCES, Kind, Resource
 from faletl.sandbox import BILLING_KEY, READONLY_KEY, Calls, Fault, Request, Sandbox
-from faletl.staging.window import digest_sums
+from faletl.selection import Asked
+from faletl.staging.digest import digest_sums
 from faletl.warehouse import open_warehouse
 from faletl.warehouse.tables import RAW
 from tests import truth
@@ -747,11 +748,11 @@ def test_days_of_a_select_are_its_select_of_those_days(
     with warehouse.reading() as connection:
         assert connection is not None
         for model in catalogue.models():
-            if not (model.is_by_day or model.lookups):
+            if not (is_by_day(model) or lookups(model)):
                 continue
             all_days = catalogue.translate(model.sql, warehouse.dialect)
-            spans = [catalogue.Span(truth.day(day), truth.day(day + 1)) for day in (21, 22, 23)]
-            cut = [catalogue.restricted(model.sql, span, warehouse.dialect) for span in spans]
+            spans = [Span(truth.day(day), truth.day(day + 1)) for day in (21, 22, 23)]
+            cut = [restricted(model.sql, span, warehouse.dialect) for span in spans]
             whole, *parts = (connection.exec_driver_sql(sql).fetchall() for sql in (all_days, *cut))
             assert Counter(chain(*parts)) == Counter(whole) != Counter()
 

@@ -29,12 +29,12 @@ from faletl.landing import extracts
 from faletl.landing.extracts import MANIFEST, Call
 from faletl.landing.storage import at, place
 from faletl.line import distributed
-from faletl.line.plan import Asked
 from faletl.operations.maintain import maintain
 from faletl.operations.rebuild import prune, rebuild
 from faletl.operations.verify import verify
 from faletl.resources import USAGE
 from faletl.sandbox import Fault, Request, Sandbox
+from faletl.selection import Asked
 from faletl.windows import Window
 from tests import truth
 from tests.conftest import all_tables, settings_for, total

@@ -17,8 +17,8 @@ from faletl.config import Settings
 from faletl.errors import CircuitOpenError
 from faletl.fal import client as client_module
 from faletl.fal.limiter import MAX_FAILURES
-from faletl.line.plan import Asked
 from faletl.sandbox import Fault, Request, Sandbox
+from faletl.selection import Asked
 from tests import truth
 from tests.conftest import all_tables, ask, opened, published_path, settings_for, total
 from tests.integration.test_cli import faletl

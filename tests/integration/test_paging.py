@@ -33,19 +33,20 @@ from faletl.errors import (
     TamperedError,
 )
 from faletl.fal import client as client_module
-from faletl.fal.client import FalClient, MalformedBodyError
+from faletl.fal.client import FalClient
 from faletl.fal.pages import MAX_EMPTY_PAGES, MAX_RECORDS, read_envelope, walk
 from faletl.landing import extracts
 from faletl.landing.extracts import Landed, Receipt
 from faletl.line.accounts import look_up
 from faletl.line.fetch import Origin, Retry, fetch_window
-from faletl.line.plan import Asked
 from faletl.redaction import REDACTED
 from faletl.resources import BILLING_EVENTS, CREDITS, MODELS, PRICES, USAGE, Resource
 from faletl.sandbox import BILLING_KEY, FULL_KEY, Fault, Request, Sandbox
 from faletl.sandbox.server import answer
+from faletl.selection import Asked
 from faletl.staging.window import stage_window
 from faletl.windows import Window
+from faletl.wire import MalformedBodyError
 from tests import truth
 from tests.conftest import ask, settings_for
 from tests.leaks import everything_in

@@ -16,9 +16,11 @@ from faletl.config import Settings
 from faletl.errors import AccountLockedError, KeyRefusedError, TamperedError
 from faletl.landing.extracts import complete_reads
 from faletl.line import distributed
-from faletl.line.plan import Asked
+from faletl.line.release import build_and_publish
+from faletl.line.report import Report
 from faletl.resources import RESOURCES
 from faletl.sandbox import Fault, Request, Sandbox
+from faletl.selection import Asked
 from tests import truth
 from tests.conftest import all_tables, ask, opened, settings_for
 from tests.truth import Account, line
@@ -60,7 +62,7 @@ def in_pieces(settings: Settings, asked: Asked, most: int = distributed.MOST_PIE
         for piece in distributed.pieces(path, most):
             assert distributed.extract_piece(settings, piece).exit_code == 0
         assert distributed.load_plan(settings, path).exit_code == 0
-    pipeline.build_and_publish(settings, pipeline.Report("build"))
+    build_and_publish(settings, Report("build"))
 
 
 @pytest.mark.parametrize(

@@ -39,13 +39,14 @@ from faletl.errors import (
     WarehouseError,
 )
 from faletl.line import replace
-from faletl.line.plan import Asked
-from faletl.line.replace import fence
 from faletl.models import catalogue
+from faletl.models.alerts import new_runaways
 from faletl.operations.rebuild import rebuild
 from faletl.operations.verify import verify
 from faletl.sandbox import Sandbox
+from faletl.selection import Asked
 from faletl.warehouse import open_warehouse
+from faletl.warehouse.ledger import fence
 from faletl.warehouse.tables import METADATA, SCHEMA_VERSION
 from tests import truth
 from tests.conftest import all_tables, ask, needs_root, published_path, settings_for, total
@@ -258,10 +259,10 @@ def test_a_load_and_a_build_that_are_killed_at_any_step_are_done_or_not(
     assert loaded(on_server) == (15, 1)
     assert start(on_server, command="load").finish()[0] == 0
     assert loaded(on_server) == (30, 2)
-    assert is_killed(start(on_server, Trap("faletl.models.catalogue._fill", nth=9), command="build"))
+    assert is_killed(start(on_server, Trap("faletl.models.build._fill", nth=9), command="build"))
     assert builds(on_server) == 0
     # Built, not noted as published.
-    assert is_killed(start(on_server, Trap("faletl.models.catalogue.build"), command="build"))
+    assert is_killed(start(on_server, Trap("faletl.models.build.build_models"), command="build"))
     assert builds(on_server) == 1
     check_a_clean_run_mends_all(on_server)
 
@@ -276,7 +277,10 @@ def test_a_killed_rebuild_leaves_the_old_rows(
 ) -> None:
     pipeline.run(on_server, Asked(truth.day(21), truth.day(23), ["usage"]))
     before, spent = all_tables(on_server), ask(on_server, SPENT)
-    for kill in (Trap("faletl.operations.rebuild.replay", nth=2), Trap("faletl.models.catalogue.build")):
+    for kill in (
+        Trap("faletl.operations.rebuild.replay", nth=2),
+        Trap("faletl.models.build.build_models"),
+    ):
         assert is_killed(start(on_server, kill, command="rebuild"))
         assert ask(on_server, SPENT) == spent
         assert loaded(on_server) == (30, 2)
@@ -806,7 +810,7 @@ def test_where_the_answer_to_a_commit_is_lost_the_ledger_tells_whether_it_was_ma
     )
     pipeline.run(far, DAY)
     account.lines[0] = line(account.lines[0].hour, FLUX, "9")
-    enter, tell = replace._enter, catalogue._new_runaways
+    enter, tell = replace._enter, new_runaways
 
     def entered(*given: Any) -> None:
         enter(*given)
@@ -848,7 +852,7 @@ def on_a_server_with_a_full_disk(folder: Path, url: str) -> None:
         plain.close()
         warehouse = f"postgresql://faletl@127.0.0.1:{server.port}/small"
         settings = settings_for(url, folder, warehouse=warehouse)
-        for function in ("faletl.line.replace._insert", "faletl.models.catalogue._fill"):
+        for function in ("faletl.line.replace._insert", "faletl.models.build._fill"):
             Trap(function, "before", springs=disk.fill)()
             (failure,) = failed(settings)
             assert isinstance(failure, WarehouseError)

@@ -16,10 +16,10 @@ from faletl import pipeline
 from faletl.cli.output import print_query
 from faletl.config import Settings
 from faletl.errors import SettingsError, WarehouseBusyError
-from faletl.line.plan import Asked
 from faletl.operations.rebuild import rebuild
 from faletl.operations.verify import verify
 from faletl.sandbox import Sandbox
+from faletl.selection import Asked
 from faletl.warehouse import open_warehouse
 from tests.conftest import all_tables, ask, settings_for
 from tests.servers import shared_postgres

@@ -17,11 +17,11 @@ import zstandard
 from faletl import pipeline
 from faletl.config import Settings
 from faletl.errors import UnprovenError
-from faletl.line.plan import Asked
 from faletl.operations import quarantine
 from faletl.operations.rebuild import rebuild
 from faletl.resources import RESOURCES, Column
 from faletl.sandbox import Fault, Request, Sandbox
+from faletl.selection import Asked
 from tests import truth
 from tests.conftest import ask, opened, settings_for, total
 from tests.forked import called

@@ -19,10 +19,11 @@ from faletl import pipeline
 from faletl.config import Settings
 from faletl.errors import SettingsError, TamperedError, UsageError
 from faletl.landing import extracts
-from faletl.line.plan import Asked
+from faletl.line.report import Report
 from faletl.operations.rebuild import prune, rebuild
 from faletl.operations.verify import verify
 from faletl.sandbox import Fault, Request, Sandbox
+from faletl.selection import Asked
 from faletl.warehouse.tables import LOADS, RESTATEMENTS
 from tests import truth
 from tests.conftest import IS_ON_POSTGRES, all_tables, ask, opened, settings_for, total
@@ -72,7 +73,7 @@ def forget(settings: Settings) -> None:
 
 def within_a_run(
     settings: Settings, sandbox: Sandbox, happens: Callable[[], None], asked: Asked = DAYS
-) -> pipeline.Report:
+) -> Report:
     """A run during whose first request for usage something else happens, from start to end."""
     is_over = False
 

@@ -15,10 +15,10 @@ import time_machine
 
 from faletl import pipeline
 from faletl.config import Settings
-from faletl.line.plan import Asked
 from faletl.operations.rebuild import rebuild
 from faletl.operations.verify import verify
 from faletl.sandbox import BILLING_KEY, BillingEvent, Calls, Sandbox
+from faletl.selection import Asked
 from faletl.warehouse import open_warehouse
 from faletl.warehouse.tables import QUARANTINE
 from tests import truth

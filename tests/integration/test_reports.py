@@ -14,10 +14,10 @@ import time_machine
 from faletl import pipeline
 from faletl.config import Settings
 from faletl.errors import SettingsError
-from faletl.line.plan import Asked
 from faletl.operations.rebuild import rebuild
 from faletl.operations.verify import verify
 from faletl.sandbox import BILLING_KEY, Calls, Fault, Request, Sandbox
+from faletl.selection import Asked
 from tests import truth
 from tests.conftest import Query, all_tables, ask, settings_for
 from tests.truth import FLUX, NOW, VIDEO, VOICE, Account, line, quotient

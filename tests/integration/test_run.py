@@ -20,10 +20,12 @@ import time_machine
 from faletl import pipeline
 from faletl.config import Settings
 from faletl.errors import CheckFailedError, DataRefusedError, UnprovenError
-from faletl.line.plan import Asked
+from faletl.line.release import is_behind, is_news
+from faletl.line.report import Report
 from faletl.operations.verify import verify
 from faletl.resources import RESOURCES
 from faletl.sandbox import BILLING_KEY, READONLY_KEY, Fault, Request, Sandbox
+from faletl.selection import Asked
 from tests import truth
 from tests.conftest import Query, all_tables, ask, opened, settings_for, total
 from tests.faults import PROVEN
@@ -180,12 +182,12 @@ def test_news_of_one_resource_are_none_of_another(
     clock: time_machine.Traveller, settings: Settings
 ) -> None:
     pipeline.run(settings)
-    assert not pipeline.is_behind(settings)
+    assert not is_behind(settings)
     clock.shift(60)
     pipeline.extract(settings, Asked(resources=["credits"]))
     pipeline.load(settings)
-    assert pipeline.is_behind(settings)
-    assert [name for name in RESOURCES if pipeline.is_news(settings, name)] == ["credits"]
+    assert is_behind(settings)
+    assert [name for name in RESOURCES if is_news(settings, name)] == ["credits"]
 
 
 def test_prices_keep_their_history_in_touching_intervals(
@@ -411,7 +413,7 @@ def one_row() -> Account:
 
 def run_broken(
     account: Account, folder: Path, fault: Broken, **given: object
-) -> tuple[pipeline.Report, Settings, Sandbox]:
+) -> tuple[Report, Settings, Sandbox]:
     """A run against a server that breaks some of its answers."""
     with Sandbox(account, fault=fault) as server:
         settings = settings_for(server.url, folder, **given)

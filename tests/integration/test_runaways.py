@@ -16,12 +16,12 @@ from docs import examples
 from faletl import pipeline
 from faletl.config import Settings
 from faletl.errors import SettingsError
-from faletl.line.plan import Asked
-from faletl.models import catalogue
+from faletl.models.alerts import TELL_RUNAWAYS
 from faletl.operations.rebuild import rebuild
 from faletl.operations.verify import verify
 from faletl.sandbox import BillingEvent, Sandbox, UsageLine
 from faletl.sandbox.world import runaways_of_hour
+from faletl.selection import Asked
 from tests.conftest import all_tables, ask, settings_for
 from tests.integration.test_cli import faletl
 from tests.truth import FLUX, NOW, VIDEO, VOICE, Account, charges, line, quotient
@@ -161,13 +161,10 @@ def test_new_ones_are_told_once(
     assert begun.failures == []
     first = begun.build
     assert first is not None
-    assert first.runaways == everything > catalogue.TELL_RUNAWAYS
-    assert (
-        f"and {everything - catalogue.TELL_RUNAWAYS} more: see reports.rpt_runaway_requests"
-        in caplog.text
-    )
+    assert first.runaways == everything > TELL_RUNAWAYS
+    assert f"and {everything - TELL_RUNAWAYS} more: see reports.rpt_runaway_requests" in caplog.text
     assert "x/newer was charged 50000 USD for the request x/newer 50000" in caplog.text
-    assert told() == catalogue.TELL_RUNAWAYS
+    assert told() == TELL_RUNAWAYS
 
     assert account.events is not None
     account.events.append(charge(at(52), FLUX, "800"))

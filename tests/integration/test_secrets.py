@@ -28,6 +28,8 @@ import typer
 
 from faletl import pipeline
 from faletl.cli import commands
+from faletl.cli.commands import app
+from faletl.cli.runtime import run_command
 from faletl.config import Settings
 from faletl.errors import ApiUnavailableError
 from faletl.fal.client import FalClient
@@ -145,7 +147,7 @@ def faletl(*args: str) -> Said:
             one.handlers, one.propagate = [logging.StreamHandler(logged)], False
             one.setLevel(logging.DEBUG)
         try:
-            code = commands._run()
+            code = run_command(app)
         finally:
             for one, (handlers, propagate, level) in zip(loggers, before, strict=True):
                 one.handlers, one.propagate = handlers, propagate

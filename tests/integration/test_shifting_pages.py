@@ -28,11 +28,13 @@ from faletl.errors import ContractError, UnprovenError
 from faletl.fal import client as client_module
 from faletl.fal.client import FalClient
 from faletl.landing import extracts
+from faletl.line.extract import prove_or_reread
 from faletl.line.fetch import Origin
-from faletl.line.plan import Asked, Task
+from faletl.line.plan import Task
 from faletl.resources import BILLING_EVENTS, USAGE, Resource
 from faletl.sandbox import Fault, Request, Sandbox, UsageLine
 from faletl.sandbox.server import answer, to_json
+from faletl.selection import Asked
 from faletl.staging.window import Staged, stage_window
 from faletl.windows import Window
 from tests import truth
@@ -76,7 +78,7 @@ def taken(client: FalClient, server: Sandbox, resource: Resource, folder: Path) 
     """The day as a run would take it; raises what it would be refused with."""
     origin = Origin("acme", "run", datetime.now(UTC), 0, planned_from={}, unknown_ids={})
     task = Task(resource, DAY)
-    return pipeline.prove_or_reread(client, given(server, folder), task, folder, origin)
+    return prove_or_reread(client, given(server, folder), task, folder, origin)
 
 
 def held(staged: Staged) -> Rows:

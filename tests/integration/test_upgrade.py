@@ -16,16 +16,16 @@ import pytest
 import time_machine
 
 from faletl import pipeline
-from faletl.cli.output import status
 from faletl.config import Settings
 from faletl.errors import SettingsError, TamperedError, UsageError
 from faletl.invented import HEADER
 from faletl.line.accounts import known_accounts
-from faletl.line.plan import Asked
 from faletl.operations.rebuild import rebuild
 from faletl.operations.rename import rename
+from faletl.operations.status import status
 from faletl.operations.verify import verify
 from faletl.sandbox import READONLY_KEY, Fault, Request, Sandbox
+from faletl.selection import Asked
 from faletl.warehouse import open_warehouse
 from faletl.warehouse.tables import METADATA, SCHEMA_VERSION
 from tests import truth

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from faletl import pipeline
 from faletl.config import Settings
-from faletl.line.plan import Asked
 from faletl.operations.rebuild import rebuild
 from faletl.operations.verify import verify
 from faletl.sandbox import BillingEvent, Calls, Conduct, Fault, Request, Sandbox, UsageLine
+from faletl.selection import Asked
 from tests import truth
 from tests.conftest import all_tables, ask, settings_for
 from tests.property.accounts import accounts, lines

@@ -28,10 +28,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from faletl import pipeline
-from faletl.line.plan import Asked
 from faletl.operations.rebuild import rebuild
 from faletl.operations.verify import verify
 from faletl.sandbox import BILLING_KEY, FULL_KEY, Conduct, Fault, Request, Sandbox, UsageLine
+from faletl.selection import Asked
 from tests import laws, truth
 from tests.conftest import all_tables, published_path, settings_for
 from tests.faults import Faults, break_answers
@@ -53,14 +53,14 @@ traps = st.builds(
             "faletl.landing.extracts.write_durably",
             "faletl.landing.extracts.Attempt.seal",
             "faletl.pipeline.stage_window",
-            "faletl.line.replace.fence",
+            "faletl.warehouse.ledger.fence",
             "faletl.line.replace._delete_window",
             "faletl.line.replace._insert",
             "faletl.line.replace._enter",
             "faletl.pipeline.replace_window",
-            "faletl.models.catalogue._fill",
-            "faletl.models.catalogue._check",
-            "faletl.models.catalogue.build",
+            "faletl.models.build._fill",
+            "faletl.models.build._check",
+            "faletl.models.build.build_models",
             "faletl.warehouse.duckdb.copy_file",
         ]
     ),

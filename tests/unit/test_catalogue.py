@@ -21,6 +21,7 @@ import faletl.sandbox
 from faletl.config import Settings
 from faletl.errors import DataRefusedError
 from faletl.fal.pages import Page, read_envelope
+from faletl.findings import Findings
 from faletl.landing import extracts
 from faletl.landing.extracts import Call, Landed, Manifest
 from faletl.models.catalogue import column_comments, models
@@ -272,7 +273,7 @@ def test_exactly_the_rows_that_break_their_contract_are_set_aside(picks: list[An
         with pytest.raises(DataRefusedError) as caught:  # as no control total says otherwise
             stage(RESOURCES["billing_events"], body, Path(folder))
     findings = caught.value.findings
-    assert findings is not None
+    assert isinstance(findings, Findings)
     assert [(one.page, one.row) for one in findings.set_aside] == expected
     assert findings.breaches == len(expected)
     assert [json.loads(one.raw_json) for one in findings.set_aside] == [

@@ -101,7 +101,7 @@ def parts(settings: Settings, account: str) -> tuple[str, ...]:
     attempt = extracts.begin(settings, account, "usage", DAY, NOW)
     attempt.close()
     assert attempt.started_at == NOW
-    return Path(extracts.relative_path(settings, attempt.folder)).parts
+    return attempt.folder.relative_to(extracts.root(settings)).parts
 
 
 # --- Batches that were asked ahead ----------------------------------------------------------------

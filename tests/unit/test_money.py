@@ -15,13 +15,13 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
+from faletl.duck import decimal_of
 from faletl.money import (
     DECIMAL_TYPE,
     EXACT_TEXT,
     LARGEST,
     PRODUCT_TYPE,
     SCALE,
-    decimal_of,
     exact_text,
     has_long_number,
     plain,

@@ -11,15 +11,14 @@ import msgspec
 import pytest
 
 from faletl.errors import ContractError, TamperedError
-from faletl.fal.client import MalformedBodyError
-from faletl.fal.pages import as_json
+from faletl.fal.questions import first_endpoint
 from faletl.findings import SetAside
 from faletl.landing import extracts
 from faletl.line.accounts import read_username
 from faletl.line.distributed import read_plan
-from faletl.line.fetch import first_endpoint
 from faletl.operations.estimate import _read as read_estimate
 from faletl.resources import CREDITS, RESOURCES, USAGE, Resource
+from faletl.wire import MalformedBodyError, as_json
 from tests.fuzz.targets import check_landed, in_memory, landed_page
 from tests.unit.test_catalogue import stage
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from faletl.files import copy_file
 from faletl.landing import storage
-from faletl.landing.storage import copy_file
 
 
 @pytest.fixture

@@ -16,20 +16,18 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from sqlglot import exp
 
-from faletl.landing.storage import sql_folder
+from faletl.files import sql_folder
 from faletl.models.catalogue import (
     LONGEST_SPAN,
     Check,
     Model,
-    Span,
     checks,
     column_comments,
     models,
-    restricted,
-    spans,
     tables_read,
     translate,
 )
+from faletl.models.days import Span, is_by_day, lookups, restricted, spans
 from faletl.warehouse.duckdb import MACROS
 from faletl.warehouse.tables import METADATA, SCHEMAS
 from tests.truth import quotient
@@ -157,7 +155,7 @@ def test_proportions_are_exact_to_twelve_decimals(
 
 
 def test_what_is_built_day_by_day_is_what_has_the_size_of_hours_or_charges() -> None:
-    assert {m.table for m in models() if m.is_by_day and not m.is_view} == {
+    assert {m.table for m in models() if is_by_day(m) and not m.is_view} == {
         "staging.int_usage_daily",
         "staging.int_billing_events_daily",
         "staging.int_requests_daily",
@@ -179,7 +177,7 @@ def test_the_tables_of_a_select_are_those_that_a_parser_finds(select: Model | Ch
 
 
 def test_reports_of_days_are_built_by_day_while_what_they_look_up_says_the_same() -> None:
-    looking = {model.table: model.lookups for model in models() if model.lookups}
+    looking = {model.table: lookups(model) for model in models() if lookups(model)}
     assert {table: set(found) for table, found in looking.items()} == {
         "reports.rpt_spend_daily": {"marts.dim_endpoint", "marts.dim_price", "marts.dim_unit"},
         "reports.rpt_spend_by_credential": {"marts.dim_credential", "marts.dim_endpoint"},

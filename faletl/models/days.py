@@ -1,0 +1,142 @@
+"""Which models depend on the day of their rows, and their queries for some days only."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import date, timedelta
+from functools import cache
+
+import sqlglot
+from sqlglot import exp
+
+from faletl.models.catalogue import LONGEST_SPAN, SOURCE_DIALECT, Model, models, tables_read
+from faletl.resources import RESOURCES
+
+BY_WINDOW = ("ops.loads", "ops.restatements", "ops.quarantine", "ops.holds", "ops.failures")
+"""Tables beside raw whose rows have a day: that of `window_start`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Consecutive UTC days, from `first` to before `end`."""
+
+    first: date
+    end: date
+
+
+@cache
+def _all_read(sql: str) -> frozenset[str]:
+    """The tables that a select reads, those behind its views included."""
+    views = {model.table: model.sql for model in models() if model.is_view}
+    read = tables_read(sql)
+    return read.union(*(_all_read(views[table]) for table in read & views.keys()))
+
+
+@cache
+def sources(sql: str) -> frozenset[str]:
+    """The resources from which, in the end, the rows of a select come."""
+    known = {model.table: model.sql for model in models()}
+    read = tables_read(sql)
+    own = {table.removeprefix("raw.") for table in read if table.startswith("raw.")}
+    return frozenset(own).union(*(sources(known[table]) for table in read & known.keys()))
+
+
+def is_by_day(model: Model) -> bool:
+    """Whether a row depends on rows of its own day alone, so that days can be built one by one."""
+    return model.day is not None and all(has_days(table) for table in _all_read(model.sql))
+
+
+def lookups(model: Model) -> Mapping[str, frozenset[str] | None]:
+    """The tables without days in which rows of a day look things up, and their columns (None: all).
+
+    Empty for a model that reads nothing but days, and for one that cannot be built by day at all.
+    """
+    return _lookups(model.sql) if model.day is not None and not is_by_day(model) else {}
+
+
+def has_days(table: str) -> bool:
+    """Whether the table's rows are of days; what stands behind a view is another question."""
+    if table.startswith("raw."):
+        return RESOURCES[table.removeprefix("raw.")].window == "day"
+    model = next((model for model in models() if model.table == table), None)
+    if model is not None:
+        return model.is_view or is_by_day(model)
+    return table in BY_WINDOW or table.startswith("staging.seed_")
+
+
+@cache
+def _lookups(sql: str) -> Mapping[str, frozenset[str] | None]:
+    others = {table for table in _all_read(sql) if not has_days(table)}
+    if not all(table.startswith("marts.") for table in others):
+        return {}
+    tree = sqlglot.parse_one(sql, read=SOURCE_DIALECT)
+    named = frozenset(column.name for column in tree.find_all(exp.Column))
+    named |= {one.name for join in tree.find_all(exp.Join) for one in join.args.get("using") or ()}
+    found: dict[str, frozenset[str] | None] = dict.fromkeys(others, named)
+    for table in tree.find_all(exp.Table):
+        name, select = f"{table.db}.{table.name}", table.parent_select
+        stars = {one.text("table") for one in select.selects if one.is_star} if select else set()
+        if name in found and stars & {"", table.alias_or_name}:
+            found[name] = None
+    return found
+
+
+def restricted(sql: str, span: Span, dialect: str = SOURCE_DIALECT) -> str:
+    """The select over those rows alone that fall on the days of the span, where rows have a day."""
+    some = _restricted(sql, dialect)
+    return some.replace(f"{_SOME.first}", f"{span.first}").replace(f"{_SOME.end}", f"{span.end}")
+
+
+_SOME = Span(date(1, 1, 1), date(1, 1, 2))
+"""Days that no SQL of ours names: a select is parsed once, and then holds for any days."""
+
+
+@cache
+def _restricted(sql: str, dialect: str) -> str:
+    tree = sqlglot.parse_one(sql, read=SOURCE_DIALECT)
+    for table in list(tree.find_all(exp.Table)):
+        rows = _rows_of_some_days(f"{table.db}.{table.name}")
+        if rows is not None:
+            part = sqlglot.parse_one(rows, read=SOURCE_DIALECT, into=exp.Select)
+            table.replace(part.subquery(table.alias or table.name))
+    return tree.sql(dialect)
+
+
+def _rows_of_some_days(table: str) -> str | None:
+    """The select of a table's rows on `_SOME` days; None where its rows have no day."""
+    model = next((model for model in models() if model.table == table), None)
+    if model is not None and model.is_view:
+        return _restricted(model.sql, SOURCE_DIALECT)
+    if model is not None:
+        column, kind, zone = model.day, "date", ""
+    elif table.startswith("raw."):
+        column, kind, zone = (
+            RESOURCES[table.removeprefix("raw.")].time or "_snapshot_at",
+            "timestamptz",
+            "Z",
+        )
+    elif table in BY_WINDOW:
+        column, kind, zone = "window_start", "timestamptz", "Z"
+    else:
+        return None
+    if column is None:
+        return None
+    time = " 00:00:00" if zone else ""
+    return (
+        f"select * from {table} where \"{column}\" >= {kind} '{_SOME.first}{time}{zone}' "
+        f"and \"{column}\" < {kind} '{_SOME.end}{time}{zone}'"
+    )
+
+
+def spans(days: Collection[date], longest: int = LONGEST_SPAN) -> Iterator[Span]:
+    """The days as few spans of consecutive ones, none of more than `longest`, in order."""
+    first = end = None
+    for day in sorted(days):
+        if first is None or day != end or (end - first).days >= longest:
+            if first is not None and end is not None:
+                yield Span(first, end)
+            first = day
+        end = day + timedelta(days=1)
+    if first is not None and end is not None:
+        yield Span(first, end)
