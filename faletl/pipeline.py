@@ -13,9 +13,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from faletl.config import Settings
-from faletl.errors import (
-    FaletlError,
-)
+from faletl.errors import FaletlError
 from faletl.fal.client import FalClient
 from faletl.line import accounts
 from faletl.line.extract import extract_all

@@ -7,14 +7,9 @@ from dataclasses import dataclass
 from datetime import date
 from typing import TYPE_CHECKING
 
-from faletl.errors import (
-    UsageError,
-)
+from faletl.errors import UsageError
 from faletl.resources import RESOURCES
-from faletl.windows import (
-    Window,
-    refuse_odd_day,
-)
+from faletl.windows import Window, refuse_odd_day
 
 if TYPE_CHECKING:
     pass

@@ -25,12 +25,7 @@ from faletl.airflow.notifier import FalNotifier, announce
 from faletl.airflow.plugin import POOL
 from faletl.airflow.retry import FAILED, FalRetryPolicy
 from faletl.airflow.timetable import FullHoursTimetable
-from faletl.errors import (
-    DataRefusedError,
-    FaletlError,
-    KeyRefusedError,
-    UsageError,
-)
+from faletl.errors import DataRefusedError, FaletlError, KeyRefusedError, UsageError
 from faletl.resources import RESOURCES, Resource
 
 if TYPE_CHECKING:

@@ -29,9 +29,7 @@ from faletl.cli.runtime import (
     set_up_logging,
     signals,
 )
-from faletl.errors import (
-    UsageError,
-)
+from faletl.errors import UsageError
 from faletl.resources import RESOURCES
 from faletl.windows import day_of
 

@@ -15,13 +15,7 @@ import typer
 from typer.exceptions import TyperException
 
 from faletl import __version__
-from faletl.errors import (
-    DamagedExtractError,
-    ExhaustedError,
-    FaletlError,
-    StorageError,
-    UsageError,
-)
+from faletl.errors import DamagedExtractError, ExhaustedError, FaletlError, StorageError, UsageError
 from faletl.resources import RESOURCES
 
 if TYPE_CHECKING:

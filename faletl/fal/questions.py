@@ -7,10 +7,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from faletl.errors import (
-    ContractError,
-    CursorRefusedError,
-)
+from faletl.errors import ContractError, CursorRefusedError
 from faletl.resources import Question, Resource
 from faletl.windows import Window, instant
 from faletl.wire import UNREADABLE, Params, as_json

@@ -16,9 +16,7 @@ import httpcore
 import httpx
 
 from faletl.config import Settings
-from faletl.errors import (
-    SettingsError,
-)
+from faletl.errors import SettingsError
 
 
 class StoppedError(Exception):
@@ -117,10 +115,10 @@ def transport(settings: Settings, backend: httpcore.NetworkBackend) -> httpx.HTT
         tls = ssl.create_default_context(cafile=str(settings.ca_file) if settings.ca_file else None)
     except OSError as error:  # an ssl.SSLError is one
         raise SettingsError(f"FALETL_CA_FILE: no CA certificates there ({error.strerror})") from None
-    transport = httpx.HTTPTransport(verify=tls, trust_env=False)
-    transport._pool.close()  # httpx 0.28 has no public way to name the network backend
+    direct = httpx.HTTPTransport(verify=tls, trust_env=False)
+    direct._pool.close()  # httpx 0.28 has no public way to name the network backend
     proxy = settings.proxy.get_secret_value() if settings.proxy else None
-    transport._pool = httpcore.ConnectionPool(
+    direct._pool = httpcore.ConnectionPool(
         ssl_context=tls,
         proxy=httpcore.Proxy(proxy) if proxy else None,
         max_connections=settings.parallel,
@@ -128,4 +126,4 @@ def transport(settings: Settings, backend: httpcore.NetworkBackend) -> httpx.HTT
         keepalive_expiry=30,
         network_backend=backend,
     )
-    return transport
+    return direct

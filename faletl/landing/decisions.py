@@ -17,13 +17,13 @@ from typing import TypeAlias
 
 import msgspec
 
-from faletl.landing import extracts
 from faletl.config import Settings
 from faletl.errors import StorageError, TamperedError, UsageError
-from faletl.landing.extracts import (Instant, Manifest)
-from faletl.wire import UNREADABLE
-from faletl.landing.storage import (at, write_durably)
 from faletl.files import storage_error
+from faletl.landing import extracts
+from faletl.landing.extracts import Instant, Manifest
+from faletl.landing.storage import at, write_durably
+from faletl.wire import UNREADABLE
 
 _STAMP = "%Y%m%dT%H%M%S%fZ"
 _NAME = re.compile(r"\d{8}T\d{12}Z-[0-9a-f]{6}\.json", re.ASCII)
@@ -59,7 +59,7 @@ class AccountForgotten(_Decision, frozen=True, tag="account_forgotten"):
 
 
 class HorizonSet(_Decision, frozen=True, tag="horizon_set"):
-    """The first day to load was set, per resource; see faletl/warehouse/horizons.py for what is `decided`.
+    """The first day to load was set, per resource (faletl/warehouse/horizons.py: `decided`).
 
     `account` is the fingerprint of a key as long as its label is unknown.
     """

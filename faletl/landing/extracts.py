@@ -5,7 +5,7 @@
                                                            /loaded.json (and loaded-<warehouse>.json)
 
 A read of a window lands in a folder of its own, which nobody changes once its manifest is there. A
-page that has its name is whole (faletl/landing/storage.py). Without a manifest the read is not complete, but its
+page that has its name is whole (storage.py). Without a manifest the read is not complete, but its
 pages may be taken up again: where folders can be locked, by going on in its folder; where they cannot,
 in another folder of its id and more chance, so that no two ever write to the same. So may those of a
 complete read that a killed run had no time to load. What was loaded has a receipt beside it, so that the
@@ -27,8 +27,6 @@ import filelock
 import msgspec
 import zstandard
 
-from faletl.fal.bodies import (one_body, take_turn)
-from faletl.wire import Params
 from faletl.config import Settings
 from faletl.errors import (
     DamagedExtractError,
@@ -37,13 +35,14 @@ from faletl.errors import (
     UsageError,
     WarehouseBusyError,
 )
+from faletl.fal.bodies import one_body, take_turn
 from faletl.fal.pages import Page
-from faletl.wire import UNREADABLE
-from faletl.landing.storage import (Disk, at, place, reach, write_durably)
 from faletl.files import storage_error
+from faletl.landing.storage import Disk, at, place, reach, write_durably
 from faletl.redaction import REDACTED
 from faletl.resources import RESOURCES
-from faletl.windows import ExtractRef, WindowKey, CLOCK_TOLERANCE, Window
+from faletl.windows import CLOCK_TOLERANCE, ExtractRef, Window, WindowKey
+from faletl.wire import UNREADABLE, Params
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -211,8 +210,8 @@ class Manifest(msgspec.Struct, frozen=True):
 class Receipt(msgspec.Struct, frozen=True):
     """What became of an extract in one warehouse: under which token, when, and how it ended.
 
-    `pruned`: it was loaded, and its rows have been deleted since (faletl/operations/maintain.py). An older faletl
-    wrote no id of the warehouse.
+    `pruned`: it was loaded, and its rows have been deleted since (see faletl/operations/maintain.py).
+    An older faletl wrote no id of the warehouse.
     """
 
     fencing_token: int

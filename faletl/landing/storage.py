@@ -7,18 +7,12 @@ where it did not answer, universal-pathlib may say that nothing is there.
 
 from __future__ import annotations
 
-from faletl.files import sync
-from faletl.files import storage_error
-from faletl.files import listing
-
-import errno
 import os
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from fnmatch import fnmatchcase
 from functools import cache
@@ -29,6 +23,7 @@ from typing import Any, ClassVar, cast
 import filelock
 
 from faletl.errors import SettingsError, StorageError, how_to_install
+from faletl.files import listing, storage_error, sync
 
 _OPTIONS: dict[str, dict[str, Any]] = {"s3": {"max_concurrency": 1}}
 """Pages are small: s3fs would ask for the size of each first, to read a large one in parts."""
@@ -284,15 +279,9 @@ class Store:
         return nullcontext()
 
 
-
-
 def at(path: Path) -> type[Disk] | type[Store]:
     """What reads and writes there."""
     return Disk if _fs(path) is None else Store
-
-
-
-
 
 
 def write_durably(path: Path, content: bytes) -> None:
@@ -301,22 +290,6 @@ def write_durably(path: Path, content: bytes) -> None:
         at(path).write(path, content)
     except OSError as error:
         raise storage_error(error, path, needed=len(content)) from None
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 def _fs(path: Path) -> Any:

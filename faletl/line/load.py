@@ -12,12 +12,7 @@ from typing import TYPE_CHECKING
 import sqlalchemy as sa
 
 from faletl.config import Settings
-from faletl.errors import (
-    AccountLockedError,
-    DataRefusedError,
-    FaletlError,
-    HeldError,
-)
+from faletl.errors import AccountLockedError, DataRefusedError, FaletlError, HeldError
 from faletl.fal.bodies import forget_frames
 from faletl.files import scratch_folder
 from faletl.landing import extracts

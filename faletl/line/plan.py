@@ -16,13 +16,7 @@ from faletl.selection import Asked
 from faletl.warehouse import horizons
 from faletl.warehouse.horizons import Horizons
 from faletl.warehouse.ledger import SEEN_WITHIN, KnownIds, known_ids, pages_per_window, reads_by_day
-from faletl.windows import (
-    Read,
-    Window,
-    asks_whole_catalogue,
-    due_days,
-    utc_days,
-)
+from faletl.windows import Read, Window, asks_whole_catalogue, due_days, utc_days
 
 
 @dataclass(frozen=True, slots=True)

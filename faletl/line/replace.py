@@ -19,12 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import sqlalchemy as sa
 
 from faletl.config import Settings
-from faletl.errors import (
-    AccountLockedError,
-    FaletlError,
-    UsageError,
-    WarehouseError,
-)
+from faletl.errors import AccountLockedError, FaletlError, UsageError, WarehouseError
 from faletl.landing import decisions, extracts
 from faletl.landing.decisions import WindowAccepted
 from faletl.landing.extracts import Manifest, Receipt

@@ -10,15 +10,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from faletl.errors import (
-    FaletlError,
-    HeldError,
-)
+from faletl.errors import FaletlError, HeldError
 from faletl.line import holds
 from faletl.line.plan import Task
-from faletl.line.replace import (
-    Replaced,
-)
+from faletl.line.replace import Replaced
 from faletl.models.build import Build
 from faletl.resources import RESOURCES
 from faletl.staging.window import Staged

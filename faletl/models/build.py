@@ -32,12 +32,7 @@ from faletl.resources import RESOURCES
 from faletl.warehouse import ownership
 from faletl.warehouse.ledger import changed_days, fence
 from faletl.warehouse.protocol import Lease, Warehouse
-from faletl.warehouse.tables import (
-    BUILDS,
-    RAW,
-    SCHEMA_VERSION,
-    WAREHOUSE,
-)
+from faletl.warehouse.tables import BUILDS, RAW, SCHEMA_VERSION, WAREHOUSE
 
 log = logging.getLogger(__name__)
 

@@ -24,12 +24,7 @@ from sqlglot import exp
 
 from faletl.files import sql_folder
 from faletl.resources import RESOURCES
-from faletl.warehouse.tables import (
-    LAYERS,
-    RAW,
-    SCHEMAS,
-    SEEDS,
-)
+from faletl.warehouse.tables import LAYERS, RAW, SCHEMAS, SEEDS
 
 log = logging.getLogger(__name__)
 

@@ -8,9 +8,7 @@ from dataclasses import replace
 from faletl.duck import decimal_of, text_of
 from faletl.money import DECIMAL_TYPE, LARGEST, SCALE
 from faletl.resources import Column, Kind, Resource
-from faletl.staging.contract import (
-    Tree,
-)
+from faletl.staging.contract import Tree
 
 TOTALS = ("before", "proof")
 """The walks that ask for fal's control total, in front of the rows and behind them."""
@@ -18,9 +16,9 @@ TOTALS = ("before", "proof")
 
 def breach_expression(columns: tuple[Column, ...], more: Sequence[tuple[str, str]]) -> str:
     """SQL for why a record cannot be taken, with `more` reasons; empty where it can."""
-    breaches = [*more, *(breach for column in columns for breach in breaches(column))]
-    is_breach = " or ".join(f"({predicate})" for predicate, _ in breaches)
-    told = ", ".join(f"case when {predicate} then {reason} end" for predicate, reason in breaches)
+    found = [*more, *(breach for column in columns for breach in breaches(column))]
+    is_breach = " or ".join(f"({predicate})" for predicate, _ in found)
+    told = ", ".join(f"case when {predicate} then {reason} end" for predicate, reason in found)
     return f"case when {is_breach} then concat_ws('; ', {told}) else '' end"
 
 

@@ -12,11 +12,7 @@ from typing import Any
 import duckdb
 
 from faletl.duck import count, quoted
-from faletl.errors import (
-    DataRefusedError,
-    TamperedError,
-    UnprovenError,
-)
+from faletl.errors import DataRefusedError, TamperedError, UnprovenError
 from faletl.landing.decisions import accept_command
 from faletl.landing.extracts import MANIFEST, Landed, Part
 from faletl.money import HALF_NANO, plain
@@ -257,8 +253,8 @@ def _moved(
     if compared.differs:
         told = "; ".join(compared.differs[:MAX_NAMED_ROWS])
         return f"fal's control total was another one before they were read: {told}"
-    count = _on_two_pages(connection, resource, source)
-    return f"{count:,} of them came on two pages" if count else ""
+    rows = _on_two_pages(connection, resource, source)
+    return f"{rows:,} of them came on two pages" if rows else ""
 
 
 def _on_two_pages(connection: duckdb.DuckDBPyConnection, resource: Resource, source: str) -> int:

@@ -15,10 +15,7 @@ import duckdb
 import msgspec
 
 from faletl.duck import count, quoted
-from faletl.errors import (
-    ContractError,
-    FaletlError,
-)
+from faletl.errors import ContractError, FaletlError
 from faletl.fal.bodies import one_body
 from faletl.findings import SetAside
 from faletl.landing.extracts import Landed, Manifest

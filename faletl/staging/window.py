@@ -20,21 +20,13 @@ import duckdb
 from faletl import duck
 from faletl.config import Settings
 from faletl.duck import quoted
-from faletl.errors import (
-    DataRefusedError,
-    ExhaustedError,
-    FaletlError,
-    StorageError,
-)
+from faletl.errors import DataRefusedError, ExhaustedError, FaletlError, StorageError
 from faletl.fal.bodies import one_body
 from faletl.files import room
 from faletl.findings import Drift, Findings, acceptance_key
 from faletl.landing.extracts import Landed
 from faletl.resources import RESOURCES, WHOLE_SINCE, Resource
-from faletl.staging.contract import (
-    TOO_LARGE,
-    Contract,
-)
+from faletl.staging.contract import TOO_LARGE, Contract
 from faletl.staging.digest import digest_of, digest_sums, rows_source
 from faletl.staging.proof import describe_breaches, prove
 from faletl.staging.records import Typed, typed_records

@@ -9,23 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
-from faletl.errors import (
-    LeaseLostError,
-    UsageError,
-)
+from faletl.errors import LeaseLostError, UsageError
 from faletl.landing.extracts import Receipt
 from faletl.resources import RESOURCES, Resource
 from faletl.warehouse.protocol import Lease, Warehouse
 from faletl.warehouse.schema import columns_of
-from faletl.warehouse.tables import (
-    FAILURES,
-    HOLDS,
-    LOADS,
-    QUARANTINE,
-    RAW,
-    UNKNOWN_ENDPOINTS,
-    WAREHOUSE,
-)
+from faletl.warehouse.tables import FAILURES, HOLDS, LOADS, QUARANTINE, RAW, UNKNOWN_ENDPOINTS, WAREHOUSE
 from faletl.windows import HOUR, Hold, Read, Window
 
 if TYPE_CHECKING:

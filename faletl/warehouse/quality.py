@@ -9,21 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import sqlalchemy as sa
 
-from faletl.errors import (
-    AccountLockedError,
-    FaletlError,
-)
+from faletl.errors import AccountLockedError, FaletlError
 from faletl.landing.extracts import Manifest
 from faletl.warehouse import alerts
 from faletl.warehouse.ledger import of_window
 from faletl.warehouse.protocol import Lease
-from faletl.warehouse.tables import (
-    CONTRACT_DRIFT,
-    FAILURES,
-    LOADS,
-    QUARANTINE,
-    VALIDATIONS,
-)
+from faletl.warehouse.tables import CONTRACT_DRIFT, FAILURES, LOADS, QUARANTINE, VALIDATIONS
 from faletl.windows import ExtractRef, Window, WindowKey
 
 if TYPE_CHECKING:

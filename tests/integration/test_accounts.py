@@ -825,7 +825,7 @@ def test_a_rename_that_is_killed_is_done_or_not_and_the_next_run_publishes_it(
         assert start(settings, trap, command=command).finish()[0] == -signal.SIGKILL
         assert all_tables(settings) == before
         assert set(bound(settings)) == {"acme"}
-    trap = Trap("faletl.line.release.build_and_publish", "before")
+    trap = Trap("faletl.operations.rename.build_and_publish", "before")
     assert start(settings, trap, command=command).finish()[0] == -signal.SIGKILL
     assert set(bound(settings)) == {"emea"}
     assert pipeline.run(settings).exit_code == 0
@@ -924,7 +924,7 @@ def test_a_forget_that_is_killed_is_done_or_not_and_the_next_build_makes_all_of_
     trap = Trap("faletl.landing.decisions.record", "before")
     assert start(settings, trap, command=command).finish()[0] == -signal.SIGKILL
     assert all_tables(settings) == before
-    trap = Trap("faletl.line.release.build_and_publish", "before")
+    trap = Trap("faletl.operations.rename.build_and_publish", "before")
     assert start(settings, trap, command=command).finish()[0] == -signal.SIGKILL
     build_and_publish(settings, Report("next"), builds="behind")
     assert spent(settings) == costs(account)

@@ -131,18 +131,18 @@ def on_a_full_disk(folder: Path) -> None:
                 r"cannot write .*/manifest.json.* bytes needed",
             ),
             (
-                "faletl.staging.records.typed_records",
+                "faletl.staging.window.typed_records",
                 "before",
                 r"staging failed: .*; make room below .*/disk",
             ),
-            ("faletl.staging.proof.prove", "before", r"staging failed: .*; make room below .*/disk"),
-            ("faletl.warehouse.ledger.fence", "after", r"the warehouse .*\.duckdb cannot be used"),
+            ("faletl.staging.window.prove", "before", r"staging failed: .*; make room below .*/disk"),
+            ("faletl.line.replace.fence", "after", r"the warehouse .*\.duckdb cannot be used"),
             (
                 "faletl.landing.extracts.leave_receipt",
                 "before",
                 r"cannot write .*/loaded.json.* bytes needed",
             ),
-            ("faletl.models.catalogue.fence", "after", r"the warehouse .*\.duckdb cannot be used"),
+            ("faletl.models.build.fence", "after", r"the warehouse .*\.duckdb cannot be used"),
             ("faletl.warehouse.schema.build_to_publish", "after", r"the warehouse .* cannot be used"),
             ("faletl.warehouse.duckdb.copy_file", "before", r"cannot publish .* bytes needed"),
         ):

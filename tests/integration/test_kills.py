@@ -89,7 +89,7 @@ def test_a_read_that_is_killed_at_any_step_loses_at_most_the_page_in_flight(
     sandbox: Sandbox, one_by_one: Settings
 ) -> None:
     kills = [
-        Trap("faletl.pipeline.plan"),
+        Trap("faletl.line.extract.plan"),
         Trap("faletl.landing.extracts.write_durably", "before"),  # a page received, not landed
         Trap("os.fsync", "before", 5),  # written under a temporary name; four folders were made
         Trap("pathlib.Path.rename", "before"),  # and flushed
@@ -118,10 +118,10 @@ def test_a_read_that_is_killed_at_any_step_loses_at_most_the_page_in_flight(
 
 
 LOADING = [
-    Trap("faletl.staging.proof.prove", "before"),  # half staged
-    Trap("faletl.pipeline.stage_window"),  # staged, not validated
+    Trap("faletl.staging.window.prove", "before"),  # half staged
+    Trap("faletl.line.extract.stage_window"),  # staged, not validated
     Trap("faletl.line.load._load_batch", "before"),  # not begun to be loaded
-    Trap("faletl.warehouse.ledger.fence"),  # inside the window's transaction
+    Trap("faletl.line.replace.fence"),  # inside the window's transaction
     Trap("faletl.line.replace._delete_window"),
     Trap("faletl.line.replace._insert"),
     Trap("faletl.line.replace._enter"),  # all written, not committed
@@ -136,7 +136,7 @@ def test_a_load_that_is_killed_at_any_step_is_done_or_not_and_never_twice(
     for kill in LOADING:
         assert is_killed(start(one_by_one, kill, command="load"))
         assert loaded(one_by_one) == (0, 0)
-    committed = Trap("faletl.line.replace.landing.leave_receipt", "before")
+    committed = Trap("faletl.line.replace.extracts.leave_receipt", "before")
     assert is_killed(start(one_by_one, committed, command="load"))
     assert loaded(one_by_one) == (15, 1)
     code, said = start(one_by_one, command="load").finish()
@@ -175,7 +175,7 @@ def test_a_load_that_is_killed_when_the_gate_has_passed_it_is_not_begun(
 BUILDING = [
     Trap("faletl.models.build._fill", "after", 9),  # half built
     Trap("faletl.models.build._check", "after", 9),  # checked, not committed
-    Trap("faletl.models.build.build_models"),  # built, not published
+    Trap("faletl.line.release.build_models"),  # built, not published
 ]
 
 
@@ -229,7 +229,7 @@ def test_a_rebuild_that_is_killed_leaves_the_old_warehouse_or_the_new(
         assert pipeline.run(settings, Asked(truth.day(21), truth.day(23), ["usage"])).exit_code == 0
     before = all_tables(settings)
     half = Trap("faletl.operations.rebuild.replay")  # of the reads loaded
-    whole = Trap("faletl.models.build.build_models")  # not committed on a server
+    whole = Trap("faletl.operations.rebuild.build_models")  # not committed on a server
     if not IS_ON_POSTGRES:  # not in its place; before that the new file had got its name
         whole = Trap("pathlib.Path.replace", "before", 2)
     done = [] if IS_ON_POSTGRES else [Trap("pathlib.Path.replace", "after", 2)]  # not published
@@ -335,7 +335,7 @@ def test_a_signal_stops_any_step_in_good_order_and_a_second_one_at_once(
     sandbox: Sandbox, one_by_one: Settings
 ) -> None:
     steps = [
-        (EXTRACT, "faletl.pipeline.wait"),
+        (EXTRACT, "faletl.line.extract.wait"),
         ("load", "faletl.line.replace._insert"),
         ("build", "faletl.models.build._fill"),
         (

@@ -255,14 +255,14 @@ def test_a_load_and_a_build_that_are_killed_at_any_step_are_done_or_not(
         assert is_killed(start(on_server, kill, command="load"))
         assert loaded(on_server) == (0, 0)
     # Committed, not told.
-    assert is_killed(start(on_server, Trap("faletl.pipeline.replace_window"), command="load"))
+    assert is_killed(start(on_server, Trap("faletl.line.load.replace_window"), command="load"))
     assert loaded(on_server) == (15, 1)
     assert start(on_server, command="load").finish()[0] == 0
     assert loaded(on_server) == (30, 2)
     assert is_killed(start(on_server, Trap("faletl.models.build._fill", nth=9), command="build"))
     assert builds(on_server) == 0
     # Built, not noted as published.
-    assert is_killed(start(on_server, Trap("faletl.models.build.build_models"), command="build"))
+    assert is_killed(start(on_server, Trap("faletl.line.release.build_models"), command="build"))
     assert builds(on_server) == 1
     check_a_clean_run_mends_all(on_server)
 
@@ -279,7 +279,7 @@ def test_a_killed_rebuild_leaves_the_old_rows(
     before, spent = all_tables(on_server), ask(on_server, SPENT)
     for kill in (
         Trap("faletl.operations.rebuild.replay", nth=2),
-        Trap("faletl.models.build.build_models"),
+        Trap("faletl.operations.rebuild.build_models"),
     ):
         assert is_killed(start(on_server, kill, command="rebuild"))
         assert ask(on_server, SPENT) == spent
@@ -827,7 +827,7 @@ def test_where_the_answer_to_a_commit_is_lost_the_ledger_tells_whether_it_was_ma
     assert "whether the window is loaded is in the ledger" in str(lost)
     assert loaded(on_server) == (15, 2)  # it was made
     with monkeypatch.context() as patch:
-        patch.setattr(catalogue, "_new_runaways", told)
+        patch.setattr("faletl.models.build.new_runaways", told)
         report = pipeline.run(far, DAY)
     ((_, lost),) = report.failures
     assert [outcome.outcome for outcome in report.outcomes] == ["unchanged"]

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from faletl import files
 from faletl.files import copy_file
-from faletl.landing import storage
 
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file of several chunks."""
-    monkeypatch.setattr(storage, "_CHUNK", 4096)
+    monkeypatch.setattr(files, "_CHUNK", 4096)
     path = tmp_path / "source"
     path.write_bytes(os.urandom(3 * 4096 + 1))
     return path

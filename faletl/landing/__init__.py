@@ -1,0 +1,1 @@
+"""What fal sent, on a disk or in an object store, exactly as it came."""
