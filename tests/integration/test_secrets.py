@@ -79,6 +79,8 @@ def all_commands(folder: Path) -> Iterator[tuple[str, ...]]:
     yield ("validate", "--docs", str(folder / "docs"))
     yield ("stage", "--out", str(folder / "handover"))
     yield ("landing", "du")
+    for page in [*folder.glob("landing/*/usage/2026-11-21/*/*.json.zst"), folder][:1]:
+        yield ("landing", "scrub", str(page))
     yield ("landing", "prune")
     yield ("maintain",)
     yield ("verify",)
