@@ -53,6 +53,7 @@ traps = st.builds(
             "faletl.landing.extracts.write_durably",
             "faletl.landing.extracts.Attempt.seal",
             "faletl.line.extract.stage_window",
+            "faletl.line.load.stage_window",
             "faletl.line.replace.fence",
             "faletl.line.replace._delete_window",
             "faletl.line.replace._insert",
