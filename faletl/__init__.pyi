@@ -12,3 +12,4 @@ from faletl.pipeline import run as run
 from faletl.selection import Asked as Asked
 
 __version__: str
+__all__: list[str]

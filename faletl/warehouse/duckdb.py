@@ -8,9 +8,11 @@ closing the file is one lease.
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator
@@ -158,6 +160,8 @@ MACROS = (
     """,
 )
 
+_FUNCTIONS = frozenset(re.findall(r"macro (\w+)", "".join(MACROS)))
+
 
 class DuckDBWarehouse:
     """See `faletl.warehouse.protocol.Warehouse`."""
@@ -283,7 +287,7 @@ class DuckDBWarehouse:
         try:
             with self._opened() as connection:
                 schema.is_older(connection, str(self._path), is_older_fine=True)
-                if theirs := ownership.of_others(connection):
+                if theirs := ownership.of_others(connection, _FUNCTIONS):
                     raise SettingsError(
                         f"{self._path} holds {', '.join(theirs)} of somebody else, and would lose them; "
                         "nothing was changed. Move them to a file of their own, which may attach "
@@ -526,7 +530,9 @@ class DuckDBWarehouse:
                 "since": instant(datetime.now(UTC).replace(microsecond=0)),
             }
             with suppress(OSError), _private():  # it only tells others who holds the lock
-                told.write_text(json.dumps(by), "utf-8")
+                told.unlink(missing_ok=True)  # it may be a link, whose target is somebody else's
+                with told.open("x", encoding="utf-8") as file:
+                    json.dump(by, file)
             yield
         finally:
             with suppress(OSError):
@@ -716,7 +722,7 @@ def _make_readable(folder: Path) -> None:
 
 def _discard(path: Path) -> None:
     """Delete a database that nobody uses, with all that stands beside it."""
-    for leftover in path.parent.glob(f"{path.name}*"):
+    for leftover in path.parent.glob(f"{glob.escape(path.name)}*"):
         if leftover.is_dir():
             shutil.rmtree(leftover)
         else:

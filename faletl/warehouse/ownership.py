@@ -6,15 +6,51 @@ there everything that has the name of one of ours is, as that faletl made it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 import sqlalchemy as sa
 
 from faletl.errors import SettingsError
 from faletl.files import sql_folder
-from faletl.warehouse.names import in_database
-from faletl.warehouse.schema import columns_held, columns_of
+from faletl.warehouse.names import AS_TYPED, in_database
+from faletl.warehouse.schema import columns_of
 from faletl.warehouse.tables import BUILDS, LAYERS, METADATA, OBJECTS, SCHEMAS
+
+_OBJECTS: Mapping[str, str] = {
+    "postgresql": """
+        select nspname, relname from pg_class join pg_namespace on pg_namespace.oid = relnamespace
+        union
+        select nspname, proname from pg_proc join pg_namespace on pg_namespace.oid = pronamespace
+        union
+        select nspname, typname from pg_type join pg_namespace on pg_namespace.oid = typnamespace
+        where typelem = 0
+    """,
+    "duckdb": """
+        select schema_name, table_name from duckdb_tables()
+        where database_name = current_database() and not internal
+        union
+        select schema_name, view_name from duckdb_views()
+        where database_name = current_database() and not internal
+        union
+        select schema_name, index_name from duckdb_indexes() where database_name = current_database()
+        union
+        select schema_name, sequence_name from duckdb_sequences()
+        where database_name = current_database()
+        union
+        select schema_name, function_name from duckdb_functions()
+        where database_name = current_database() and not internal
+        union
+        select schema_name, type_name from duckdb_types()
+        where database_name = current_database() and not internal
+    """,
+}
+"""Schema and name of all that has a name, as each database tells it: whoever may use it, or not."""
+
+
+def objects(connection: sa.Connection, schemas: Collection[str]) -> set[str]:
+    """The names, with their schemas, of all objects in these schemas of the database."""
+    found = connection.exec_driver_sql(_OBJECTS[connection.dialect.name], execution_options=AS_TYPED)
+    return {f"{schema}.{name}" for schema, name in found if schema in schemas}
 
 
 def planned() -> frozenset[str]:
@@ -34,19 +70,26 @@ def refuse(theirs: Iterable[str], where: str) -> None:
         )
 
 
-def of_others(connection: sa.Connection) -> list[str]:
-    """The tables and views of a DuckDB file that faletl did not make, with their schemas."""
-    found = connection.exec_driver_sql(
-        "select table_schema, table_schema || '.' || table_name from information_schema.tables "
-        "where table_catalog = current_database()"
+def of_others(connection: sa.Connection, functions: Collection[str]) -> list[str]:
+    """What faletl did not make in a DuckDB file: schemas, and objects with their schemas.
+
+    `functions` are those that faletl makes there.
+    """
+    schemas = set(
+        connection.exec_driver_sql(
+            "select schema_name from duckdb_schemas() where database_name = current_database()"
+        ).scalars()
     )
-    ours = set(in_database(connection, planned()))
+    own = set(in_database(connection, SCHEMAS))
+    ours = {*in_database(connection, planned()), *(f"main.{name}" for name in functions)}
+    found = objects(connection, schemas)
     if columns_of(connection, OBJECTS):
         ours.update(connection.execute(sa.select(OBJECTS.c.name)).scalars())
-        schemas = set[str]()
     else:  # an older faletl made whatever is in its schemas
-        schemas = set(in_database(connection, SCHEMAS))
-    return sorted(name for schema, name in found if schema not in schemas and name not in ours)
+        ours.update(name for name in found if name.split(".")[0] in own)
+    theirs = found - ours
+    empty = schemas - own - {"main"} - {name.split(".")[0] for name in theirs}
+    return sorted([*empty, *theirs])
 
 
 def claim(connection: sa.Connection, tables: Collection[str]) -> None:
@@ -57,7 +100,7 @@ def claim(connection: sa.Connection, tables: Collection[str]) -> None:
     """
     ours = set(in_database(connection, tables))
     known = set(connection.execute(sa.select(OBJECTS.c.name)).scalars())
-    there = ours.intersection(in_database(connection, columns_held(connection, LAYERS)))
+    there = ours & objects(connection, in_database(connection, LAYERS))
     has_build = connection.execute(sa.select(BUILDS.c.build_id).limit(1)).first() is not None
     if known or not has_build:  # else an older faletl made them
         refuse(there - known, "the warehouse")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -64,16 +64,6 @@ _HOLDERS_SESSION = f"""
 _OURS = "faletl, "
 """What names of our sessions begin with; the process follows, as far as there is room for it."""
 
-_ALL_OBJECTS = """
-    select nspname || '.' || relname
-    from pg_class join pg_namespace on pg_namespace.oid = relnamespace
-    where nspname = any(:schemas)
-    union
-    select nspname || '.' || proname
-    from pg_proc join pg_namespace on pg_namespace.oid = pronamespace
-    where nspname = any(:schemas)
-"""
-
 _VIEWS_OVER = """
     with recursive views (oid) as (
         select distinct ev_class from pg_depend join pg_rewrite on pg_rewrite.oid = objid
@@ -93,6 +83,36 @@ _HAS_BUILD = """
     )
 """
 """A build makes all of reports in one transaction. Readers may look here, and not into ops."""
+
+_FOR_READERS = """
+    select name from ops.objects
+    where split_part(name, '.', 1) = any(:schemas) and to_regclass(name) is not null
+    order by name
+"""
+
+_COMMENTS = """
+    select nspname, obj_description(oid, 'pg_namespace') from pg_namespace where nspname = any(:schemas)
+"""
+
+_READERS = """
+    with objects as (
+        select oid, relowner, relacl from pg_class
+        where relnamespace::regnamespace::text = any(:schemas)
+            and relnamespace::regnamespace::text || '.' || relname in (select name from ops.objects)
+    )
+    select case grantee when 0 then 'public' else quote_ident(pg_get_userbyid(grantee)) end
+    from objects, aclexplode(relacl)
+    where privilege_type = 'SELECT' and grantee <> relowner
+    group by grantee
+    having count(distinct oid) = (select count(*) from objects)
+"""
+"""The roles that may read all that faletl made for readers, as `faletl grant` lets them."""
+
+_READERS_OF = """
+    select case grantee when 0 then 'public' else quote_ident(pg_get_userbyid(grantee)) end
+    from pg_class, aclexplode(relacl)
+    where oid = to_regclass(:name) and privilege_type = 'SELECT' and grantee <> relowner
+"""
 
 _TOO_MIGHTY = """
     select rolname from pg_roles where rolname = session_user and (
@@ -309,14 +329,18 @@ class PostgresWarehouse:
             known = sa.text("select 1 from pg_roles where rolname = :role")
             if not connection.execute(known, {"role": role}).scalar():
                 raise UsageError(f"there is no role {role!a} in {self._where}; create it first")
-            schemas = ", ".join(in_database(connection, _READERS_SCHEMAS))
-            reader = psycopg.sql.Identifier(role).as_string()
+            schemas = in_database(connection, _READERS_SCHEMAS)
+            objects = connection.execute(sa.text(_FOR_READERS), {"schemas": schemas}).scalars().all()
+            if not objects:
+                raise UsageError("nothing is built yet; run faletl build first")
+            reader, inside = psycopg.sql.Identifier(role).as_string(), ", ".join(schemas)
             for statement in (
-                f"grant usage on schema {schemas} to {reader}",
-                f"grant select on all tables in schema {schemas} to {reader}",
-                f"alter default privileges in schema {schemas} grant select on tables to {reader}",
+                f"grant usage on schema {inside} to {reader}",
+                f"grant select on {', '.join(objects)} to {reader}",
+                # An older faletl granted whatever its role would make there, for others as well.
+                f"alter default privileges in schema {inside} revoke select on tables from {reader}",
             ):
-                connection.exec_driver_sql(statement)
+                connection.exec_driver_sql(statement, execution_options=AS_TYPED)
 
     @contextmanager
     def renewed(
@@ -327,16 +351,14 @@ class PostgresWarehouse:
         with self._alone(holder) as (connection, told), connection.begin():
             if _is_there(connection):
                 schema.is_older(connection, self._where, is_older_fine=True)
+                _make_schemas(connection)
                 known = connection.execute(sa.select(WAREHOUSE.c.fencing_token)).scalar() or 0
                 token = max(token, known)
                 with suppress(sa.exc.ProgrammingError), connection.begin_nested():
                     answer = ask(connection)  # not where a table or column is gone
-                for table in METADATA.sorted_tables:
-                    if table is not OBJECTS:  # what was made stays
-                        _make_empty(connection, table)
-                schema.initialise(connection, token)
+                _empty(connection, token)
             else:
-                self._create(connection, token)
+                self._create(connection, token, is_rebuild=True)
             yield _Renewed(self, connection, told), answer
 
     def take_in(self, connection: sa.Connection, table: sa.Table, source: str, scratch: Path) -> None:
@@ -392,7 +414,13 @@ class PostgresWarehouse:
             return [(name, ours) for name, ours, _ in _described(found)]
 
     def make_view(self, connection: sa.Connection, name: str, select: str) -> None:
-        """Replace the view in its place, so that views of readers stay; see the protocol."""
+        """Replace the view in its place, so that views of readers stay; see the protocol.
+
+        A view that is already the same is left alone: to replace it would wait for all who read it.
+        """
+        if _is_view_of(connection, name, select):
+            return
+        roles = _readers(connection, name)
         try:
             with connection.begin_nested():
                 connection.exec_driver_sql(f"create or replace view {name} as {select}")
@@ -401,6 +429,7 @@ class PostgresWarehouse:
                 raise
             _drop(connection, name)
             connection.exec_driver_sql(f"create view {name} as {select}")
+        _let_read(connection, name, roles)
 
     def make_table(self, connection: sa.Connection, name: str, select: str, by: str | None) -> None:
         """Empty the table if it has those columns, so that its readers keep it; else make it anew."""
@@ -408,9 +437,11 @@ class PostgresWarehouse:
         if _columns(connection, name) == columns:
             connection.exec_driver_sql(f"delete from {name}")
             return
+        roles = _readers(connection, name)
         _drop(connection, name)
         told = ", ".join(f'"{column}" {kind}' for column, kind in columns)
         connection.exec_driver_sql(f"create table {name} ({told})")
+        _let_read(connection, name, roles)
         if by is not None:
             connection.exec_driver_sql(f"create index on {name} ({by})")
 
@@ -492,6 +523,7 @@ class PostgresWarehouse:
             connect_args={
                 "application_name": f"{_OURS}{_this_process()}",
                 "connect_timeout": 10,
+                "client_encoding": "utf8",  # whatever the database says, or cannot do
                 **_KEEPALIVES,
             },
         )
@@ -506,6 +538,12 @@ class PostgresWarehouse:
             "TimeZone": "'UTC'",
             "search_path": f"{self._prefix}{_FUNCTIONS_IN}",
             "lock_timeout": round(self._settings.lock_seconds * 1000) or 1,
+            # What a database, or a role, may set otherwise, and what our SQL and psycopg depend on.
+            "datestyle": "ISO, MDY",
+            "standard_conforming_strings": "on",
+            "quote_all_identifiers": "off",
+            # A transaction of ours works between its statements.
+            "idle_in_transaction_session_timeout": 0,
             # A statement ends soon after its client has died, and lets go of the lock.
             "client_connection_check_interval": 1000,
             # Its holder's machine may be gone without a word: then the lock is to be free soon.
@@ -543,19 +581,27 @@ class PostgresWarehouse:
             return SettingsError(f"FALETL_WAREHOUSE: {self._where} cannot be used: {said}")
         return WarehouseError(f"the warehouse cannot be reached: {said}")
 
-    def _create(self, connection: sa.Connection, token: int = 0) -> None:
-        schemas = in_database(connection, SCHEMAS)
-        found = connection.execute(sa.text(_ALL_OBJECTS), {"schemas": schemas}).scalars()
-        functions = re.findall(r"function (\w+)", "".join(FUNCTIONS))
-        planned = {*ownership.planned(), *(f"{_FUNCTIONS_IN}.{name}" for name in functions)}
-        ownership.refuse(set(in_database(connection, planned)).intersection(found), self._where)
-        held = connection.execute(sa.text("select nspname from pg_namespace")).scalars().all()
+    def _create(self, connection: sa.Connection, token: int = 0, *, is_rebuild: bool = False) -> None:
+        there = _what_is_left(connection, self._where)
+        if there and not is_rebuild:
+            raise TamperedError(
+                f"{self._where} holds {min(there)}, but no longer what belongs to it; faletl rebuild "
+                "makes the warehouse again from the landed pages"
+            )
+        encoding = connection.execute(sa.text("show server_encoding")).scalar_one()
+        if encoding != "UTF8":
+            raise SettingsError(
+                f"FALETL_WAREHOUSE: {self._where} has the encoding {encoding}, which cannot hold every "
+                "text of fal; nothing was changed. Create a database with encoding 'UTF8'"
+            )
         try:
             with connection.begin_nested():
-                schema.create(connection, token, held)
-                for name, purpose in zip(schemas, SCHEMAS.values(), strict=True):
-                    if name not in held:
-                        connection.exec_driver_sql(f"comment on schema {name} is {quoted(purpose)}")
+                held = _make_schemas(connection)
+                if there:
+                    _empty(connection, token)
+                    connection.execute(sa.insert(OBJECTS), [{"name": name} for name in sorted(there)])
+                else:
+                    schema.create(connection, token, held)
                 self.define_functions(connection)
         except sa.exc.ProgrammingError as error:
             raise SettingsError(
@@ -635,6 +681,68 @@ def _described(found: sa.CursorResult[Any]) -> list[tuple[str, str, str]]:
     return columns
 
 
+def _what_is_left(connection: sa.Connection, where: str) -> set[str]:
+    """The objects of a warehouse that lost its `ops`, in schemas that still have our comments.
+
+    Raises:
+        SettingsError: others have what faletl would make.
+    """
+    schemas = in_database(connection, SCHEMAS)
+    functions = re.findall(r"function (\w+)", "".join(FUNCTIONS))
+    planned = {*ownership.planned(), *(f"{_FUNCTIONS_IN}.{name}" for name in functions)}
+    there = ownership.objects(connection, schemas).intersection(in_database(connection, planned))
+    comments = connection.execute(sa.text(_COMMENTS), {"schemas": schemas})
+    ours = set(zip(schemas, SCHEMAS.values(), strict=True)).intersection(map(tuple, comments))
+    own_schemas = {name for name, _ in ours}
+    ownership.refuse((name for name in there if name.split(".")[0] not in own_schemas), where)
+    return there
+
+
+def _make_schemas(connection: sa.Connection) -> list[str]:
+    """Create the schemas that are not there; return the names of all."""
+    held = connection.execute(sa.text("select nspname from pg_namespace")).scalars().all()
+    schemas = in_database(connection, SCHEMAS)
+    for name, purpose in zip(schemas, SCHEMAS.values(), strict=True):
+        if name not in held:
+            connection.execute(sa.schema.CreateSchema(name))
+            connection.exec_driver_sql(f"comment on schema {name} is {quoted(purpose)}")
+    return schemas
+
+
+def _is_view_of(connection: sa.Connection, name: str, select: str) -> bool:
+    """Whether the view is there and is made of that very select."""
+    (real_name,) = in_database(connection, [name])
+    same = sa.text(
+        "select exists (select from pg_class where oid = to_regclass(:name) and relkind = 'v' "
+        "and pg_get_viewdef(oid) = pg_get_viewdef('pg_temp.faletl_view'::regclass))"
+    )
+    try:
+        with connection.begin_nested() as attempt:
+            connection.exec_driver_sql(f"create temporary view faletl_view as {select}")
+            is_same = connection.execute(same, {"name": real_name}).scalar_one()
+            attempt.rollback()
+    except sa.exc.ProgrammingError:  # the role may make no temporary views, or the select is wrong
+        return False
+    return bool(is_same)
+
+
+def _readers(connection: sa.Connection, name: str) -> set[str]:
+    """The roles that may read the object, and those that may read all that faletl made for readers."""
+    (real_name,) = in_database(connection, [name])
+    if name.split(".")[0] not in _READERS_SCHEMAS:
+        schemas = []
+    else:
+        schemas = in_database(connection, _READERS_SCHEMAS)
+    found = set(connection.execute(sa.text(_READERS), {"schemas": schemas}).scalars())
+    return found.union(connection.execute(sa.text(_READERS_OF), {"name": real_name}).scalars())
+
+
+def _let_read(connection: sa.Connection, name: str, roles: Collection[str]) -> None:
+    """Grant the roles what they had."""
+    if roles:
+        connection.exec_driver_sql(f"grant select on {name} to {', '.join(sorted(roles))}")
+
+
 def _columns(connection: sa.Connection, table: str) -> list[tuple[str, str]]:
     """The columns that a table really has, in their order, and the types of these."""
     found = connection.execute(
@@ -654,6 +762,14 @@ def _columns(connection: sa.Connection, table: str) -> list[tuple[str, str]]:
     return [(name, kind) for name, kind in found]
 
 
+def _empty(connection: sa.Connection, token: int) -> None:
+    """Empty all of raw and ops, but for the names of what was made; create what is gone."""
+    for table in METADATA.sorted_tables:
+        if table is not OBJECTS or not _columns(connection, table.fullname):
+            _make_empty(connection, table)
+    schema.initialise(connection, token)
+
+
 def _make_empty(connection: sa.Connection, table: sa.Table) -> None:
     """An empty table of ours; one that has its columns is kept, for those who read it."""
     made = [(c.name, c.type.compile(connection.dialect).replace(", ", ",")) for c in table.columns]
@@ -669,7 +785,7 @@ def _drop(connection: sa.Connection, name: str) -> None:
     """Drop the table or view of ours, if it is there, with views of ours that read it.
 
     Raises:
-        SettingsError: somebody else's view reads it; nothing is dropped.
+        SettingsError: something of somebody else depends on it; nothing is dropped.
     """
     known = sa.text("select relkind from pg_class where oid = to_regclass(:name)")
     (real_name,) = in_database(connection, [name])
@@ -682,7 +798,19 @@ def _drop(connection: sa.Connection, name: str) -> None:
             f"{real_name} gets other columns, and {', '.join(theirs)} of somebody else read it; "
             "nothing was changed. Drop them, run faletl build, and make them again"
         )
-    connection.exec_driver_sql(f"drop {'view' if kind == 'v' else 'table'} {name} cascade")
+    try:
+        with connection.begin_nested():
+            if ours := ", ".join(sorted(readers)):  # of one statement, as one may read another
+                connection.exec_driver_sql(f"drop view {ours}", execution_options=AS_TYPED)
+            connection.exec_driver_sql(f"drop {'view' if kind == 'v' else 'table'} {name}")
+    except sa.exc.DBAPIError as error:
+        if not isinstance(error.orig, psycopg.errors.DependentObjectsStillExist):
+            raise
+        told = "; ".join((error.orig.diag.message_detail or "").splitlines())
+        raise SettingsError(
+            f"{real_name} gets other columns, and something of somebody else depends on it ({told}); "
+            "nothing was changed. Drop that, run faletl build, and make it again"
+        ) from None
 
 
 def _cursor(connection: sa.Connection) -> psycopg.Cursor[Any]:

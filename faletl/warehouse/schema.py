@@ -70,7 +70,10 @@ def is_older(connection: sa.Connection, where: str, *, is_older_fine: bool = Fal
         # Any other error, of a server that is gone or cannot wait, tells nothing of what it holds.
         prefix = prefix_of(connection)
         where_else = f" whose schemas begin with {prefix} (FALETL_SCHEMA_PREFIX)" if prefix else ""
-        raise SettingsError(f"{where} is a database, but no faletl warehouse{where_else}") from None
+        raise SettingsError(
+            f"{where} is a database, but no faletl warehouse{where_else}; set FALETL_WAREHOUSE to "
+            "another one, or FALETL_SCHEMA_PREFIX, say to fal_, if others use this one, too"
+        ) from None
     if version > SCHEMA_VERSION:
         raise SettingsError(
             f"{where} was written by a newer faletl (schema {version}, this one knows "

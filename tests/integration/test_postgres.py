@@ -507,6 +507,9 @@ THEIRS = {
     "create function staging.quotient(numeric, numeric) returns numeric language sql return 1": [
         "staging.quotient"
     ],
+    "create domain reports.rpt_spend_daily as text; create type raw.usage as enum ('a')": [
+        "raw.usage", "reports.rpt_spend_daily",
+    ],
 }  # fmt: skip
 
 
@@ -578,6 +581,88 @@ def test_views_of_users_keep_a_table_that_would_get_another_shape(
     assert ask(on_server, "select count(*) from marts.dim_unit")[0][0] > 0
 
 
+@pytest.mark.parametrize(
+    "made",
+    [
+        "create table public.kept (id int, unit marts.dim_unit)",
+        """
+        create function public.units() returns setof marts.dim_unit language sql
+        begin atomic select * from marts.dim_unit; end
+        """,
+        "create materialized view public.kept as select * from marts.dim_unit",
+    ],
+)
+def test_whatever_depends_on_a_table_keeps_it_from_getting_another_shape(
+    made: str, clock: time_machine.Traveller, on_server: Settings
+) -> None:
+    pipeline.run(on_server)
+    with psycopg.connect(on_server.warehouse, autocommit=True) as owner:
+        owner.execute(made.encode())
+        owner.execute("alter table marts.dim_unit add column more int")
+        before = owner.execute(EVERY_OBJECT).fetchall()
+        with pytest.raises(SettingsError, match=r"marts\.dim_unit gets other columns, and .*public\."):
+            pipeline.build(on_server, full=True)
+        assert owner.execute(EVERY_OBJECT).fetchall() == before
+
+
+def test_a_grant_lets_nobody_read_what_others_keep_in_the_same_schema(
+    clock: time_machine.Traveller, on_server: Settings
+) -> None:
+    with psycopg.connect(on_server.warehouse, autocommit=True) as owner:
+        for role in ("analysts", "stranger"):
+            owner.execute(f"drop role if exists {role}")
+            owner.execute(f"create role {role} login")
+        owner.execute("create schema marts; create table marts.salaries (amount int)")
+        owner.execute("create table marts.foreign_owned (a int)")
+        owner.execute("alter table marts.foreign_owned owner to stranger")
+        assert pipeline.run(on_server).exit_code == 0
+        owner.execute("alter default privileges in schema marts grant select on tables to analysts")
+        open_warehouse(on_server).grant("analysts")
+        owner.execute("create table marts.bonus (amount int)")
+        with as_role(on_server.warehouse, "analysts") as reader:
+            reader.execute("select * from marts.dim_unit")
+            for refused in ("salaries", "bonus", "foreign_owned"):
+                with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                    reader.execute(f"select * from marts.{refused}")
+        owner.execute("drop owned by stranger; drop owned by analysts")
+
+
+def test_a_reader_in_an_open_transaction_keeps_no_build_waiting(
+    clock: time_machine.Traveller, on_server: Settings
+) -> None:
+    pipeline.run(on_server)
+    hasty = on_server.model_copy(update={"lock_seconds": 2.0})
+    with psycopg.connect(on_server.warehouse) as reader:
+        reader.execute("select count(*) from reports.rpt_freshness, staging.stg_fal__usage")
+        pipeline.build(hasty, full=True)
+        rebuild(hasty)
+        assert verify(hasty).findings == []
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "alter schema raw rename to raw_old",
+        "alter schema staging rename to staging_old",
+        "drop schema ops cascade",
+    ],
+)
+def test_a_rebuild_makes_a_schema_that_is_gone(
+    lost: str, clock: time_machine.Traveller, on_server: Settings
+) -> None:
+    pipeline.run(on_server)
+    before = all_tables(on_server)
+    with psycopg.connect(on_server.warehouse, autocommit=True) as owner:
+        owner.execute(lost.encode())
+    if "ops" in lost:  # nothing tells a run what is loaded
+        ((_, refused),) = pipeline.run(on_server).failures
+        assert "marts.dim_account" in str(refused)
+        assert "faletl rebuild" in str(refused)
+    rebuild(on_server)
+    assert all_tables(on_server) == before
+    assert verify(on_server).findings == []
+
+
 def test_a_newer_warehouse_is_refused_and_one_that_lacks_columns_is_upgraded(
     clock: time_machine.Traveller, on_server: Settings
 ) -> None:
@@ -629,6 +714,41 @@ def test_no_password_is_told_when_a_server_cannot_be_used(
 
 
 # --- What a server may do -------------------------------------------------------------------------
+
+
+def test_settings_of_a_database_change_nothing(
+    clock: time_machine.Traveller, account: Account, on_server: Settings
+) -> None:
+    name = psycopg.conninfo.conninfo_to_dict(on_server.warehouse)["dbname"]
+    for setting in (
+        "datestyle = 'German'", "standard_conforming_strings = off", "quote_all_identifiers = on",
+        "idle_in_transaction_session_timeout = 60000", "client_encoding = 'LATIN1'",
+        "intervalstyle = 'iso_8601'", "extra_float_digits = 0", "bytea_output = 'escape'",
+    ):  # fmt: skip
+        in_another_session(on_server, f"alter database {name} set {setting}")
+    assert pipeline.run(on_server).exit_code == 0
+    assert total(on_server) == sum(one.cost_total for one in account.lines)
+    assert verify(on_server).findings == []
+    rebuild(on_server)
+    assert verify(on_server).findings == []
+    with open_warehouse(on_server).lease("a test") as lease:  # whose transactions take their time
+        timeout = "show idle_in_transaction_session_timeout"
+        assert lease.connection.exec_driver_sql(timeout).scalar() == "0"
+
+
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
+def test_a_database_that_cannot_hold_every_text_is_refused(
+    encoding: str, on_server: Settings, database: str
+) -> None:
+    name = f"narrow_{encoding.lower()}"
+    with psycopg.connect(database, autocommit=True) as owner:
+        owner.execute(f"drop database if exists {name}")
+        owner.execute(f"create database {name} encoding '{encoding}' locale 'C' template template0")
+    url = sa.make_url(on_server.warehouse).set(database=name)
+    narrow = on_server.model_copy(update={"warehouse": url.render_as_string(hide_password=False)})
+    report = pipeline.run(narrow)
+    assert report.exit_code == 2
+    assert f"has the encoding {encoding}" in str(report.failures[-1][1])
 
 
 def in_another_session(settings: Settings, *statements: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
@@ -410,10 +411,18 @@ def test_a_rebuild_loses_nothing_that_others_keep_in_the_file(
     with duckdb.connect(file) as theirs:
         theirs.execute("create schema notes; create table notes.mine as select 42 as answer")
         theirs.execute("create view marts.mine as select 1 as one")
-    with pytest.raises(SettingsError, match=r"holds marts\.mine, notes\.mine of somebody else"):
+        theirs.execute("create schema drafts; create macro net(amount) as amount * 0.8")
+        theirs.execute("create sequence notes.ids; create type notes.mood as enum ('good')")
+        theirs.execute("create index by_name on raw.credits (username)")
+    named = (
+        "drafts, main.net, marts.mine, notes.ids, notes.mine, notes.mood, raw.by_name of somebody else"
+    )
+    with pytest.raises(SettingsError, match=f"holds {named}"):
         rebuild(settings)
     assert pipeline.run(settings, Asked(resources=["credits"])).exit_code == 0  # a build keeps them, too
     with duckdb.connect(file) as theirs:
         assert theirs.execute("select answer from notes.mine").fetchall() == [(42,)]
-        theirs.execute("drop schema notes cascade; drop view marts.mine")
+        assert theirs.execute("select net(10)").fetchall() == [(Decimal(8),)]
+        theirs.execute("drop schema notes cascade; drop schema drafts; drop view marts.mine")
+        theirs.execute("drop macro net; drop index raw.by_name")
     rebuild(settings)
