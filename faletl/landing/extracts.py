@@ -542,7 +542,8 @@ def read_of_run(
 def complete_reads(settings: Settings, day: date | None = None) -> Iterator[Path]:
     """The folder of every complete read (of one UTC day), oldest first within each window."""
     for path in _matching(settings, f"*/*/{day or '*'}/*/{MANIFEST}"):
-        yield path.parent
+        if _is_load_id(path.parent.name):
+            yield path.parent
 
 
 def _matching(settings: Settings, pattern: str) -> list[Path]:
@@ -635,8 +636,8 @@ def open_read(folder: Path) -> Landed:
     path = folder / MANIFEST
     try:
         manifest = msgspec.json.decode(at(path).read(path), type=Manifest)
-    except (FileNotFoundError, *UNREADABLE) as error:
-        reason = "it is gone" if isinstance(error, FileNotFoundError) else str(error)
+    except (FileNotFoundError, IsADirectoryError, *UNREADABLE) as error:
+        reason = "it is gone" if isinstance(error, OSError) else str(error)
         raise DamagedExtractError(
             f"{path} cannot be read: {reason}; restore it, or read the window again with faletl run "
             "--start … --end …",
@@ -652,7 +653,7 @@ def open_read(folder: Path) -> Landed:
 def all_reads(settings: Settings) -> Iterator[Path]:
     """The folder of every read, complete or not."""
     for folder in _matching(settings, "*/*/*/*"):
-        if _LOAD_ID.fullmatch(folder.name):
+        if _is_load_id(folder.name) and at(folder).is_own_folder(folder):
             yield folder
 
 
@@ -680,7 +681,9 @@ def drop(folder: Path) -> None:
         StorageError: it cannot be deleted.
     """
     try:
-        at(folder).delete(folder / MANIFEST)
+        if at(folder).is_own_folder(folder):
+            with suppress(IsADirectoryError):  # no manifest of ours
+                at(folder).delete(folder / MANIFEST)
         at(folder).drop(folder)
         at(folder).drop_empty(folder.parent)
     except OSError as error:
@@ -755,7 +758,14 @@ def _window_folder(settings: Settings, account: str, resource: str, window: Wind
 
 def _load_folders(parent: Path) -> list[Path]:
     """The folders of reads in there, oldest first."""
-    return [parent / name for name in sorted(at(parent).names(parent)) if _LOAD_ID.fullmatch(name)]
+    return [parent / name for name in sorted(at(parent).names(parent)) if _is_load_id(name)]
+
+
+def _is_load_id(name: str) -> bool:
+    """Whether a folder of that name is ours: what others put there stays as it is."""
+    with suppress(ValueError):
+        return bool(_LOAD_ID.fullmatch(name) and _started_at(name))
+    return False
 
 
 def _read_of(load_id: str) -> str:

@@ -7,9 +7,11 @@ where it did not answer, universal-pathlib may say that nothing is there.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
+import stat
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -84,8 +86,11 @@ class Disk:
 
     @staticmethod
     def read(path: Path) -> bytes:
-        """The content of a file; raises OSError."""
-        return path.read_bytes()
+        """The content of a regular file; of a pipe or device there is none; raises OSError."""
+        with open(path, "rb", opener=_without_waiting) as file:  # Path.open has no opener
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise FileNotFoundError(errno.ENOENT, "it is no file", str(path))
+            return file.read()
 
     @staticmethod
     def write(path: Path, content: bytes) -> None:
@@ -151,8 +156,16 @@ class Disk:
 
     @staticmethod
     def drop(folder: Path) -> None:
-        """Delete the folder with all that is in it; raises OSError."""
-        shutil.rmtree(folder)
+        """Delete the folder with all that is in it, of a link the link alone; raises OSError."""
+        if folder.is_symlink():
+            folder.unlink()
+        else:
+            shutil.rmtree(folder)
+
+    @staticmethod
+    def is_own_folder(path: Path) -> bool:
+        """Whether it is a folder itself, and no link to one."""
+        return path.is_dir() and not path.is_symlink()
 
     @staticmethod
     def drop_empty(folder: Path) -> None:
@@ -253,6 +266,11 @@ class Store:
             _fs(folder).rm(_key(folder), recursive=True)
 
     @staticmethod
+    def is_own_folder(_path: Path) -> bool:
+        """True: there are no links."""
+        return True
+
+    @staticmethod
     def drop_empty(folder: Path) -> None:
         """Nothing: a prefix is gone with the last object below it."""
 
@@ -290,6 +308,11 @@ def write_durably(path: Path, content: bytes) -> None:
         at(path).write(path, content)
     except OSError as error:
         raise storage_error(error, path, needed=len(content)) from None
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Open a file; a pipe, too, though nothing writes to it."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _fs(path: Path) -> Any:

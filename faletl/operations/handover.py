@@ -12,6 +12,7 @@ of these days are deleted: what they held is in others now, or nowhere.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ from faletl.windows import Window
 from faletl.wire import UNREADABLE
 
 FILE, MANIFEST = "rows.parquet", "manifest.json"
+_OWN_FILE = re.compile(rf"{re.escape(FILE)}|\d{{8}}T\d{{12}}Z-[0-9a-f-]+\.parquet", re.ASCII)
 
 
 @dataclass(slots=True)
@@ -133,8 +135,8 @@ def _fill(
         warehouse.hand_out(connection, rows_of_windows(resource, account, windows), part)
     rows, cost_total = _figures(part, memory)
     folder.mkdir(parents=True, exist_ok=True)
-    for older in folder.glob("*.parquet"):
-        if older != path:  # as an older faletl named it
+    for older in _own_files(folder):
+        if older != path:
             older.replace(path)
     part.replace(path)
     handed.written.append(path)
@@ -150,7 +152,7 @@ def _figures(path: Path, memory: str) -> tuple[int, str | None]:
 
 
 def _empty(out: Path, folder: Path, listed: dict[str, Day], handed: Handed) -> None:
-    for old in folder.glob("*.parquet"):
+    for old in _own_files(folder):
         old.unlink()
         handed.deleted.append(old)
         listed.pop(old.relative_to(out).as_posix(), None)
@@ -158,11 +160,19 @@ def _empty(out: Path, folder: Path, listed: dict[str, Day], handed: Handed) -> N
         folder.rmdir()
 
 
+def _own_files(folder: Path) -> Iterator[Path]:
+    """The files of a day that faletl wrote, this one or an older one; those of others stay."""
+    yield from (path for path in folder.glob("*.parquet") if _OWN_FILE.fullmatch(path.name))
+
+
 def _folders_of(out: Path, label: str, asked: Asked) -> Iterator[Path]:
     """The folders of the label's days that are asked for."""
     for folder in sorted(out.glob(f"*/{_of_account(label)}/day=*")):
-        day = date.fromisoformat(folder.name.removeprefix("day="))
-        if asked.includes(folder.parents[1].name, Window.of_day(day)):
+        try:
+            window = Window.of_day(date.fromisoformat(folder.name.removeprefix("day=")))
+        except ValueError:  # the folder of another program
+            continue
+        if asked.includes(folder.parents[1].name, window):
             yield folder
 
 

@@ -153,8 +153,11 @@ def test_files_of_an_older_faletl_are_replaced(
     (out / "manifest.json").unlink()
     for path in list(out.rglob("*.parquet")):
         path.rename(path.with_name("20261127T192708840116Z-25f949-75a5aae5.parquet"))
+        path.with_name("part-0001.parquet").write_bytes(b"another program's")
     hand_over(settings, out)
-    assert {path.name for path in out.rglob("*.parquet")} == {"rows.parquet"}
+    found = sorted(path.name for path in next(out.glob("usage/*/*")).iterdir())
+    assert found == ["part-0001.parquet", "rows.parquet"]
+    assert {path.read_bytes() for path in out.rglob("part-*")} == {b"another program's"}
 
 
 HAND_OVER = "stage --out handed --resource usage"

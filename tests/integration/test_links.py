@@ -6,6 +6,7 @@ import os
 import stat
 import sys
 import tempfile
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from faletl import duck, pipeline
 from faletl.config import Settings
 from faletl.errors import SettingsError, WarehouseBusyError
 from faletl.operations.handover import hand_over
-from faletl.operations.rebuild import rebuild
+from faletl.operations.maintain import maintain
+from faletl.operations.rebuild import prune, rebuild
 from faletl.operations.validate import validate
 from faletl.operations.verify import verify
 from faletl.sandbox import Sandbox
@@ -41,6 +43,58 @@ def tmpdir_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     return folder
+
+
+# --- Landing folder: what is no extract -----------------------------------------------------------
+
+
+def test_what_others_put_into_the_landing_folder_is_left_alone(
+    clock: time_machine.Traveller, sandbox: Sandbox, tmp_path: Path
+) -> None:
+    settings = settings_for(sandbox.url, tmp_path)
+    pipeline.run(settings)
+    day = next((tmp_path / "landing").glob("*/usage/2026-11-22"))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "manifest.json").write_text("theirs")
+    (day / "20261122T103000000000Z-a1b2c3").write_text("a file")
+    (day / "20261122T103000000000Z-a1b2c4").symlink_to(elsewhere)
+    (day / "20261399T103000000000Z-a1b2c5").mkdir()
+    (day / "20261122T103000000000Z-a1b2c6" / "manifest.json").mkdir(parents=True)
+    (day / "20261122T103000000000Z-a1b2c7").mkdir()
+    os.mkfifo(day / "20261122T103000000000Z-a1b2c7" / "manifest.json")
+    (day / "notes").mkdir()
+    (day / "notes" / "manifest.json").write_text("theirs")
+    before = total(settings)
+    clock.shift(timedelta(days=40))
+    maintain(settings)
+    rebuild(settings)
+    assert total(settings) == before
+    assert (elsewhere / "manifest.json").read_text() == "theirs"
+    assert not list(elsewhere.glob(".*"))
+    assert (day / "20261122T103000000000Z-a1b2c3").read_text() == "a file"
+    assert (day / "notes" / "manifest.json").read_text() == "theirs"
+
+
+def test_an_extract_behind_a_link_is_used_and_only_the_link_is_deleted(
+    clock: time_machine.Traveller, sandbox: Sandbox, tmp_path: Path
+) -> None:
+    settings = settings_for(sandbox.url, tmp_path)
+    for _ in range(2):
+        pipeline.run(settings, Asked(truth.day(22), truth.day(23), ["usage"]))
+        clock.shift(timedelta(hours=1))
+    folder = sorted((tmp_path / "landing").glob("*/usage/2026-11-22/2026*"))[0]
+    archive = tmp_path / "archive"
+    folder.rename(archive)
+    folder.symlink_to(archive)
+    rebuild(settings)
+    assert total(settings) > 0
+    for _ in range(2):  # superseded, and then not needed any more
+        pipeline.run(settings, Asked(truth.day(22), truth.day(23), ["usage"]))
+        clock.shift(timedelta(days=40))
+    maintain(settings)
+    prune(settings)
+    assert (archive / "manifest.json").exists()
 
 
 # --- Links ----------------------------------------------------------------------------------------
