@@ -34,7 +34,7 @@ def queries() -> str:
     """Return docs/queries.md with the output of each query."""
     page = (FOLDER / "queries.md").read_text("utf-8")
     return _QUERY.sub(
-        lambda found: f"```sql\n{found['sql']}```\n\n```text\n{_rows(found['sql'])}```\n", page
+        lambda match: f"```sql\n{match['sql']}```\n\n```text\n{_rows(match['sql'])}```\n", page
     )
 
 
@@ -42,7 +42,7 @@ def bi() -> str:
     """Return docs/bi.md with the output of each script that has one."""
     page = (FOLDER / "bi.md").read_text("utf-8")
     return _SCRIPT.sub(
-        lambda found: f"{found['script']}\n```text\n{_script_output(found['code'])}```\n", page
+        lambda match: f"{match['script']}\n```text\n{_script_output(match['code'])}```\n", page
     )
 
 
@@ -54,7 +54,7 @@ def readme() -> str:
 
 def outputs(page: str) -> str:
     """Return the page with the output of each `faletl sql` in it."""
-    return _COMMAND.sub(lambda found: found["line"] + _rows(found["sql"]), page)
+    return _COMMAND.sub(lambda match: match["line"] + _rows(match["sql"]), page)
 
 
 def _rows(sql: str) -> str:
