@@ -1,1 +1,1 @@
-"""Documents that are made of the code, beside those written by hand; `make docs` makes them anew."""
+"""Documents that `make docs` generates from the code, in addition to those written by hand."""

@@ -1,4 +1,4 @@
-"""`python -m docs`: write the documents that are made of the code."""
+"""`python -m docs`: write the documents that are generated from the code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MADE: Mapping[str, Callable[[], str]] = {
     "validation.md": lambda: examples.outputs(suites.document()),
     "../README.md": examples.readme,
 }
-"""Each document, seen from this folder, that the code makes or fills with what it really prints."""
+"""Generated documents, by path relative to this folder, with the function that returns their text."""
 
 if __name__ == "__main__":
     for name, make in MADE.items():

@@ -41,7 +41,7 @@ class Edge:
         return lines
 
 
-# --- What the SQL says ----------------------------------------------------------------------------
+# --- What the SQL defines -------------------------------------------------------------------------
 
 
 def edges() -> list[Edge]:
@@ -88,7 +88,7 @@ def _equal(join: exp.Join) -> Iterator[tuple[str, str]]:
             yield pair[0].name, pair[1].name
 
 
-# --- Where it stands ------------------------------------------------------------------------------
+# --- Where it is placed ---------------------------------------------------------------------------
 
 ROW, HEAD, GAP, EDGE = 17, 26, 26, 24  # heights of a row and a title; between facts; around all
 NAME = 7.3  # width of a letter in a row
@@ -120,7 +120,7 @@ class Box:
 def _boxes(found: Sequence[Edge]) -> tuple[list[Box], list[Box]]:
     """Facts and dimensions in their places; facts with the most joins first.
 
-    Dimensions stand at the height of the facts that use them, left and right in turn: few edges cross.
+    Dimensions are at the height of the facts that use them, alternating left and right: few edges cross.
     """
     marts = [model for model in models() if model.layer == "marts"]
     facts = [_box(model, found) for model in marts if not model.name.startswith("dim_")]

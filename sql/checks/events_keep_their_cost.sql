@@ -1,4 +1,4 @@
--- Every charge of raw stands in fct_billing_event, at its cost.
+-- Every charge of raw.billing_events is in fct_billing_event, at the same cost.
 -- days: each by itself
 with
 

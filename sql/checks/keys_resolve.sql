@@ -1,4 +1,4 @@
--- Every key of a fact stands in its dimension.
+-- Every key of a fact exists in its dimension.
 -- days: each by itself
 with
 

@@ -1,4 +1,4 @@
--- Months and days hold the same spend, and the parts of a month's change are the change.
+-- Monthly spend equals the sum of daily spend, and the parts of a month's change add up to the change.
 with
 
 sums as (

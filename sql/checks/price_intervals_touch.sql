@@ -1,4 +1,4 @@
--- Price intervals of an endpoint touch, and only the last is open.
+-- Price intervals of an endpoint follow each other without a gap, and only the last one is open.
 with
 
 intervals as (

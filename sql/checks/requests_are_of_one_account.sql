@@ -1,6 +1,6 @@
--- No request is charged under two labels: they would be one account, counted twice.
+-- No request is charged under two account labels: the labels would be one account, counted twice.
 -- days: each by itself
--- cure: take one of the two labels out with faletl accounts forget
+-- cure: remove one of the two labels with faletl accounts forget
 with
 
 requests as (

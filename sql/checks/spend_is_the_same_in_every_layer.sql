@@ -1,4 +1,4 @@
--- The sums of quantity and cost per account and currency are one number each, from raw to report.
+-- Quantity and cost per account and currency have the same sum in every layer, from raw to report.
 -- days: each by itself
 with
 

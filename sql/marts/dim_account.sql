@@ -1,4 +1,4 @@
--- Accounts of fal whose spend is in this warehouse.
+-- fal accounts whose spend is in this warehouse.
 -- grain: account
 with
 
@@ -42,7 +42,7 @@ sightings as (
 
 select
     account,
-    min(first_seen_at) as first_seen_at,  -- oldest usage, charge or reading, UTC
-    max(last_seen_at) as last_seen_at  -- newest usage, charge or reading, UTC
+    min(first_seen_at) as first_seen_at,  -- oldest usage, charge, request, balance or snapshot, UTC
+    max(last_seen_at) as last_seen_at  -- newest usage, charge, request, balance or snapshot, UTC
 from sightings
 group by account

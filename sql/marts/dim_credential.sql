@@ -1,4 +1,4 @@
--- Keys and logins that spent, and whose they are: ids stay when a label is renamed.
+-- Keys and logins that caused spend, and their owners. An id stays the same when its label is renamed.
 -- grain: account, credential_id
 with
 
@@ -34,7 +34,7 @@ seen as (
     group by account, credential_id
 ),
 
--- Of the last instant there may be several, but few: to put all sightings in order would take longer.
+-- Several sightings may share the last instant, but only a few do. Sorting all sightings would take longer.
 ranked as (
     select
         sightings.*,
@@ -53,7 +53,7 @@ ranked as (
             and sightings.last_seen_at = seen.last_seen_at
 ),
 
--- A line for one account goes before one for all accounts.
+-- A line for one account takes precedence over a line for all accounts.
 owners as (
     select
         seen.account,
@@ -71,7 +71,7 @@ owners as (
 
 select
     seen.account,  -- account label: fal's username, or FALETL_ACCOUNT
-    seen.credential_id,  -- key:…, user:…, label:… (where fal told no id) or none
+    seen.credential_id,  -- key:…, user:…, label:… (where fal gives no id) or none
     case
         when latest.api_key_id is not null then 'api_key'
         when latest.login_username is not null then 'user_token'
@@ -81,12 +81,15 @@ select
     end as kind,  -- api_key, user_token or none
     latest.api_key_id,
     latest.login_username,
-    latest.credential_label as label,  -- newest name of the credential
-    coalesce(owners.owner, 'UNMAPPED') as owner,  -- whose it is, by the table of owners; else UNMAPPED
-    coalesce(owners.team, 'UNMAPPED') as team,  -- team, by the table of owners; else UNMAPPED
-    coalesce(owners.cost_centre, 'UNMAPPED') as cost_centre,  -- cost centre, by the table of owners; else UNMAPPED
-    seen.first_seen_at,  -- oldest use, UTC
-    seen.last_seen_at  -- newest use, UTC
+    latest.credential_label as label,  -- newest label of the credential
+    coalesce(owners.owner, 'UNMAPPED')
+        as owner,  -- owner of the credential, from the table of owners; UNMAPPED where it has none
+    coalesce(owners.team, 'UNMAPPED')
+        as team,  -- team of the owner, from the table of owners; UNMAPPED where it has none
+    coalesce(owners.cost_centre, 'UNMAPPED')
+        as cost_centre,  -- cost centre of the owner, from the table of owners; UNMAPPED where it has none
+    seen.first_seen_at,  -- oldest use of the credential, UTC
+    seen.last_seen_at  -- newest use of the credential, UTC
 from seen
 inner join ranked as latest
     on

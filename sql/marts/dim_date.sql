@@ -1,4 +1,4 @@
--- Calendar: every day of the years in which something was used or read.
+-- Calendar: every day of the years in which something was used or extracted.
 -- grain: date_day
 with recursive
 
@@ -38,11 +38,11 @@ days as (
 select
     date_day,  -- the UTC day
     cast(extract(year from date_day) as integer) as year,  -- calendar year
-    cast(extract(quarter from date_day) as integer) as quarter,  -- 1 to 4
-    cast(extract(month from date_day) as integer) as month,  -- 1 to 12
+    cast(extract(quarter from date_day) as integer) as quarter,  -- calendar quarter, 1 to 4
+    cast(extract(month from date_day) as integer) as month,  -- calendar month, 1 to 12
     cast(date_trunc('month', date_day) as date) as month_start,  -- first day of the month
     cast(extract(isoyear from date_day) as integer) as iso_year,  -- year of the ISO week
-    cast(extract(week from date_day) as integer) as iso_week,  -- ISO week, 1 to 53
-    cast(extract(isodow from date_day) as integer) as iso_weekday,  -- 1 Monday to 7 Sunday
-    extract(isodow from date_day) in (6, 7) as is_weekend  -- Saturday or Sunday
+    cast(extract(week from date_day) as integer) as iso_week,  -- number of the ISO week, 1 to 53
+    cast(extract(isodow from date_day) as integer) as iso_weekday,  -- weekday, from 1 for Monday to 7 for Sunday
+    extract(isodow from date_day) in (6, 7) as is_weekend  -- true on Saturday and Sunday
 from days

@@ -1,4 +1,4 @@
--- Model endpoints: from the catalogue, from prices, from charges, and from requests alone.
+-- Every model endpoint that appears in the catalogue, in list prices, in usage, in charges or in requests.
 -- grain: endpoint_id
 with
 
@@ -67,20 +67,20 @@ listed as (
 
 select
     seen.endpoint_id,
-    split_part(seen.endpoint_id, '/', 1) as owner,  -- first part of the id
+    split_part(seen.endpoint_id, '/', 1) as owner,  -- publisher of the model: the first part of the endpoint id
     coalesce(
         catalogue.group_label, catalogue.group_key, nullif(split_part(seen.endpoint_id, '/', 2), '')
-    ) as family,  -- model family by fal's catalogue; else the second part of the id
+    ) as family,  -- model family in fal's catalogue; otherwise the second part of the endpoint id
     catalogue.display_name,
     catalogue.category,
     case
         when catalogue.category like '%-to-%' then split_part(catalogue.category, '-to-', 2)
-    end as output_modality,  -- what comes out: image, video, audio, …; null where the category does not say
+    end as output_modality,  -- what the model returns: image, video, audio, …; null where the category does not say
     catalogue.status,
     catalogue.kind,  -- inference or training
     seen.first_seen_at,  -- oldest use, price or catalogue entry, UTC
     seen.last_seen_at,  -- newest use, price or catalogue entry, UTC
-    listed.endpoint_id is not null as is_in_catalogue  -- in the newest snapshot of fal's catalogue
+    listed.endpoint_id is not null as is_in_catalogue  -- whether the newest snapshot of fal's catalogue lists it
 from seen
 left join catalogue
     on seen.endpoint_id = catalogue.endpoint_id and catalogue.recency = 1

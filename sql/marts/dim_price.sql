@@ -1,4 +1,4 @@
--- List price history (type 2): what one unit cost from when to when, as far as snapshots tell.
+-- List price history (type 2): what one unit cost in which period, as far as snapshots show.
 -- grain: account, endpoint_id, valid_from
 with
 
@@ -49,15 +49,17 @@ select
     changes.unit,
     changes.unit_price,
     changes.currency,
-    changes.previous_unit,  -- unit of the price before; null for the first
-    changes.previous_unit_price,  -- the price before
-    changes.previous_currency,  -- currency of the price before
+    changes.previous_unit,  -- unit of the previous price; null for the first price
+    changes.previous_unit_price,  -- previous list price; null for the first price
+    changes.previous_currency,  -- currency of the previous price; null for the first price
     case
         when changes.previous_unit = changes.unit and changes.previous_currency = changes.currency
             then quotient(changes.unit_price, changes.previous_unit_price)
-    end as change_ratio,  -- this price over the one before; null for the first, a zero, or another unit
-    changes.next_change_at is null as is_current,  -- the last price known
-    changes.next_change_at is null and listed.endpoint_id is null as is_stale  -- fal's newest answer leaves it out
+    end as change_ratio,  /* unit_price / previous_unit_price; null for the first price, after a price of zero, and
+    where unit or currency changed */
+    changes.next_change_at is null as is_current,  -- whether this is the newest price known
+    changes.next_change_at is null
+    and listed.endpoint_id is null as is_stale  -- whether the newest snapshot of list prices lacks the endpoint
 from changes
 left join listed
     on changes.account = listed.account and changes.endpoint_id = listed.endpoint_id

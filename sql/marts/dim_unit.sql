@@ -1,4 +1,4 @@
--- Billing units exactly as fal writes them, with what they mean where the unit table knows.
+-- Billing units exactly as fal writes them, with their meaning where the table of units has it.
 -- grain: unit
 with
 
@@ -10,7 +10,7 @@ units as (
     select unit from staging.stg_fal__prices
 ),
 
--- A number in front of a unit is a factor. A line of the unit table for the whole text goes before that.
+-- A number in front of a unit is a factor. A line of the table of units for the whole text takes precedence.
 counted as (
     select
         unit,
@@ -27,11 +27,11 @@ select
         when named.unit is null then counted.unit
         when counted.unit_count = 1 then named.canonical_unit
         else cast(counted.unit_count as varchar) || ' ' || named.canonical_unit || 's'
-    end as canonical_unit,  -- one spelling; as billed when unknown
-    coalesce(known.family, named.family, 'other') as family,  /* image, pixel, time, text, token, compute, request,
-    other */
-    coalesce(known.base_unit, named.base_unit) as base_unit,  -- what a quantity can be counted in; null when unknown
-    coalesce(known.factor, counted.unit_count * named.factor) as factor  -- base units in one unit
+    end as canonical_unit,  -- the same spelling for all variants of a unit; as billed where the unit is unknown
+    coalesce(known.family, named.family, 'other') as family,  /* image, pixel, time, text, token,
+    compute, request or other */
+    coalesce(known.base_unit, named.base_unit) as base_unit,  -- unit to compare quantities in; null where unknown
+    coalesce(known.factor, counted.unit_count * named.factor) as factor  -- base units in one billing unit
 from counted
 left join staging.seed_unit as known
     on counted.spelled = known.unit

@@ -1,4 +1,4 @@
--- Every single charge; fal gives it no id, so a hash and a number stand in. Model APIs only.
+-- Every single charge. fal gives charges no id; a hash and a number identify each. Model APIs only.
 -- grain: account, event_hash, event_ordinal
 -- days: usage_date, row by row
 with
@@ -7,7 +7,7 @@ events as (
     select * from staging.stg_fal__billing_events
 ),
 
--- Where fal tells no unit: that of the day's usage of the endpoint at the same price, if there is one only.
+-- The unit of charges for which fal gives none: the unit of the day's usage at the same price, if there is only one.
 priced_units as (
     select
         account,
@@ -28,16 +28,16 @@ select
     events.usage_date,
     events.request_id,
     events.endpoint_id,
-    coalesce(events.unit, priced_units.unit, 'unknown') as unit,  -- as billed; else by usage; else unknown
-    events.unit is null as is_unit_inferred,  -- whether fal told no unit
+    coalesce(events.unit, priced_units.unit, 'unknown') as unit,  -- as billed; else taken from usage; else 'unknown'
+    events.unit is null as is_unit_inferred,  -- whether fal gave no unit for the charge
     events.unit_price,
     events.percent_discount,
-    events.currency,  -- USD: billing events are in US dollars
+    events.currency,  -- always USD: billing events are in US dollars
     events.credential_id,
-    events.quantity,  -- units charged, where fal tells
+    events.quantity,  -- number of units charged; null where fal gives none
     events.cost_subtotal,
     events.cost_discount,
-    events.cost_total,  -- what fal charged
+    events.cost_total,  -- what fal charged, after the discount
     events.cost_estimate_nano_usd
 from events
 left join priced_units

@@ -1,4 +1,4 @@
--- How long requests took, by day: percentiles, never to be added up or averaged.
+-- How long requests took, per day and endpoint: percentiles, which must never be added up or averaged.
 -- grain: account, usage_date, endpoint_id
 -- days: usage_date, row by row
 select

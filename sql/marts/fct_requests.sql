@@ -1,4 +1,4 @@
--- Requests by outcome, by hour: also those that failed and cost nothing.
+-- Requests per hour and endpoint, by outcome, including requests that failed and cost nothing.
 -- grain: account, used_at, endpoint_id
 -- days: usage_date, row by row
 select

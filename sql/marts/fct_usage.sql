@@ -1,4 +1,4 @@
--- What was used and charged, by hour: the fact that every sum of spend comes from. Model APIs only.
+-- What was used and charged, per hour: every sum of spend comes from this fact. Model APIs only.
 -- grain: account, used_at, endpoint_id, unit, unit_price, percent_discount, currency, credential_id
 -- days: usage_date
 select

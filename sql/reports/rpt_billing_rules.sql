@@ -1,4 +1,4 @@
--- What fal promises against what it did: failed requests and queue time are free, billed seconds were run.
+-- Whether fal keeps its billing rules: failed requests and queue time are free, and billed seconds were run.
 -- grain: account, usage_date, endpoint_id, rule
 -- days: usage_date
 with
@@ -58,7 +58,7 @@ known as (
         requests.request_count,
         requests.success_count,
         requests.error_count,
-        nullif(requests.total_billable_duration, 0) as total_billable_duration,  -- fal did not measure it
+        nullif(requests.total_billable_duration, 0) as total_billable_duration,  -- 0: fal did not measure it
         latency.p99_duration,
         compute.billed_seconds,
         coalesce(charges.edge_request_count, 0) as edge_request_count,
@@ -129,18 +129,21 @@ select
     account,
     usage_date,
     endpoint_id,
-    rule,  -- failed requests are free; queue time is free; billed seconds were run (where fal bills compute seconds)
+    rule,  /* one of: failed requests are free; queue time is free; billed seconds were run (for endpoints that fal
+    bills in compute seconds) */
     success_count,
-    promised,  /* the most that may be: requests that did not end with 5xx (a 4xx may be billed); seconds that 99 %
-    of the requests ran at most; seconds of execution that count for billing */
-    observed,  -- what was: distinct requests charged; billable seconds per success; compute seconds charged
-    margin,  -- so much more is let pass: requests near midnight, which fal may count to another day
+    promised,  /* the largest value that the rule allows. Failed requests are free: number of requests that did not end
+    with 5xx (a 4xx may be billed). Queue time is free: p99 of the duration of requests, in seconds. Billed seconds were
+    run: seconds of execution that count for billing */
+    observed,  /* the value that occurred. Failed requests are free: number of distinct requests charged. Queue time is
+    free: billable seconds per successful request. Billed seconds were run: compute seconds charged */
+    margin,  -- how far observed may exceed promised: requests close to midnight, which fal may count on the other day
     quotient(observed, promised) as ratio,  -- observed / promised
     case
         when not is_known or promised is null or observed is null then 'unknown'
         when observed <= promised + margin then 'kept'
         when is_settled then 'broken'
         else 'unknown'
-    end as status  /* kept; broken: above promised and margin in a day that has settled, so ask fal; unknown: a side
-    is not loaded or not known, or the day is open, or above them while figures may still come */
+    end as status  /* kept: observed is at most promised + margin. broken: observed is larger on a settled day, so ask
+    fal. unknown: one of the two figures is missing, or the day is not settled and figures may still change */
 from measured

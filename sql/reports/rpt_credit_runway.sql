@@ -1,4 +1,4 @@
--- How long the credits last, at what a day costs. Model APIs only: they pay for serverless and compute, too.
+-- How long the credits last at recent daily spend. Model APIs only; credits also pay for serverless and compute.
 -- grain: account, balance_date
 with
 
@@ -19,7 +19,7 @@ balances as (
     where recency = 1
 ),
 
--- Days that had ended when they were read: half a day would make the credits seem to last longer.
+-- Days that had ended when they were extracted: an unfinished day would make the credits seem to last longer.
 full_days as (
     select
         account,
@@ -88,11 +88,11 @@ select
     account,
     balance_date,
     currency,
-    current_balance,  -- credit left, as read last on that day; negative where more was used than paid for
-    burn_7_days,  -- average spend of the full days among the 7 before; null where none of them is loaded
-    burn_30_days,  -- average spend of the full days among the 30 before; null where none of them is loaded
-    days_left,  /* current_balance / burn_7_days (burn_30_days where those 7 days cost nothing); 0 where nothing is
+    current_balance,  -- credit left when it was last extracted on that day; negative where more was used than paid for
+    burn_7_days,  -- average spend per full day of the 7 days before; null where none of them is loaded
+    burn_30_days,  -- average spend per full day of the 30 days before; null where none of them is loaded
+    days_left,  /* current_balance / burn_7_days, or / burn_30_days where the 7 days cost nothing; 0 where no credit is
     left; null without spend */
     case when days_left < 36525 then balance_date + cast(floor(days_left) as integer) end
-        as empty_on  -- the day on which nothing is left at that pace; null where that is a century away
+        as empty_on  -- the day on which the credit ends at this burn; null where that is a century away or more
 from runways

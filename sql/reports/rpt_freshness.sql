@@ -1,6 +1,6 @@
--- How far each feed reaches, and what is missing: look here before you trust a sum.
+-- How far the data of each resource reach, and what is missing. Look here before you trust a sum.
 -- grain: account, resource
--- view: it says what ops says now, also where nothing was built since
+-- view: always shows the current state of ops, even when nothing was built since
 with
 
 loaded as (
@@ -73,21 +73,21 @@ newest_build as (
 
 select
     feeds.account,  -- account label; see marts.dim_account
-    feeds.resource,  -- collection of the fal API
+    feeds.resource,  -- collection of the fal API, such as usage
     utc(loaded.loaded_until) as loaded_until,  -- end of the newest loaded window, or its instant, UTC
     utc(
         case
             when loaded.first_unsettled < loaded.last_settled then loaded.first_unsettled
             else loaded.last_settled
         end
-    ) as settled_until,  /* before it every loaded day was extracted 24 hours after its end or later, UTC; null for
-    snapshots, and where no day has settled */
+    ) as settled_until,  /* every loaded day before this instant is settled, which means extracted at least 24 hours
+    after its end; UTC; null for snapshots, and where no day has settled */
     utc(
         greatest(loaded.last_extracted_at, coalesce(held.last_extracted_at, loaded.last_extracted_at))
     ) as last_extracted_at,  -- when the newest extract began, UTC
     coalesce(failed.open_failures, 0) as open_failures,  -- windows whose last extract or load failed
-    coalesce(held.held_windows, 0) as held_windows,  /* windows that keep what was proven, because fal serves less now;
-    see ops.holds */
+    coalesce(held.held_windows, 0) as held_windows,  /* windows that are held: they keep their proven rows, because fal
+    now returns fewer; see ops.holds */
     coalesce(quarantined.quarantined_rows, 0) as quarantined_rows,  -- rows in ops.quarantine that are not resolved
     utc(newest_build.last_built_at) as last_built_at  -- end of the newest build, UTC
 from feeds

@@ -1,4 +1,4 @@
--- List price changes, and how much spend is at stake: what to look at when a bill is about to move. Model APIs only.
+-- List price changes and the spend that each affects: look here when a bill is about to change. Model APIs only.
 -- grain: account, endpoint_id, changed_at
 with
 
@@ -70,10 +70,10 @@ select
     changes.unit_price,
     changes.change_ratio,
     coalesce(stakes.spend_last_30_days, 0)
-        as spend_last_30_days,  -- charged for the endpoint in the last 30 days that are loaded: what is at stake now
+        as spend_last_30_days,  -- charged for the endpoint in the last 30 loaded days: the spend at stake now
     coalesce(stakes.spend_30_days_before, 0)
-        as spend_30_days_before,  -- charged for it in the 30 days before the change: what was at stake then
-    changes.is_current  -- whether the new price is still the last one known
+        as spend_30_days_before,  -- charged for the endpoint in the 30 days before the change: the spend at stake then
+    changes.is_current  -- whether the new price is still the newest one known
 from changes
 left join stakes
     on

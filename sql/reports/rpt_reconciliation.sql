@@ -1,4 +1,4 @@
--- Usage against billing events, day by day: do fal's two ledgers tell the same cost? Model APIs only.
+-- Usage against billing events, day by day: do fal's two ledgers show the same cost? Model APIs only.
 -- grain: account, usage_date, endpoint_id, currency
 -- days: usage_date
 with
@@ -16,7 +16,7 @@ feeds as (
     group by account, cast(utc(window_start) as date)
 ),
 
--- A window may have been refused for such rows, so they speak for all of its endpoints.
+-- A window may have been refused because of such rows, so they count for all of its endpoints.
 quarantined as (
     select
         account,
@@ -28,7 +28,7 @@ quarantined as (
     group by account, cast(utc(window_start) as date)
 ),
 
--- Windows that keep what was proven before, because fal serves less now.
+-- Windows that keep what was proven before, because fal now returns fewer rows.
 held as (
     select
         account,
@@ -40,7 +40,7 @@ held as (
     group by account, cast(utc(window_start) as date)
 ),
 
--- Windows that a check refused when they were extracted last.
+-- Windows whose last extract was refused by a check.
 refused as (
     select
         account,
@@ -127,7 +127,7 @@ days_with_lines as (
     from compared
 ),
 
--- A day that is held or refused and has no line is one line of its own.
+-- A held or refused day without any line gets one line of its own.
 lines as (
     select * from compared
     union all
@@ -195,18 +195,18 @@ select
     usage_date,
     endpoint_id,
     currency,
-    usage_cost_total,  -- charge by usage; null where it has none for the endpoint: pending or unknown, not zero
-    events_cost_total,  -- charge by billing events; null where there are none: pending or unknown, not zero
+    usage_cost_total,  -- cost in usage; null where usage has no row for the endpoint: pending or unknown, not zero
+    events_cost_total,  -- cost in billing events; null where there are none: pending or unknown, not zero
     case
         when
             (usage_cost_total is not null and events_cost_total is not null)
             or status in ('matched', 'differs')
             then difference
-    end as difference,  -- usage less events; a missing side makes it all of the other once the day has settled
-    charge_count,  -- charges; null where there are none
-    status,  /* held: the day keeps what was proven, as fal serves less now; refused: a check refused its last
-    extract; open: not both are loaded for the whole day, or the currency is another; settling: differs, but charges
-    may still arrive; matched; differs */
+    end as difference,  -- usage minus billing events; once the day is settled, a missing side counts as zero
+    charge_count,  -- number of charges; null where there are none
+    status,  /* held: the day keeps its proven rows, because fal now returns fewer; refused: a check refused its last
+    extract; open: usage or billing events are not loaded for the whole day, or the currency is not USD; settling: the
+    costs differ, but charges may still arrive; matched: the costs agree; differs: the costs of a settled day differ */
     case
         when status = 'matched' then null
         when is_usage_held then 'usage held'
@@ -227,10 +227,10 @@ select
         when usage_cost_total is null then 'no usage'
         when events_cost_total < usage_cost_total then 'charges cost less'
         else 'charges cost more'
-    end as reason  /* what is known of it, the first that holds of: usage held, billing events held, usage
-    quarantined, billing events quarantined, usage refused, billing events refused, usage not loaded, billing
+    end as reason  /* why the two sides are not matched: the first that applies of usage held, billing events held,
+    usage quarantined, billing events quarantined, usage refused, billing events refused, usage not loaded, billing
     events not loaded, day still open, other currency (billing events are in USD), restated (fal changed a line of
-    the endpoint after the day had closed), day not settled (charges may still arrive), charges repeated (some are
-    the same as others in all that identifies one), unit unknown, no charges, no usage, charges cost less, charges
-    cost more; null where matched */
+    the endpoint after the day had ended), day not settled (charges may still arrive), charges repeated (some repeat
+    another charge in every identifying field), unit unknown, no charges, no usage, charges cost less, charges cost
+    more; null where matched */
 from judged

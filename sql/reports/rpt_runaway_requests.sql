@@ -1,4 +1,4 @@
--- Charges far outside their endpoint's own history: look at each before it becomes a bill. Model APIs only.
+-- Runaway charges: charges far above the history of their endpoint, to review before invoicing. Model APIs only.
 -- grain: account, event_hash, event_ordinal
 with
 
@@ -93,16 +93,18 @@ select
     measured.quantity,
     measured.currency,
     measured.cost_total,
-    measured.usual_cost,  -- median of the median charges of history_days; without such, that of the day's other charges
-    measured.times_usual,  /* cost_total / usual_cost; null where nothing is known to be usual, or usual is free, or
-    the quotient is 10^26 or more */
-    measured.history_days,  -- the last days before, up to 30, on which the endpoint was charged
-    measured.charges_known,  -- charges that usual_cost stands on
+    measured.usual_cost,  /* usual cost of one charge of the endpoint: the median of the daily medians of history_days;
+    without such days, the median of the day's other charges; null where there are none */
+    measured.times_usual,  /* cost_total / usual_cost; null where the usual cost is unknown or zero, or the quotient is
+    10^26 or more */
+    measured.history_days,  -- number of earlier days with charges of the endpoint that were compared, at most 30
+    measured.charges_known,  -- number of charges from which usual_cost was computed
     case
         when measured.usual_cost is null then 'no history'
         when measured.history_days = 0 then 'far above its day'
         else 'far above earlier days'
-    end as reason,  -- far above earlier days, far above its day, or no history
+    end as reason,  /* why the charge is listed: far above earlier days, far above its day (the day's other charges), or
+    no history */
     measured.load_id
 from measured
 cross join thresholds

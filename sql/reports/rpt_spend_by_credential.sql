@@ -1,13 +1,13 @@
--- Spend per day and credential, with its owner: who spent what. Model APIs only.
+-- Spend per day and credential, with its owner: shows who spent what. Model APIs only.
 -- grain: account, usage_date, credential_id, endpoint_id, unit, currency
 -- days: usage_date
 select
     days.account,
     days.usage_date,
     days.credential_id,
-    credentials.label as credential_label,  -- newest name of the credential
+    credentials.label as credential_label,  -- newest label of the credential
     credentials.kind,  -- api_key, user_token or none
-    credentials.owner,  -- whose it is, by the table of owners; else UNMAPPED
+    credentials.owner,  -- owner of the credential, from the table of owners; UNMAPPED where it has none
     credentials.team,
     credentials.cost_centre,
     days.endpoint_id,

@@ -1,4 +1,4 @@
--- Spend per day, endpoint and billing unit: the table dashboards read. Model APIs only.
+-- Spend per day, endpoint and billing unit: the main table for dashboards. Model APIs only.
 -- grain: account, usage_date, endpoint_id, unit, currency
 -- days: usage_date
 with
@@ -18,7 +18,7 @@ daily as (
     group by account, usage_date, endpoint_id, unit, currency
 ),
 
--- The first price known also stands in for the time before it.
+-- The first known price is also used for the days before it.
 list_prices as (
     select
         *,
@@ -61,29 +61,29 @@ select
     priced.cost_subtotal,
     priced.cost_discount,
     priced.cost_total,
-    billed.base_unit,  -- what the unit counts, by the table of units; null where it does not know
+    billed.base_unit,  -- what the unit counts, from the table of units; null where the table does not have it
     quotient(
         priced.cost_total,
         case
             when priced.quantity < quotient(10000000000000000000, billed.factor)
                 then priced.quantity * cast(billed.factor as bigint)
         end
-    ) as cost_per_base_unit,  -- cost_total / (quantity × factor): units of one kind become comparable
-    priced.effective_unit_price,  -- cost_subtotal / quantity: what a unit cost before discount
-    priced.list_unit_price,  -- list price of a list_unit at the end of the day; never part of a cost
+    ) as cost_per_base_unit,  -- cost_total / (quantity × factor): makes units of the same kind comparable
+    priced.effective_unit_price,  -- cost_subtotal / quantity: what one unit cost before discounts
+    priced.list_unit_price,  -- list price of one list_unit at the end of the day; never part of a cost
     priced.list_unit,  -- unit of the list price; it may differ from the unit billed
     case
         when billed.canonical_unit = listed.canonical_unit and priced.currency = priced.list_currency
             then priced.effective_unit_price - priced.list_unit_price
-    end as price_difference,  -- effective less list price; null where they cannot be compared
+    end as price_difference,  -- effective_unit_price - list_unit_price; null where they cannot be compared
     case
         when priced.list_unit_price is null then 'no list price'
         when billed.canonical_unit <> listed.canonical_unit then 'units differ'
         when priced.currency <> priced.list_currency then 'currencies differ'
         when priced.effective_unit_price is null then 'no effective price'
         else 'compared'
-    end as price_comparison,  -- whether the two prices can be compared, and if not, why not
-    priced.is_list_price_assumed  -- whether the price was first seen after that day
+    end as price_comparison,  -- compared, or the reason why the list price and the effective price cannot be compared
+    priced.is_list_price_assumed  -- whether the list price was first seen after that day
 from priced
 left join marts.dim_endpoint as endpoints
     on priced.endpoint_id = endpoints.endpoint_id

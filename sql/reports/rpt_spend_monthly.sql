@@ -1,4 +1,4 @@
--- Spend per month, and why it is not that of the month before: price, volume, new or gone. Model APIs only.
+-- Spend per month, and why it differs from the month before: price, volume, new or gone. Model APIs only.
 -- grain: account, usage_month, endpoint_id, unit, currency
 with
 
@@ -17,7 +17,7 @@ months as (
     group by account, cast(date_trunc('month', usage_date) as date), endpoint_id, unit, currency
 ),
 
--- A line that is gone has nothing in the month after its last: once, and only if that month was read.
+-- A line that is gone gets one row of zeros in the month after its last month, if that month was extracted.
 months_read as (
     select distinct
         account,
@@ -77,7 +77,7 @@ compared as (
             and lines.currency = previous.currency
 ),
 
--- Where hardly anything was used before, the volume may be more than an amount can hold: null, as of new lines.
+-- After a tiny quantity the volume part may exceed what an amount can represent. It is null then, as for new lines.
 split as (
     select
         *,
@@ -99,15 +99,15 @@ select
     split.cost_subtotal,
     split.cost_discount,
     split.cost_total,
-    split.previous_cost_total,  -- charge of the month before; 0 where there was none, or none is loaded
-    split.cost_change,  -- cost_total less previous_cost_total; exactly the sum of the three parts
+    split.previous_cost_total,  -- cost_total of the month before; 0 where there was none, or none is loaded
+    split.cost_change,  -- cost_total - previous_cost_total; exactly the sum of the three change_from_ columns
     coalesce(split.cost_change - split.change_from_volume, 0)
-        as change_from_price,  -- what a unit cost more or less, after discounts
+        as change_from_price,  -- change because one unit cost more or less, after discounts
     coalesce(split.change_from_volume, 0)
-        as change_from_volume,  -- more or fewer units, at what a unit cost the month before
+        as change_from_volume,  -- change because more or fewer units were used, at last month's cost per unit
     case when split.change_from_volume is null then split.cost_change else 0 end
-        as change_from_new_or_gone  /* nothing used in one of the two months, or next to nothing before; in an open
-    month: so far */
+        as change_from_new_or_gone  /* change of a line that was used in only one of the two months, or hardly at all in
+    the month before; for an open month, so far */
 from split
 left join marts.dim_endpoint as endpoints
     on split.endpoint_id = endpoints.endpoint_id

@@ -1,4 +1,4 @@
--- What a request and a success cost per day and endpoint, and how many fail. Model APIs only.
+-- Cost per request and per successful request, and error rates, per day and endpoint. Model APIs only.
 -- grain: account, usage_date, endpoint_id, currency
 with
 
@@ -13,7 +13,7 @@ spend as (
     group by account, usage_date, endpoint_id, currency
 ),
 
--- Requests that cost nothing have no currency of their own; nearly every account has only one.
+-- Requests that cost nothing have no currency. Nearly every account has only one currency, which they get.
 billed as (
     select
         account,
@@ -49,9 +49,9 @@ select
     days.usage_date,
     days.endpoint_id,
     endpoints.display_name,
-    days.currency,  -- ISO 4217 code; requests that cost nothing stand under the account's only one, else XXX
+    days.currency,  -- ISO 4217 code; requests that cost nothing get the account's only currency, else XXX
     days.cost_total,
-    days.request_count,  -- all requests of the day, whatever their currency; null where analytics are not loaded
+    days.request_count,  -- requests of the day in all currencies; null where analytics are not loaded
     days.success_count,
     days.user_error_count,
     days.error_count,
@@ -60,8 +60,8 @@ select
     quotient(days.success_count, days.request_count) as success_rate,  -- success_count / request_count
     quotient(days.user_error_count, days.request_count) as user_error_rate,  -- user_error_count / request_count
     quotient(days.error_count, days.request_count) as error_rate,  -- error_count / request_count
-    latency.p50_duration,  -- half of the day's requests ran at most so many seconds; fal's figure, never averaged
-    latency.p95_duration  -- 95 % of the day's requests ran at most so many seconds; fal's figure, never averaged
+    latency.p50_duration,  -- p50 of the duration of the day's requests, in seconds; fal's figure, never averaged
+    latency.p95_duration  -- p95 of the duration of the day's requests, in seconds; fal's figure, never averaged
 from days
 left join marts.dim_endpoint as endpoints
     on days.endpoint_id = endpoints.endpoint_id

@@ -1,9 +1,9 @@
--- Charges per day, endpoint, unit and credential: what dimensions and reports read instead of events.
+-- Charges per day, endpoint, unit and credential. Dimensions and reports use these sums instead of single charges.
 -- grain: account, usage_date, endpoint_id, unit, credential_id
 -- days: usage_date
 with
 
--- By label first: a renamed key has two on one day, and its newest is to be told.
+-- Grouped by label first: a key renamed during the day has two labels, and its newest label is shown.
 labelled as (
     select
         account,
@@ -36,14 +36,14 @@ select
     account,
     usage_date,
     endpoint_id,
-    unit,  -- billing unit as fal writes it; unknown where it tells none
+    unit,  -- billing unit as fal writes it; 'unknown' where fal gives none
     credential_id,
-    max(case when recency = 1 then credential_label end) as credential_label,  -- newest name on that day
+    max(case when recency = 1 then credential_label end) as credential_label,  -- newest label on that day
     max(api_key_id) as api_key_id,
     max(login_username) as login_username,
-    min(first_requested_at) as first_requested_at,  -- first charge, UTC
-    max(last_requested_at) as last_requested_at,  -- last charge, UTC
-    cast(sum(charge_count) as bigint) as charge_count,  -- charges
+    min(first_requested_at) as first_requested_at,  -- time of the day's first charge, UTC
+    max(last_requested_at) as last_requested_at,  -- time of the day's last charge, UTC
+    cast(sum(charge_count) as bigint) as charge_count,  -- number of charges
     sum(cost_total) as cost_total
 from ranked
 group by account, usage_date, endpoint_id, unit, credential_id

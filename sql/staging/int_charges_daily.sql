@@ -1,6 +1,6 @@
--- Charges per day and endpoint: of how many requests, and what one usually costs.
+-- Charges per day and endpoint: their number, the number of requests charged, and the usual cost of one charge.
 -- grain: account, usage_date, endpoint_id
--- days: usage_date, one at a time; telling requests apart takes memory for each
+-- days: usage_date, one at a time; counting distinct requests takes memory for each request
 with
 
 charges as (
@@ -21,7 +21,8 @@ charges as (
     group by account, usage_date, endpoint_id
 ),
 
--- Most charges of an endpoint cost one of a few amounts: this stays small where a median of all would not.
+-- Most charges of an endpoint cost one of a few amounts. Counting the charges of each amount therefore needs little
+-- memory; a median over all charges would need much.
 costs as (
     select
         account,
@@ -60,14 +61,14 @@ select
     charges.account,
     charges.usage_date,
     charges.endpoint_id,
-    charges.charge_count,  -- charges
-    charges.charged_request_count,  -- distinct requests that were charged
-    charges.edge_request_count,  -- those of them within ten minutes of midnight; fal may count them to another day
-    charges.charges_without_unit,  -- charges for which fal tells no unit
-    charges.repeated_charge_count,  -- charges that are the same as another one in all that identifies one
+    charges.charge_count,  -- number of charges
+    charges.charged_request_count,  -- number of distinct requests that were charged
+    charges.edge_request_count,  -- requests charged within ten minutes of midnight; fal may count them on the other day
+    charges.charges_without_unit,  -- charges for which fal gives no unit
+    charges.repeated_charge_count,  -- charges that repeat another charge in every identifying field
     charges.cost_total,
-    medians.median_cost,  -- half of the charges cost at most so much; of two in the middle the lower one
-    medians.median_cost_of_others  -- the same without the dearest charge; null where there is no other
+    medians.median_cost,  -- median cost of one charge; of two middle values the lower one
+    medians.median_cost_of_others  -- median cost without the most expensive charge; null if it is the only one
 from charges
 inner join medians
     on

@@ -1,4 +1,4 @@
--- Single charges of at least FALETL_RUNAWAY_MIN_COST: what is looked at to find those that ran away.
+-- Single charges of at least FALETL_RUNAWAY_MIN_COST: the candidates for runaway charges.
 -- grain: account, event_hash, event_ordinal
 -- days: usage_date
 select
@@ -10,7 +10,7 @@ select
     events.request_id,
     events.endpoint_id,
     events.credential_id,
-    events.unit,  -- billing unit as fal writes it; null where it tells none
+    events.unit,  -- billing unit as fal writes it; null where fal gives none
     events.unit_price,
     events.quantity,
     events.currency,

@@ -1,9 +1,9 @@
--- Usage per day, endpoint, unit and credential: what dimensions and reports read instead of hours.
+-- Usage per day, endpoint, unit and credential. Dimensions and reports use these sums instead of single hours.
 -- grain: account, usage_date, endpoint_id, unit, currency, credential_id
 -- days: usage_date
 with
 
--- By label first: a renamed key has two on one day, and its newest is to be told.
+-- Grouped by label first: a key renamed during the day has two labels, and its newest label is shown.
 labelled as (
     select
         account,
@@ -42,11 +42,11 @@ select
     unit,
     currency,
     credential_id,
-    max(case when recency = 1 then credential_label end) as credential_label,  -- newest name on that day
+    max(case when recency = 1 then credential_label end) as credential_label,  -- newest label on that day
     max(api_key_id) as api_key_id,
     max(login_username) as login_username,
-    min(first_used_at) as first_used_at,  -- first hour of use, UTC
-    max(last_used_at) as last_used_at,  -- last hour of use, UTC
+    min(first_used_at) as first_used_at,  -- start of the day's first hour of use, UTC
+    max(last_used_at) as last_used_at,  -- start of the day's last hour of use, UTC
     sum(quantity) as quantity,
     case when count(cost_subtotal) = count(*) then sum(cost_subtotal) end as cost_subtotal,
     case when count(cost_discount) = count(*) then sum(cost_discount) end as cost_discount,

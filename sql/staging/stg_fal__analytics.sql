@@ -1,4 +1,4 @@
--- Requests and their durations as fal reports them: buckets in UTC.
+-- Requests and their durations as fal reports them, per hour and per day, in UTC.
 -- grain: account, timeframe, bucket_at, endpoint_id
 select
     _account as account,  -- account label: fal's username, or FALETL_ACCOUNT

@@ -1,4 +1,4 @@
--- Charges as fal reports them: instants in UTC, one id per credential.
+-- Charges as fal reports them, with instants in UTC and one id per credential.
 -- grain: account, event_hash, event_ordinal
 -- days: usage_date
 with
@@ -20,11 +20,11 @@ select
     endpoint_id,
     unit,
     unit_price,
-    nullif(percent_discount, 0) as percent_discount,  -- percentage taken off; null for none
-    'USD' as currency,  -- billing events are in US dollars, by the names of their fields
+    nullif(percent_discount, 0) as percent_discount,  -- discount in percent; null where there is none
+    'USD' as currency,  -- always USD: the field names of billing events say so
     credential_id(api_key_id, login_username, auth_label)
-        as credential_id,  -- key:…, user:…, label:… (where fal told no id) or none
-    auth_label as credential_label,  -- name of the credential at that time
+        as credential_id,  -- key:…, user:…, label:… (where fal gives no id) or none
+    auth_label as credential_label,  -- label of the credential at that time
     api_key_id,
     login_username,
     quantity,

@@ -1,4 +1,4 @@
--- The catalogue of model endpoints, as of each snapshot.
+-- The catalogue of model endpoints in each snapshot.
 -- grain: account, snapshot_at, endpoint_id
 select
     _account as account,  -- account label: fal's username, or FALETL_ACCOUNT

@@ -1,5 +1,5 @@
--- Usage as fal reports it: hours in UTC, one id per credential.
--- grain: none; raw may hold one line in two parts, fct_usage adds them up
+-- Usage as fal reports it, per hour in UTC, with one id per credential.
+-- grain: none; raw may contain one line in two parts, which fct_usage adds up
 with
 
 usage_rows as (
@@ -16,11 +16,11 @@ select
     endpoint_id,
     unit,
     unit_price,
-    nullif(percent_discount, 0) as percent_discount,  -- percentage taken off; null for none
-    currency_code(currency) as currency,  -- ISO 4217 code of every amount; XXX when fal gave none
+    nullif(percent_discount, 0) as percent_discount,  -- discount in percent; null where there is none
+    currency_code(currency) as currency,  -- ISO 4217 code of the row's amounts; XXX when fal gave none
     credential_id(api_key_id, login_username, auth_label)
-        as credential_id,  -- key:…, user:…, label:… (where fal told no id) or none
-    auth_label as credential_label,  -- name of the credential at that hour
+        as credential_id,  -- key:…, user:…, label:… (where fal gives no id) or none
+    auth_label as credential_label,  -- label of the credential in that hour
     api_key_id,
     login_username,
     quantity,

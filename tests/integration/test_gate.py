@@ -231,8 +231,8 @@ def test_the_example_of_the_documents_works(
     report = pipeline.run(mine, Asked(truth.day(21), truth.day(23), ["usage"]))
     assert [str(error).split(": ")[0] for _, error in report.failures] == ["usage, window 2026-11-21"]
     assert [row[1:4] for row in failed(settings) if row[2] != "info"] == [
-        ("2026-11-21", "critical", "nobody uses what legal has not approved"),
-        ("2026-11-22", "warning", "nobody spends more than 50 a day by hand"),
+        ("2026-11-21", "critical", "only endpoints that legal approved are used"),
+        ("2026-11-22", "warning", "no login spends more than 50 a day"),
     ]
 
 
