@@ -206,7 +206,7 @@ sys.exit(supervisor.supervise_task(
 
 LATE = """
 import faletl.line.replace
-fence = faletl.warehouse.ledger.fence
+fence = faletl.line.replace.fence
 def late(lease, **what):
     lease.connection.exec_driver_sql("select pg_advisory_unlock_all()")
     Path("waits.part").write_text(str(os.getpid()))
@@ -218,7 +218,7 @@ def late(lease, **what):
     except BaseException as error:
         Path("fails").write_text(f"{type(error).__name__}: {error}")
         raise
-faletl.warehouse.ledger.fence = late
+faletl.line.replace.fence = late
 """
 """The task has looked at what is loaded, has lost its lock without a word, as it may behind a pooler,
 and is about to write."""
