@@ -496,9 +496,9 @@ def _bind(
         before = known.get(label, Account(label))
         account, bound = _bound(settings, before, caller, owner)
         keep(connection, account)
-        rows = horizons.held(connection, label)
+        rows = horizons.of_owner(connection, label)
         if owner != label:
-            rows = horizons.merged(rows, horizons.held(connection, owner))
+            rows = horizons.merged(rows, horizons.of_owner(connection, owner))
             horizons.replace(connection, owner, {})
         rows = horizons.moved(rows, label, asked, now, settings.first_days)
         for one in [*made, *bound]:

@@ -41,7 +41,7 @@ from faletl.resources import RESOURCES
 from faletl.selection import Asked
 from faletl.staging.window import Staged
 from faletl.warehouse import horizons, open_warehouse
-from faletl.warehouse.ledger import reads_by_day
+from faletl.warehouse.ledger import last_extracts
 from faletl.warehouse.protocol import Warehouse
 from faletl.windows import LONG_AGO, Window
 from faletl.wire import UNREADABLE
@@ -322,7 +322,7 @@ def _is_first(warehouse: Warehouse, account: str, asked: Asked) -> bool:
     days = [name for name in asked.resources if name in horizons.BY_DAY]
     with warehouse.reading() as connection:
         is_loaded = connection is not None and any(
-            reads_by_day(connection, account, name) for name in days
+            last_extracts(connection, account, name) for name in days
         )
     return bool(days) and not is_loaded
 

@@ -111,7 +111,7 @@ def _missing_rows(
     connection.exec_driver_sql(
         f"create temporary table {extracted.name} as select * from {table.fullname} limit 0"
     )
-    warehouse.take_in(connection, extracted, staged.source, staged.files[0].parent)
+    warehouse.load_rows(connection, extracted, staged.source, staged.files[0].parent)
     now = sa.select(*(extracted.c[name] for name in names), sa.literal(-1).label("n"))
     then = sa.select(*(table.c[name] for name in names), sa.literal(1).label("n")).where(replaced)
     both = sa.union_all(then, now).subquery()

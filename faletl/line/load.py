@@ -29,7 +29,7 @@ from faletl.line.replace import (
 from faletl.resources import RESOURCES, USAGE
 from faletl.staging.window import Staged, stage_window
 from faletl.warehouse import open_warehouse
-from faletl.warehouse.ledger import loaded_reads
+from faletl.warehouse.ledger import last_extract_times
 from faletl.warehouse.protocol import Warehouse
 from faletl.warehouse.quality import record_failure
 from faletl.warehouse.tables import LOADS
@@ -203,7 +203,7 @@ def not_loaded(settings: Settings, warehouse: Warehouse, report: Report) -> list
     now = datetime.now(UTC)
     with warehouse.reading() as connection:
         warn_of_other_landing(settings, connection)
-        loaded = loaded_reads(connection) if connection is not None else {}
+        loaded = last_extract_times(connection) if connection is not None else {}
         taken_out = snapshots_taken_out(connection) if connection is not None else set[str]()
         open_read = relabel.opener(settings, connection)
     newest: dict[tuple[str, ...], Landed] = {}

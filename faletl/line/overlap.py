@@ -102,7 +102,7 @@ def _refuse_charges(
         return
     path = staged.files[0].parent / f"{manifest.load_id}.others.parquet"
     found = sa.select(charges.request_id, charges["_account"]).where(theirs).distinct()
-    warehouse.hand_out(connection, found, path)
+    warehouse.export_rows(connection, found, path)
     with duck.engine(settings.memory, staged.files[0].parent) as engine:
         shared = engine.execute(f"""
             select others._account, count(distinct request_id)

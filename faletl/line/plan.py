@@ -15,7 +15,7 @@ from faletl.resources import RESOURCES, Resource
 from faletl.selection import Asked
 from faletl.warehouse import horizons
 from faletl.warehouse.horizons import Horizons
-from faletl.warehouse.ledger import SEEN_WITHIN, KnownIds, known_ids, pages_per_window, reads_by_day
+from faletl.warehouse.ledger import SEEN_WITHIN, KnownIds, known_ids, last_extracts, pages_per_window
 from faletl.windows import Read, Window, asks_whole_catalogue, due_days, utc_days
 
 
@@ -76,9 +76,9 @@ def plan(
     reads: dict[str, Mapping[date, Read]] = {name: {} for name in RESOURCES}
     rows: Horizons = {}
     if connection is not None:
-        reads = {name: reads_by_day(connection, account, name) for name in RESOURCES}
+        reads = {name: last_extracts(connection, account, name) for name in RESOURCES}
         for owner in dict.fromkeys((account, *owners)):
-            rows = horizons.merged(rows, horizons.held(connection, owner))
+            rows = horizons.merged(rows, horizons.of_owner(connection, owner))
     rows = horizons.moved(rows, account, asked, now, settings.first_days)
     return tasks_of(reads, {name: row.first_day for name, row in rows.items()}, asked, now)
 
@@ -155,7 +155,7 @@ def with_ids(
             known = known_ids(connection, account, task.resource, task.window, now)
         since, day = task.window.day - SEEN_WITHIN, task.window.day
         lately = (ids for on, ids in used.items() if since <= on <= day)
-        ids, all_ids = known.used_or_held.union(*lately), known.catalogue.union(catalogue)
+        ids, all_ids = known.used_or_loaded.union(*lately), known.catalogue.union(catalogue)
         is_whole = task.is_whole_catalogue and bool(all_ids)  # not when fal's catalogue was out of reach
         if is_whole or task.window.is_snapshot:
             ids |= all_ids

@@ -30,7 +30,7 @@ from faletl.staging.window import Staged
 from faletl.warehouse import alerts
 from faletl.warehouse.ledger import fence, is_of, of_window
 from faletl.warehouse.protocol import Lease, Warehouse
-from faletl.warehouse.quality import LOCKED, REFUSED, failures_of, keep_findings
+from faletl.warehouse.quality import LOCKED, REFUSED, failures_of, record_findings
 from faletl.warehouse.tables import (
     FAILURES,
     LOADS,
@@ -307,7 +307,7 @@ def _replace(
     data_version = fence(lease, changes_data=is_news or not (is_same or is_kept))
     _close_what_was_open(connection, manifest, at, is_all=is_all)
     outcome: Literal["loaded", "unchanged"] = "unchanged" if is_same or is_kept else "loaded"
-    keep_findings(lease, staged.findings, outcome, at=at)
+    record_findings(lease, staged.findings, outcome, at=at)
     extract = _columns_of_extract(staged, lease.token, current)
     if current is not None and outcome == "unchanged":
         if is_kept:  # the rows are still those of the load, and so are their proof and their pages
@@ -425,7 +425,7 @@ def _hold(
     data_version = fence(lease, changes_data=not holds.is_held(connection, manifest))
     if is_all:
         _forget_failures(connection, manifest, at)
-    keep_findings(lease, staged.findings, "refused", at=at)
+    record_findings(lease, staged.findings, "refused", at=at)
     holds.hold(settings, lease, staged, loss, data_version)
     if loss.is_final:  # nobody looks at the window again
         loaded = sa.and_(
@@ -528,7 +528,7 @@ def _delete_window(connection: sa.Connection, staged: Staged) -> None:
 def _insert(warehouse: Warehouse, lease: Lease, staged: Staged) -> None:
     """Insert in bulk, then read back what the database now holds: a count and a sum."""
     table = RAW[staged.resource.name]
-    warehouse.take_in(lease.connection, table, staged.source, staged.files[0].parent)
+    warehouse.load_rows(lease.connection, table, staged.source, staged.files[0].parent)
     cost = sa.func.sum(table.c.cost_total) if "cost_total" in table.c else sa.literal(0)
     rows, total = lease.connection.execute(
         sa.select(sa.func.count(), sa.func.coalesce(cost, 0)).where(

@@ -130,7 +130,7 @@ def _fill(
     with warehouse.reading() as connection:
         if connection is None:
             return
-        warehouse.hand_out(connection, rows_of_windows(resource, account, windows), part)
+        warehouse.export_rows(connection, rows_of_windows(resource, account, windows), part)
     rows, cost_total = _figures(part, memory)
     folder.mkdir(parents=True, exist_ok=True)
     for older in folder.glob("*.parquet"):

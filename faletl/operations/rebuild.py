@@ -111,7 +111,7 @@ def _rebuild_all(settings: Settings, report: Report, progress: Progress) -> None
         return
     newest = max((max(one.receipt.fencing_token, _planned_under(one)) for one in past), default=0)
     with (
-        warehouse.renewed(holder, newest, read_ledger) as (fresh, last),
+        warehouse.rebuilding(holder, newest, read_ledger) as (fresh, last),
         scratch_folder() as scratch,
         fresh.lease(holder) as lease,
     ):

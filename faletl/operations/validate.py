@@ -20,7 +20,7 @@ from faletl.selection import DUE, Asked
 from faletl.warehouse import open_warehouse
 from faletl.warehouse.ledger import current_loads, fence, rows_of_windows
 from faletl.warehouse.protocol import Warehouse
-from faletl.warehouse.quality import keep_validations
+from faletl.warehouse.quality import record_validations
 from faletl.warehouse.tables import LOADS
 from faletl.windows import Window, WindowKey
 
@@ -88,7 +88,7 @@ def _judged(warehouse: Warehouse, gate: Gate, load: sa.RowMapping, scratch: Path
         held = sa.select(LOADS.c.is_current).where(LOADS.c.load_id == load["load_id"])
         if connection is None or not connection.execute(held).scalar():
             return None
-        warehouse.hand_out(connection, rows_of_windows(resource, load["account"], [window]), path)
+        warehouse.export_rows(connection, rows_of_windows(resource, load["account"], [window]), path)
         is_accepted = holds.is_refused_window_accepted(connection, load)
         subject = Subject(
             account=load["account"],
@@ -109,4 +109,4 @@ def _keep(warehouse: Warehouse, verdict: Verdict) -> None:
         fence(lease, changes_data=False)
         for one in verdict.judged:
             key = WindowKey(one.account, one.resource, one.window)
-            keep_validations(lease.connection, key, one.load_id, verdict.run_id, one.validations)
+            record_validations(lease.connection, key, one.load_id, verdict.run_id, one.validations)

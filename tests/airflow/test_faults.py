@@ -135,9 +135,9 @@ CASES = {
     "contract": Case("extract", "fal answered 400", "failed", fault=Fault(status=400)),
     "unavailable": Case("extract", "fal answered 429", "up_for_retry", 200, fault=BUSY),
     "data": Case("extract", "negative", "failed", account=negative),
-    "warehouse": Case("plan", "is held by a long load (process", "up_for_retry", prepare=held),
+    "warehouse": Case("plan", "is in use by a long load (process", "up_for_retry", prepare=held),
     "disk": Case("plan", "Not a directory", "up_for_retry", prepare=no_folder),
-    "tampered": Case("plan", "faletl rebuild make it anew", "failed", prepare=spoilt),
+    "tampered": Case("plan", "run faletl rebuild", "failed", prepare=spoilt),
     "lease": Case(
         "plan", "a newer run took over the warehouse (faletl load, run of tomorrow)", "failed quietly",
         before=OVERTAKEN,

@@ -247,7 +247,7 @@ def test_no_raw_control_character_is_printed(readable: Settings) -> None:
         (["run", "--resource", "invoices"], {}, "is none of usage"),
         (["run"], {"FALETL_API_URL": "http://192.0.2.1/v1"}, "plain http"),
         (["run"], {"FALETL_API_URL": "file:///etc/passwd"}, "https://"),
-        (["run"], {"FALETL_WAREHOUSE": "mysql://x/y"}, "faletl keeps no warehouse in 'mysql'"),
+        (["run"], {"FALETL_WAREHOUSE": "mysql://x/y"}, "faletl does not support 'mysql'"),
         (["run"], {"FALETL_PARALLEL": "many"}, "FALETL_PARALLEL"),
         (["sql", "select 1"], {}, "nothing is published yet"),
         (["fly"], {}, "No such command"),

@@ -289,7 +289,7 @@ def test_an_empty_cursor_is_noted_and_warned_about_once(
         assert pipeline.run(mine, Asked(truth.day(21), truth.day(23), ["usage"])).exit_code == 0
     noted = "select field, kind, sample from ops.contract_drift where resource = 'usage'"
     assert ask(mine, noted) == [("$.next_cursor", "retyped", '""')]
-    assert caplog.text.count("$.next_cursor in another type") == 1
+    assert caplog.text.count("$.next_cursor with another type") == 1
 
 
 @pytest.mark.parametrize("has_more", [..., None])
