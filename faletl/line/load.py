@@ -129,7 +129,9 @@ def _load_batch(
                     if not is_already_loaded(lease.connection, staged):
                         refused = _shared_days(report)
                         refuse_shared(settings, warehouse, lease.connection, staged, refused)
-                        judged = gate().passed(lease.connection, staged) if settings.gate else staged
+                        judged = (
+                            gate().check_staged(lease.connection, staged) if settings.gate else staged
+                        )
             except DataRefusedError as error:
                 extracts.refuse(staged.landed.folder)
                 error.at(account=staged.landed.manifest.account)

@@ -107,7 +107,7 @@ def announce_alerts(settings: Settings, send: Callable[[str, str], None]) -> Non
 
 def warn_of_runaways(build: Build) -> None:
     """Tell each charge that ran away and was not known before; of many, the dearest."""
-    for sentence in build.dearest_runaways:
+    for sentence in build.top_runaways:
         log.warning("runaway charge: %s", sentence)
-    if more := build.runaways - len(build.dearest_runaways):
+    if more := build.runaways - len(build.top_runaways):
         log.warning("and %d more: see reports.rpt_runaway_requests", more)

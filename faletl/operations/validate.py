@@ -12,7 +12,7 @@ from faletl.duck import quoted
 from faletl.errors import DataRefusedError
 from faletl.files import scratch_folder
 from faletl.findings import Validation
-from faletl.gate.gate import Gate, Subject, tell
+from faletl.gate.gate import Gate, GateInput, log_findings
 from faletl.line import holds
 from faletl.line.report import Progress, new_run_id, silent
 from faletl.resources import RESOURCES
@@ -71,7 +71,7 @@ def validate(settings: Settings, asked: Asked = DUE, progress: Progress = silent
         for done, load in enumerate(loads):
             progress("validating", done, len(loads))
             if judged := _judged(warehouse, gate, load, scratch):
-                tell(judged.resource, judged.window, judged.validations)
+                log_findings(judged.resource, judged.window, judged.validations)
                 verdict.judged.append(judged)
         progress("validating", len(loads), len(loads))
     if verdict.judged:
@@ -90,7 +90,7 @@ def _judged(warehouse: Warehouse, gate: Gate, load: sa.RowMapping, scratch: Path
             return None
         warehouse.export_rows(connection, rows_of_windows(resource, load["account"], [window]), path)
         is_accepted = holds.is_refused_window_accepted(connection, load)
-        subject = Subject(
+        subject = GateInput(
             account=load["account"],
             resource=resource.with_any_sign if is_accepted else resource,
             window=window,

@@ -27,7 +27,7 @@ from faletl.landing import extracts
 from faletl.landing.extracts import Landed
 from faletl.line import holds, relabel
 from faletl.models import catalogue
-from faletl.models.build import CHECKED_SPAN, days_held, has_unbuilt_rows, statements
+from faletl.models.build import CHECKED_SPAN, days_with_rows, has_unbuilt_rows, statements
 from faletl.models.days import Span, is_by_day, restricted, sources, spans
 from faletl.resources import RESOURCES, Resource
 from faletl.staging.digest import DIGEST_FORM, digest_of, digest_sums
@@ -340,7 +340,7 @@ def _spans(connection: sa.Connection, model: catalogue.Model) -> Iterator[Span]:
             )
         )
     }
-    held = days_held(connection, model)
+    held = days_with_rows(connection, model)
     yield from spans(days | held, min(model.longest_span, CHECKED_SPAN))
 
 

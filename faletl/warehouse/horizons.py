@@ -174,8 +174,7 @@ def refuse_odd(day: date, resources: Collection[str]) -> None:
     refuse_odd_day("--set", day)
     if without_days := sorted(set(resources) - set(BY_DAY)):
         raise UsageError(
-            f"{without_days[0]} is always a snapshot of now and has no horizon; choose from "
-            f"{', '.join(BY_DAY)}"
+            f"{without_days[0]} is a snapshot of now and has no horizon; choose from {', '.join(BY_DAY)}"
         )
 
 
