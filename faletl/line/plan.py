@@ -1,4 +1,4 @@
-"""Plan: which windows a run reads, and which endpoint ids it asks for. Asks fal nothing."""
+"""Plan which windows a run extracts, and which endpoint ids it asks for. Sends no requests."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from faletl.windows import Read, Window, asks_whole_catalogue, due_days, utc_day
 class Task:
     """One window of one resource to extract; `ids` where it is asked by ids.
 
-    `ahead` are reads of it in which batches of the ids were asked beforehand (see
+    `ahead` are ids of extracts in which batches of the ids were requested beforehand (see
     faletl/line/distributed.py).
     """
 
@@ -36,9 +36,9 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What a run would do with one resource.
+    """The windows and calls that a run would need for one resource.
 
-    The calls are a guess (`is_guess`) where endpoint ids are asked for and none are known yet.
+    The number of calls is a guess (`is_guess`) where endpoint ids are needed and none are known yet.
     """
 
     resource: str
@@ -48,10 +48,10 @@ class Forecast:
 
 
 ASSUMED_CATALOGUE = 1400
-"""Endpoints that fal's catalogue is taken to have while none is loaded (docs/fal-api.md, "Models")."""
+"""Assumed number of endpoints in fal's catalogue while none is loaded (docs/fal-api.md, "Models")."""
 
 ASSUMED_USED = 50
-"""Endpoints that an account is taken to use while no usage is loaded."""
+"""Assumed number of endpoints that an account uses while no usage is loaded."""
 
 
 def _assumed_ids(task: Task) -> int:
@@ -68,10 +68,10 @@ def plan(
     *,
     owners: Iterable[str] = (),
 ) -> list[Task]:
-    """The windows to extract: the days named, else those that are due, by the ledger.
+    """Plan the windows to extract: the named days, or those that are due according to the ledger.
 
-    `owners` are under whose names horizons of the account stand: its label, and its key if that is not
-    bound yet.
+    `owners` are the names under which horizons of the account are stored: its label, and the fingerprint
+    of its key if that is not bound yet.
     """
     reads: dict[str, Mapping[date, Read]] = {name: {} for name in RESOURCES}
     rows: Horizons = {}
@@ -89,9 +89,9 @@ def tasks_of(
     asked: Asked,
     now: datetime,
 ) -> list[Task]:
-    """The same, from what was read and the first day of each resource that has days.
+    """Plan from the last extract of each day (`reads`) and the first day of each resource with days.
 
-    A day that has not ended is cut at its last full hour; one of which no hour has ended is left out.
+    An open day ends at its last full hour; a day without a full hour is left out.
     """
     tasks = []
     for name, resource in RESOURCES.items():
@@ -120,13 +120,13 @@ def tasks_of(
 
 
 def _known(reads: Mapping[date, Read], day: date, now: datetime) -> Read | None:
-    """What is known of the day at `now`."""
+    """Return the last extract of the day, as it counts at `now`."""
     read = reads.get(day)
     return read.as_of(now) if read is not None else None
 
 
 def first_planned(tasks: Iterable[Task]) -> dict[str, date]:
-    """Per resource the first day of the plan."""
+    """Return the first planned day of each resource."""
     first: dict[str, date] = {}
     for task in tasks:
         first[task.resource.name] = min(first.get(task.resource.name, date.max), task.window.day)
@@ -142,28 +142,30 @@ def with_ids(
     used: Mapping[date, Collection[str]] = MappingProxyType({}),
     catalogue: Collection[str] = (),
 ) -> list[Task]:
-    """The tasks with the endpoint ids to ask for; those without any are left out.
+    """Return the tasks with the endpoint ids to request; tasks without ids are left out.
 
-    Asked for is what the window or the 90 days before it used or hold, and fal's catalogue: for
-    snapshots always, for days when their turn has come. `used` (by day) and `catalogue` are what this
-    run has seen of them. Ids that fal said it does not know are left alone for some days.
+    Requested are ids used in the window or the 90 days before it, ids loaded for the window, and fal's
+    whole catalogue: for snapshots always, for days once a week. `used` (by day) and `catalogue` are the
+    ids that this run has seen. Ids that fal does not know are not requested for seven days.
     """
-    found = []
+    tasks_with_ids = []
     for task in tasks:
         known = KnownIds()
         if connection is not None:
             known = known_ids(connection, account, task.resource, task.window, now)
         since, day = task.window.day - SEEN_WITHIN, task.window.day
-        lately = (ids for on, ids in used.items() if since <= on <= day)
-        ids, all_ids = known.used_or_loaded.union(*lately), known.catalogue.union(catalogue)
-        is_whole = task.is_whole_catalogue and bool(all_ids)  # not when fal's catalogue was out of reach
+        recently_used = (ids for used_on, ids in used.items() if since <= used_on <= day)
+        ids, all_ids = known.used_or_loaded.union(*recently_used), known.catalogue.union(catalogue)
+        is_whole = task.is_whole_catalogue and bool(all_ids)  # not when the catalogue is unavailable
         if is_whole or task.window.is_snapshot:
             ids |= all_ids
-        # In a list of values a comma parts two of them, so an id with one cannot be asked for.
-        askable = tuple(sorted(one for one in ids - known.unknown if "," not in one))
+        # A comma separates the values of a list, so an id with a comma cannot be requested.
+        askable = tuple(
+            sorted(endpoint_id for endpoint_id in ids - known.unknown if "," not in endpoint_id)
+        )
         if askable:
-            found.append(replace(task, ids=askable, is_whole_catalogue=is_whole))
-    return found
+            tasks_with_ids.append(replace(task, ids=askable, is_whole_catalogue=is_whole))
+    return tasks_with_ids
 
 
 def forecast(
@@ -175,21 +177,25 @@ def forecast(
     *,
     owners: Iterable[str] = (),
 ) -> list[Forecast]:
-    """What a run would read now, and in how many calls by earlier reads. Arguments as `plan`."""
+    """Return what a run would extract now, with calls estimated from earlier extracts; see `plan`."""
     tasks = plan(settings, connection, account, asked, now, owners=owners)
     pages = pages_per_window(connection, account) if connection is not None else {}
     by_name: dict[str, list[Task]] = {}
     for task in tasks:
         by_name.setdefault(task.resource.name, []).append(task)
     forecasts = []
-    for name, mine in by_name.items():
+    for name, own_tasks in by_name.items():
         resource, is_guess = RESOURCES[name], False
         if resource.ids_per_call is not None:
-            known = {task.window: len(task.ids) for task in with_ids(connection, account, mine, now)}
-            is_guess = any(task.window not in known for task in mine)
-            ids = [known.get(task.window, _assumed_ids(task)) for task in mine]
+            known = {
+                task.window: len(task.ids) for task in with_ids(connection, account, own_tasks, now)
+            }
+            is_guess = any(task.window not in known for task in own_tasks)
+            ids = [known.get(task.window, _assumed_ids(task)) for task in own_tasks]
             calls = sum(math.ceil(n / resource.ids_per_call) for n in ids) * len(resource.params)
         else:
-            calls = math.ceil(len(mine) * pages.get(name, 1)) + len(mine) * (resource.proof is not None)
-        forecasts.append(Forecast(name, tuple(task.window for task in mine), calls, is_guess))
+            calls = math.ceil(len(own_tasks) * pages.get(name, 1)) + len(own_tasks) * (
+                resource.proof is not None
+            )
+        forecasts.append(Forecast(name, tuple(task.window for task in own_tasks), calls, is_guess))
     return forecasts

@@ -14,7 +14,7 @@ from faletl.files import scratch_folder
 from faletl.findings import Validation
 from faletl.gate.gate import Gate, GateInput, log_findings
 from faletl.line import holds
-from faletl.line.report import Progress, new_run_id, silent
+from faletl.line.report import Progress, new_run_id, no_progress
 from faletl.resources import RESOURCES
 from faletl.selection import DUE, Asked
 from faletl.warehouse import open_warehouse
@@ -55,7 +55,7 @@ class Verdict:
         return 0 if all(v.success for v in critical) else DataRefusedError.exit_code
 
 
-def validate(settings: Settings, asked: Asked = DUE, progress: Progress = silent) -> Verdict:
+def validate(settings: Settings, asked: Asked = DUE, progress: Progress = no_progress) -> Verdict:
     """Look at what is loaded of the days and resources asked for (default: all), window by window.
 
     Runs get their turn in between. What is found takes the place of what was found of these loads.

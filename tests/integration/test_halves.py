@@ -30,7 +30,7 @@ from faletl.errors import DataRefusedError, TamperedError, UnprovenError
 from faletl.fal import client as client_module
 from faletl.fal.client import FalClient
 from faletl.landing import extracts
-from faletl.line.extract import prove_or_reread
+from faletl.line.extract import fetch_until_proven
 from faletl.line.fetch import Origin
 from faletl.line.plan import Task
 from faletl.line.release import build_and_publish
@@ -177,7 +177,7 @@ def test_charges_at_any_instants_are_all_taken_where_a_minute_fits_on_a_page(
     origin = Origin("acme", "run", datetime.now(UTC), 0, planned_from={}, unknown_ids={})
     with TemporaryDirectory() as folder:
         mine, task = settings_for(server.url, Path(folder)), Task(BILLING_EVENTS, DAY)
-        staged = prove_or_reread(client, mine, task, Path(folder), origin)
+        staged = fetch_until_proven(client, mine, task, Path(folder), origin)
         with duckdb.connect() as connection:
             held = connection.execute(f"select request_id, cost_total from {staged.source}").fetchall()
     assert staged.proof == "summary"

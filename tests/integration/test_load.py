@@ -336,7 +336,7 @@ def test_who_lost_the_lease_writes_nothing_and_is_told_who_has_it(desk: Desk) ->
 @pytest.mark.parametrize(
     ("said", "told"),
     [
-        ({"rows": 2}, "holds 1 rows and 0.1.* after loading 2 rows"),
+        ({"rows": 2}, "has 1 rows with a sum of 0.1.* after loading 2 rows"),
         ({"cost_total": "0.100000000001"}, "and 0.100000000001; the load was undone"),
         ({"source": "'gone.parquet'"}, "the warehouse refused the load: .*gone.parquet"),
     ],

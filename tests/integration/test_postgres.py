@@ -250,7 +250,7 @@ def test_a_load_and_a_build_that_are_killed_at_any_step_are_done_or_not(
     assert pipeline.extract(on_server, days).exit_code == 0
     for kill in (
         Trap("faletl.warehouse.postgres.PostgresWarehouse.load_rows"),
-        Trap("faletl.line.replace._enter"),  # all written, not committed
+        Trap("faletl.line.replace._record_load"),  # all written, not committed
     ):
         assert is_killed(start(on_server, kill, command="load"))
         assert loaded(on_server) == (0, 0)
@@ -812,7 +812,7 @@ def test_where_the_answer_to_a_commit_is_lost_the_ledger_tells_whether_it_was_ma
     )
     pipeline.run(far, DAY)
     account.lines[0] = line(account.lines[0].hour, FLUX, "9")
-    enter, tell = replace._enter, new_runaways
+    enter, tell = replace._record_load, new_runaways
 
     def entered(*given: Any) -> None:
         enter(*given)
@@ -823,17 +823,17 @@ def test_where_the_answer_to_a_commit_is_lost_the_ledger_tells_whether_it_was_ma
         return tell(*given, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(replace, "_enter", entered)
+        patch.setattr(replace, "_record_load", entered)
         ((_, lost),) = pipeline.run(far, DAY).failures
     assert isinstance(lost, WarehouseError)
-    assert "whether the window is loaded is in the ledger" in str(lost)
+    assert "the ledger shows whether the window is loaded" in str(lost)
     assert loaded(on_server) == (15, 2)  # it was made
     with monkeypatch.context() as patch:
         patch.setattr("faletl.models.build.new_runaways", told)
         report = pipeline.run(far, DAY)
     ((_, lost),) = report.failures
     assert [outcome.outcome for outcome in report.outcomes] == ["unchanged"]
-    assert "whether it is built is in ops.builds" in str(lost)
+    assert "ops.builds shows whether it was committed" in str(lost)
     assert builds(on_server) == 2
     report = pipeline.run(far, DAY)
     assert (report.exit_code, report.build) == (0, None)

@@ -28,7 +28,7 @@ from faletl.errors import ContractError, UnprovenError
 from faletl.fal import client as client_module
 from faletl.fal.client import FalClient
 from faletl.landing import extracts
-from faletl.line.extract import prove_or_reread
+from faletl.line.extract import fetch_until_proven
 from faletl.line.fetch import Origin
 from faletl.line.plan import Task
 from faletl.resources import BILLING_EVENTS, USAGE, Resource
@@ -78,7 +78,7 @@ def taken(client: FalClient, server: Sandbox, resource: Resource, folder: Path) 
     """The day as a run would take it; raises what it would be refused with."""
     origin = Origin("acme", "run", datetime.now(UTC), 0, planned_from={}, unknown_ids={})
     task = Task(resource, DAY)
-    return prove_or_reread(client, given(server, folder), task, folder, origin)
+    return fetch_until_proven(client, given(server, folder), task, folder, origin)
 
 
 def held(staged: Staged) -> Rows:
