@@ -32,7 +32,7 @@ from faletl.landing.storage import at, place, write_durably
 from faletl.line import accounts, holds
 from faletl.line.accounts import SignedIn
 from faletl.line.extract import fencing_token, fetch_until_proven, run_concurrently
-from faletl.line.fetch import Origin, ask_ahead
+from faletl.line.fetch import RunContext, ask_ahead
 from faletl.line.load import load_extracts, record_failures
 from faletl.line.overlap import charges_first
 from faletl.line.plan import Task, first_planned, plan, with_ids
@@ -115,11 +115,11 @@ class Plan(msgspec.Struct, frozen=True):
     accepted: list[str] = []
 
     @property
-    def origin(self) -> Origin:
+    def origin(self) -> RunContext:
         """The context of a task that starts now."""
         unknown_ids = {name: set[str]() for name in RESOURCES}
         now = datetime.now(UTC)
-        return Origin(
+        return RunContext(
             self.account,
             self.run_id,
             now,

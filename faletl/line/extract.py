@@ -33,7 +33,7 @@ from faletl.files import scratch_folder
 from faletl.landing import extracts
 from faletl.landing.extracts import Landed, Part
 from faletl.line import accounts, holds
-from faletl.line.fetch import Origin, Retry, fetch_window
+from faletl.line.fetch import Retry, RunContext, fetch_window
 from faletl.line.overlap import charges_first
 from faletl.line.plan import Task, first_planned, plan, with_ids
 from faletl.resources import MODELS, RESOURCES, USAGE, Resource
@@ -125,7 +125,7 @@ def staged_windows(
             first, tasks = charges_first(connection, label, tasks)
             token, accepted = fencing_token(connection), holds.accepted_rows(connection)
         unknown_ids = {name: set[str]() for name in RESOURCES}
-        origin = Origin(
+        origin = RunContext(
             label,
             report.run_id,
             now,
@@ -229,7 +229,7 @@ def fetch_until_proven(
     settings: Settings,
     task: Task,
     scratch: Path,
-    origin: Origin,
+    origin: RunContext,
     landed: Landed | None = None,
 ) -> Staged:
     """Fetch and stage a window; if its rows do not add up, fetch again, then in halves (`next_try`).
