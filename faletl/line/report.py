@@ -72,7 +72,8 @@ def note_outcome(report: Report, staged: Staged, replaced: Replaced) -> None:
         return
     if replaced.outcome != "held":
         log.warning("%s, window %s: fal removed rows or charges: %s were loaded before, and %s "
-"are loaded now (see ops.restatements)", name, window, loss.before, loss.after)  # fmt: skip
+                    "are loaded now (see ops.restatements)", name, window, loss.before,
+                    loss.after)  # fmt: skip
         return
     sentence = holds.sentence(manifest, loss)
     if loss.is_final:

@@ -128,7 +128,7 @@ def test_a_new_username_under_a_known_key_keeps_its_label_and_is_warned_about_on
         caplog.clear()
         assert pipeline.run(settings).account == "acme"
         told.append([one.getMessage() for one in caplog.records if "acme-inc" in one.getMessage()])
-    assert told == [["fal calls the account 'acme' now 'acme-inc'; it keeps its label 'acme'"], []]
+    assert told == [["fal renamed the account 'acme' to 'acme-inc'; it keeps its label 'acme'"], []]
     assert set(spent(settings)) == {"acme"}
     account.account = "acme"
     pipeline.run(settings)
@@ -744,7 +744,7 @@ def test_a_rename_in_one_warehouse_mixes_no_labels_in_another(
 ) -> None:
     rename(settings, "acme", "emea")
     before = all_tables(second)
-    cure = "has renamed or forgotten the account 'acme'; faletl rebuild makes this one follow"
+    cure = "has renamed or forgotten the account 'acme'; run faletl rebuild to apply that here, too"
     for refused in (
         lambda: rebuild(second, truth.day(21)),
         lambda: pipeline.load(second),
