@@ -54,7 +54,7 @@ NAMELESS = "default"
 class Account:
     """A label and its bindings. `usernames` are fal's, the newest last; `key_ids` are fingerprints.
 
-    `is_sandbox` and `bound_at` are None if an older faletl loaded the account, without any binding.
+    `is_sandbox` and `bound_at` are None if an older faletl loaded the account and recorded no binding.
     """
 
     label: str
@@ -289,7 +289,7 @@ def _listed(labels: Iterable[str]) -> str:
 
 
 def sign_in(
-    client: FalClient, settings: Settings, warehouse: Warehouse, asked: Asked, now: datetime
+    client: FalClient, settings: Settings, warehouse: Warehouse, selection: Asked, now: datetime
 ) -> SignedIn:
     """Bind FAL_KEY to its account and return that; its horizons are stored first.
 
@@ -307,7 +307,7 @@ def sign_in(
     if owner in known and settings.account is not None:
         _configured_label(known, Caller(is_sandbox=False), settings.account, owner)
     owner = owner or settings.fingerprint()
-    before = horizons.remember(settings, warehouse, owner, asked, now)
+    before = horizons.remember(settings, warehouse, owner, selection, now)
     try:
         caller = _caller(client, settings)
         label = label_of(known, caller, settings)
@@ -325,7 +325,7 @@ def sign_in(
             raise
         log.info("%s; the key is not bound to account %a", error, label)
         return _signed_in(account, caller, owner)
-    account = _bind(settings, warehouse, caller, owner, asked, now)
+    account = _bind(settings, warehouse, caller, owner, selection, now)
     return _signed_in(account, caller, account.label)
 
 
@@ -490,7 +490,7 @@ def _bind(
     warehouse: Warehouse,
     caller: Caller,
     owner: str,
-    asked: Asked,
+    selection: Asked,
     now: datetime,
 ) -> Account:
     """Bind username, key and the horizons of the key to their label; all or nothing."""
@@ -507,7 +507,7 @@ def _bind(
         if owner != label:
             rows = horizons.merged(rows, horizons.of_owner(connection, owner))
             horizons.replace(connection, owner, {})
-        rows = horizons.moved(rows, label, asked, now, settings.first_days)
+        rows = horizons.moved(rows, label, selection, now, settings.first_days)
         for decision in [*older, *new_decisions]:
             decisions.record(
                 settings, msgspec.structs.replace(decision, decided_at=decisions.next_instant(settings))

@@ -131,7 +131,7 @@ class Plan(msgspec.Struct, frozen=True):
         )
 
 
-def write_plan(settings: Settings, asked: Asked, *, is_first_due: bool = False) -> str | None:
+def write_plan(settings: Settings, selection: Asked, *, is_first_due: bool = False) -> str | None:
     """Store a plan of what `faletl run` would extract now; return its path, None if nothing is due.
 
     With `is_first_due`, the first extract ever of a resource covers all due days, even if only recent
@@ -147,13 +147,17 @@ def write_plan(settings: Settings, asked: Asked, *, is_first_due: bool = False) 
     settings.require_key()
     now, run_id, warehouse = datetime.now(UTC), new_run_id(), open_warehouse(settings)
     with _locks_recorded(settings, Report(run_id)):
-        signed_in = _sign_in(settings, warehouse, asked, now)
+        signed_in = _sign_in(settings, warehouse, selection, now)
     account = signed_in.label
-    if is_first_due and _is_first(warehouse, account, asked) and not _is_older(settings, asked, now):
-        asked = Asked(resources=asked.resources)
-        horizons.remember(settings, warehouse, account, asked, now)
+    if (
+        is_first_due
+        and _is_first(warehouse, account, selection)
+        and not _is_older(settings, selection, now)
+    ):
+        selection = Asked(resources=selection.resources)
+        horizons.remember(settings, warehouse, account, selection, now)
     with warehouse.reading() as connection:
-        tasks = plan(settings, connection, account, asked, now, owners=signed_in.owners)
+        tasks = plan(settings, connection, account, selection, now, owners=signed_in.owners)
         first, rest = charges_first(connection, account, tasks)
         tasks = [*first, *rest]
         by_ids = [task for task in tasks if task.resource.ids_per_call is not None]
@@ -180,10 +184,10 @@ def write_plan(settings: Settings, asked: Asked, *, is_first_due: bool = False) 
     return str(path.absolute())
 
 
-def _sign_in(settings: Settings, warehouse: Warehouse, asked: Asked, now: datetime) -> SignedIn:
+def _sign_in(settings: Settings, warehouse: Warehouse, selection: Asked, now: datetime) -> SignedIn:
     """Return the account; a useless key is refused here, once, and not in each task that follows."""
     with FalClient(settings) as client:
-        signed_in = accounts.sign_in(client, settings, warehouse, asked, now)
+        signed_in = accounts.sign_in(client, settings, warehouse, selection, now)
         if signed_in.username is None:  # fal has not accepted the key for anything yet
             with suppress(ApiUnavailableError, ContractError):
                 accounts.ask_for_usage(client, settings, now)
@@ -323,9 +327,9 @@ def _landed(settings: Settings, run_plan: Plan, task: Task) -> Landed | None:
     )
 
 
-def _is_first(warehouse: Warehouse, account: str, asked: Asked) -> bool:
+def _is_first(warehouse: Warehouse, account: str, selection: Asked) -> bool:
     """Return whether days of resources are asked for, and nothing of these is loaded yet."""
-    days = [name for name in asked.resources if name in horizons.BY_DAY]
+    days = [name for name in selection.resources if name in horizons.BY_DAY]
     with warehouse.reading() as connection:
         is_loaded = connection is not None and any(
             last_extracts(connection, account, name) for name in days
@@ -333,10 +337,10 @@ def _is_first(warehouse: Warehouse, account: str, asked: Asked) -> bool:
     return bool(days) and not is_loaded
 
 
-def _is_older(settings: Settings, asked: Asked, now: datetime) -> bool:
+def _is_older(settings: Settings, selection: Asked, now: datetime) -> bool:
     """Return whether days before FALETL_FIRST_DAYS are asked for."""
     first = now.date() - timedelta(days=settings.first_days)
-    return asked.start is not None and asked.start < first
+    return selection.start is not None and selection.start < first
 
 
 def _span(windows: Sequence[PlannedTask]) -> str:

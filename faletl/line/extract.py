@@ -81,7 +81,7 @@ def extract_all(
     warehouse: Warehouse,
     report: Report,
     take: Callable[[list[Staged]], None],
-    asked: Asked,
+    selection: Asked,
     progress: Progress,
 ) -> bool:
     """Extract, and pass each batch of staged windows to `take`; return if the warehouse is writable.
@@ -89,7 +89,7 @@ def extract_all(
     A refused key, a locked account, or a warehouse that cannot be written ends the extraction.
     """
     settings.require_key()
-    extracted = staged_windows(settings, warehouse, report, asked, progress)
+    extracted = staged_windows(settings, warehouse, report, selection, progress)
     try:
         with closing(extracted):
             for batch in extracted:
@@ -103,7 +103,7 @@ def extract_all(
 
 
 def staged_windows(
-    settings: Settings, warehouse: Warehouse, report: Report, asked: Asked, progress: Progress
+    settings: Settings, warehouse: Warehouse, report: Report, selection: Asked, progress: Progress
 ) -> Generator[list[Staged]]:
     """Fetch, land, stage and prove several windows at a time; yield them as they finish.
 
@@ -117,11 +117,11 @@ def staged_windows(
     now = datetime.now(UTC)
     extracts.root(settings)  # fails before fal is asked, if nothing can be stored
     with FalClient(settings) as client, scratch_folder() as scratch:
-        account = accounts.sign_in(client, settings, warehouse, asked, now)
+        account = accounts.sign_in(client, settings, warehouse, selection, now)
         label = report.account = account.label
         with warehouse.reading() as connection:
             warn_of_other_landing(settings, connection)
-            tasks = plan(settings, connection, label, asked, now, owners=account.owners)
+            tasks = plan(settings, connection, label, selection, now, owners=account.owners)
             first, tasks = charges_first(connection, label, tasks)
             token, accepted = fencing_token(connection), holds.accepted_rows(connection)
         unknown_ids = {name: set[str]() for name in RESOURCES}
@@ -145,7 +145,7 @@ def staged_windows(
             try:
                 return fetch_until_proven(client, settings, task, scratch, origin)
             except KeyRefusedError as error:
-                if not resource.is_optional or resource.name in asked.resources:
+                if not resource.is_optional or resource.name in selection.resources:
                     client.stop()  # so that other threads do not get the same refusal
                     raise
                 if resource.name not in refused:
@@ -214,7 +214,7 @@ def run_concurrently(
                 except AccessRefusedError:
                     raise
                 except FaletlError as error:
-                    forget_frames(error)  # a report is kept, and frames may hold pages
+                    forget_frames(error)  # a report is kept, and frames may reference pages
                     report.failures.append((task, error))
             yield [staged for staged in batch if staged is not None], len(ended)
     except BaseException:

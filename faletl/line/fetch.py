@@ -66,13 +66,13 @@ class RunContext:
 class Retry:
     """Instructions to fetch a window again whose earlier extract did not add up.
 
-    `kept` are the parts that did; `asked` are parts to fetch, for example halves of others; `compared`
-    are parts to fetch again, so that two equal walks can decide.
+    `kept` are the parts that did; `requested` are parts to fetch, for example halves of others;
+    `compared` are parts to fetch again, so that two equal walks can decide.
     """
 
     landed: Landed
     kept: Sequence[Part] = ()
-    asked: Sequence[Window] = ()
+    requested: Sequence[Window] = ()
     compared: Sequence[Part] = ()
 
 
@@ -225,7 +225,7 @@ def _ask_all(asker: _Asker, ids: Sequence[str], unknown: set[str], retry: Retry 
     else:
         for part in retry.kept:
             asker.keep(retry.landed, part)
-        for window in retry.asked:
+        for window in retry.requested:
             _ask_part(asker, window)
         for part in retry.compared:
             _ask_part(asker, part.window, retry.landed, part)

@@ -236,7 +236,7 @@ def _has_rows(
 
 
 def _refused_before(connection: sa.Connection, account: str, day: date) -> set[str]:
-    """Return the resources of which earlier runs refused that day because its charges are shared."""
+    """Return the resources for which earlier runs refused that day because of shared charges."""
     window, failures = Window.of_day(day), FAILURES.c
     query = sa.select(failures.resource).where(
         failures.account == account,

@@ -63,7 +63,7 @@ def plan(
     settings: Settings,
     connection: sa.Connection | None,
     account: str,
-    asked: Asked,
+    selection: Asked,
     now: datetime,
     *,
     owners: Iterable[str] = (),
@@ -73,56 +73,58 @@ def plan(
     `owners` are the names under which horizons of the account are stored: its label, and the fingerprint
     of its key if that is not bound yet.
     """
-    reads: dict[str, Mapping[date, Read]] = {name: {} for name in RESOURCES}
+    extracts_by_resource: dict[str, Mapping[date, Read]] = {name: {} for name in RESOURCES}
     rows: Horizons = {}
     if connection is not None:
-        reads = {name: last_extracts(connection, account, name) for name in RESOURCES}
+        extracts_by_resource = {name: last_extracts(connection, account, name) for name in RESOURCES}
         for owner in dict.fromkeys((account, *owners)):
             rows = horizons.merged(rows, horizons.of_owner(connection, owner))
-    rows = horizons.moved(rows, account, asked, now, settings.first_days)
-    return tasks_of(reads, {name: row.first_day for name, row in rows.items()}, asked, now)
+    rows = horizons.moved(rows, account, selection, now, settings.first_days)
+    return tasks_of(
+        extracts_by_resource, {name: row.first_day for name, row in rows.items()}, selection, now
+    )
 
 
 def tasks_of(
-    reads: Mapping[str, Mapping[date, Read]],
+    extracts_by_resource: Mapping[str, Mapping[date, Read]],
     first_days: Mapping[str, date],
-    asked: Asked,
+    selection: Asked,
     now: datetime,
 ) -> list[Task]:
-    """Plan from the last extract of each day (`reads`) and the first day of each resource with days.
+    """Plan from the last extract of each day and the first day of each resource with days.
 
     An open day ends at its last full hour; a day without a full hour is left out.
     """
     tasks = []
     for name, resource in RESOURCES.items():
-        if asked.resources and name not in asked.resources:
+        if selection.resources and name not in selection.resources:
             continue
         if resource.window == "snapshot":
-            today = _known(reads[name], now.date(), now)
-            if asked.start is not None or resource.every_run or today is None:
+            today = _known(extracts_by_resource[name], now.date(), now)
+            if selection.start is not None or resource.every_run or today is None:
                 tasks.append(Task(resource, Window.snapshot(now)))
             continue
         tomorrow = Window.of_day(now.date()).end.date()
         days = (
-            utc_days(asked.start, min(asked.end or date.max, tomorrow))
-            if asked.start is not None
-            else due_days(now, reads[name], first_days[name])
+            utc_days(selection.start, min(selection.end or date.max, tomorrow))
+            if selection.start is not None
+            else due_days(now, extracts_by_resource[name], first_days[name])
         )
         for day in days:
-            if asked.end is not None and day.day >= asked.end:
+            if selection.end is not None and day.day >= selection.end:
                 break
             if (window := day.settled(now)) is not None:
                 is_whole = resource.ids_per_call is not None and asks_whole_catalogue(
-                    window, _known(reads[name], window.day, now), now
+                    window, _known(extracts_by_resource[name], window.day, now), now
                 )
                 tasks.append(Task(resource, window, is_whole_catalogue=is_whole))
     return tasks
 
 
-def _known(reads: Mapping[date, Read], day: date, now: datetime) -> Read | None:
+def _known(extracts_by_day: Mapping[date, Read], day: date, now: datetime) -> Read | None:
     """Return the last extract of the day, as it counts at `now`."""
-    read = reads.get(day)
-    return read.as_of(now) if read is not None else None
+    extract = extracts_by_day.get(day)
+    return extract.as_of(now) if extract is not None else None
 
 
 def first_planned(tasks: Iterable[Task]) -> dict[str, date]:
@@ -172,13 +174,13 @@ def forecast(
     settings: Settings,
     connection: sa.Connection | None,
     account: str,
-    asked: Asked,
+    selection: Asked,
     now: datetime,
     *,
     owners: Iterable[str] = (),
 ) -> list[Forecast]:
     """Return what a run would extract now, with calls estimated from earlier extracts; see `plan`."""
-    tasks = plan(settings, connection, account, asked, now, owners=owners)
+    tasks = plan(settings, connection, account, selection, now, owners=owners)
     pages = pages_per_window(connection, account) if connection is not None else {}
     by_name: dict[str, list[Task]] = {}
     for task in tasks:

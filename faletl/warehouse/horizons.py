@@ -57,8 +57,8 @@ def of_owner(connection: sa.Connection, owner: str) -> Horizons:
     return {name: Horizon(first_day, bool(is_decided)) for name, first_day, is_decided in rows}
 
 
-def moved(known: Horizons, owner: str, asked: Asked, now: datetime, first_days: int) -> Horizons:
-    """Return the horizons after `asked` is planned at `now`; `first_days` is FALETL_FIRST_DAYS.
+def moved(known: Horizons, owner: str, selection: Asked, now: datetime, first_days: int) -> Horizons:
+    """Return the horizons after `selection` is planned at `now`; `first_days` is FALETL_FIRST_DAYS.
 
     Named days move a horizon back, never forward. So does the first run of a label without dates. A run
     with an unknown key does so only if the key has no horizon yet, because the label may be older than
@@ -67,9 +67,11 @@ def moved(known: Horizons, owner: str, asked: Asked, now: datetime, first_days: 
     tomorrow = now.date() + timedelta(days=1)
     known = {name: row for name, row in known.items() if row.first_day <= tomorrow}
     recent = max(FIRST_DAY, now.date() - timedelta(days=first_days))
-    names = [name for name in BY_DAY if not asked.resources or name in asked.resources]
+    names = [name for name in BY_DAY if not selection.resources or name in selection.resources]
     is_pending = owner.startswith(FINGERPRINT)
-    after = {name: _moved(known.get(name), asked.start, recent, is_pending=is_pending) for name in names}
+    after = {
+        name: _moved(known.get(name), selection.start, recent, is_pending=is_pending) for name in names
+    }
     return {**known, **after}
 
 
@@ -100,9 +102,9 @@ def merged(known: Horizons, pending: Horizons) -> Horizons:
 
 
 def remember(
-    settings: Settings, warehouse: Warehouse, owner: str, asked: Asked, now: datetime
+    settings: Settings, warehouse: Warehouse, owner: str, selection: Asked, now: datetime
 ) -> Horizons | None:
-    """Store the horizons of `owner` that result from `asked`; create the warehouse if necessary.
+    """Store the horizons of `owner` that result from `selection`; create the warehouse if necessary.
 
     Returns the horizons from before; None if nothing changed, which is the usual case.
 
@@ -111,11 +113,11 @@ def remember(
     """
     with warehouse.reading() as connection:
         known = of_owner(connection, owner) if connection is not None else {}
-    if moved(known, owner, asked, now, settings.first_days) == known:
+    if moved(known, owner, selection, now, settings.first_days) == known:
         return None
     with warehouse.lease("faletl, which writes the first day asked for") as lease, lease.transaction():
         known = of_owner(lease.connection, owner)
-        write(settings, lease, owner, moved(known, owner, asked, now, settings.first_days))
+        write(settings, lease, owner, moved(known, owner, selection, now, settings.first_days))
     return known
 
 

@@ -146,8 +146,8 @@ def pages_per_window(connection: sa.Connection, account: str) -> Mapping[str, fl
     return {resource: max(1.0, int(pages) / count) for resource, pages, count in rows}
 
 
-def current_loads(warehouse: Warehouse, asked: Asked) -> list[sa.RowMapping]:
-    """Return the current rows of ops.loads that `asked` covers, by resource, oldest first.
+def current_loads(warehouse: Warehouse, selection: Asked) -> list[sa.RowMapping]:
+    """Return the current rows of ops.loads that `selection` covers, by resource, oldest first.
 
     Raises:
         UsageError: there is no warehouse yet.
@@ -161,7 +161,7 @@ def current_loads(warehouse: Warehouse, asked: Asked) -> list[sa.RowMapping]:
         loads = [
             load
             for load in result.mappings()
-            if asked.includes(load["resource"], Window(load["window_start"], load["window_start"]))
+            if selection.includes(load["resource"], Window(load["window_start"], load["window_start"]))
         ]
     order = list(RESOURCES)
     return sorted(loads, key=lambda load: order.index(load["resource"]))
