@@ -156,7 +156,7 @@ def test_extracts_of_the_future_wait_and_hold_back_no_later_one(
     assert pipeline.extract(settings, everything).exit_code == 0
     report = pipeline.load(settings)
     assert report.exit_code == 0
-    assert "not loaded before that instant" in caplog.text
+    assert "not loaded until that time" in caplog.text
     pipeline.build(settings)
     pipeline.publish(settings)
     assert figures(query) == (Decimal("0.09"), 500)

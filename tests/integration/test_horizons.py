@@ -227,7 +227,7 @@ def test_of_several_accounts_the_one_that_is_named_or_asks_is_meant(
     assert held(settings)["acme", "usage"] == day(18)
     set_horizon(second.model_copy(update={"account": "acme"}), day(17), ["usage"])
     assert held(settings)["acme", "usage"] == day(17)
-    with pytest.raises(UsageError, match="name the account"):
+    with pytest.raises(UsageError, match="name one with --account"):
         set_horizon(settings.model_copy(update={"key": None}), day(17))
     with pytest.raises(UsageError, match="there is no account 'gamma'"):
         set_horizon(settings, day(17), [], "gamma")
