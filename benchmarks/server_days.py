@@ -48,7 +48,7 @@ def measured(days: int, rows: int, indexes: list[str], folder: Path) -> Iterator
         connection.commit()
 
         def copy() -> None:
-            warehouse.take_in(connection, TABLE, quoted(day), folder)
+            warehouse.load_rows(connection, TABLE, quoted(day), folder)
 
         def insert() -> None:
             connection.execute(sa.insert(TABLE), values)

@@ -18,7 +18,7 @@ import time_machine
 from faletl.cli import demo
 from faletl.cli.output import print_query
 from faletl.config import Settings
-from faletl.line.report import silent
+from faletl.line.report import no_progress
 
 SHOWN_AT = datetime(2026, 11, 24, 12, tzinfo=UTC)
 FOLDER = Path(__file__).parent
@@ -97,7 +97,7 @@ def warehouse() -> Settings:
     folder = Path(tempfile.mkdtemp(prefix="faletl-docs-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     with time_machine.travel(SHOWN_AT, tick=True):  # one price list comes after the other
-        settings, report = demo.run(folder, silent)
+        settings, report = demo.run(folder, no_progress)
     if report.exit_code:
         raise RuntimeError(report.failures)
     return settings

@@ -17,10 +17,10 @@ from faletl.errors import FaletlError
 from faletl.fal.client import FalClient
 from faletl.line import accounts
 from faletl.line.extract import extract_all
-from faletl.line.load import load_reads, loader, not_loaded, record_failures
+from faletl.line.load import load_extracts, loader, not_loaded, record_failures
 from faletl.line.plan import Forecast, forecast
 from faletl.line.release import build_and_publish
-from faletl.line.report import Progress, Report, new_run_id, outcome_of, silent
+from faletl.line.report import Progress, Report, new_run_id, no_progress, result_of
 from faletl.selection import DUE, Asked
 from faletl.staging.window import Staged
 from faletl.warehouse import open_warehouse
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def run(settings: Settings, asked: Asked = DUE, progress: Progress = silent) -> Report:
+def run(settings: Settings, asked: Asked = DUE, progress: Progress = no_progress) -> Report:
     """The whole line, for what is due or for the UTC days that are named.
 
     Named days are always fetched again; without an end they go up to now. Models, prices and credits
@@ -53,12 +53,12 @@ def run(settings: Settings, asked: Asked = DUE, progress: Progress = silent) -> 
     return report
 
 
-def extract(settings: Settings, asked: Asked = DUE, progress: Progress = silent) -> Report:
+def extract(settings: Settings, asked: Asked = DUE, progress: Progress = no_progress) -> Report:
     """Land and prove the windows that `run` would; load nothing. Raises UsageError, as `run`."""
     report = Report(new_run_id())
 
     def take(batch: list[Staged]) -> None:
-        report.outcomes.extend(outcome_of(staged, "landed") for staged in batch)
+        report.outcomes.extend(result_of(staged, "landed") for staged in batch)
 
     extract_all(settings, open_warehouse(settings), report, take, asked, progress)
     return report
@@ -81,21 +81,23 @@ def dry_run(settings: Settings, asked: Asked = DUE) -> list[Forecast]:
         )
 
 
-def load(settings: Settings, asked: Asked = DUE, progress: Progress = silent) -> Report:
+def load(settings: Settings, asked: Asked = DUE, progress: Progress = no_progress) -> Report:
     """Stage, prove and load what has landed and is not loaded yet; asks fal nothing."""
     report = Report(new_run_id())
     load_waiting(settings, asked, report, progress)
     return report
 
 
-def load_waiting(settings: Settings, asked: Asked, report: Report, progress: Progress = silent) -> None:
+def load_waiting(
+    settings: Settings, asked: Asked, report: Report, progress: Progress = no_progress
+) -> None:
     """As `load`; what became of each window goes to the report."""
     waiting = [
         landed
         for landed in not_loaded(settings, open_warehouse(settings), report)
         if asked.includes(landed.manifest.resource, landed.manifest.window)
     ]
-    load_reads(settings, waiting, report, progress)
+    load_extracts(settings, waiting, report, progress)
 
 
 def build(settings: Settings, *, full: bool = False) -> Report:

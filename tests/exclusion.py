@@ -143,7 +143,7 @@ class Process:
         """What is wrong with its end; `held_by` were frozen while they held the warehouse."""
         allowed = set(MAY_FAIL_WITH)
         if self.words[0] == "publish" or (self.fate == "cut off" and self.was_frozen):
-            allowed.add("WarehouseError")  # "not all that is loaded is built"; its session is gone
+            allowed.add("WarehouseError")  # "loaded data is not built yet"; its session is gone
         errors = list(self.errors())
         if self.fate == "killed" and self.code == -signal.SIGKILL:
             return

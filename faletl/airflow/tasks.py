@@ -30,7 +30,7 @@ from faletl.resources import RESOURCES, Resource
 
 if TYPE_CHECKING:
     from faletl.config import Settings
-    from faletl.line.distributed import Batch, Piece
+    from faletl.line.distributed import Batch, Chunk
     from faletl.selection import Asked
 
 log = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ def load_resource(name: str, connection: str, after: Sequence[Any] = ()) -> Any:
 
 
 @task(trigger_rule="all_done")
-def plan(name: str, connection: str) -> list[Piece]:
+def plan(name: str, connection: str) -> list[Chunk]:
     """Which windows are to be read: those that are due, or the days that the run stands for.
 
     Returns the path of the plan, which lies with the landed pages, cut into pieces.
@@ -164,12 +164,12 @@ def plan(name: str, connection: str) -> list[Piece]:
             return []
         # Whoever tries a new DAG by hand would else get the hour before, and from there on.
         by_hand = not has_form and run.run_type == "manual"
-        path = distributed.make_plan(settings, meant, is_first_due=by_hand)
-        return distributed.pieces(path) if path else []
+        path = distributed.write_plan(settings, meant, is_first_due=by_hand)
+        return distributed.chunks(path) if path else []
 
 
 @task
-def id_batches(planned: Sequence[Piece]) -> list[Batch]:
+def id_batches(planned: Sequence[Chunk]) -> list[Batch]:
     """The batches of endpoint ids to ask for, where a window asks for more than one call takes."""
     from faletl.line import distributed
 
@@ -205,7 +205,7 @@ def ask_ahead(batch: Batch, connection: str, name: str) -> int:
     trigger_rule="none_failed",
     map_index_template="{{ task.op_kwargs['piece']['windows'] }}",
 )
-def extract(piece: Piece, connection: str, name: str) -> list[str]:
+def extract(piece: Chunk, connection: str, name: str) -> list[str]:
     """Fetch the windows of a piece, land their pages as fal sent them, prove them complete.
 
     Returns the folders of what landed. A window of them that fails fails the task when the others are
@@ -215,7 +215,7 @@ def extract(piece: Piece, connection: str, name: str) -> list[str]:
     from faletl.line import distributed
 
     with _settings(connection, RESOURCES[name]) as settings:
-        report = distributed.extract_piece(settings, piece)
+        report = distributed.extract_chunk(settings, piece)
         for _, error in report.failures:
             log.error("%s", error)
         if report.failures:
@@ -224,7 +224,7 @@ def extract(piece: Piece, connection: str, name: str) -> list[str]:
 
 
 @task(pool=POOL, weight_rule="absolute", trigger_rule="all_done")
-def load(name: str, connection: str, planned: Sequence[Piece]) -> dict[str, int]:
+def load(name: str, connection: str, planned: Sequence[Chunk]) -> dict[str, int]:
     """Load what has landed, window by window, each exactly once; the only writer meanwhile.
 
     Returns counts of windows. Updates the asset of the raw table if that is news to the models; what is

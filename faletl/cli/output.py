@@ -63,7 +63,7 @@ def print_query(settings: Settings, query: str, form: Format) -> None:
                 raise UsageError("Parquet is not for a terminal; send it to a file: … > rows.parquet")
             with scratch_folder() as scratch:
                 path = scratch / "rows.parquet"
-                if not warehouse.export(query, path):
+                if not warehouse.export_query(query, path):
                     raise UsageError(_UNPUBLISHED)
                 with path.open("rb") as file:
                     shutil.copyfileobj(file, sys.stdout.buffer)
@@ -277,10 +277,10 @@ def print_accounts(settings: Settings) -> None:
 def print_horizons(settings: Settings, resources: Collection[str], account: str | None) -> None:
     """The first day that runs keep complete: of all accounts and resources, or of those named."""
     from faletl.config import FINGERPRINT
-    from faletl.warehouse.horizons import all_held
+    from faletl.warehouse.horizons import all_horizons
 
     with open_warehouse(settings).reading() as connection:
-        found = list(all_held(connection)) if connection is not None else []
+        found = list(all_horizons(connection)) if connection is not None else []
     lines = [
         ("(a key without an account yet)" if owner.startswith(FINGERPRINT) else owner, name, str(day))
         for owner, name, day in found

@@ -1,8 +1,8 @@
-"""The gate between staged and loaded: Great Expectations over the rows of one window, in DuckDB.
+"""The gate between staging and load: Great Expectations over the rows of one window, in DuckDB.
 
-Each window is looked at once, with all expectations in as few scans as Great Expectations makes of
-them; only those that fail are looked at again, for how many rows and which. No value of a row leaves
-the database but the keys of these, and nothing is sent anywhere.
+The gate evaluates all expectations on a window once, in as few scans as Great Expectations needs. Only
+failed expectations are evaluated again, to count and identify their rows. No value of a row leaves the
+database except the keys of these rows, and nothing is sent over the network.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_SAMPLE = 3  # rows whose keys are kept
+_MAX_SAMPLES = 3  # rows whose keys are kept
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
-    """A window to be looked at; `source` is the SQL of DuckDB for its rows (see `Staged`)."""
+class GateInput:
+    """A window to validate; `source` is DuckDB SQL for its rows (see `Staged`)."""
 
     account: str
     resource: Resource
@@ -60,8 +60,8 @@ class Subject:
     read_at: datetime
 
     @classmethod
-    def of(cls, staged: Staged) -> Subject:
-        """The staged window, before it is loaded."""
+    def of(cls, staged: Staged) -> GateInput:
+        """Return the input for a staged window, before it is loaded."""
         manifest = staged.landed.manifest
         resource = staged.resource
         return cls(
@@ -85,9 +85,9 @@ class Subject:
 
 
 class Gate:
-    """Great Expectations, ready to look at windows; making one takes seconds, so make it once.
+    """Great Expectations, ready to validate windows. Create one and reuse it: that takes seconds.
 
-    It reads files of `scratch`, where it keeps its own, and of the folder where windows are staged.
+    It reads and writes files in `scratch`, and reads the folder where windows are staged.
 
     Raises:
         SettingsError: the user's expectations, or table of units, cannot be read.
@@ -95,7 +95,7 @@ class Gate:
 
     def __init__(self, settings: Settings, scratch: Path, staged_in: Path | None = None) -> None:
         os.environ["GX_ANALYTICS_ENABLED"] = "false"
-        # It tells of itself in hundreds of lines where a scheduler shows them all.
+        # It logs hundreds of lines about itself, which a scheduler would show.
         logging.getLogger("great_expectations").setLevel(logging.WARNING)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of modules that it imports
@@ -112,7 +112,7 @@ class Gate:
         self._own = own_expectations(settings.expectations)
         self._units = scratch / "units.csv"
         _write_csv(self._units, ("unit",), [(unit,) for unit in sorted(known_units(settings))])
-        stores = InMemoryStoreBackendDefaults(init_temp_docs_sites=False)  # else it leaves folders
+        stores = InMemoryStoreBackendDefaults(init_temp_docs_sites=False)  # otherwise it leaves folders
         context = gx.get_context(
             mode="ephemeral",
             project_config=DataContextConfig(
@@ -125,13 +125,13 @@ class Gate:
             "staged",
             connection_string=url.render_as_string(),
             # With its defaults every metric fails, as DuckDB knows no isolation levels.
-            kwargs={  # type: ignore[call-arg]  # it goes to create_engine, though the stub knows it not
+            kwargs={  # type: ignore[call-arg]  # passed to create_engine, though the stub does not declare it
                 "isolation_level": "AUTOCOMMIT",
                 "skip_autocommit_rollback": True,
             },
             create_temp_table=False,
         )
-        # One asset for all windows: Great Expectations writes its configuration anew for each.
+        # One asset for all windows: Great Expectations rewrites its configuration for each asset.
         asset = source.add_query_asset("window", query="select * from staged_window")
         self._batches = asset.add_batch_definition_whole_table("window")
         self._engine = source.get_execution_engine().engine
@@ -149,21 +149,29 @@ class Gate:
                 connection.exec_driver_sql(f"set global {setting}")
         sa.event.listen(self._engine, "before_cursor_execute", _refuse_all_but_a_select)
 
-    def passed(self, connection: sa.Connection, staged: Staged) -> Staged:
-        """The staged window with what was found of it; what is not as expected is logged.
+    def check_staged(self, connection: sa.Connection, staged: Staged) -> Staged:
+        """Validate a staged window and return it with the results; log failed expectations.
 
         Raises:
-            DataRefusedError: a critical expectation failed; the error carries what was found.
+            DataRefusedError: a critical expectation failed; the error carries the results.
         """
         manifest = staged.landed.manifest
-        validations = self.judge(connection, Subject.of(staged))
+        validations = self.judge(connection, GateInput.of(staged))
         findings = replace(staged.findings, validations=validations)
-        refusing = [one for one in validations if not one.success and one.severity == "critical"]
-        tell(manifest.resource, manifest.window, (one for one in validations if one not in refusing))
-        if refusing:
+        critical = [
+            validation
+            for validation in validations
+            if not validation.success and validation.severity == "critical"
+        ]
+        log_findings(
+            manifest.resource,
+            manifest.window,
+            (validation for validation in validations if validation not in critical),
+        )
+        if critical:
             error = DataRefusedError(
-                f"the gate refuses the window: {'; '.join(map(sentence, refusing))}; ops.validations "
-                "keeps all that was found",
+                f"the gate refuses the window: {'; '.join(map(describe, critical))}; see "
+                "ops.validations for all results",
                 resource=manifest.resource,
                 window=str(manifest.window),
                 account=manifest.account,
@@ -172,30 +180,30 @@ class Gate:
             raise error
         return replace(staged, findings=findings)
 
-    def judge(self, connection: sa.Connection, subject: Subject) -> tuple[Validation, ...]:
-        """What is found of each expectation; `connection` is to the warehouse, for the history."""
+    def judge(self, connection: sa.Connection, subject: GateInput) -> tuple[Validation, ...]:
+        """Evaluate each expectation; `connection` is to the warehouse, for the history."""
         from faletl.gate.expectations import key_columns, suite_of
 
         facts = self._facts(connection, subject)
         suite = suite_of(facts, self._own.get(subject.resource.name, ()))
-        with self._engine.connect().execution_options(**_OURS) as engine:
+        with self._engine.connect().execution_options(**_OWN_STATEMENT) as engine:
             engine.exec_driver_sql(
                 f"create or replace view staged_window as select * from {subject.source}"  # noqa: S608
             )
         batch, at = self._batches.get_batch(), datetime.now(UTC)
         keys = key_columns(subject.resource)
         return tuple(
-            _passed(one, at) if one.success else _failed(batch, one, keys, at)
-            for one in batch.validate(suite, result_format="BOOLEAN_ONLY").results
+            _succeeded(result, at) if result.success else _failed(batch, result, keys, at)
+            for result in batch.validate(suite, result_format="BOOLEAN_ONLY").results
         )
 
-    def _facts(self, connection: sa.Connection, subject: Subject) -> Facts:
+    def _facts(self, connection: sa.Connection, subject: GateInput) -> Facts:
         from faletl.gate.expectations import Facts
 
         prices = None
-        if found := _prices_before(connection, subject):
+        if price_bands := _prices_before(connection, subject):
             prices = self._scratch / "prices.csv"
-            _write_csv(prices, ("endpoint_id", "unit", "low", "high"), found)
+            _write_csv(prices, ("endpoint_id", "unit", "low", "high"), price_bands)
         window = subject.window
         return Facts(
             resource=subject.resource,
@@ -209,92 +217,98 @@ class Gate:
         )
 
 
-_OURS = {"is_of_faletl": True}
-"""The option of statements that are no part of a suite."""
+_OWN_STATEMENT = {"is_of_faletl": True}
+"""Execution option of our own statements, which are not part of a suite."""
 
 
 def _refuse_all_but_a_select(
     connection: sa.Connection, _cursor: object, statement: str, *_: object
 ) -> None:
-    """Suites are data: what the user's SQL makes of itself must not write, nor set anything."""
-    if connection.get_execution_options().keys() & _OURS:
+    """Raise SettingsError unless a user's SQL only selects: it must not write or set anything."""
+    if connection.get_execution_options().keys() & _OWN_STATEMENT:
         return
-    kinds = [one.type for one in duckdb.extract_statements(statement)]
+    kinds = [parsed.type for parsed in duckdb.extract_statements(statement)]
     if kinds != [duckdb.StatementType.SELECT]:
-        raise SettingsError("an expectation may only select; its SQL has other statements")
+        raise SettingsError(
+            "an expectation may only select; the SQL of one in FALETL_EXPECTATIONS has other statements"
+        )
 
 
 _LEVELS = {"critical": logging.ERROR, "warning": logging.WARNING, "info": logging.DEBUG}
 
 
-def tell(resource: str, window: Window, validations: Iterable[Validation]) -> None:
-    """Log what is not as expected."""
-    for one in validations:
-        if not one.success:
-            log.log(_LEVELS[one.severity], "%s, window %s: %s", resource, window, sentence(one))
+def log_findings(resource: str, window: Window, validations: Iterable[Validation]) -> None:
+    """Log each failed expectation, at the level of its severity."""
+    for validation in validations:
+        if not validation.success:
+            log.log(
+                _LEVELS[validation.severity], "%s, window %s: %s", resource, window, describe(validation)
+            )
 
 
-def sentence(validation: Validation) -> str:
-    """An expectation that failed, in words: what was expected, what was found, where to look."""
+def describe(validation: Validation) -> str:
+    """Describe a failed expectation: what was expected, what was observed, and keys of rows."""
     keys = f", such as {validation.sample_keys}" if validation.sample_keys != "[]" else ""
     return f"expected that {ascii(validation.expectation)[1:-1]}, but {validation.observed}{keys}"
 
 
-# --- What Great Expectations found ----------------------------------------------------------------
+# --- Results of Great Expectations ----------------------------------------------------------------
 
 
-def _passed(result: ExpectationValidationResult, at: datetime) -> Validation:
+def _succeeded(result: ExpectationValidationResult, at: datetime) -> Validation:
     return _validation(result, at, "all as expected", 0, [])
 
 
 def _failed(
     batch: Any, result: ExpectationValidationResult, keys: list[str], at: datetime
 ) -> Validation:
-    """Look again at what failed, for how many rows and which."""
+    """Evaluate a failed expectation again, to count and identify its rows."""
     if broken := _exception(result):
-        return _validation(result, at, f"it cannot be told: {broken}", 0, [])
+        return _validation(result, at, f"it cannot be evaluated: {broken}", 0, [])
     from faletl.gate.expectations import with_rows
 
     expectation = with_rows(_expectation(result))
     is_query = expectation.expectation_type == "unexpected_rows_expectation"
-    again = batch.validate(
+    second_result = batch.validate(
         expectation,
         result_format={
             "result_format": "COMPLETE" if is_query else "SUMMARY",
             "unexpected_index_column_names": keys,
-            "partial_unexpected_count": _SAMPLE,
+            "partial_unexpected_count": _MAX_SAMPLES,
             "return_unexpected_index_query": False,
         },
     )
-    found = again.result
+    outcome = second_result.result
     if is_query:
-        rows = found["details"]["unexpected_rows"]
+        rows = outcome["details"]["unexpected_rows"]
         shown = [{k: v for k, v in row.items() if len(row) < len(keys) or k in keys} for row in rows]
-        count = int(found["observed_value"])
-        return _validation(result, at, _rows_not_so(count), count, shown)
-    if "unexpected_count" in found:
-        count = int(found["unexpected_count"])
-        rows = found.get("partial_unexpected_index_list") or found.get("partial_unexpected_list") or []
+        count = int(outcome["observed_value"])
+        return _validation(result, at, _rows_failing(count), count, shown)
+    if "unexpected_count" in outcome:
+        count = int(outcome["unexpected_count"])
+        rows = (
+            outcome.get("partial_unexpected_index_list") or outcome.get("partial_unexpected_list") or []
+        )
         shown = [{k: v for k, v in row.items() if k in keys} for row in rows if isinstance(row, dict)]
-        return _validation(result, at, _rows_not_so(count), count, shown)
-    return _validation(result, at, f"it is {_shown(found.get('observed_value'))}", 0, [])
+        return _validation(result, at, _rows_failing(count), count, shown)
+    return _validation(result, at, f"it is {_shown(outcome.get('observed_value'))}", 0, [])
 
 
-def _rows_not_so(count: int) -> str:
-    return f"{count:,} rows are not so" if count != 1 else "1 row is not so"
+def _rows_failing(count: int) -> str:
+    return f"{count:,} rows do not meet this" if count != 1 else "1 row does not meet this"
 
 
 def _expectation(result: ExpectationValidationResult) -> Expectation:
     configuration = result.expectation_config
-    assert configuration is not None  # noqa: S101  # it is of an expectation
+    assert configuration is not None  # noqa: S101  # every result has an expectation
     return configuration.to_domain_obj()
 
 
 def _exception(result: ExpectationValidationResult) -> str | None:
-    """What kept the expectation from being evaluated, in a line."""
-    told = result.exception_info or {}
-    for one in (told, *(each for each in told.values() if isinstance(each, dict))):
-        if message := one.get("exception_message"):
+    """Return, in one line, the error that prevented the evaluation; None without one."""
+    info = result.exception_info or {}
+    for entry in (info, *(nested for nested in info.values() if isinstance(nested, dict))):
+        if message := entry.get("exception_message"):
             return str(message).strip().splitlines()[0][:200]
     return None
 
@@ -313,13 +327,13 @@ def _validation(
         success=bool(result.success),
         observed=observed,
         unexpected_count=count,
-        sample_keys=json.dumps([{k: _shown(v) for k, v in row.items()} for row in rows[:_SAMPLE]]),
+        sample_keys=json.dumps([{k: _shown(v) for k, v in row.items()} for row in rows[:_MAX_SAMPLES]]),
         validated_at=at,
     )
 
 
 def _shown(value: object) -> str | int | None:
-    """A value as it may be shown: short, and whatever fal sent as plain printable characters."""
+    """Format a value for display: short, and in printable ASCII characters only."""
     if value is None or isinstance(value, int):
         return value
     if isinstance(value, Decimal):
@@ -328,11 +342,11 @@ def _shown(value: object) -> str | int | None:
     return ascii(text)[1:-1][:80]
 
 
-# --- A window's own history -----------------------------------------------------------------------
+# --- The history of a window ----------------------------------------------------------------------
 
 
-def _prices_before(connection: sa.Connection, subject: Subject) -> list[tuple[str, str, str, str]]:
-    """The lowest and highest price of each endpoint and unit in the time before the window."""
+def _prices_before(connection: sa.Connection, subject: GateInput) -> list[tuple[str, str, str, str]]:
+    """Return the lowest and highest price of each endpoint and unit before the window."""
     from faletl.gate.expectations import PRICE_HISTORY_DAYS, PRICED
 
     resource, rows = subject.resource, RAW[subject.resource.name].c
@@ -340,7 +354,7 @@ def _prices_before(connection: sa.Connection, subject: Subject) -> list[tuple[st
         return []
     time = rows[resource.time or "_snapshot_at"]
     start = subject.window.start
-    found = connection.execute(
+    prices = connection.execute(
         sa.select(
             rows.endpoint_id, rows.unit, sa.func.min(rows.unit_price), sa.func.max(rows.unit_price)
         )
@@ -351,15 +365,15 @@ def _prices_before(connection: sa.Connection, subject: Subject) -> list[tuple[st
         )
         .group_by(rows.endpoint_id, rows.unit)
     )
-    return [(endpoint, unit, plain(low), plain(high)) for endpoint, unit, low, high in found]
+    return [(endpoint, unit, plain(low), plain(high)) for endpoint, unit, low, high in prices]
 
 
-def _usual_rows(connection: sa.Connection, subject: Subject) -> int | None:
-    """The median of comparable windows before: the same weekday's, or the last snapshots'."""
-    from faletl.gate.expectations import LEAST_USUAL, VOLUME_HISTORY
+def _usual_rows(connection: sa.Connection, subject: GateInput) -> int | None:
+    """Return the median row count of comparable earlier windows: same weekdays, or last snapshots."""
+    from faletl.gate.expectations import MIN_USUAL_ROWS, VOLUME_HISTORY
 
     loads, start = LOADS.c, subject.window.start
-    same = sa.and_(
+    is_comparable = sa.and_(
         loads.account == subject.account,
         loads.resource == subject.resource.name,
         loads.is_current,
@@ -368,10 +382,15 @@ def _usual_rows(connection: sa.Connection, subject: Subject) -> int | None:
     )
     if not subject.window.is_snapshot:
         weeks = [start - number * WEEK for number in range(1, VOLUME_HISTORY + 1)]
-        same = sa.and_(same, loads.window_start.in_(weeks))
-    newest = sa.select(loads.rows).where(same).order_by(loads.window_start.desc()).limit(VOLUME_HISTORY)
+        is_comparable = sa.and_(is_comparable, loads.window_start.in_(weeks))
+    newest = (
+        sa.select(loads.rows)
+        .where(is_comparable)
+        .order_by(loads.window_start.desc())
+        .limit(VOLUME_HISTORY)
+    )
     rows = connection.execute(newest).scalars().all()
-    if len(rows) < 3 or (usual := median_low(rows)) < LEAST_USUAL:
+    if len(rows) < 3 or (usual := median_low(rows)) < MIN_USUAL_ROWS:
         return None
     return int(usual)
 

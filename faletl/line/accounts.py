@@ -1,9 +1,9 @@
-"""Accounts: under which label the data of a key is kept, by what fal says of the account.
+"""Account labels: find the label for the data of a key, by the username and the key.
 
-A label is bound to fal's usernames of the account and to its keys. A username can be renamed, keys are
-replaced, and fal may refuse to say the username: so either of the two is enough to know an account
-again, and what contradicts both is refused before anything is loaded. Of a key only a fingerprint of
-its id is kept: salted, so that it can be compared with a key and tells nothing else.
+A label is bound to fal's usernames of the account and to its keys. Usernames can be renamed, keys are
+replaced, and fal may refuse to return the username. So either of the two identifies an account, and
+contradictions are refused before anything is loaded. Of a key, only a salted fingerprint of its id is
+stored: it can be compared with a key and reveals nothing else.
 """
 
 from __future__ import annotations
@@ -47,15 +47,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 NAMELESS = "default"
-"""The label of the first account of a warehouse, where fal refuses to say its username."""
+"""The label of the first account of a warehouse, if fal refuses to return its username."""
 
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """A label and what it is bound to. `usernames` are fal's, the newest last; `key_ids` fingerprints.
+    """A label and its bindings. `usernames` are fal's, the newest last; `key_ids` are fingerprints.
 
-    `is_sandbox` is None, and `bound_at` too, where an older faletl loaded the account and nothing is
-    written down of it yet.
+    `is_sandbox` and `bound_at` are None if an older faletl loaded the account and recorded no binding.
     """
 
     label: str
@@ -65,18 +64,18 @@ class Account:
     bound_at: datetime | None = None
 
     def has_key(self, settings: Settings, *, metrics: bool = False) -> bool:
-        """Whether FAL_KEY (or FAL_METRICS_KEY) was seen with the account."""
-        return any(settings.has_fingerprint(one, metrics=metrics) for one in self.key_ids)
+        """Return whether FAL_KEY (or FAL_METRICS_KEY) is bound to the account."""
+        return any(settings.has_fingerprint(key_id, metrics=metrics) for key_id in self.key_ids)
 
     @property
     def is_free(self) -> bool:
-        """Whether nothing tells whose the label is."""
+        """Whether the label has no bindings."""
         return not self.usernames and not self.key_ids
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Whom fal takes FAL_KEY for: the `username` is None where it does not say, see `why_nameless`."""
+    """The owner of FAL_KEY according to fal; without a `username`, `why_nameless` is the reason."""
 
     is_sandbox: bool
     username: str | None = None
@@ -84,15 +83,15 @@ class Caller:
 
     @property
     def name(self) -> str:
-        """Who it is, in words for people; nothing of the key."""
+        """A description for people, without any part of the key."""
         return f"fal's account {self.username!a}" if self.username else "the key in FAL_KEY"
 
 
 @dataclass(frozen=True, slots=True)
 class SignedIn:
-    """The account of a run. `owners` are the label and, where it could not be bound, its key.
+    """The account of a run. `owners` are the label and, if it could not be bound, its key's fingerprint.
 
-    Nothing that landed under the label before `bound_at` is of this account: it may have had another.
+    Extracts that landed under the label before `bound_at` may be of another account.
     """
 
     label: str
@@ -101,12 +100,12 @@ class SignedIn:
     bound_at: datetime
 
 
-# --- Who is known ---------------------------------------------------------------------------------
+# --- Known accounts -------------------------------------------------------------------------------
 
 
 def known_accounts(connection: sa.Connection) -> dict[str, Account]:
-    """Return every account of the warehouse by its label, also those that an older faletl loaded."""
-    found = connection.execute(sa.select(ACCOUNTS)).mappings().all()
+    """Return every account of the warehouse by label, including those that an older faletl loaded."""
+    rows = connection.execute(sa.select(ACCOUNTS)).mappings().all()
     known = {
         row["account"]: Account(
             label=row["account"],
@@ -115,7 +114,7 @@ def known_accounts(connection: sa.Connection) -> dict[str, Account]:
             is_sandbox=row["is_sandbox"],
             bound_at=row["bound_at"].astimezone(UTC),
         )
-        for row in found
+        for row in rows
     }
     loaded = connection.execute(sa.select(LOADS.c.account).distinct()).scalars()
     if unwritten := sorted(set(loaded) - known.keys()):
@@ -127,7 +126,7 @@ def known_accounts(connection: sa.Connection) -> dict[str, Account]:
 
 
 def known_to_readers(connection: sa.Connection) -> dict[str, Account]:
-    """Return the same of what is published; nothing where an older faletl, or no right, hides it."""
+    """Return every account that readers can see; empty if the tables are missing or not readable."""
     is_shown = all(columns_of(connection, table) for table in (ACCOUNTS, LOADS, RAW[CREDITS.name]))
     return known_accounts(connection) if is_shown else {}
 
@@ -135,88 +134,94 @@ def known_to_readers(connection: sa.Connection) -> dict[str, Account]:
 def _names_of_older(
     connection: sa.Connection, known: Mapping[str, Account], labels: Collection[str]
 ) -> tuple[dict[str, list[str]], dict[str, set[str]]]:
-    """Return the usernames that raw.credits has of each label; and those that it has of several.
+    """Return the usernames of each label in raw.credits, and the usernames with several labels.
 
-    A name found under two labels tells nothing: one account was loaded twice by an older faletl.
+    A username with two labels identifies neither: an older faletl loaded one account twice.
     """
     table = RAW[CREDITS.name].c
-    found = connection.execute(
+    rows = connection.execute(
         sa.select(table["_account"], table.username)
         .where(table["_account"].in_(sorted(labels)))
         .group_by(table["_account"], table.username)
         .order_by(sa.func.max(table["_snapshot_at"]), table.username)
     ).all()
     labels_of: dict[str, set[str]] = {}
-    for label, name in [*found, *((a.label, name) for a in known.values() for name in a.usernames)]:
+    for label, name in [*rows, *((a.label, name) for a in known.values() for name in a.usernames)]:
         labels_of.setdefault(name, set()).add(label)
-    doubtful = {name: among for name, among in labels_of.items() if len(among) > 1}
+    doubtful = {
+        name: labels_of_name for name, labels_of_name in labels_of.items() if len(labels_of_name) > 1
+    }
     names: dict[str, list[str]] = {label: [] for label in labels}
-    for label, name in found:
+    for label, name in rows:
         if name not in doubtful:
             names[label].append(name)
     return names, doubtful
 
 
 def require_known(connection: sa.Connection, label: str | None) -> None:
-    """Raises LeaseLostError where somebody renamed or forgot the account while a run was under way."""
+    """Raise LeaseLostError if the account was renamed or forgotten during the run."""
     if label is not None and label not in known_accounts(connection):
         raise LeaseLostError(
             f"the account {label!a} was renamed or forgotten meanwhile (faletl accounts); nothing was "
-            "written under the old label, and the next run goes on under the new one"
+            "written under the old label, and the next run uses the new one"
         )
 
 
-# --- Which label it is ----------------------------------------------------------------------------
+# --- The label of a key ---------------------------------------------------------------------------
 
 
 def label_of(known: Mapping[str, Account], caller: Caller, settings: Settings) -> str:
     """Return the label of the caller's account (docs/decisions.md, "Accounts").
 
     Raises:
-        UsageError: username, key and FALETL_ACCOUNT contradict each other; or nothing says which of the
-            accounts it is; or a sandbox answers for a warehouse of fal's accounts, or the reverse.
-        ContractError: fal's answer has no usable username, and nothing else says which account it is.
+        UsageError: username, key and FALETL_ACCOUNT contradict each other; or they do not identify an
+            account; or a sandbox answers for a warehouse of fal's accounts, or the reverse.
+        ContractError: fal's answer has no usable username, and nothing else identifies the account.
     """
     _refuse_mixture(known, caller, settings)
-    by_key = next((one.label for one in known.values() if one.has_key(settings)), None)
-    by_name = next((one.label for one in known.values() if caller.username in one.usernames), None)
+    by_key = next((account.label for account in known.values() if account.has_key(settings)), None)
+    by_name = next(
+        (account.label for account in known.values() if caller.username in account.usernames), None
+    )
     if by_key and by_name and by_key != by_name:
         raise UsageError(
-            f"the key in FAL_KEY is known as one of account {by_key!a}, but fal says that it is of "
-            f"{caller.username!a}, which is account {by_name!a}; set FAL_KEY to a key of {by_key!a}, or "
-            f"forget the account that is wrong: faletl accounts forget"
+            f"the key in FAL_KEY is recorded for account {by_key!a}, but fal returned the "
+            f"username {caller.username!a}, which is account {by_name!a}; set FAL_KEY to a key of "
+            f"{by_key!a}, or forget the wrong account: faletl accounts forget"
         )
     label = by_key or by_name
     _refuse_metrics_key(known, label, settings)
     if settings.account is not None:
-        return _given_label(known, caller, settings.account, label)
+        return _configured_label(known, caller, settings.account, label)
     return label or _new_label(known, caller)
 
 
-def _given_label(known: Mapping[str, Account], caller: Caller, given: str, label: str | None) -> str:
-    if label is not None and given != label:
+def _configured_label(
+    known: Mapping[str, Account], caller: Caller, configured: str, label: str | None
+) -> str:
+    if label is not None and configured != label:
         cure = (
-            f"set FALETL_ACCOUNT={label}, or FAL_KEY to a key of {given!a}"
-            if given in known
-            else f"to give it that label: faletl accounts rename {label!a} {given!a}"
+            f"set FALETL_ACCOUNT={label}, or FAL_KEY to a key of {configured!a}"
+            if configured in known
+            else f"to give it that label: faletl accounts rename {label!a} {configured!a}"
         )
         raise UsageError(
-            f"FALETL_ACCOUNT is {given!a}, but {caller.name} is account {label!a} here; {cure}"
+            f"FALETL_ACCOUNT is {configured!a}, but {caller.name} is account {label!a} here; {cure}"
         )
-    names = known[given].usernames if label is None and given in known else ()
+    names = known[configured].usernames if label is None and configured in known else ()
     if caller.username and names and caller.username not in names:
         raise UsageError(
-            f"FALETL_ACCOUNT is {given!a}, which is fal's account {names[-1]!a} here, but the key in "
-            f"FAL_KEY is of fal's account {caller.username!a}; correct one of the two, or, if fal "
+            f"FALETL_ACCOUNT is {configured!a}, which is fal's account {names[-1]!a} here, but the key "
+            f"in FAL_KEY is of fal's account {caller.username!a}; correct one of the two, or, if fal "
             "renamed the account, run once with a key that was used before"
         )
-    return given
+    return configured
 
 
 def _new_label(known: Mapping[str, Account], caller: Caller) -> str:
-    """The label of an account that neither its username nor its key is known of."""
-    if len(known) == 1 and all(one.is_free for one in known.values()):
-        return next(iter(known))  # as an older faletl loaded it, which wrote down whose it was nowhere
+    """Return the label for an account whose username and key are both unknown."""
+    if len(known) == 1 and all(account.is_free for account in known.values()):
+        return next(iter(known))  # loaded by an older faletl, which did not record its owner
     if caller.username is None:
         why = caller.why_nameless
         if isinstance(why, ContractError) and not isinstance(why, NotFoundError):
@@ -224,8 +229,8 @@ def _new_label(known: Mapping[str, Account], caller: Caller) -> str:
         if not known:
             return NAMELESS
         raise UsageError(
-            f"fal does not say whose the key in FAL_KEY is ({why}), it was never used "
-            f"here, and the warehouse holds {_listed(known)}; set FALETL_ACCOUNT to the account's label"
+            f"fal did not return the account of the key in FAL_KEY ({why}), the key was never used "
+            f"here, and the warehouse has {_listed(known)}; set FALETL_ACCOUNT to the account's label"
         )
     if caller.username in known and known[caller.username].usernames:
         raise UsageError(
@@ -237,36 +242,38 @@ def _new_label(known: Mapping[str, Account], caller: Caller) -> str:
 
 
 def _refuse_metrics_key(known: Mapping[str, Account], label: str | None, settings: Settings) -> None:
-    """FAL_KEY alone decides which account it is; the second key must at least be of no other one."""
-    for one in known.values():
-        if one.label != label and one.has_key(settings, metrics=True):
-            whose = f"of {label!a}" if label else "of no account that is known here"
+    """Raise UsageError if FAL_METRICS_KEY is of another account than FAL_KEY, which alone decides."""
+    for account in known.values():
+        if account.label != label and account.has_key(settings, metrics=True):
+            whose = f"of {label!a}" if label else "of an account that is unknown here"
             raise UsageError(
-                f"FAL_METRICS_KEY is a key of account {one.label!a}, but FAL_KEY is {whose}; set both "
-                "to keys of the same account"
+                f"FAL_METRICS_KEY is a key of account {account.label!a}, but FAL_KEY is {whose}; set "
+                "both to keys of the same account"
             )
 
 
 def _refuse_mixture(known: Mapping[str, Account], caller: Caller, settings: Settings) -> None:
-    """Invented money never joins real money."""
+    """Raise UsageError if invented and real money would be mixed."""
     others = [
-        one.label for one in known.values() if _is_sandbox(one, caller, settings) != caller.is_sandbox
+        account.label
+        for account in known.values()
+        if _is_sandbox(account, caller, settings) != caller.is_sandbox
     ]
     if not others:
         return
     if caller.is_sandbox:
         raise UsageError(
-            f"{settings.api_url} is a sandbox, whose data is invented, but the warehouse holds "
+            f"{settings.api_url} is a sandbox, whose data is invented, but the warehouse has "
             f"{_listed(others)} of fal; set FALETL_WAREHOUSE and FALETL_LANDING to others for it"
         )
     raise UsageError(
-        f"the warehouse holds {_listed(others)} of a sandbox, whose data is invented, but "
+        f"the warehouse has {_listed(others)} of a sandbox, whose data is invented, but "
         f"{settings.api_url} is fal; set FALETL_WAREHOUSE and FALETL_LANDING to others for it"
     )
 
 
 def _is_sandbox(account: Account, caller: Caller, settings: Settings) -> bool:
-    """Whether the account is invented; one that an older faletl loaded is real if nothing shows it."""
+    """Return whether the account is invented; without evidence, one of an older faletl is real."""
     if account.is_sandbox is not None:
         return account.is_sandbox
     is_own = caller.username in account.usernames and settings.has_sandbox_key
@@ -282,25 +289,25 @@ def _listed(labels: Iterable[str]) -> str:
 
 
 def sign_in(
-    client: FalClient, settings: Settings, warehouse: Warehouse, asked: Asked, now: datetime
+    client: FalClient, settings: Settings, warehouse: Warehouse, selection: Asked, now: datetime
 ) -> SignedIn:
-    """Return the account of FAL_KEY, bound; write down before that from which day on it is asked for.
+    """Bind FAL_KEY to its account and return that; its horizons are stored first.
 
-    A new username or key is bound to its label once fal has answered a question about usage to the key:
-    so a key that is wrong, or of no use, binds nothing. A key that may not read usage can still be used
-    with an account that is bound already.
+    A new username or key is bound to its label after fal has answered a question about usage, so that a
+    wrong or useless key binds nothing. A key that may not read usage still works with an account that is
+    bound already.
 
     Raises:
         UsageError: see `label_of`; nothing is changed.
         KeyRefusedError: fal refuses usage to a key whose account is not bound yet.
         ApiUnavailableError, ContractError: fal could not be asked.
-        WarehouseError, StorageError: nothing can be written.
+        WarehouseError, StorageError: warehouse or landing folder cannot be written.
     """
     known, owner = _known_to(warehouse, settings)
     if owner in known and settings.account is not None:
-        _given_label(known, Caller(is_sandbox=False), settings.account, owner)
+        _configured_label(known, Caller(is_sandbox=False), settings.account, owner)
     owner = owner or settings.fingerprint()
-    before = horizons.remember(settings, warehouse, owner, asked, now)
+    before = horizons.remember(settings, warehouse, owner, selection, now)
     try:
         caller = _caller(client, settings)
         label = label_of(known, caller, settings)
@@ -318,17 +325,17 @@ def sign_in(
             raise
         log.info("%s; the key is not bound to account %a", error, label)
         return _signed_in(account, caller, owner)
-    account = _bind(settings, warehouse, caller, owner, asked, now)
+    account = _bind(settings, warehouse, caller, owner, selection, now)
     return _signed_in(account, caller, account.label)
 
 
 def look_up(client: FalClient, settings: Settings, known: Mapping[str, Account]) -> str:
-    """Return the label of the account of FAL_KEY; nothing is written. Raises as `sign_in`."""
+    """Return the label of the account of FAL_KEY, and write nothing. Raises as `sign_in`."""
     return label_of(known, _caller(client, settings), settings)
 
 
 def preview(client: FalClient, settings: Settings, warehouse: Warehouse) -> SignedIn:
-    """Return what `sign_in` would; nothing is written, and usage is not asked for. Raises alike."""
+    """Return what `sign_in` would, without writing or requesting usage. Raises as `sign_in`."""
     known, owner = _known_to(warehouse, settings)
     caller = _caller(client, settings)
     label = label_of(known, caller, settings)
@@ -341,14 +348,14 @@ def _signed_in(account: Account, caller: Caller, owner: str) -> SignedIn:
 
 
 def label_of_key(warehouse: Warehouse, settings: Settings) -> str | None:
-    """Return the label of FAL_KEY, or the only one there is; None if that leaves it open."""
+    """Return the label of FAL_KEY, or else the only label; None if there are several or none."""
     known, owner = _known_to(warehouse, settings)
     only = next(iter(known)) if len(known) == 1 else None
     return owner if owner in known else only
 
 
 def _known_to(warehouse: Warehouse, settings: Settings) -> tuple[dict[str, Account], str | None]:
-    """All accounts; and the label of FAL_KEY, or the fingerprint under which its horizons stand."""
+    """Return all accounts, and the owner of FAL_KEY's horizons (see `owner_of_key`)."""
     with warehouse.reading() as connection:
         if connection is None:
             return {}, None
@@ -357,28 +364,28 @@ def _known_to(warehouse: Warehouse, settings: Settings) -> tuple[dict[str, Accou
 
 
 def owner_of_key(settings: Settings, connection: sa.Connection, known: Iterable[Account]) -> str | None:
-    """Return the label of FAL_KEY, or the fingerprint under which its horizons stand; None without."""
+    """Return the label of FAL_KEY, or the fingerprint under which its horizons are stored, or None."""
     if settings.key is None:
         return None
     owners = sa.select(HORIZONS.c.account).where(HORIZONS.c.account.startswith(FINGERPRINT)).distinct()
-    pending = (one for one in connection.execute(owners).scalars() if settings.has_fingerprint(one))
-    return next((one.label for one in known if one.has_key(settings)), None) or next(pending, None)
+    pending = (key for key in connection.execute(owners).scalars() if settings.has_fingerprint(key))
+    return next((each.label for each in known if each.has_key(settings)), None) or next(pending, None)
 
 
 def set_horizon(
     settings: Settings, day: date, resources: Collection[str] = (), label: str | None = None
 ) -> None:
-    """Set the first day to load of these resources (none: of all by day), as `faletl horizon --set`.
+    """Set the first day to load of these resources (default: all with days), as `faletl horizon --set`.
 
-    It is that of the account with this label, or else of FALETL_ACCOUNT, of FAL_KEY, or of the only
-    one. Of a key that was never used it holds from its first run on.
+    The account is the one with this label, or else of FALETL_ACCOUNT, of FAL_KEY, or the only one. For a
+    key that was never used, the horizon applies from its first run.
 
     Raises:
-        UsageError: day, resource or account cannot be meant.
+        UsageError: an invalid day or resource, or an unknown account.
     """
     horizons.refuse_odd(day, resources)
     warehouse = open_warehouse(settings)
-    with warehouse.reading() as connection:  # so that wrong use makes no warehouse
+    with warehouse.reading() as connection:  # so that wrong use creates no warehouse
         _horizons_of(settings, connection, label)
     with warehouse.lease("faletl horizon") as lease, lease.transaction():
         owner = _horizons_of(settings, lease.connection, label)
@@ -386,7 +393,7 @@ def set_horizon(
 
 
 def _horizons_of(settings: Settings, connection: sa.Connection | None, label: str | None) -> str:
-    """The label, or the fingerprint of a key that was never used, whose horizons are meant."""
+    """Return the label, or the fingerprint of an unused key, whose horizons are to be set."""
     known = known_accounts(connection) if connection is not None else {}
     if label or settings.account in known:
         chosen = label or str(settings.account)
@@ -399,20 +406,20 @@ def _horizons_of(settings: Settings, connection: sa.Connection | None, label: st
     if len(known) == 1:
         return next(iter(known))
     raise UsageError(
-        "name the account whose horizon is meant with --account; see faletl accounts"
+        "there are several accounts; name one with --account; see faletl accounts"
         if known
         else "there is no account yet; run faletl run first, or set FAL_KEY"
     )
 
 
 def _is_bound(account: Account, caller: Caller, settings: Settings) -> bool:
-    """Whether all that fal says of the caller is written down, the username as the newest."""
+    """Return whether key and username of the caller are recorded, the username as the newest."""
     is_newest = caller.username is None or caller.username in account.usernames[-1:]
     return account.bound_at is not None and is_newest and account.has_key(settings)
 
 
 def _caller(client: FalClient, settings: Settings) -> Caller:
-    """Ask fal whose the key is. A refusal, or no such path, says nothing; any other failure raises."""
+    """Ask fal for the account of the key; a refusal or a missing path leaves it unknown."""
     username, why = None, None
     try:
         _, username = client.get(CREDITS.path, {"expand": ("credits",)}, _username_or_why)
@@ -431,18 +438,18 @@ def _username_or_why(body: bytes) -> str | ContractError:
 
 
 def read_username(body: bytes) -> str:
-    """Return the account's name in an answer of /account/billing.
+    """Return the username in an answer of /account/billing.
 
     Raises:
-        ContractError, MalformedBodyError: there is none.
+        ContractError, MalformedBodyError: the answer has no usable username.
     """
     try:
         username = msgspec.json.decode(as_json(body), type=dict[str, msgspec.Raw])["username"]
         label = msgspec.json.decode(username, type=str)
     except msgspec.ValidationError as error:
-        raise ContractError(f"fal's account has no proper name: {error}") from None
+        raise ContractError(f"fal's account has a username that is not text: {error}") from None
     except UNREADABLE as error:
-        raise MalformedBodyError(f"the answer is no whole JSON document ({error})") from None
+        raise MalformedBodyError(f"the answer is not a complete JSON document ({error})") from None
     except KeyError:
         raise ContractError("fal's account has no username; set FALETL_ACCOUNT") from None
     if not label.strip():
@@ -453,7 +460,7 @@ def read_username(body: bytes) -> str:
 
 
 def ask_for_usage(client: FalClient, settings: Settings, now: datetime) -> None:
-    """Ask for a row of the last full hour; raises KeyRefusedError with what the key would need."""
+    """Request a row of the last full hour; raise KeyRefusedError with the needed permissions."""
     end = (now - SETTLE).replace(minute=0, second=0, microsecond=0)
     hour = bounds(Window(end - HOUR, end))
 
@@ -483,37 +490,37 @@ def _bind(
     warehouse: Warehouse,
     caller: Caller,
     owner: str,
-    asked: Asked,
+    selection: Asked,
     now: datetime,
 ) -> Account:
-    """Bind username and key to their label, and the horizons of the key with them; all or nothing."""
+    """Bind username, key and the horizons of the key to their label; all or nothing."""
     with warehouse.lease("faletl, which binds an account") as lease, lease.transaction():
         fence(lease, changes_data=False)
         connection = lease.connection
         known = known_accounts(connection)
-        label = label_of(known, caller, settings)  # somebody may have bound it meanwhile
-        made = list(_write_down_older(settings, connection, known, label))
+        label = label_of(known, caller, settings)  # another run may have bound it meanwhile
+        older = list(_record_older_accounts(settings, connection, known, label))
         before = known.get(label, Account(label))
-        account, bound = _bound(settings, before, caller, owner)
+        account, new_decisions = _bound(settings, before, caller, owner)
         keep(connection, account)
-        rows = horizons.held(connection, label)
+        rows = horizons.of_owner(connection, label)
         if owner != label:
-            rows = horizons.merged(rows, horizons.held(connection, owner))
+            rows = horizons.merged(rows, horizons.of_owner(connection, owner))
             horizons.replace(connection, owner, {})
-        rows = horizons.moved(rows, label, asked, now, settings.first_days)
-        for one in [*made, *bound]:
+        rows = horizons.moved(rows, label, selection, now, settings.first_days)
+        for decision in [*older, *new_decisions]:
             decisions.record(
-                settings, msgspec.structs.replace(one, decided_at=decisions.next_instant(settings))
+                settings, msgspec.structs.replace(decision, decided_at=decisions.next_instant(settings))
             )
         horizons.write(settings, lease, label, rows)
-    _tell(known.get(label), account, caller)
+    _log_new_username(known.get(label), account, caller)
     return account
 
 
 def _bound(
     settings: Settings, before: Account, caller: Caller, owner: str
 ) -> tuple[Account, list[AccountBound]]:
-    """The account with what is new of it; and the decision that says so."""
+    """Return the account with its new bindings, and the decision that records them."""
     usernames = before.usernames
     if caller.username is not None:
         usernames = (*(name for name in usernames if name != caller.username), caller.username)
@@ -544,30 +551,30 @@ def _decision(
     )
 
 
-def _write_down_older(
+def _record_older_accounts(
     settings: Settings, connection: sa.Connection, known: Mapping[str, Account], but: str
 ) -> Iterator[AccountBound]:
-    """Write down what an older faletl loaded of other accounts; warn of names that bind nothing."""
-    older = [one for one in known.values() if one.bound_at is None]
+    """Record the accounts that an older faletl loaded, except `but`; warn of ambiguous usernames."""
+    older = [account for account in known.values() if account.bound_at is None]
     if not older:
         return
-    written = {label: one for label, one in known.items() if one.bound_at is not None}
-    _, doubtful = _names_of_older(connection, written, [one.label for one in older])
-    for name, among in sorted(doubtful.items()):
-        labels = ", ".join(map(ascii, sorted(among)))
+    recorded = {label: account for label, account in known.items() if account.bound_at is not None}
+    _, doubtful = _names_of_older(connection, recorded, [account.label for account in older])
+    for name, labels_of_name in sorted(doubtful.items()):
+        labels = ", ".join(map(ascii, sorted(labels_of_name)))
         log.warning("fal's account %a was loaded under several labels, %s, so it counts more than once; "
-                    "take one of them out with faletl accounts forget", name, labels)  # fmt: skip
+                    "delete one of them with faletl accounts forget", name, labels)  # fmt: skip
     at = decisions.next_instant(settings)
-    for one in older:
-        is_sandbox = bool(one.is_sandbox)
-        for username in one.usernames or (None,):
-            yield _decision(one.label, username, None, is_sandbox, at)
-        if one.label != but:
-            keep(connection, replace(one, is_sandbox=is_sandbox, bound_at=datetime.now(UTC)))
+    for account in older:
+        is_sandbox = bool(account.is_sandbox)
+        for username in account.usernames or (None,):
+            yield _decision(account.label, username, None, is_sandbox, at)
+        if account.label != but:
+            keep(connection, replace(account, is_sandbox=is_sandbox, bound_at=datetime.now(UTC)))
 
 
 def keep(connection: sa.Connection, account: Account) -> None:
-    """Inside a transaction: make this what ops.accounts says of the label."""
+    """Replace the label's row in ops.accounts, inside a transaction."""
     connection.execute(sa.delete(ACCOUNTS).where(ACCOUNTS.c.account == account.label))
     connection.execute(
         sa.insert(ACCOUNTS).values(
@@ -584,12 +591,13 @@ def _texts(texts: Sequence[str]) -> str:
     return msgspec.json.encode(texts).decode()
 
 
-def _tell(before: Account | None, account: Account, caller: Caller) -> None:
+def _log_new_username(before: Account | None, account: Account, caller: Caller) -> None:
+    """Log a new username of the account."""
     name = caller.username
     if before is None or name is None or name in before.usernames:
         return
     if before.usernames:
-        log.warning("fal calls the account %a now %a; it keeps its label %a", before.usernames[-1], name,
-                    account.label)  # fmt: skip
+        log.warning("fal renamed the account %a to %a; it keeps its label %a", before.usernames[-1],
+                    name, account.label)  # fmt: skip
     elif name != account.label:
-        log.warning("the account %a is taken to be fal's account %a", account.label, name)
+        log.warning("the account %a is now bound to fal's account %a", account.label, name)

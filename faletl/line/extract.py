@@ -33,7 +33,7 @@ from faletl.files import scratch_folder
 from faletl.landing import extracts
 from faletl.landing.extracts import Landed, Part
 from faletl.line import accounts, holds
-from faletl.line.fetch import Origin, Retry, fetch_window
+from faletl.line.fetch import Retry, RunContext, fetch_window
 from faletl.line.overlap import charges_first
 from faletl.line.plan import Task, first_planned, plan, with_ids
 from faletl.resources import MODELS, RESOURCES, USAGE, Resource
@@ -51,26 +51,25 @@ from faletl.line.report import Progress, Report
 
 log = logging.getLogger(__name__)
 
-_READY = 16
-"""So many windows may wait to be loaded: the more do, the less often the warehouse is opened."""
-
+_MAX_STAGED_AHEAD = 16
+"""Windows that may wait to be loaded; with more of them, the warehouse is opened less often."""
 
 _PROCESSORS = os.cpu_count() or 1
 
 
 _staging = threading.BoundedSemaphore(_PROCESSORS)
-"""So many windows are staged at the same time: more would only take memory from each other."""
+"""Limits how many windows are staged at the same time: more would compete for memory."""
 
 
 @dataclass(slots=True)
-class Seen:
-    """Endpoint ids that a run has met: used, by UTC day, and listed in fal's catalogue."""
+class SeenIds:
+    """Endpoint ids that a run has seen: used, by UTC day, and listed in fal's catalogue."""
 
     used: dict[date, frozenset[str]] = field(default_factory=dict)
     catalogue: frozenset[str] = frozenset()
 
-    def note(self, staged: Staged) -> None:
-        """Remember the ids of a window."""
+    def add(self, staged: Staged) -> None:
+        """Add the ids of a window."""
         if staged.resource is USAGE:
             self.used[staged.landed.manifest.window.day] = staged.endpoint_ids
         elif staged.resource is MODELS:
@@ -82,16 +81,15 @@ def extract_all(
     warehouse: Warehouse,
     report: Report,
     take: Callable[[list[Staged]], None],
-    asked: Asked,
+    selection: Asked,
     progress: Progress,
 ) -> bool:
-    """Hand over what was extracted, batch by batch; returns whether the warehouse can be written.
+    """Extract, and pass each batch of staged windows to `take`; return if the warehouse is writable.
 
-    A refused key or a locked account ends extraction, as does a warehouse that cannot take what was
-    extracted.
+    A refused key, a locked account, or a warehouse that cannot be written ends the extraction.
     """
     settings.require_key()
-    extracted = staged_windows(settings, warehouse, report, asked, progress)
+    extracted = staged_windows(settings, warehouse, report, selection, progress)
     try:
         with closing(extracted):
             for batch in extracted:
@@ -105,29 +103,29 @@ def extract_all(
 
 
 def staged_windows(
-    settings: Settings, warehouse: Warehouse, report: Report, asked: Asked, progress: Progress
+    settings: Settings, warehouse: Warehouse, report: Report, selection: Asked, progress: Progress
 ) -> Generator[list[Staged]]:
-    """Fetch, land, stage and prove several windows at a time; yield those that are done.
+    """Fetch, land, stage and prove several windows at a time; yield them as they finish.
 
-    Windows that fail go to the report. What is asked by ids comes last, when the ids are known.
+    Failed windows go to the report. Resources that are asked by ids come last, when the ids are known.
 
     Raises:
-        KeyRefusedError, AccountLockedError: fal refused the key, or locked the account; nothing more is
-            asked.
-        StorageError, WarehouseError: nothing more can be written.
+        KeyRefusedError, AccountLockedError: fal refused the key, or locked the account; no further
+            request is sent.
+        StorageError, WarehouseError: landing folder or warehouse cannot be written.
     """
     now = datetime.now(UTC)
-    extracts.root(settings)  # before fal is asked for what could not be kept
+    extracts.root(settings)  # fails before fal is asked, if nothing can be stored
     with FalClient(settings) as client, scratch_folder() as scratch:
-        account = accounts.sign_in(client, settings, warehouse, asked, now)
+        account = accounts.sign_in(client, settings, warehouse, selection, now)
         label = report.account = account.label
         with warehouse.reading() as connection:
             warn_of_other_landing(settings, connection)
-            tasks = plan(settings, connection, label, asked, now, owners=account.owners)
+            tasks = plan(settings, connection, label, selection, now, owners=account.owners)
             first, tasks = charges_first(connection, label, tasks)
             token, accepted = fencing_token(connection), holds.accepted_rows(connection)
         unknown_ids = {name: set[str]() for name in RESOURCES}
-        origin = Origin(
+        origin = RunContext(
             label,
             report.run_id,
             now,
@@ -137,7 +135,7 @@ def staged_windows(
             account.bound_at,
             accepted,
         )
-        seen = Seen()
+        seen = SeenIds()
         refused = set[str]()
 
         def work(task: Task) -> Staged | None:
@@ -145,10 +143,10 @@ def staged_windows(
             if resource.name in refused:
                 return None
             try:
-                return prove_or_reread(client, settings, task, scratch, origin)
+                return fetch_until_proven(client, settings, task, scratch, origin)
             except KeyRefusedError as error:
-                if not resource.is_optional or resource.name in asked.resources:
-                    client.stop()  # no other thread needs to hear it too
+                if not resource.is_optional or resource.name in selection.resources:
+                    client.stop()  # so that other threads do not get the same refusal
                     raise
                 if resource.name not in refused:
                     refused.add(resource.name)
@@ -157,11 +155,11 @@ def staged_windows(
 
         done = 0
         for wave in chain([first], _waves(warehouse, label, tasks, now, seen)):
-            for batch, count in worked(client, settings, wave, work, report):
+            for batch, count in run_concurrently(client, settings, wave, work, report):
                 done += count
                 progress("extracting", done, len(first) + len(tasks))
                 for staged in batch:
-                    seen.note(staged)
+                    seen.add(staged)
                 if batch:
                     yield batch
 
@@ -171,38 +169,38 @@ def _waves(
     account: str,
     tasks: list[Task],
     now: datetime,
-    seen: Seen,
+    seen: SeenIds,
 ) -> Iterator[list[Task]]:
-    """First what needs no endpoint ids; then what is asked by ids, which are known by then."""
+    """Yield the tasks without endpoint ids, then those asked by ids, which are known by then."""
     yield [task for task in tasks if task.resource.ids_per_call is None]
     by_ids = [task for task in tasks if task.resource.ids_per_call is not None]
     if by_ids:
         with warehouse.reading() as connection:
             known = with_ids(connection, account, by_ids, now, used=seen.used, catalogue=seen.catalogue)
         for name in sorted({t.resource.name for t in by_ids} - {t.resource.name for t in known}):
-            log.warning("%s: no endpoint is known yet to ask for; load usage or models first", name)
+            log.warning("%s: no endpoint ids are known yet; load usage or models first", name)
         by_ids = known
     yield by_ids
 
 
-def worked(
+def run_concurrently(
     client: FalClient,
     settings: Settings,
     tasks: list[Task],
     work: Callable[[Task], Staged | None],
     report: Report,
 ) -> Iterator[tuple[list[Staged], int]]:
-    """Work on several tasks at a time; yield what finished, with how many tasks ended.
+    """Run tasks on a thread pool; yield each finished batch and the number of tasks that ended.
 
-    Only a few tasks are begun ahead of what was taken, so that finished windows do not pile up. Others
-    are fetched while some are staged, so there are threads for both.
+    Only a few tasks start before earlier ones are consumed, so that finished windows do not pile up.
+    Some windows are fetched while others are staged, so there are threads for both.
     """
     waiting, running = deque(tasks), dict[Future[Staged | None], Task]()
     threads = settings.parallel + min(settings.parallel, _PROCESSORS)
     pool = ThreadPoolExecutor(threads, thread_name_prefix="extract")
     try:
         while waiting or running:
-            while waiting and len(running) < settings.parallel + _READY:
+            while waiting and len(running) < settings.parallel + _MAX_STAGED_AHEAD:
                 task = waiting.popleft()
                 running[pool.submit(work, task)] = task
             ended, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -212,11 +210,11 @@ def worked(
                 try:
                     batch.append(future.result())
                 except StoppedError:
-                    continue  # the key was refused to another window, which tells
+                    continue  # the window whose key was refused reports it
                 except AccessRefusedError:
                     raise
                 except FaletlError as error:
-                    forget_frames(error)  # a report is kept, and frames may hold pages
+                    forget_frames(error)  # a report is kept, and frames may reference pages
                     report.failures.append((task, error))
             yield [staged for staged in batch if staged is not None], len(ended)
     except BaseException:
@@ -226,17 +224,17 @@ def worked(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def prove_or_reread(
+def fetch_until_proven(
     client: FalClient,
     settings: Settings,
     task: Task,
     scratch: Path,
-    origin: Origin,
+    origin: RunContext,
     landed: Landed | None = None,
 ) -> Staged:
-    """Fetch and stage; where the rows do not add up, once more, then in halves (`next_try`).
+    """Fetch and stage a window; if its rows do not add up, fetch again, then in halves (`next_try`).
 
-    A read that `landed` before takes the place of the first one.
+    With `landed`, an extract that landed before, the first fetch is skipped.
 
     Raises: as `fetch_window` and `stage_window`.
     """
@@ -250,7 +248,7 @@ def prove_or_reread(
                     ahead=task.ahead, retry=retry,
                 )  # fmt: skip
             if retry is not None:
-                extracts.drop(retry.landed.folder)  # what is needed of it was taken over
+                extracts.drop(retry.landed.folder)  # the needed parts were taken over
         try:
             with _staging:
                 return stage_window(settings, landed, scratch, origin.accepted)
@@ -261,40 +259,41 @@ def prove_or_reread(
                 extracts.refuse(landed.folder)
                 if isinstance(error, UnprovenError) or landed.manifest.started_at >= origin.at:
                     raise
-                # Pages that an earlier run had landed: fal may have mended them since.
-            log.info("%s; asking for the window again", error)
+                # An earlier run landed these pages: fal may have corrected them since.
+            log.info("%s; fetching the window again", error)
             retry, landed = following, None
 
 
 def next_try(
     resource: Resource, landed: Landed, unproven: Sequence[UnprovenPart], *, is_first: bool
 ) -> Retry | None:
-    """How to ask for a window again whose parts are not all proven; None where that is of no use.
+    """Return how to fetch a window again whose parts are not all proven; None if that is of no use.
 
-    At first, each of these once more, as pages may have shifted. Then in halves where a page's edge may
-    have lost rows, down to one page or to the smallest part. Two equal walks decide of what is left.
+    First, each unproven part is fetched again, because pages may have shifted. Then parts that may have
+    lost rows between pages are halved, down to one page or to the smallest part. Of the rest, two equal
+    walks decide.
     """
-    asked, compared = list[Window](), list[Part]()
+    requested, compared = list[Window](), list[Part]()
     if not unproven:
         return None
-    for one in unproven:
-        part = one.part
+    for failure in unproven:
+        part = failure.part
         halves = part.window.halves(resource.smallest_part) if part.pages > 1 else ()
-        if one.has_lost and halves:
-            asked += [part.window] if is_first else halves
-        elif not part.has("again") or (one.has_moved and is_first):
+        if failure.has_lost and halves:
+            requested += [part.window] if is_first else halves
+        elif not part.has("again") or (failure.has_moved and is_first):
             compared.append(part)
-        elif one.has_moved and halves:
-            asked += halves
+        elif failure.has_moved and halves:
+            requested += halves
         else:
             return None
-    left = {one.part.window for one in unproven}
-    kept = [part for part in landed.manifest.parts if part.window not in left]
-    return Retry(landed, kept, asked, compared)
+    unproven_windows = {failure.part.window for failure in unproven}
+    kept = [part for part in landed.manifest.parts if part.window not in unproven_windows]
+    return Retry(landed, kept, requested, compared)
 
 
 def fencing_token(connection: sa.Connection | None) -> int:
-    """The newest token that was given out, 0 without a warehouse."""
+    """Return the newest fencing token, 0 without a warehouse."""
     if connection is None:
         return 0
     return int(connection.execute(sa.select(WAREHOUSE.c.fencing_token)).scalar_one())

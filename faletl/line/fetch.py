@@ -1,4 +1,4 @@
-"""Extract: ask fal for one window of one resource until the landed pages are complete."""
+"""Extract one window of one resource: request, land and seal all of its pages."""
 
 from __future__ import annotations
 
@@ -32,25 +32,24 @@ from faletl.wire import Params
 log = logging.getLogger(__name__)
 
 RESUME_WITHIN = timedelta(hours=1)
-"""How old an interrupted read of a closed window may be to be taken up where it ended."""
-
+"""Maximum age of an interrupted extract of a closed window that is resumed."""
 
 SUSPICIOUS_IDS = 10
-"""After a first batch of at least so many ids, all of them unknown, others are tried one by one."""
+"""If fal knows none of the ids of a first batch of at least this size, its path may be gone."""
 
 SAMPLED_IDS = 10
-"""So many of the other batches' ids, and one that fal's catalogue lists."""
+"""Then this many ids of other batches are tried one by one, and one from fal's catalogue."""
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
-    """What all reads of a run have in common.
+class RunContext:
+    """The context that all extracts of a run share.
 
-    The run, or this task of it, began `at`. `planned_from` is, per resource, the first day of the plan;
-    `fencing_token` the newest one that was known when the run was planned. `unknown_ids` are, per
-    resource, those that fal answered 404 for, added by whichever read found them. What landed before
-    the label was bound (`bound_at`) may be of another account: it is not taken up. `accepted` are
-    keys of what people accepted of rows that break their contract.
+    The run, or this task of it, began `at`. `planned_from` is the first day of the plan, per resource;
+    `fencing_token` is the newest one when the run was planned. `unknown_ids` are the ids that fal
+    answered with 404, per resource; each extract adds its own. Extracts that landed before the label was
+    bound (`bound_at`) may be of another account and are not resumed. `accepted` are keys of rows that
+    violate fal's contract and that people accepted.
     """
 
     account: str
@@ -65,20 +64,20 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """How a window is to be asked for again whose earlier extract did not add up.
+    """Instructions to fetch a window again whose earlier extract did not add up.
 
-    `kept` are the parts that did, `asked` those to ask for (halves of others, say), and `compared` those
-    to ask for once more, so that two equal walks can decide.
+    `kept` are the parts that did; `requested` are parts to fetch, for example halves of others;
+    `compared` are parts to fetch again, so that two equal walks can decide.
     """
 
     landed: Landed
     kept: Sequence[Part] = ()
-    asked: Sequence[Window] = ()
+    requested: Sequence[Window] = ()
     compared: Sequence[Part] = ()
 
 
 class _SeveralPagesError(Exception):
-    """Fal answers in several pages, and no total would show whether rows are lost between them."""
+    """Fal answers in several pages, and no total would show rows lost between them."""
 
 
 def fetch_window(
@@ -87,39 +86,37 @@ def fetch_window(
     resource: Resource,
     window: Window,
     *,
-    origin: Origin,
+    origin: RunContext,
     ids: Sequence[str] = (),
     is_whole_catalogue: bool = False,
     ahead: Sequence[str] = (),
     retry: Retry | None = None,
 ) -> Landed:
-    """Land every page of the window, and of its control total where the resource has one.
+    """Land every page of the window, and of its control total if the resource has one.
 
-    `ids` are the endpoint ids to ask for, where a resource is asked by ids; batches of them may have
-    been asked `ahead`, in these reads (`ask_ahead`). A `retry` starts over even if an interrupted read
-    could be taken up.
+    `ids` are the endpoint ids to request, for a resource that is asked by ids; batches of them may have
+    landed `ahead`, in these extracts (`ask_ahead`). A `retry` never resumes an interrupted extract.
 
     Raises:
         KeyRefusedError, AccountLockedError, ContractError, ApiUnavailableError, StorageError: see
-            `FalClient`; every error names resource and window. What landed so far stays for the next
-            attempt.
+            `FalClient`; every error names resource and window. Landed pages stay for the next attempt.
     """
-    with _placed(settings, resource, window):
-        client.require_open()  # before a folder is made that would stay empty
+    with _naming_window(settings, resource, window):
+        client.require_open()  # fails before an empty folder is created
         for is_second_try in (False, True):
             attempt, now = None, datetime.now(UTC)
             is_first = not (retry or is_second_try)
-            mine = (settings, origin.account, resource.name, window)
+            window_of_account = (settings, origin.account, resource.name, window)
             since = max(now - RESUME_WITHIN, origin.bound_at)
             if is_first and ahead:
-                attempt = extracts.gather(*mine, ahead, since=since)
+                attempt = extracts.gather(*window_of_account, ahead, since=since)
             elif is_first and not (window.is_snapshot or window.is_provisional):
-                attempt = extracts.resume(*mine, since=since)
-            attempt = attempt or extracts.begin(*mine, now=now)
+                attempt = extracts.resume(*window_of_account, since=since)
+            attempt = attempt or extracts.begin(*window_of_account, now=now)
             try:
-                asking = _Asking(client, resource, window, attempt)
+                asker = _Asker(client, resource, window, attempt)
                 unknown = origin.unknown_ids.get(resource.name, set[str]())
-                _ask_all(asking, ids, unknown, retry)
+                _ask_all(asker, ids, unknown, retry)
                 return attempt.seal(
                     Manifest(
                         load_id=attempt.load_id,
@@ -132,18 +129,22 @@ def fetch_window(
                         finished_at=datetime.now(UTC),
                         planned_from=origin.planned_from.get(resource.name, window.day),
                         fencing_token=origin.fencing_token,
-                        calls=asking.calls,
+                        calls=asker.calls,
                         unknown_ids=sorted(unknown.intersection(ids)),
                         is_whole_catalogue=is_whole_catalogue,
                         faletl_version=__version__,
-                        fal_started_at=_fal_started_at(asking, attempt, retry),
+                        fal_started_at=_fal_started_at(asker, attempt, retry),
                     )
                 )
             except AstrayError as error:
-                attempt.discard()  # what was landed so far would lead the next run astray, too
+                attempt.discard()  # these pages would mislead the next run, too
                 if is_second_try or not isinstance(error, CursorRefusedError):
                     raise
-                log.warning("%s, window %s: the cursor expired, starting over", resource.name, window)
+                log.warning(
+                    "%s, window %s: the cursor expired; fetching from the first page",
+                    resource.name,
+                    window,
+                )
             finally:
                 attempt.close()
         raise AssertionError("unreachable")
@@ -158,28 +159,28 @@ def ask_ahead(
     ids: Sequence[str],
     load_id: str,
 ) -> bool:
-    """Land what fal answers for these ids, for `fetch_window` to find; it asks for what is missing.
+    """Land fal's answers for these ids, for `fetch_window` to find; it requests what is missing.
 
-    False if it was done before, or somebody is at it.
+    Returns False if that was done before, or another task is doing it.
 
     Raises: as `fetch_window`.
     """
-    with _placed(settings, resource, window):
+    with _naming_window(settings, resource, window):
         attempt = extracts.open_ahead(settings, account, resource.name, window, load_id)
         if attempt is None:
             return False
         try:
-            asking = _Asking(client, resource, window, attempt)
+            asker = _Asker(client, resource, window, attempt)
             for number in range(len(resource.params)):
-                _ask_by_ids(asking, number, ids, set())
+                _ask_by_ids(asker, number, ids, set())
         finally:
             attempt.close()
         return True
 
 
 @contextmanager
-def _placed(settings: Settings, resource: Resource, window: Window) -> Iterator[None]:
-    """Errors name resource and window; a refused key, what it would need."""
+def _naming_window(settings: Settings, resource: Resource, window: Window) -> Iterator[None]:
+    """Add resource and window to errors, and to a refused key the permissions that it needs."""
     try:
         yield
     except KeyRefusedError as error:
@@ -196,101 +197,101 @@ def _placed(settings: Settings, resource: Resource, window: Window) -> Iterator[
 
 
 def _started_at(attempt: Attempt, retry: Retry | None) -> datetime:
-    """When the first page of the extract was asked for, that of a kept part included."""
+    """Return when the first page of the extract, including kept parts, was requested."""
     if retry and retry.kept:
         return min(attempt.started_at, retry.landed.manifest.started_at)
     return attempt.started_at
 
 
-def _fal_started_at(asking: _Asking, attempt: Attempt, retry: Retry | None) -> datetime | None:
-    """When that was by fal's own clock; None where fal did not say.
+def _fal_started_at(asker: _Asker, attempt: Attempt, retry: Retry | None) -> datetime | None:
+    """Return that time by fal's clock; None if fal did not send it.
 
-    If the extract goes on with earlier pages, our own clock shows how much earlier these were asked for.
+    For a resumed extract, our own clock shows how much earlier its first pages were requested.
     """
-    at = asking.first_date
+    at = asker.first_date
     if at and attempt.earlier:
-        at -= max(asking.first_answer_at - attempt.started_at, timedelta(0))
+        at -= max(asker.first_answer_at - attempt.started_at, timedelta(0))
     before = retry.landed.manifest.fal_started_at if retry and retry.kept else None
     return min(filter(None, (at, before)), default=None)
 
 
-def _ask_all(asking: _Asking, ids: Sequence[str], unknown: set[str], retry: Retry | None) -> None:
-    """Ask every question of the resource and for its control total."""
-    if asking.resource.ids_per_call is not None:
-        for number in range(len(asking.resource.params)):
-            _ask_by_ids(asking, number, ids, unknown)
+def _ask_all(asker: _Asker, ids: Sequence[str], unknown: set[str], retry: Retry | None) -> None:
+    """Send all questions of the resource, and request its control total."""
+    if asker.resource.ids_per_call is not None:
+        for number in range(len(asker.resource.params)):
+            _ask_by_ids(asker, number, ids, unknown)
     elif retry is None:
-        _ask_part(asking, asking.window)
+        _ask_part(asker, asker.window)
     else:
         for part in retry.kept:
-            asking.keep(retry.landed, part)
-        for window in retry.asked:
-            _ask_part(asking, window)
+            asker.keep(retry.landed, part)
+        for window in retry.requested:
+            _ask_part(asker, window)
         for part in retry.compared:
-            _ask_part(asking, part.window, retry.landed, part)
-        asking.calls.sort(key=lambda call: call.bounds or asking.window)
-        if any(call.bounds != asking.window for call in asking.calls):
-            asking.total("proof", asking.window)  # rows may have moved from part to part meanwhile
+            _ask_part(asker, part.window, retry.landed, part)
+        asker.calls.sort(key=lambda call: call.bounds or asker.window)
+        if any(call.bounds != asker.window for call in asker.calls):
+            asker.total("proof", asker.window)  # rows may have moved between parts meanwhile
 
 
 def _ask_part(
-    asking: _Asking, window: Window, earlier: Landed | None = None, part: Part | None = None
+    asker: _Asker, window: Window, earlier: Landed | None = None, part: Part | None = None
 ) -> None:
-    """Ask for the rows of a part of the window, or of all of it, and for their control total.
+    """Request the rows of a part of the window (or all of it) and their control total.
 
-    Where fal refuses the total to this key, rows of several pages are asked for in halves, and twice.
-    The rows of an `earlier` extract of the part are kept next to the new ones, to be compared.
+    Where fal refuses the total to this key, rows of several pages are requested in halves, and twice.
+    The rows of an `earlier` extract of the part are stored next to the new ones, for comparison.
     """
-    resource = asking.resource
+    resource = asker.resource
     if resource.proof is None:
-        asking.walk_all("rows", window)
+        asker.walk_all("rows", window)
         return
     halves = window.halves(resource.smallest_part)
 
     def before() -> bool:
-        if asking.total("before", window):
+        if asker.total("before", window):
             return True
         if halves:
             raise _SeveralPagesError
         return False
 
     try:
-        # The rows of a day that is still open may change under any walk: it is only warned about.
-        asking.walk_all("rows", window, None if asking.window.is_provisional else before)
+        # Rows of an open day may change during any walk: differences there are only a warning.
+        asker.walk_all("rows", window, None if asker.window.is_provisional else before)
     except _SeveralPagesError:
         for half in halves:
-            _ask_part(asking, half)
+            _ask_part(asker, half)
         return
-    if not asking.total("proof", window) and earlier is None:
-        asking.walk_all("again", window)
+    if not asker.total("proof", window) and earlier is None:
+        asker.walk_all("again", window)
     if earlier is not None and part is not None:
-        asking.adopt(earlier, part)
+        asker.adopt(earlier, part)
 
 
-def _ask_by_ids(asking: _Asking, number: int, ids: Sequence[str], unknown: set[str]) -> None:
-    """Ask one question in batches of ids that fal may know; add those it does not to `unknown`."""
-    size = asking.resource.ids_per_call or len(ids)
+def _ask_by_ids(asker: _Asker, number: int, ids: Sequence[str], unknown: set[str]) -> None:
+    """Send one question in batches of ids that fal may know; add those it does not to `unknown`."""
+    size = asker.resource.ids_per_call or len(ids)
     for first in range(0, len(ids), size):
-        # Cut first, so that an id that turns out to be unknown leaves the other batches as they are.
+        # Batches are cut before unknown ids are removed, so that these do not shift other batches.
         batch = [endpoint_id for endpoint_id in ids[first : first + size] if endpoint_id not in unknown]
         if not batch:
             continue
-        asking.walk_ids(number, asking.window, batch, unknown)
+        asker.walk_ids(number, asker.window, batch, unknown)
         if not first and len(batch) >= SUSPICIOUS_IDS and unknown.issuperset(batch):
             rest = [endpoint_id for endpoint_id in ids[size:] if endpoint_id not in unknown]
             sample = rest[-1 :: -max(1, len(rest) // SAMPLED_IDS)][:SAMPLED_IDS]
-            asking.refuse_gone_path(number, sample, unknown)
+            asker.refuse_gone_path(number, sample, unknown)
 
 
-class _Asking:
-    """The calls of one extract of a window, as they are made."""
+class _Asker:
+    """Makes the calls of one extract of a window, and collects them."""
 
     def __init__(self, client: FalClient, resource: Resource, window: Window, attempt: Attempt) -> None:
         self.calls: list[Call] = []
         self.resource = resource
         self.window = window
         self.first_date: datetime | None = None
-        """Fal's clock at the first answer, and ours."""
+        """Fal's clock at the first answer; `first_answer_at` is ours."""
         self.first_answer_at = attempt.started_at
         self._client = client
         self._attempt = attempt
@@ -305,7 +306,7 @@ class _Asking:
     def walk(
         self, label: str, number: int, more: Params, before: Callable[[], bool] | None = None
     ) -> None:
-        """Land all pages of the resource's question of that number; of its older form if need be."""
+        """Land all pages of the resource's question of that number, in its older form if necessary."""
 
         def ask(question: Question) -> None:
             resource = self.resource
@@ -318,9 +319,9 @@ class _Asking:
         self._is_older = ask_in_either_form(self.resource, number, ask, is_older=self._is_older)
 
     def total(self, label: str, window: Window) -> bool:
-        """Land fal's control total of a part of the window; false where fal refuses it to this key."""
+        """Land fal's control total of a part of the window; return False if the key may not read it."""
         proof = self.resource.proof
-        assert proof is not None  # noqa: S101  # who asks has looked
+        assert proof is not None  # noqa: S101  # checked by the callers
         if self._is_total_refused:
             return False
         params = {**proof.params, **bounds(window)}
@@ -331,7 +332,7 @@ class _Asking:
         except KeyRefusedError:
             self._is_total_refused = True
             log.warning("%s, window %s: fal refuses the control total to this key; "
-                        "two equal walks stand in for it", self.resource.name, self.window)  # fmt: skip
+                        "two equal walks replace it", self.resource.name, self.window)  # fmt: skip
             return False
         return True
 
@@ -345,11 +346,11 @@ class _Asking:
     ) -> None:
         """Land all pages of one question.
 
-        Where there are several, rows may move between them while they are walked. So `before` is
-        asked in front of them; if it was answered, the walk begins anew behind it. It may raise
+        Rows may move between several pages during a walk. So `before` is called after the first of
+        several pages; if it returns True, the walk starts again after it. It may raise
         `_SeveralPagesError` instead.
         """
-        # A control total is always asked anew: it must be that of the rows as they are at the end.
+        # A control total is always requested again: it must be of the rows at the end of the walk.
         is_kept = label in ("rows", "before")
         landed = self._attempt.landed(label, params) if is_kept else iter(())
         pages = self._walked(label, path, params, rows_path, landed, before)
@@ -367,7 +368,7 @@ class _Asking:
         landed: Iterator[bytes],
         before: Callable[[], bool] | None = None,
     ) -> list[LandedPage] | None:
-        """Land all pages of a walk; None where `before` was answered, so that it begins anew."""
+        """Land all pages of a walk; return None if `before` returned True: then it must start again."""
         pages = list[LandedPage]()
         walked = walk(
             self._client, path, params, rows_path, landed, metrics=self.resource.uses_metrics_key
@@ -382,21 +383,21 @@ class _Asking:
                         return None
                     record = self._attempt.land if is_new else self._attempt.described
                     pages.append(record(label, params, page))
-                    del page  # before the next one is asked for
+                    del page  # before the next page is requested
         except FaletlError as error:
             raise error.at(page=len(pages) + 1) from None
         return pages
 
     def keep(self, landed: Landed, part: Part) -> None:
-        """Take over a part of an earlier extract."""
+        """Copy a part of an earlier extract into this one."""
         self.calls += self._attempt.keep(landed, part)
 
     def adopt(self, landed: Landed, part: Part) -> None:
-        """Keep the rows of an earlier extract of a part next to those of this one."""
+        """Store the rows of an earlier extract of a part next to those of this one."""
         self.calls += self._attempt.adopt(landed, part)
 
     def refuse_gone_path(self, number: int, sample: Sequence[str], unknown: Collection[str]) -> None:
-        """Raises ContractError where fal answers 404 to all of a sample and of its own catalogue."""
+        """Raise ContractError if fal answers 404 to a sample and to an id of its own catalogue."""
         metrics, resource = self.resource.uses_metrics_key, self.resource
         page, _ = self._client.get(
             MODELS.path, {"limit": "1"}, lambda b: read_envelope(b, MODELS.rows_path), metrics=metrics
@@ -421,11 +422,11 @@ class _Asking:
         return read_envelope(body, self.resource.rows_path)
 
     def walk_ids(self, number: int, window: Window, ids: Sequence[str], unknown: set[str]) -> None:
-        """Land what fal answers for a batch of ids.
+        """Land fal's answers for a batch of ids.
 
-        Where fal does not know one of them, the batch is halved until that one is alone. It is halved,
-        too, where the answer takes several pages: no total would show what is lost between these. What
-        is too much of one id is asked for in halves of the window.
+        If fal does not know one of the ids, the batch is halved until that id is alone. The batch is
+        also halved if the answer has several pages, because no total would show rows lost between them.
+        If one id alone has several pages, the window is halved.
         """
         middle = len(ids) // 2
         halves = [(window, ids[:middle]), (window, ids[middle:])] if middle else [
@@ -453,6 +454,6 @@ class _Asking:
             self.walk_ids(number, window, ids, unknown)
 
     def _halves(self, number: int, window: Window) -> tuple[Window, ...]:
-        """Two parts of a window of hours; a day's percentiles are those of all of it."""
+        """Return the halves of an hourly window; none for daily percentiles, which cover a whole day."""
         is_hourly = self._question(number).get("timeframe") == "hour"
         return window.halves(self.resource.smallest_part) if is_hourly else ()

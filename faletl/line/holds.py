@@ -1,8 +1,8 @@
 """Holds: an extract that would remove rows which were proven before is not loaded unattended.
 
-A closed window that had rows and comes back without any is held: what is loaded stays, and a person
-may accept the extract (`faletl accept`). Of a window that ended long ago fal may simply no longer serve
-every row: then one missing row is enough, and the hold is final (docs/decisions.md, "Holds").
+A closed window that had rows is held if a new extract of it has none: the loaded rows stay, and a person
+may accept the extract (`faletl accept`). Fal may no longer serve all rows of a window that ended long
+ago: there, one missing row is enough, and the hold is final (docs/decisions.md, "Holds").
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from faletl.warehouse.protocol import Lease, Warehouse
 from faletl.warehouse.tables import ACCEPTANCES, HOLDS, QUARANTINE, RAW
 
 SERVED_FOR = timedelta(days=45)
-"""How long after a window's end fal serves all of its rows for certain; how far back it goes is unknown
+"""How long after a window's end fal certainly serves all of its rows; its real limit is unknown
 (docs/fal-api.md, "Open doubts")."""
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Rows of a window and the sum of their cost_total; None where rows have no cost."""
+    """The number of rows of a window and the sum of their cost_total; None where rows have no cost."""
 
     rows: int
     cost_total: Decimal | None
@@ -46,10 +46,10 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """What a window would lose by an extract.
+    """The rows that a window would lose by an extract.
 
-    `rows_digest` is a fingerprint of the missing rows where the extract must be held; None where the
-    loss is loaded with a warning.
+    `rows_digest` is a fingerprint of the missing rows if the extract must be held; None if it is loaded
+    with a warning.
     """
 
     before: Figures
@@ -65,10 +65,10 @@ def loss_of(
     current: sa.RowMapping,
     replaced: sa.ColumnElement[bool],
 ) -> Loss | None:
-    """What the window would lose; None where it loses nothing, or has not ended.
+    """Return the loss of the window; None if it loses nothing, or has not ended.
 
-    `current` is the load that the window holds now, `replaced` selects its rows that the extract is
-    about: a resource that is asked by ids may hold others.
+    `current` is the current load of the window; `replaced` selects the raw rows that the extract would
+    replace, because a resource that is asked by ids may have others.
     """
     manifest, resource = staged.landed.manifest, staged.resource
     if manifest.window.is_snapshot or manifest.window.is_provisional:
@@ -99,11 +99,10 @@ def _loaded_figures(
 def _missing_rows(
     warehouse: Warehouse, connection: sa.Connection, staged: Staged, replaced: sa.ColumnElement[bool]
 ) -> str | None:
-    """A fingerprint of the loaded rows that the extract lacks; None where it lacks none.
+    """Return a fingerprint of the loaded rows that the extract lacks; None if it lacks none.
 
-    Rows are told apart by when and for what they were charged, not by amounts or labels: fal may
-    restate these, and the row is still there. An account's label is not in it either, so that what a
-    person accepted holds after a rename.
+    Rows are identified by when and for what they were charged, not by amounts or labels, which fal may
+    restate. The account's label is not included either, so that an acceptance survives a rename.
     """
     table = RAW[staged.resource.name]
     names = staged.resource.identifying
@@ -111,12 +110,12 @@ def _missing_rows(
     connection.exec_driver_sql(
         f"create temporary table {extracted.name} as select * from {table.fullname} limit 0"
     )
-    warehouse.take_in(connection, extracted, staged.source, staged.files[0].parent)
-    now = sa.select(*(extracted.c[name] for name in names), sa.literal(-1).label("n"))
-    then = sa.select(*(table.c[name] for name in names), sa.literal(1).label("n")).where(replaced)
-    both = sa.union_all(then, now).subquery()
-    key = [both.c[name] for name in names]
-    lacking = sa.select(*key, sa.func.sum(both.c.n)).group_by(*key).having(sa.func.sum(both.c.n) > 0)
+    warehouse.load_rows(connection, extracted, staged.source, staged.files[0].parent)
+    extracted_keys = sa.select(*(extracted.c[name] for name in names), sa.literal(-1).label("n"))
+    loaded_keys = sa.select(*(table.c[name] for name in names), sa.literal(1).label("n")).where(replaced)
+    keys = sa.union_all(loaded_keys, extracted_keys).subquery()
+    key = [keys.c[name] for name in names]
+    lacking = sa.select(*key, sa.func.sum(keys.c.n)).group_by(*key).having(sa.func.sum(keys.c.n) > 0)
     digest, is_any = hashlib.sha256(), False
     for row in connection.execute(lacking.order_by(*key)):
         digest.update(repr([_text(value) for value in row]).encode())
@@ -126,7 +125,7 @@ def _missing_rows(
 
 
 def _text(value: object) -> str:
-    """The same text for a value from any database, whatever its time zone."""
+    """Format a value so that it is the same from any database and in any time zone."""
     return value.astimezone(UTC).isoformat() if isinstance(value, datetime) else str(value)
 
 
@@ -134,7 +133,7 @@ def _text(value: object) -> str:
 
 
 def hold(settings: Settings, lease: Lease, staged: Staged, loss: Loss, data_version: int) -> None:
-    """Inside a transaction: enter the held extract, in place of an earlier one of the window."""
+    """Record a held extract, replacing an earlier one of the window, inside a transaction."""
     manifest, connection = staged.landed.manifest, lease.connection
     since = connection.execute(
         sa.select(HOLDS.c.held_since).where(_of_manifest(HOLDS, manifest))
@@ -169,13 +168,13 @@ def hold(settings: Settings, lease: Lease, staged: Staged, loss: Loss, data_vers
 
 
 def is_held(connection: sa.Connection, manifest: Manifest) -> bool:
-    """Whether the window has a held extract."""
-    found = sa.select(sa.func.count()).select_from(HOLDS).where(_of_manifest(HOLDS, manifest))
-    return connection.execute(found).scalar_one() > 0
+    """Return whether the window has a held extract."""
+    query = sa.select(sa.func.count()).select_from(HOLDS).where(_of_manifest(HOLDS, manifest))
+    return connection.execute(query).scalar_one() > 0
 
 
 def is_open(connection: sa.Connection, load_id: str) -> bool:
-    """Whether the extract is held, or rows of it are quarantined still."""
+    """Return whether the extract is held, or has rows that are still quarantined."""
     held = sa.select(HOLDS.c.load_id).where(HOLDS.c.load_id == load_id)
     quarantined = sa.select(QUARANTINE.c.load_id).where(
         QUARANTINE.c.load_id == load_id, QUARANTINE.c.resolved_at.is_(None)
@@ -184,20 +183,20 @@ def is_open(connection: sa.Connection, load_id: str) -> bool:
 
 
 def release(connection: sa.Connection, account: str, resource: str, day: date, at: datetime) -> None:
-    """Inside a transaction: the window, if it is held, is not any longer."""
-    held = sa.delete(HOLDS).where(of_window(HOLDS, account, resource, day)).returning(HOLDS.c.load_id)
-    if connection.execute(held).first() is not None:
+    """Release the hold of the window, if there is one, inside a transaction."""
+    query = sa.delete(HOLDS).where(of_window(HOLDS, account, resource, day)).returning(HOLDS.c.load_id)
+    if connection.execute(query).first() is not None:
         alerts.resolve(connection, "held", account, f"{resource} {day}", at)
 
 
 def sentence(manifest: Manifest, loss: Loss) -> str:
-    """What is held, both figures, and what to do about it."""
+    """Describe a hold: the figures of both sides, and what to do."""
     accept = accept_command(manifest)
     if loss.is_final:
         return (
             f"held: {loss.before} are loaded and stay, though fal serves only {loss.after} of this day, "
             f"which ended more than {SERVED_FOR.days} days ago; it is not extracted again. To confirm "
-            f"what is loaded: {accept} --keep --reason TEXT; if the rows are really gone, without --keep"
+            f"the loaded rows: {accept} --keep --reason TEXT; if rows are really gone: without --keep"
         )
     return (
         f"held: {loss.before} are loaded and stay, though fal now serves {loss.after}; later runs "
@@ -217,17 +216,17 @@ def _of_manifest(table: sa.Table, manifest: Manifest) -> sa.ColumnElement[bool]:
 
 
 def accepted_rows(connection: sa.Connection | None) -> frozenset[str]:
-    """The keys of what people accepted of rows that break their contract."""
+    """Return the keys of rows that violate fal's contract and that people accepted."""
     if connection is None:
         return frozenset()
-    found = sa.select(ACCEPTANCES.c.account, ACCEPTANCES.c.rows_digest).where(
+    query = sa.select(ACCEPTANCES.c.account, ACCEPTANCES.c.rows_digest).where(
         ACCEPTANCES.c.accepted == "refused"
     )
-    return frozenset(acceptance_key(*row) for row in connection.execute(found))
+    return frozenset(acceptance_key(*row) for row in connection.execute(query))
 
 
 def acceptance_of(connection: sa.Connection, manifest: Manifest, rows_digest: str) -> str | None:
-    """What was accepted about exactly these missing rows (`held`, `kept`); None if nothing was."""
+    """Return the decision about exactly these missing rows (`held` or `kept`); None without one."""
     query = sa.select(ACCEPTANCES.c.accepted).where(
         _of_manifest(ACCEPTANCES, manifest), ACCEPTANCES.c.rows_digest == rows_digest
     )
@@ -235,7 +234,7 @@ def acceptance_of(connection: sa.Connection, manifest: Manifest, rows_digest: st
 
 
 def enter(connection: sa.Connection, acceptance: WindowAccepted) -> None:
-    """Inside a transaction: keep the acceptance."""
+    """Record an acceptance, inside a transaction."""
     values: dict[str, Any] = {
         name: getattr(acceptance, name)
         for name in acceptance.__struct_fields__
@@ -250,10 +249,10 @@ def enter(connection: sa.Connection, acceptance: WindowAccepted) -> None:
 
 
 def is_refused_window_accepted(connection: sa.Connection, load: sa.RowMapping) -> bool:
-    """Whether the load brought rows that a contract rule refuses, and a person accepted."""
+    """Return whether the load has rows that a contract rule refuses and a person accepted."""
     day = load["window_start"].astimezone(UTC).date()
-    found = sa.select(sa.func.count()).select_from(ACCEPTANCES).where(
+    query = sa.select(sa.func.count()).select_from(ACCEPTANCES).where(
         of_window(ACCEPTANCES, load["account"], load["resource"], day),
         ACCEPTANCES.c.accepted == "refused",
     )  # fmt: skip
-    return connection.execute(found).scalar_one() > 0
+    return connection.execute(query).scalar_one() > 0

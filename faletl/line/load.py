@@ -29,7 +29,7 @@ from faletl.line.replace import (
 from faletl.resources import RESOURCES, USAGE
 from faletl.staging.window import Staged, stage_window
 from faletl.warehouse import open_warehouse
-from faletl.warehouse.ledger import loaded_reads
+from faletl.warehouse.ledger import last_extract_times
 from faletl.warehouse.protocol import Warehouse
 from faletl.warehouse.quality import record_failure
 from faletl.warehouse.tables import LOADS
@@ -37,15 +37,15 @@ from faletl.windows import CLOCK_TOLERANCE, Window
 
 if TYPE_CHECKING:
     from faletl.gate.gate import Gate
-from faletl.line.report import Progress, Report, note_outcome, silent
+from faletl.line.report import Progress, Report, no_progress, note_outcome
 
 log = logging.getLogger(__name__)
 
 
-def load_reads(
-    settings: Settings, reads: Sequence[Landed], report: Report, progress: Progress = silent
+def load_extracts(
+    settings: Settings, sealed: Sequence[Landed], report: Report, progress: Progress = no_progress
 ) -> None:
-    """Stage and load complete reads, charges first; those that are refused go to the report."""
+    """Stage and load sealed extracts, charges first; refused ones go to the report."""
     warehouse = open_warehouse(settings)
     with warehouse.reading() as connection:
         accepted = holds.accepted_rows(connection)
@@ -53,8 +53,8 @@ def load_reads(
         scratch_folder() as scratch,
         loader(settings, warehouse, report) as load,
     ):
-        for done, landed in enumerate(in_order(reads)):
-            progress("loading", done, len(reads))
+        for done, landed in enumerate(in_order(sealed)):
+            progress("loading", done, len(sealed))
             try:
                 staged = stage_window(settings, landed, scratch, accepted)
             except FaletlError as error:
@@ -64,7 +64,7 @@ def load_reads(
                 continue
             load([staged])
             staged.discard()
-        progress("loading", len(reads), len(reads))
+        progress("loading", len(sealed), len(sealed))
     record_failures(settings, report)
 
 
@@ -72,31 +72,31 @@ def load_reads(
 def loader(
     settings: Settings, warehouse: Warehouse, report: Report
 ) -> Iterator[Callable[[list[Staged]], None]]:
-    """What loads staged windows that pass the gate; those that do not go to the report.
+    """Yield a function that loads staged windows which pass the gate; refused ones go to the report.
 
-    The gate takes seconds to make, so it is made when there is news to look at, and without the lease;
-    FALETL_GATE may say that there is none.
+    Creating the gate takes seconds, so it is created only when a window has new rows, and before the
+    lease is taken. FALETL_GATE may turn it off.
     """
-    made: Gate | None = None
+    created_gate: Gate | None = None
     staged_in: Path | None = None
-    is_told = settings.gate
+    has_warned = settings.gate
     with ExitStack() as stack:
 
         def gate() -> Gate:
-            nonlocal made
-            if made is None:
+            nonlocal created_gate
+            if created_gate is None:
                 from faletl.gate.gate import Gate
 
-                made = Gate(settings, stack.enter_context(scratch_folder()), staged_in)
-            return made
+                created_gate = Gate(settings, stack.enter_context(scratch_folder()), staged_in)
+            return created_gate
 
         def load(batch: list[Staged]) -> None:
-            nonlocal is_told, staged_in
+            nonlocal has_warned, staged_in
             staged_in = next((file.parent for staged in batch for file in staged.files), staged_in)
-            if not is_told:
-                is_told = True
-                log.warning("FALETL_GATE is off: windows are loaded without what the gate would find")
-            if settings.gate and made is None and _has_news(warehouse, batch):
+            if not has_warned:
+                has_warned = True
+                log.warning("FALETL_GATE is off: windows are loaded without validation by the gate")
+            if settings.gate and created_gate is None and _has_news(warehouse, batch):
                 gate()
             _load_batch(settings, warehouse, gate, batch, report)
 
@@ -120,27 +120,29 @@ def _load_batch(
             accounts.require_known(lease.connection, report.account)
             manifests = [staged.landed.manifest for staged in batch]
             ahead = take_out_the_future(settings, lease, manifests, datetime.now(UTC))
-        warn_of_the_future("%s loaded by a clock that was ahead: taken out of the tables", ahead)
+        warn_of_the_future("%s loaded by a clock that was ahead: removed from the tables", ahead)
         for staged in batch:
             resource, window = staged.resource, staged.landed.manifest.window
-            judged = staged
+            checked = staged
             try:
                 with lease.transaction():
                     if not is_already_loaded(lease.connection, staged):
                         refused = _shared_days(report)
                         refuse_shared(settings, warehouse, lease.connection, staged, refused)
-                        judged = gate().passed(lease.connection, staged) if settings.gate else staged
+                        checked = (
+                            gate().check_staged(lease.connection, staged) if settings.gate else staged
+                        )
             except DataRefusedError as error:
                 extracts.refuse(staged.landed.folder)
                 error.at(account=staged.landed.manifest.account)
                 report.failures.append((Task(resource, window), error))
                 continue
-            replaced = replace_window(settings, warehouse, lease, judged)
+            replaced = replace_window(settings, warehouse, lease, checked)
             note_outcome(report, staged, replaced)
 
 
 def _shared_days(report: Report) -> set[tuple[str, date]]:
-    """The accounts and days refused because their charges are loaded under another label."""
+    """Return the accounts and days refused because their charges are loaded under another label."""
     return {
         (str(error.facts["account"]), task.window.day)
         for task, error in report.failures
@@ -149,7 +151,7 @@ def _shared_days(report: Report) -> set[tuple[str, date]]:
 
 
 def record_failures(settings: Settings, report: Report) -> None:
-    """Keep what failed for `faletl status`; that it failed is in the report in any case."""
+    """Record failures for `faletl status`, if the warehouse can be written."""
     warehouse = open_warehouse(settings)
     failed = list(_recordable(settings, warehouse, report))
     if not failed:
@@ -166,9 +168,9 @@ def record_failures(settings: Settings, report: Report) -> None:
 def _recordable(
     settings: Settings, warehouse: Warehouse, report: Report
 ) -> Iterator[tuple[Task, FaletlError, str]]:
-    """What failed of a window, with its account. A locked account is recorded as usage of today.
+    """Yield the failures of windows, with their accounts.
 
-    A held window is in ops.holds.
+    A locked account is recorded as usage of today. Held windows are left out: they are in ops.holds.
     """
     for task, error in report.failures:
         account = error.facts.get("account") or report.account
@@ -180,30 +182,31 @@ def _recordable(
 
 
 def warn_of_other_landing(settings: Settings, connection: sa.Connection | None) -> None:
-    """Warn where the landing folder lacks what was loaded last: it may be another, or not mounted."""
+    """Warn if the landing folder lacks the newest loaded extract: it may be another, or not mounted."""
     newest = sa.select(LOADS.c.landing_path).where(LOADS.c.is_current)
     newest = newest.order_by(LOADS.c.fencing_token.desc(), LOADS.c.load_id.desc()).limit(1)
     path = connection.execute(newest).scalar() if connection is not None else None
     folder = extracts.root(settings)
     if path is not None and not extracts.is_complete(folder / path):
         log.warning(
-            "the landing folder %s lacks the pages of what was loaded last (%s): is FALETL_LANDING "
-            "right, and its disk mounted? faletl verify counts what is gone; faletl rebuild needs it",
+            "the landing folder %s lacks the pages of the newest load (%s): check that FALETL_LANDING "
+            "is right and its disk is mounted. faletl verify counts missing pages; faletl rebuild needs "
+            "them",
             folder,
             path,
         )
 
 
 def not_loaded(settings: Settings, warehouse: Warehouse, report: Report) -> list[Landed]:
-    """Complete reads that are newer than what is loaded; of a day only its newest.
+    """Return sealed extracts that are newer than the loaded ones; of each day only the newest.
 
-    Those that cannot be opened go to the report. What a clock that was ahead landed of windows that have
-    not ended is left until they have.
+    Extracts that cannot be opened go to the report. Extracts of windows in the future, landed by a clock
+    that was ahead, are left out until the windows have ended.
     """
     now = datetime.now(UTC)
     with warehouse.reading() as connection:
         warn_of_other_landing(settings, connection)
-        loaded = loaded_reads(connection) if connection is not None else {}
+        loaded_at = last_extract_times(connection) if connection is not None else {}
         taken_out = snapshots_taken_out(connection) if connection is not None else set[str]()
         open_read = relabel.opener(settings, connection)
     newest: dict[tuple[str, ...], Landed] = {}
@@ -218,16 +221,16 @@ def not_loaded(settings: Settings, warehouse: Warehouse, report: Report) -> list
             continue
         manifest = landed.manifest
         key: tuple[str, ...] = (manifest.account, manifest.resource, manifest.window.day.isoformat())
-        read_at = loaded.get((manifest.account, manifest.resource, manifest.window.day))
-        if not _is_after(manifest.started_at, read_at, now):
+        last_extracted_at = loaded_at.get((manifest.account, manifest.resource, manifest.window.day))
+        if not _is_after(manifest.started_at, last_extracted_at, now):
             continue
         if manifest.window.end > now + CLOCK_TOLERANCE:
             ahead.append(f"{manifest.resource} {manifest.window}")
             continue
         if manifest.window.is_snapshot:
             key = (*key, manifest.load_id)
-        newest[key] = max(newest.get(key, landed), landed, key=lambda one: _newness(one, now))
-    warn_of_the_future("%s landed by a clock that was ahead: not loaded before that instant", ahead)
+        newest[key] = max(newest.get(key, landed), landed, key=lambda extract: _age_key(extract, now))
+    warn_of_the_future("%s landed by a clock that was ahead: not loaded until that time", ahead)
     order = list(RESOURCES)
     return sorted(
         newest.values(),
@@ -236,21 +239,21 @@ def not_loaded(settings: Settings, warehouse: Warehouse, report: Report) -> list
 
 
 def _is_after(started_at: datetime, read_at: datetime | None, now: datetime) -> bool:
-    """Whether an extract is newer than the loaded one, or may be, as a clock was ahead for that one."""
+    """Return whether an extract is newer than the loaded one, or may be if that is from the future."""
     return read_at is None or started_at > read_at or (started_at != read_at and read_at > now)
 
 
-def _newness(landed: Landed, now: datetime) -> tuple[bool, datetime, datetime]:
-    """Of two attempts at the same read, the one that ended later took over the pages of the other.
+def _age_key(landed: Landed, now: datetime) -> tuple[bool, datetime, datetime]:
+    """Return a sort key by age: of two attempts at one extract, the later took over the other's pages.
 
-    An extract that seems to be of the future may be of any age, unless fal's clock vouches for it.
+    An extract from the future may be of any age, unless fal's clock confirms its time.
     """
     manifest = landed.manifest
     return manifest.began_at <= now, manifest.began_at, manifest.finished_at
 
 
 def warn_of_the_future(sentence: str, windows: Sequence[str]) -> None:
-    """One warning for all that a clock that was ahead left; without any, nothing."""
+    """Log one warning for all windows from the future, if there are any."""
     if windows:
-        more = f" and {len(windows) - 1:,} more windows were" if len(windows) > 1 else " was"
-        log.warning(sentence, f"{windows[-1]}{more}")
+        rest = f" and {len(windows) - 1:,} more windows were" if len(windows) > 1 else " was"
+        log.warning(sentence, f"{windows[-1]}{rest}")

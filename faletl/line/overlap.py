@@ -1,9 +1,9 @@
 """Overlap: the charges of one account under two labels, which would be counted twice.
 
-A request is charged to one account, so a day of charges whose request ids are loaded under another
-label is refused. Usage has no request ids. It is refused while nothing tells its label from another
-one that holds something of that day. What tells two labels apart is in the tables alone: a day of
-which both hold charges, as the second one would have been refused if it had shared any.
+A request is charged to one account, so charges are refused if their request ids are loaded under another
+label. Usage has no request ids: it is refused until its account is known to differ from every other
+label with data of that day. Two labels differ if both have charges of the same day: the second one would
+have been refused if it shared any.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from faletl.windows import Window
 
 
 class SharedChargesError(DataRefusedError):
-    """Charges, or the usage that they are of, are loaded under another label already. Exit 3."""
+    """The same charges, or their usage, are loaded under another label already. Exit 3."""
 
 
 class UnknownOverlapError(DataRefusedError):
-    """It is not known yet whether usage is loaded under another label already. Exit 3."""
+    """It is unknown whether the same usage is loaded under another label already. Exit 3."""
 
 
 def charges_first(
     connection: sa.Connection | None, account: str, tasks: Sequence[Task]
 ) -> tuple[list[Task], list[Task]]:
-    """Split the tasks into what must be loaded first, and the rest, in their order.
+    """Split the tasks into those that must be loaded first, and the rest, in their order.
 
-    First come the charges, if usage is asked for of a day on which only they can tell the label from
-    another one. Those of such a day are added where they were not asked for.
+    Charges come first if they alone can show, for a day of planned usage, that the label is not another
+    one's account. Charges of such a day are added if they were not planned.
     """
     doubtful = []
     if connection is not None and _has_others(connection, account):
@@ -49,14 +49,14 @@ def charges_first(
     if not doubtful:
         return [], list(tasks)
     charges = [task for task in tasks if task.resource is BILLING_EVENTS]
-    asked = {task.window.day for task in charges}
-    charges += [Task(BILLING_EVENTS, window) for window in doubtful if window.day not in asked]
+    planned = {task.window.day for task in charges}
+    charges += [Task(BILLING_EVENTS, window) for window in doubtful if window.day not in planned]
     return charges, [task for task in tasks if task.resource is not BILLING_EVENTS]
 
 
-def in_order(reads: Iterable[Landed]) -> list[Landed]:
-    """The extracts in the order given, but charges first: they tell whose usage it is."""
-    return sorted(reads, key=lambda landed: landed.manifest.resource != BILLING_EVENTS.name)
+def in_order(sealed: Iterable[Landed]) -> list[Landed]:
+    """Return the extracts in the given order, but charges first: they show whose usage it is."""
+    return sorted(sealed, key=lambda landed: landed.manifest.resource != BILLING_EVENTS.name)
 
 
 def refuse_shared(
@@ -66,13 +66,13 @@ def refuse_shared(
     staged: Staged,
     refused: Collection[tuple[str, date]] = (),
 ) -> None:
-    """Refuse a window that would, or may, count what is loaded under another label once more.
+    """Refuse a window that would, or may, count data a second time that is loaded under another label.
 
-    `refused` are the accounts and days of which this run has refused the charges for that reason.
+    `refused` are the accounts and days whose charges this run has refused for that reason.
 
     Raises:
         SharedChargesError: request ids of the day are loaded under another label.
-        UnknownOverlapError: usage, and the charges that would tell whose it is are not loaded.
+        UnknownOverlapError: usage whose account is unknown until its charges are loaded.
     """
     account, day = staged.landed.manifest.account, staged.landed.manifest.window.day
     if staged.resource not in (USAGE, BILLING_EVENTS) or not staged.rows:
@@ -85,8 +85,8 @@ def refuse_shared(
         is_refused = (account, day) in refused
         others, is_shared = _suspects(connection, account, day, is_refused=is_refused)
         if others and _has_charges(settings, staged):
-            is_charged = bool(_holders(connection, BILLING_EVENTS, day).intersection(others))
-            raise _overlap(account, day, others, is_shared=is_shared, is_charged=is_charged)
+            is_charged = bool(_labels_with_rows(connection, BILLING_EVENTS, day).intersection(others))
+            raise _overlap_error(account, day, others, is_shared=is_shared, is_charged=is_charged)
 
 
 _CURE = "use one key for the account, or take one label out: faletl accounts forget"
@@ -97,12 +97,12 @@ def _refuse_charges(
 ) -> None:
     manifest, charges = staged.landed.manifest, RAW[BILLING_EVENTS.name].c
     day, time = Window.of_day(manifest.window.day), charges[str(BILLING_EVENTS.time)]
-    theirs = sa.and_(charges["_account"] != manifest.account, time >= day.start, time < day.end)
-    if not connection.execute(sa.select(sa.exists().where(theirs))).scalar_one():
+    is_of_others = sa.and_(charges["_account"] != manifest.account, time >= day.start, time < day.end)
+    if not connection.execute(sa.select(sa.exists().where(is_of_others))).scalar_one():
         return
     path = staged.files[0].parent / f"{manifest.load_id}.others.parquet"
-    found = sa.select(charges.request_id, charges["_account"]).where(theirs).distinct()
-    warehouse.hand_out(connection, found, path)
+    query = sa.select(charges.request_id, charges["_account"]).where(is_of_others).distinct()
+    warehouse.export_rows(connection, query, path)
     with duck.engine(settings.memory, staged.files[0].parent) as engine:
         shared = engine.execute(f"""
             select others._account, count(distinct request_id)
@@ -120,16 +120,16 @@ def _refuse_charges(
 
 
 def _has_charges(settings: Settings, staged: Staged) -> bool:
-    """Whether some of the usage is in US dollars, as all charges are."""
+    """Return whether some of the usage is in US dollars, like all charges."""
     in_dollars = f"select 1 from {staged.source} where coalesce(currency, 'USD') = 'USD' limit 1"
     with duck.engine(settings.memory, staged.files[0].parent) as engine:
         return engine.execute(in_dollars).fetchone() is not None
 
 
-def _overlap(
+def _overlap_error(
     account: str, day: date, others: Sequence[str], *, is_shared: bool, is_charged: bool
 ) -> DataRefusedError:
-    """Why usage of that day is refused; `is_charged` says whether the others hold charges of it."""
+    """Return the error for refused usage; `is_charged`: the other labels have charges of that day."""
     names = ", ".join(map(ascii, others))
     if is_shared:
         return SharedChargesError(
@@ -145,7 +145,7 @@ def _overlap(
             account=account,
         )
     return UnknownOverlapError(
-        f"account {names} holds usage of that day but no charges, which would show whether account "
+        f"account {names} has usage of that day but no charges, which would show whether account "
         f"{account!a} is the same one; load them first, with the key of account {names}: "
         f"faletl run --start {day}",
         account=account,
@@ -153,7 +153,7 @@ def _overlap(
 
 
 def _has_others(connection: sa.Connection, account: str) -> bool:
-    """Whether the warehouse holds anything of another label: of most it does not."""
+    """Return whether data of another label is loaded; usually there is none."""
     others = sa.exists().where(LOADS.c.account != account, LOADS.c.is_current)
     return bool(connection.execute(sa.select(others)).scalar_one())
 
@@ -161,31 +161,33 @@ def _has_others(connection: sa.Connection, account: str) -> bool:
 def _suspects(
     connection: sa.Connection, account: str, day: date, *, is_refused: bool = False
 ) -> tuple[list[str], bool]:
-    """The labels whose usage of that day may be this one's, and whether shared charges show it.
+    """Return labels whose usage of that day may be this account's, and whether shared charges show it.
 
-    Where charges of the day are refused, other days say nothing of it: a key may see charges of several
-    accounts.
+    If charges of the day are refused, charges of other days prove nothing about it: a key may see
+    charges of several accounts.
     """
-    if not (present := _present(connection, day) - {account}):
+    if not (present := _labels_of_day(connection, day) - {account}):
         return [], False
     failed = _refused_before(connection, account, day)
     if is_refused or BILLING_EVENTS.name in failed:
-        return sorted(present - _apart_from(connection, account) or present), True
-    return sorted(present - _apart_from(connection, account, day if failed else None)), bool(failed)
+        return sorted(present - _labels_known_to_differ(connection, account) or present), True
+    return sorted(present - _labels_known_to_differ(connection, account, day if failed else None)), bool(
+        failed
+    )
 
 
-def _present(connection: sa.Connection, day: date) -> set[str]:
-    """The labels that hold charges of that day, or usage that should have some.
+def _labels_of_day(connection: sa.Connection, day: date) -> set[str]:
+    """Return the labels with charges of that day, or with usage that should have charges.
 
-    A label without charges of any day is left out, unless fal failed to give some: its key may not read
+    A label without charges of any day is left out, unless fetching them failed: its key may not read
     them.
     """
-    charged = _holders(connection, BILLING_EVENTS, day)
-    if not (others := _holders(connection, USAGE, day) - charged):
+    charged = _labels_with_rows(connection, BILLING_EVENTS, day)
+    if not (others := _labels_with_rows(connection, USAGE, day) - charged):
         return charged
     is_failed = FAILURES.c.resource == BILLING_EVENTS.name
     failed = set(connection.execute(sa.select(FAILURES.c.account).where(is_failed)).scalars())
-    others &= failed | _holders(connection, BILLING_EVENTS)
+    others &= failed | _labels_with_rows(connection, BILLING_EVENTS)
     usage, window = RAW[USAGE.name].c, Window.of_day(day)
     in_dollars = sa.select(usage["_account"]).where(
         usage["_account"].in_(sorted(others)),
@@ -196,44 +198,50 @@ def _present(connection: sa.Connection, day: date) -> set[str]:
     return charged | set(connection.execute(in_dollars.distinct()).scalars())
 
 
-def _holders(connection: sa.Connection, resource: Resource, day: date | None = None) -> set[str]:
-    """The labels that hold rows of that day, or of any day."""
-    holders = sa.select(LOADS.c.account).where(_holds(LOADS, resource, day)).distinct()
+def _labels_with_rows(
+    connection: sa.Connection, resource: Resource, day: date | None = None
+) -> set[str]:
+    """Return the labels with loaded rows of that day, or of any day."""
+    holders = sa.select(LOADS.c.account).where(_has_rows(LOADS, resource, day)).distinct()
     return set(connection.execute(holders).scalars())
 
 
-def _apart_from(connection: sa.Connection, account: str, day: date | None = None) -> set[str]:
-    """The labels that hold charges of a day, or of that day, of which this one holds charges, too."""
-    mine, theirs = LOADS.alias("mine"), LOADS.alias("theirs")
-    found = connection.execute(
-        sa.select(theirs.c.account)
-        .join(mine, mine.c.window_start == theirs.c.window_start)
+def _labels_known_to_differ(
+    connection: sa.Connection, account: str, day: date | None = None
+) -> set[str]:
+    """Return the labels that have charges of a same day as this label: of `day`, or of any day."""
+    own, other = LOADS.alias("own"), LOADS.alias("other")
+    accounts = connection.execute(
+        sa.select(other.c.account)
+        .join(own, own.c.window_start == other.c.window_start)
         .where(
-            _holds(mine, BILLING_EVENTS, day),
-            _holds(theirs, BILLING_EVENTS, day),
-            mine.c.account == account,
+            _has_rows(own, BILLING_EVENTS, day),
+            _has_rows(other, BILLING_EVENTS, day),
+            own.c.account == account,
         )
         .distinct()
     )
-    return set(found.scalars())
+    return set(accounts.scalars())
 
 
-def _holds(loads: sa.FromClause, resource: Resource, day: date | None = None) -> sa.ColumnElement[bool]:
-    """Current loads with rows of that day, or of any day."""
-    holds = sa.and_(loads.c.resource == resource.name, loads.c.is_current, loads.c.rows > 0)
+def _has_rows(
+    loads: sa.FromClause, resource: Resource, day: date | None = None
+) -> sa.ColumnElement[bool]:
+    """Return the condition for current loads with rows of that day, or of any day."""
+    condition = sa.and_(loads.c.resource == resource.name, loads.c.is_current, loads.c.rows > 0)
     if day is None:
-        return holds
+        return condition
     window = Window.of_day(day)
-    return sa.and_(holds, loads.c.window_start >= window.start, loads.c.window_start < window.end)
+    return sa.and_(condition, loads.c.window_start >= window.start, loads.c.window_start < window.end)
 
 
 def _refused_before(connection: sa.Connection, account: str, day: date) -> set[str]:
-    """Of which resources earlier runs refused that day because its charges are shared."""
+    """Return the resources for which earlier runs refused that day because of shared charges."""
     window, failures = Window.of_day(day), FAILURES.c
-    found = sa.select(failures.resource).where(
+    query = sa.select(failures.resource).where(
         failures.account == account,
         failures.window_start >= window.start,
         failures.window_start < window.end,
         failures.error == SharedChargesError.__name__,
     )
-    return set(connection.execute(found).scalars())
+    return set(connection.execute(query).scalars())

@@ -1,4 +1,4 @@
-"""Plan: which windows a run reads, and which endpoint ids it asks for. Asks fal nothing."""
+"""Plan which windows a run extracts, and which endpoint ids it asks for. Sends no requests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from faletl.resources import RESOURCES, Resource
 from faletl.selection import Asked
 from faletl.warehouse import horizons
 from faletl.warehouse.horizons import Horizons
-from faletl.warehouse.ledger import SEEN_WITHIN, KnownIds, known_ids, pages_per_window, reads_by_day
+from faletl.warehouse.ledger import SEEN_WITHIN, KnownIds, known_ids, last_extracts, pages_per_window
 from faletl.windows import Read, Window, asks_whole_catalogue, due_days, utc_days
 
 
@@ -23,7 +23,7 @@ from faletl.windows import Read, Window, asks_whole_catalogue, due_days, utc_day
 class Task:
     """One window of one resource to extract; `ids` where it is asked by ids.
 
-    `ahead` are reads of it in which batches of the ids were asked beforehand (see
+    `ahead` are ids of extracts in which batches of the ids were requested beforehand (see
     faletl/line/distributed.py).
     """
 
@@ -36,9 +36,9 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What a run would do with one resource.
+    """The windows and calls that a run would need for one resource.
 
-    The calls are a guess (`is_guess`) where endpoint ids are asked for and none are known yet.
+    The number of calls is a guess (`is_guess`) where endpoint ids are needed and none are known yet.
     """
 
     resource: str
@@ -48,10 +48,10 @@ class Forecast:
 
 
 ASSUMED_CATALOGUE = 1400
-"""Endpoints that fal's catalogue is taken to have while none is loaded (docs/fal-api.md, "Models")."""
+"""Assumed number of endpoints in fal's catalogue while none is loaded (docs/fal-api.md, "Models")."""
 
 ASSUMED_USED = 50
-"""Endpoints that an account is taken to use while no usage is loaded."""
+"""Assumed number of endpoints that an account uses while no usage is loaded."""
 
 
 def _assumed_ids(task: Task) -> int:
@@ -63,70 +63,72 @@ def plan(
     settings: Settings,
     connection: sa.Connection | None,
     account: str,
-    asked: Asked,
+    selection: Asked,
     now: datetime,
     *,
     owners: Iterable[str] = (),
 ) -> list[Task]:
-    """The windows to extract: the days named, else those that are due, by the ledger.
+    """Plan the windows to extract: the named days, or those that are due according to the ledger.
 
-    `owners` are under whose names horizons of the account stand: its label, and its key if that is not
-    bound yet.
+    `owners` are the names under which horizons of the account are stored: its label, and the fingerprint
+    of its key if that is not bound yet.
     """
-    reads: dict[str, Mapping[date, Read]] = {name: {} for name in RESOURCES}
+    extracts_by_resource: dict[str, Mapping[date, Read]] = {name: {} for name in RESOURCES}
     rows: Horizons = {}
     if connection is not None:
-        reads = {name: reads_by_day(connection, account, name) for name in RESOURCES}
+        extracts_by_resource = {name: last_extracts(connection, account, name) for name in RESOURCES}
         for owner in dict.fromkeys((account, *owners)):
-            rows = horizons.merged(rows, horizons.held(connection, owner))
-    rows = horizons.moved(rows, account, asked, now, settings.first_days)
-    return tasks_of(reads, {name: row.first_day for name, row in rows.items()}, asked, now)
+            rows = horizons.merged(rows, horizons.of_owner(connection, owner))
+    rows = horizons.moved(rows, account, selection, now, settings.first_days)
+    return tasks_of(
+        extracts_by_resource, {name: row.first_day for name, row in rows.items()}, selection, now
+    )
 
 
 def tasks_of(
-    reads: Mapping[str, Mapping[date, Read]],
+    extracts_by_resource: Mapping[str, Mapping[date, Read]],
     first_days: Mapping[str, date],
-    asked: Asked,
+    selection: Asked,
     now: datetime,
 ) -> list[Task]:
-    """The same, from what was read and the first day of each resource that has days.
+    """Plan from the last extract of each day and the first day of each resource with days.
 
-    A day that has not ended is cut at its last full hour; one of which no hour has ended is left out.
+    An open day ends at its last full hour; a day without a full hour is left out.
     """
     tasks = []
     for name, resource in RESOURCES.items():
-        if asked.resources and name not in asked.resources:
+        if selection.resources and name not in selection.resources:
             continue
         if resource.window == "snapshot":
-            today = _known(reads[name], now.date(), now)
-            if asked.start is not None or resource.every_run or today is None:
+            today = _known(extracts_by_resource[name], now.date(), now)
+            if selection.start is not None or resource.every_run or today is None:
                 tasks.append(Task(resource, Window.snapshot(now)))
             continue
         tomorrow = Window.of_day(now.date()).end.date()
         days = (
-            utc_days(asked.start, min(asked.end or date.max, tomorrow))
-            if asked.start is not None
-            else due_days(now, reads[name], first_days[name])
+            utc_days(selection.start, min(selection.end or date.max, tomorrow))
+            if selection.start is not None
+            else due_days(now, extracts_by_resource[name], first_days[name])
         )
         for day in days:
-            if asked.end is not None and day.day >= asked.end:
+            if selection.end is not None and day.day >= selection.end:
                 break
             if (window := day.settled(now)) is not None:
                 is_whole = resource.ids_per_call is not None and asks_whole_catalogue(
-                    window, _known(reads[name], window.day, now), now
+                    window, _known(extracts_by_resource[name], window.day, now), now
                 )
                 tasks.append(Task(resource, window, is_whole_catalogue=is_whole))
     return tasks
 
 
-def _known(reads: Mapping[date, Read], day: date, now: datetime) -> Read | None:
-    """What is known of the day at `now`."""
-    read = reads.get(day)
-    return read.as_of(now) if read is not None else None
+def _known(extracts_by_day: Mapping[date, Read], day: date, now: datetime) -> Read | None:
+    """Return the last extract of the day, as it counts at `now`."""
+    extract = extracts_by_day.get(day)
+    return extract.as_of(now) if extract is not None else None
 
 
 def first_planned(tasks: Iterable[Task]) -> dict[str, date]:
-    """Per resource the first day of the plan."""
+    """Return the first planned day of each resource."""
     first: dict[str, date] = {}
     for task in tasks:
         first[task.resource.name] = min(first.get(task.resource.name, date.max), task.window.day)
@@ -142,54 +144,60 @@ def with_ids(
     used: Mapping[date, Collection[str]] = MappingProxyType({}),
     catalogue: Collection[str] = (),
 ) -> list[Task]:
-    """The tasks with the endpoint ids to ask for; those without any are left out.
+    """Return the tasks with the endpoint ids to request; tasks without ids are left out.
 
-    Asked for is what the window or the 90 days before it used or hold, and fal's catalogue: for
-    snapshots always, for days when their turn has come. `used` (by day) and `catalogue` are what this
-    run has seen of them. Ids that fal said it does not know are left alone for some days.
+    Requested are ids used in the window or the 90 days before it, ids loaded for the window, and fal's
+    whole catalogue: for snapshots always, for days once a week. `used` (by day) and `catalogue` are the
+    ids that this run has seen. Ids that fal does not know are not requested for seven days.
     """
-    found = []
+    tasks_with_ids = []
     for task in tasks:
         known = KnownIds()
         if connection is not None:
             known = known_ids(connection, account, task.resource, task.window, now)
         since, day = task.window.day - SEEN_WITHIN, task.window.day
-        lately = (ids for on, ids in used.items() if since <= on <= day)
-        ids, all_ids = known.used_or_held.union(*lately), known.catalogue.union(catalogue)
-        is_whole = task.is_whole_catalogue and bool(all_ids)  # not when fal's catalogue was out of reach
+        recently_used = (ids for used_on, ids in used.items() if since <= used_on <= day)
+        ids, all_ids = known.used_or_loaded.union(*recently_used), known.catalogue.union(catalogue)
+        is_whole = task.is_whole_catalogue and bool(all_ids)  # not when the catalogue is unavailable
         if is_whole or task.window.is_snapshot:
             ids |= all_ids
-        # In a list of values a comma parts two of them, so an id with one cannot be asked for.
-        askable = tuple(sorted(one for one in ids - known.unknown if "," not in one))
+        # A comma separates the values of a list, so an id with a comma cannot be requested.
+        askable = tuple(
+            sorted(endpoint_id for endpoint_id in ids - known.unknown if "," not in endpoint_id)
+        )
         if askable:
-            found.append(replace(task, ids=askable, is_whole_catalogue=is_whole))
-    return found
+            tasks_with_ids.append(replace(task, ids=askable, is_whole_catalogue=is_whole))
+    return tasks_with_ids
 
 
 def forecast(
     settings: Settings,
     connection: sa.Connection | None,
     account: str,
-    asked: Asked,
+    selection: Asked,
     now: datetime,
     *,
     owners: Iterable[str] = (),
 ) -> list[Forecast]:
-    """What a run would read now, and in how many calls by earlier reads. Arguments as `plan`."""
-    tasks = plan(settings, connection, account, asked, now, owners=owners)
+    """Return what a run would extract now, with calls estimated from earlier extracts; see `plan`."""
+    tasks = plan(settings, connection, account, selection, now, owners=owners)
     pages = pages_per_window(connection, account) if connection is not None else {}
     by_name: dict[str, list[Task]] = {}
     for task in tasks:
         by_name.setdefault(task.resource.name, []).append(task)
     forecasts = []
-    for name, mine in by_name.items():
+    for name, own_tasks in by_name.items():
         resource, is_guess = RESOURCES[name], False
         if resource.ids_per_call is not None:
-            known = {task.window: len(task.ids) for task in with_ids(connection, account, mine, now)}
-            is_guess = any(task.window not in known for task in mine)
-            ids = [known.get(task.window, _assumed_ids(task)) for task in mine]
+            known = {
+                task.window: len(task.ids) for task in with_ids(connection, account, own_tasks, now)
+            }
+            is_guess = any(task.window not in known for task in own_tasks)
+            ids = [known.get(task.window, _assumed_ids(task)) for task in own_tasks]
             calls = sum(math.ceil(n / resource.ids_per_call) for n in ids) * len(resource.params)
         else:
-            calls = math.ceil(len(mine) * pages.get(name, 1)) + len(mine) * (resource.proof is not None)
-        forecasts.append(Forecast(name, tuple(task.window for task in mine), calls, is_guess))
+            calls = math.ceil(len(own_tasks) * pages.get(name, 1)) + len(own_tasks) * (
+                resource.proof is not None
+            )
+        forecasts.append(Forecast(name, tuple(task.window for task in own_tasks), calls, is_guess))
     return forecasts

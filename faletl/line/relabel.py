@@ -1,7 +1,7 @@
-"""Relabel: open what landed before under the labels of today, and bring accounts back in a rebuild.
+"""Open landed extracts under the current account labels, and restore accounts in a rebuild.
 
-Landed pages never change, so their manifests keep the label of their time. What people decided since
-lies next to them (faletl/landing/decisions.py) and is applied wherever they are opened to be loaded.
+Landed pages never change, so their manifests keep the label of their time. Later decisions of people are
+stored next to them (faletl/landing/decisions.py) and applied wherever extracts are opened for loading.
 """
 
 from __future__ import annotations
@@ -27,77 +27,81 @@ from faletl.warehouse.tables import WAREHOUSE
 from faletl.windows import LONG_AGO
 
 _SLACK = timedelta(milliseconds=1)
-"""By how much the instant of a decision may lie behind its own: see `decisions.next_instant`."""
+"""How far the recorded instant of a decision may be after the real one: see `decisions.next_instant`."""
 
 
 def opener(
     settings: Settings, connection: sa.Connection | None = None
 ) -> Callable[[Path], Landed | None]:
-    """Return what opens landed extracts under the labels of today; None for a forgotten account's.
+    """Return a function that opens landed extracts under current labels; None for forgotten accounts.
 
-    With a `connection` they are opened for its warehouse.
+    With a `connection`, extracts are opened for its warehouse.
 
     Raises: as `decisions.recorded` and `require_followed`; from each call as `landing.open_read`.
     """
-    made = decisions.recorded(settings)
+    all_decisions = decisions.recorded(settings)
     if connection is not None:
-        require_followed(connection, made)
-    return lambda folder: relabelled(extracts.open_read(folder), made)
+        require_followed(connection, all_decisions)
+    return lambda folder: relabelled(extracts.open_read(folder), all_decisions)
 
 
-def require_followed(connection: sa.Connection, made: Iterable[Decision]) -> None:
-    """Raises UsageError if a label of the warehouse was renamed or forgotten in another one.
+def require_followed(connection: sa.Connection, all_decisions: Iterable[Decision]) -> None:
+    """Raise UsageError if a label of this warehouse was renamed or forgotten in another one.
 
-    Warehouses that share a landing folder share its accounts. What landed before would be loaded under
-    the new label, while the tables still hold the old one.
+    Warehouses that share a landing folder share its accounts. Earlier extracts would be loaded under the
+    new label, while the tables still have the old one.
     """
     until = connection.execute(sa.select(WAREHOUSE.c.decided_until)).scalar_one() or LONG_AGO
     known = accounts.known_accounts(connection)
-    for one in made:
-        if isinstance(one, AccountRenamed | AccountForgotten) and one.decided_at > until:
-            mine = known.get(one.account)
-            if mine is not None and (mine.bound_at or LONG_AGO) <= one.decided_at:
+    for decision in all_decisions:
+        if isinstance(decision, AccountRenamed | AccountForgotten) and decision.decided_at > until:
+            account = known.get(decision.account)
+            if account is not None and (account.bound_at or LONG_AGO) <= decision.decided_at:
                 raise UsageError(
                     f"another warehouse of this landing folder has renamed or forgotten the account "
-                    f"{one.account!a}; faletl rebuild makes this one follow"
+                    f"{decision.account!a}; run faletl rebuild to apply that here, too"
                 )
 
 
-def follow(connection: sa.Connection, made: Iterable[Decision]) -> None:
-    """Inside a transaction: the tables are as these decisions want them."""
-    instants = [one.decided_at for one in made if isinstance(one, AccountRenamed | AccountForgotten)]
+def follow(connection: sa.Connection, all_decisions: Iterable[Decision]) -> None:
+    """Record that the tables reflect these decisions, inside a transaction."""
+    instants = [
+        decision.decided_at
+        for decision in all_decisions
+        if isinstance(decision, AccountRenamed | AccountForgotten)
+    ]
     if instants:
         connection.execute(sa.update(WAREHOUSE).values(decided_until=max(instants)))
 
 
-def relabelled(landed: Landed, made: Sequence[Decision]) -> Landed | None:
-    """Return the extract under the label of today; None if its account was forgotten since."""
+def relabelled(landed: Landed, all_decisions: Sequence[Decision]) -> Landed | None:
+    """Return the extract under its current label; None if its account was forgotten."""
     manifest = landed.manifest
-    label = label_now(made, manifest.account, manifest.began_at)
+    label = label_now(all_decisions, manifest.account, manifest.began_at)
     if label is None:
         return None
     return Landed(landed.folder, msgspec.structs.replace(manifest, account=label))
 
 
-def label_now(made: Sequence[Decision], account: str, landed_at: datetime) -> str | None:
-    """Return the label of today of what landed under `account`; None if it was forgotten since.
+def label_now(all_decisions: Sequence[Decision], account: str, landed_at: datetime) -> str | None:
+    """Return the current label of an extract that landed under `account`; None if it was forgotten.
 
-    `made` are all decisions in their order. A label that was renamed or forgotten may have become that
-    of another account: what landed is of the account that had it last at that instant. What landed
-    after the label had ended, and before it began again, is of a run that was still under way.
+    `all_decisions` are in order. A label that was renamed or forgotten may later belong to another
+    account: an extract is of the account that had the label last at that instant. An extract that landed
+    after the label had ended, and before it began again, is of a run that was still active.
     """
     end: int | None = None
-    for number, one in enumerate(made):
-        if end is None and _ends(one, account):
+    for number, decision in enumerate(all_decisions):
+        if end is None and _ends(decision, account):
             end = number
-        elif end is not None and _begins(one, account):
-            if one.decided_at > landed_at + _SLACK:
+        elif end is not None and _begins(decision, account):
+            if decision.decided_at > landed_at + _SLACK:
                 break
             end = None
     label: str | None = account
-    for one in made[end:] if end is not None else ():
-        if label is not None and _ends(one, label):
-            label = one.new_account if isinstance(one, AccountRenamed) else None
+    for decision in all_decisions[end:] if end is not None else ():
+        if label is not None and _ends(decision, label):
+            label = decision.new_account if isinstance(decision, AccountRenamed) else None
     return label
 
 
@@ -114,32 +118,34 @@ def _begins(decision: Decision, label: str) -> bool:
 # --- Rebuild --------------------------------------------------------------------------------------
 
 
-def restore(connection: sa.Connection, made: Sequence[Decision], manifests: Iterable[Manifest]) -> None:
-    """Inside a transaction: bring back accounts and horizons of a warehouse that is made from scratch.
+def restore(
+    connection: sa.Connection, all_decisions: Sequence[Decision], manifests: Iterable[Manifest]
+) -> None:
+    """Restore accounts and horizons in a warehouse that is rebuilt from scratch, inside a transaction.
 
-    Landed extracts of an older faletl have no decisions next to them. Then the label is in their
-    `manifests`, and so is the first day that was planned.
+    Landed extracts of an older faletl have no decisions next to them: then label and first planned day
+    are taken from their `manifests`.
     """
     known: dict[str, Account] = {}
     rows: dict[str, Horizons] = {}
-    for one in made:
-        _replay(one, known, rows)
+    for decision in all_decisions:
+        _replay(decision, known, rows)
     for label, planned in _planned(manifests).items():
         rows[label] = {**planned, **rows.get(label, {})}
     for account in known.values():
         accounts.keep(connection, account)
-    for owner, mine in rows.items():
-        horizons.replace(connection, owner, mine)
-    follow(connection, made)
+    for owner, own_rows in rows.items():
+        horizons.replace(connection, owner, own_rows)
+    follow(connection, all_decisions)
 
 
 def _planned(manifests: Iterable[Manifest]) -> dict[str, Horizons]:
     planned: dict[str, dict[str, Horizon]] = {}
-    for one in manifests:
-        if one.resource in horizons.BY_DAY:
-            mine = planned.setdefault(one.account, {})
-            known = mine.get(one.resource, Horizon(one.planned_from))
-            mine[one.resource] = Horizon(min(known.first_day, one.planned_from))
+    for manifest in manifests:
+        if manifest.resource in horizons.BY_DAY:
+            of_account = planned.setdefault(manifest.account, {})
+            known = of_account.get(manifest.resource, Horizon(manifest.planned_from))
+            of_account[manifest.resource] = Horizon(min(known.first_day, manifest.planned_from))
     return dict(planned)
 
 
@@ -147,7 +153,7 @@ def _replay(decision: Decision, known: dict[str, Account], rows: dict[str, Horiz
     match decision:
         case AccountBound():
             known[decision.account] = _bound(known.get(decision.account), decision)
-            rows.pop(decision.key_id or "", None)  # the horizons of the label follow
+            rows.pop(decision.key_id or "", None)  # a decision about the label's horizons follows
         case AccountRenamed(account=old, new_account=new):
             if old in known:
                 known[new] = replace(known.pop(old), label=new)
@@ -158,14 +164,14 @@ def _replay(decision: Decision, known: dict[str, Account], rows: dict[str, Horiz
         case HorizonSet(account=owner):
             rows[owner] = horizons.decided(decision)
         case _:
-            pass  # of windows
+            pass  # decisions about windows
 
 
 def _bound(account: Account | None, decision: AccountBound) -> Account:
     before = account or Account(decision.account, bound_at=decision.decided_at)
     usernames, key_ids = before.usernames, before.key_ids
     if name := decision.username:
-        usernames = (*(one for one in usernames if one != name), name)
+        usernames = (*(username for username in usernames if username != name), name)
     if decision.key_id:
         key_ids = (*key_ids, decision.key_id)
     return replace(before, usernames=usernames, key_ids=key_ids, is_sandbox=decision.is_sandbox)

@@ -1,4 +1,4 @@
-"""Build and publish what is loaded; announce what people must hear of."""
+"""Build and publish the loaded data; send open alerts."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ log = logging.getLogger(__name__)
 
 
 def is_behind(settings: Settings) -> bool:
-    """Whether something is loaded, or was set aside, that `build` would make news of."""
+    """Return whether rows were loaded or quarantined since the last build."""
     with open_warehouse(settings).reading() as connection:
         return connection is not None and has_unbuilt_rows(settings, connection)
 
 
 def is_news(settings: Settings, resource: str) -> bool:
-    """Whether something of the resource is loaded, or was set aside, that is not built yet."""
+    """Return whether rows of the resource were loaded or quarantined since the last build."""
     with open_warehouse(settings).reading() as connection:
         return connection is not None and resource in resources_changed(connection)
 
 
 def is_published(settings: Settings, day: date) -> bool:
-    """Whether readers see all usage of that UTC day, of each account read in the week before."""
-    lately = sa.and_(
+    """Return whether readers see all usage of that UTC day, of each account loaded in that week."""
+    is_recent = sa.and_(
         LOADS.c.resource == USAGE.name,
         LOADS.c.is_current,
         LOADS.c.window_start > datetime.combine(day - timedelta(days=7), time(), UTC),
     )
-    is_it = sa.and_(
+    is_complete = sa.and_(
         LOADS.c.window_start == datetime.combine(day, time(), UTC),
         ~LOADS.c.is_provisional,
         LOADS.c.data_version <= sa.select(sa.func.max(BUILDS.c.data_version)).scalar_subquery(),
@@ -50,9 +50,9 @@ def is_published(settings: Settings, day: date) -> bool:
     with open_warehouse(settings).published() as connection:
         if connection is None:
             return False
-        accounts = sa.select(LOADS.c.account, sa.func.max(sa.case((is_it, 1), else_=0)))
-        found = connection.execute(accounts.where(lately).group_by(LOADS.c.account)).all()
-    return bool(found) and all(is_there for _, is_there in found)
+        accounts = sa.select(LOADS.c.account, sa.func.max(sa.case((is_complete, 1), else_=0)))
+        rows = connection.execute(accounts.where(is_recent).group_by(LOADS.c.account)).all()
+    return bool(rows) and all(has_day for _, has_day in rows)
 
 
 def build_and_publish(
@@ -62,9 +62,9 @@ def build_and_publish(
     builds: Literal["changed", "behind", "always", "never"] = "changed",
     publishes: bool = True,
 ) -> None:
-    """Under one lease, so that nobody loads in between; a warehouse that is not there stays so.
+    """Build and publish under one lease, so that no load comes between; without a warehouse, do nothing.
 
-    `changed`: if something was loaded; `behind`: also if rows were only set aside.
+    `builds` says when: `changed` if rows were loaded, `behind` also if rows were only quarantined.
     """
     warehouse = open_warehouse(settings)
     with warehouse.reading() as connection:
@@ -84,30 +84,30 @@ def build_and_publish(
             report.published = warehouse.publish(lease)
 
 
-MOST_ANNOUNCED = 5
-"""Alerts of one kind that are sent one by one; of more, their number."""
+MAX_NAMED_ALERTS = 5
+"""Alerts of one kind that are sent individually; of further ones, only the number."""
 
 
 def announce_alerts(settings: Settings, send: Callable[[str, str], None]) -> None:
-    """Hand each open alert that was not sent yet to `send`, as its kind and its sentence; once each."""
+    """Pass kind and sentence of each open alert that was not sent yet to `send`; each only once."""
     warehouse = open_warehouse(settings)
     with warehouse.reading() as connection:
         if connection is None or not alerts.unannounced(connection):
             return
     with warehouse.lease("faletl, alerts") as lease, lease.transaction():
         fence(lease, changes_data=False)
-        found = alerts.unannounced(lease.connection)
-        for kind, sentences in found.items():
-            for sentence in sentences[:MOST_ANNOUNCED]:
+        by_kind = alerts.unannounced(lease.connection)
+        for kind, sentences in by_kind.items():
+            for sentence in sentences[:MAX_NAMED_ALERTS]:
                 send(kind, sentence)
-            if (more := len(sentences) - MOST_ANNOUNCED) > 0:
+            if (more := len(sentences) - MAX_NAMED_ALERTS) > 0:
                 send(kind, f"and {more:,} more: see ops.alerts")
         alerts.mark_announced(lease.connection, datetime.now(UTC))
 
 
 def warn_of_runaways(build: Build) -> None:
-    """Tell each charge that ran away and was not known before; of many, the dearest."""
-    for sentence in build.dearest_runaways:
+    """Log the new runaway charges: the most expensive ones individually, then the number of others."""
+    for sentence in build.top_runaways:
         log.warning("runaway charge: %s", sentence)
-    if more := build.runaways - len(build.dearest_runaways):
+    if more := build.runaways - len(build.top_runaways):
         log.warning("and %d more: see reports.rpt_runaway_requests", more)

@@ -1,4 +1,4 @@
-"""What became of each window in a run."""
+"""The report of a run: the outcome of each window, failures, build and publication."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
-"""Told what is under way, how many of its windows are done, and of how many."""
+"""Called with the current step, the number of its windows that are done, and their total."""
 
 
-def silent(_what: str, _done: int, _of: int) -> None:
-    """Tell nobody."""
+def no_progress(_what: str, _done: int, _of: int) -> None:
+    """Show no progress."""
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of one window: landed, loaded, unchanged (the same rows again), superseded or held."""
+class WindowResult:
+    """The outcome of one window: landed, loaded, unchanged (the same rows again), superseded or held."""
 
     resource: str
     window: Window
@@ -45,11 +45,11 @@ class Outcome:
 
 @dataclass(slots=True)
 class Report:
-    """What a step did, and what it could not do."""
+    """The results and failures of a step."""
 
     run_id: str
     account: str | None = None
-    outcomes: list[Outcome] = field(default_factory=list)
+    outcomes: list[WindowResult] = field(default_factory=list)
     failures: list[tuple[Task | None, FaletlError]] = field(default_factory=list)
     build: Build | None = None
     published: str | None = None
@@ -61,18 +61,19 @@ class Report:
 
 
 def note_outcome(report: Report, staged: Staged, replaced: Replaced) -> None:
-    """Enter what became of a window; what it lost is a warning, and a failure if a person must look."""
+    """Add the outcome of a window; warn of lost rows, and add a failure if a person must decide."""
     manifest = staged.landed.manifest
     name, window = manifest.resource, manifest.window
-    report.outcomes.append(outcome_of(staged, replaced.outcome))
+    report.outcomes.append(result_of(staged, replaced.outcome))
     log.info("%s, window %s: %s rows, %s, proof %s", name, window, f"{staged.rows:,}", replaced.outcome,
              staged.proof)  # fmt: skip
     loss = replaced.loss
     if loss is None:
         return
     if replaced.outcome != "held":
-        log.warning("%s, window %s: fal took rows or charges back: there were %s, and now %s are loaded "
-                    "(see ops.restatements)", name, window, loss.before, loss.after)  # fmt: skip
+        log.warning("%s, window %s: fal removed rows or charges: %s were loaded before, and %s "
+                    "are loaded now (see ops.restatements)", name, window, loss.before,
+                    loss.after)  # fmt: skip
         return
     sentence = holds.sentence(manifest, loss)
     if loss.is_final:
@@ -82,12 +83,12 @@ def note_outcome(report: Report, staged: Staged, replaced: Replaced) -> None:
     report.failures.append((Task(RESOURCES[name], window), error))
 
 
-def outcome_of(staged: Staged, outcome: str) -> Outcome:
-    """What became of the staged window."""
+def result_of(staged: Staged, outcome: str) -> WindowResult:
+    """Return the result for a staged window."""
     window = staged.landed.manifest.window
-    return Outcome(staged.resource.name, window, outcome, staged.rows, staged.landed.folder)
+    return WindowResult(staged.resource.name, window, outcome, staged.rows, staged.landed.folder)
 
 
 def new_run_id() -> str:
-    """When it began, and chance."""
+    """Return a sortable id: UTC start time plus 24 random bits."""
     return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"

@@ -1,4 +1,4 @@
-"""New rows of a report that people must hear of."""
+"""Alerts for new rows of a report."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import sqlalchemy as sa
 from faletl.money import plain
 from faletl.warehouse import alerts
 
-TELL_RUNAWAYS = 5
-"""Of so many new runaway charges a build tells each."""
-
+MAX_NAMED_RUNAWAYS = 5
+"""A build logs at most this many new runaway charges individually."""
 
 _RUNAWAYS = "reports.rpt_runaway_requests"
 
@@ -19,29 +18,29 @@ _RUNAWAYS = "reports.rpt_runaway_requests"
 _RUNAWAY_KEY = ("account", "event_hash", "event_ordinal")
 
 
-REMEMBER_RUNAWAYS = f"create temporary table runaways_before as select * from {_RUNAWAYS}"
+KEEP_OLD_RUNAWAYS = f"create temporary table runaways_before as select * from {_RUNAWAYS}"
 
 
 def new_runaways(
     connection: sa.Connection, at: datetime, *, is_first: bool
 ) -> tuple[int, tuple[str, ...]]:
-    """How many charges of the report it did not have before, and sentences about the dearest.
+    """Return the number of new charges in the report, and sentences about the most expensive ones.
 
-    Each of them is an alert, until the report does not have it any longer.
+    Each charge is an open alert as long as the report contains it.
     """
     new = connection.exec_driver_sql(
         f"select * from {_RUNAWAYS} as now {'' if is_first else _not_in('runaways_before', 'now')} "
         "order by cost_total desc, requested_at, event_hash"
     )
-    found = [_runaway_alert(row) for row in new.mappings()]
-    alerts.raise_all(connection, found, at)
+    new_alerts = [_runaway_alert(row) for row in new.mappings()]
+    alerts.raise_all(connection, new_alerts, at)
     if not is_first:
         gone = connection.exec_driver_sql(
             f"select * from runaways_before as now {_not_in(_RUNAWAYS, 'now')}"
         )
         alerts.resolve_all(connection, [_runaway_alert(row) for row in gone.mappings()], at)
         connection.exec_driver_sql("drop table runaways_before")
-    return len(found), tuple(one.detail for one in found[:TELL_RUNAWAYS])
+    return len(new_alerts), tuple(alert.detail for alert in new_alerts[:MAX_NAMED_RUNAWAYS])
 
 
 def _not_in(table: str, rows: str) -> str:
@@ -64,9 +63,9 @@ def _runaway_alert(row: sa.RowMapping) -> alerts.Alert:
 
 
 def _runaway_sentence(row: sa.RowMapping) -> str:
-    usual = "and nothing is known of what is usual"
+    usual = "and no usual cost is known"
     if row["usual_cost"] is not None:
-        usual = f"where {row['usual_cost'].normalize():f} is usual"
+        usual = f"where the usual cost is {row['usual_cost'].normalize():f}"
     endpoint_id, request_id = (ascii(row[name])[1:-1][:80] for name in ("endpoint_id", "request_id"))
     return (
         f"{endpoint_id} was charged {row['cost_total'].normalize():f} {row['currency']} for the "

@@ -1,4 +1,4 @@
-"""Which models depend on the day of their rows, and their queries for some days only."""
+"""Find the models that can be built by day, and restrict their queries to some days."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from faletl.models.catalogue import LONGEST_SPAN, SOURCE_DIALECT, Model, models,
 from faletl.resources import RESOURCES
 
 BY_WINDOW = ("ops.loads", "ops.restatements", "ops.quarantine", "ops.holds", "ops.failures")
-"""Tables beside raw whose rows have a day: that of `window_start`."""
+"""Tables other than raw whose rows have a day: that of `window_start`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Span:
 
 @cache
 def _all_read(sql: str) -> frozenset[str]:
-    """The tables that a select reads, those behind its views included."""
+    """Return the tables that a select reads, including those behind its views."""
     views = {model.table: model.sql for model in models() if model.is_view}
     read = tables_read(sql)
     return read.union(*(_all_read(views[table]) for table in read & views.keys()))
@@ -35,7 +35,7 @@ def _all_read(sql: str) -> frozenset[str]:
 
 @cache
 def sources(sql: str) -> frozenset[str]:
-    """The resources from which, in the end, the rows of a select come."""
+    """Return the resources that the rows of a select come from, directly or through models."""
     known = {model.table: model.sql for model in models()}
     read = tables_read(sql)
     own = {table.removeprefix("raw.") for table in read if table.startswith("raw.")}
@@ -43,20 +43,20 @@ def sources(sql: str) -> frozenset[str]:
 
 
 def is_by_day(model: Model) -> bool:
-    """Whether a row depends on rows of its own day alone, so that days can be built one by one."""
+    """Return whether each row depends on its own day only, so that days can be built separately."""
     return model.day is not None and all(has_days(table) for table in _all_read(model.sql))
 
 
 def lookups(model: Model) -> Mapping[str, frozenset[str] | None]:
-    """The tables without days in which rows of a day look things up, and their columns (None: all).
+    """Return the tables without days that the model looks up, with the columns it uses (None: all).
 
-    Empty for a model that reads nothing but days, and for one that cannot be built by day at all.
+    Empty for a model that reads only tables with days, and for one that cannot be built by day.
     """
     return _lookups(model.sql) if model.day is not None and not is_by_day(model) else {}
 
 
 def has_days(table: str) -> bool:
-    """Whether the table's rows are of days; what stands behind a view is another question."""
+    """Return whether the table's rows have a day; tables behind a view are not examined."""
     if table.startswith("raw."):
         return RESOURCES[table.removeprefix("raw.")].window == "day"
     model = next((model for model in models() if model.table == table), None)
@@ -67,29 +67,35 @@ def has_days(table: str) -> bool:
 
 @cache
 def _lookups(sql: str) -> Mapping[str, frozenset[str] | None]:
-    others = {table for table in _all_read(sql) if not has_days(table)}
-    if not all(table.startswith("marts.") for table in others):
+    without_days = {table for table in _all_read(sql) if not has_days(table)}
+    if not all(table.startswith("marts.") for table in without_days):
         return {}
     tree = sqlglot.parse_one(sql, read=SOURCE_DIALECT)
-    named = frozenset(column.name for column in tree.find_all(exp.Column))
-    named |= {one.name for join in tree.find_all(exp.Join) for one in join.args.get("using") or ()}
-    found: dict[str, frozenset[str] | None] = dict.fromkeys(others, named)
+    used_columns = frozenset(column.name for column in tree.find_all(exp.Column))
+    used_columns |= {
+        column.name for join in tree.find_all(exp.Join) for column in join.args.get("using") or ()
+    }
+    columns_by_table: dict[str, frozenset[str] | None] = dict.fromkeys(without_days, used_columns)
     for table in tree.find_all(exp.Table):
         name, select = f"{table.db}.{table.name}", table.parent_select
-        stars = {one.text("table") for one in select.selects if one.is_star} if select else set()
-        if name in found and stars & {"", table.alias_or_name}:
-            found[name] = None
-    return found
+        stars = (
+            {column.text("table") for column in select.selects if column.is_star} if select else set()
+        )
+        if name in columns_by_table and stars & {"", table.alias_or_name}:
+            columns_by_table[name] = None
+    return columns_by_table
 
 
 def restricted(sql: str, span: Span, dialect: str = SOURCE_DIALECT) -> str:
-    """The select over those rows alone that fall on the days of the span, where rows have a day."""
-    some = _restricted(sql, dialect)
-    return some.replace(f"{_SOME.first}", f"{span.first}").replace(f"{_SOME.end}", f"{span.end}")
+    """Return the select restricted to rows on the days of the span, in tables whose rows have a day."""
+    template = _restricted(sql, dialect)
+    return template.replace(f"{_PLACEHOLDER.first}", f"{span.first}").replace(
+        f"{_PLACEHOLDER.end}", f"{span.end}"
+    )
 
 
-_SOME = Span(date(1, 1, 1), date(1, 1, 2))
-"""Days that no SQL of ours names: a select is parsed once, and then holds for any days."""
+_PLACEHOLDER = Span(date(1, 1, 1), date(1, 1, 2))
+"""Days that none of our SQL names: a select is parsed once, then these are replaced."""
 
 
 @cache
@@ -104,7 +110,7 @@ def _restricted(sql: str, dialect: str) -> str:
 
 
 def _rows_of_some_days(table: str) -> str | None:
-    """The select of a table's rows on `_SOME` days; None where its rows have no day."""
+    """Return the select of a table's rows on the `_PLACEHOLDER` days; None if its rows have no day."""
     model = next((model for model in models() if model.table == table), None)
     if model is not None and model.is_view:
         return _restricted(model.sql, SOURCE_DIALECT)
@@ -124,13 +130,13 @@ def _rows_of_some_days(table: str) -> str | None:
         return None
     time = " 00:00:00" if zone else ""
     return (
-        f"select * from {table} where \"{column}\" >= {kind} '{_SOME.first}{time}{zone}' "
-        f"and \"{column}\" < {kind} '{_SOME.end}{time}{zone}'"
+        f"select * from {table} where \"{column}\" >= {kind} '{_PLACEHOLDER.first}{time}{zone}' "
+        f"and \"{column}\" < {kind} '{_PLACEHOLDER.end}{time}{zone}'"
     )
 
 
 def spans(days: Collection[date], longest: int = LONGEST_SPAN) -> Iterator[Span]:
-    """The days as few spans of consecutive ones, none of more than `longest`, in order."""
+    """Group days into as few consecutive spans as possible, of at most `longest` days, in order."""
     first = end = None
     for day in sorted(days):
         if first is None or day != end or (end - first).days >= longest:

@@ -1,6 +1,6 @@
-"""Seeds: tables that people write, of units and of owners, and thresholds; all from settings.
+"""Seeds: tables of units and owners that people write, and thresholds from settings.
 
-Each build plants them in `staging.seed_…`, where models read them.
+Each build writes them to `staging.seed_…`, where models read them.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from faletl.warehouse.tables import (
 )
 
 LARGEST_FACTOR = 1_000_000
-"""Base units in one unit; more could overflow a quantity counted in them."""
+"""The largest number of base units in one unit; more could overflow a quantity."""
 
 MAX_NAMED = 3
-"""Lines of a seed that a warning names; of more, their number."""
+"""Lines of a seed that a warning names; further lines are only counted."""
 
 Row: TypeAlias = dict[str, str | None]
 
@@ -42,7 +42,7 @@ _SETTINGS = {
 
 
 def plant(connection: sa.Connection, seeds: Mapping[str, list[Row]]) -> None:
-    """Inside a transaction: make these the rows of `staging.seed_…`."""
+    """Replace the rows of `staging.seed_…`, inside a transaction."""
     for table in SEEDS:
         connection.execute(sa.delete(table))
         if rows := seeds[table.name]:
@@ -60,10 +60,11 @@ def changes(connection: sa.Connection, seeds: Mapping[str, list[Row]]) -> list[s
             "gone": before.keys() - after.keys(),
             "changed": {key for key in before.keys() & after.keys() if before[key] != after[key]},
         }
-        found = [f"{len(keys):,} {kind} ({named(keys)})" for kind, keys in kinds.items() if keys]
-        if found:
+        differences = [f"{len(keys):,} {kind} ({named(keys)})" for kind, keys in kinds.items() if keys]
+        if differences:
             sentences.append(
-                f"{_SETTINGS[table.name]}: lines differ from those of the last build: {', '.join(found)}"
+                f"{_SETTINGS[table.name]}: lines differ from those of the last build: "
+                f"{', '.join(differences)}"
             )
     return sentences
 
@@ -78,20 +79,20 @@ def _by_key(table: sa.Table, rows: Iterable[Mapping[str, Any]]) -> dict[str, tup
 
 
 def _comparable(column: sa.Column[Any], value: object) -> object:
-    """The value as the database and the file have it alike."""
+    """Normalise a value, so that database and file compare equal."""
     is_number = isinstance(column.type, sa.Numeric) and value is not None
     return Decimal(str(value)).normalize() if is_number else value
 
 
 def named(names: Iterable[str]) -> str:
-    """Return the first names in order, and how many more there are."""
+    """Return the first names in order, and the number of further names."""
     shown = sorted(names)
     more = f" and {len(shown) - MAX_NAMED:,} more" if len(shown) > MAX_NAMED else ""
     return ", ".join(ascii(name)[1:-1] for name in shown[:MAX_NAMED]) + more
 
 
 def unmatched(connection: sa.Connection, settings: Settings) -> list[str]:
-    """Return a sentence for each of the user's tables that has lines which match nothing built."""
+    """Return a sentence for each of the user's tables with lines that match nothing built."""
     sentences = []
     for path, table, what, matches in (
         (settings.owners, SEED_CREDENTIAL_OWNER, "credential", _owned(connection)),
@@ -103,7 +104,7 @@ def unmatched(connection: sa.Connection, settings: Settings) -> list[str]:
         if odd:
             more = f"; and {len(odd) - MAX_NAMED:,} more" if len(odd) > MAX_NAMED else ""
             sentences.append(
-                f"{setting}: {len(odd):,} of {len(lines):,} lines match no {what} that is loaded: "
+                f"{setting}: {len(odd):,} of {len(lines):,} lines match no loaded {what}: "
                 f"{'; '.join(odd[:MAX_NAMED])}{more}"
             )
     return sentences
@@ -114,7 +115,7 @@ def _name(table: sa.Table, row: Mapping[str, str]) -> str:
 
 
 def _owned(connection: sa.Connection) -> Callable[[Mapping[str, str]], bool]:
-    """Whether a line of the table of owners is of a credential that was ever seen."""
+    """Return a test whether a line of the table of owners names a known credential."""
     seen = {
         (account, credential_id)
         for account, credential_id in connection.exec_driver_sql(
@@ -126,7 +127,7 @@ def _owned(connection: sa.Connection) -> Callable[[Mapping[str, str]], bool]:
 
 
 def _billed(connection: sa.Connection) -> Callable[[Mapping[str, str]], bool]:
-    """Whether a line of the table of units is of a unit that is billed or has a list price."""
+    """Return a test whether a line of the table of units names a unit that is billed or has a price."""
     known = {
         name
         for names in connection.exec_driver_sql(
@@ -138,7 +139,7 @@ def _billed(connection: sa.Connection) -> Callable[[Mapping[str, str]], bool]:
 
 
 def read(settings: Settings) -> dict[str, list[Row]]:
-    """The rows of each seed table; of units and owners the user's rows replace ours, or join them."""
+    """Read the rows of each seed table; the user's units and owners replace ours or are added."""
     units: dict[str, Row] = {}
     for _, row in _seed_rows("unit.csv", settings.units, "FALETL_UNITS", SEED_UNIT):
         unit = str(row["unit"]).strip().lower()
@@ -153,8 +154,8 @@ def read(settings: Settings) -> dict[str, list[Row]]:
     for _, row in _seed_rows(
         "credential_owner.csv", settings.owners, "FALETL_OWNERS", SEED_CREDENTIAL_OWNER
     ):
-        given = {name: value or "UNMAPPED" for name, value in row.items()}
-        owners[row["account"], row["credential_id"]] = {**given, "account": row["account"]}
+        filled = {name: value or "UNMAPPED" for name, value in row.items()}
+        owners[row["account"], row["credential_id"]] = {**filled, "account": row["account"]}
     return {
         SEED_UNIT.name: list(units.values()),
         SEED_CREDENTIAL_OWNER.name: list(owners.values()),
@@ -165,18 +166,18 @@ def read(settings: Settings) -> dict[str, list[Row]]:
 
 
 def known_units(settings: Settings) -> frozenset[str]:
-    """Units of the table of units, trimmed and in lower case; raises SettingsError, as `build`."""
+    """Return the units of the table of units, trimmed and in lower case; may raise SettingsError."""
     return frozenset(str(row["unit"]) for row in read(settings)[SEED_UNIT.name])
 
 
 def _check_unit(row: Mapping[str, str]) -> None:
-    """Raises SettingsError for a line of the table of units that cannot mean anything."""
+    """Raise SettingsError for an invalid line of the table of units."""
     line = f"FALETL_UNITS: the unit {row['unit']!a}"
     if not row["canonical_unit"].strip():
         raise SettingsError(f"{line} has no canonical_unit")
     if row["family"] not in UNIT_FAMILIES:
         known = ", ".join(UNIT_FAMILIES)
-        raise SettingsError(f"{line} has the family {row['family']!a}, none of {known}")
+        raise SettingsError(f"{line} has the family {row['family']!a}; it must be one of {known}")
     if bool(row["base_unit"]) != bool(row["factor"]):
         raise SettingsError(f"{line} has only one of base_unit and factor")
     factor = row["factor"]
@@ -189,7 +190,7 @@ def _check_unit(row: Mapping[str, str]) -> None:
 def _seed_rows(
     ours: str, theirs: Path | None, setting: str, table: sa.Table
 ) -> Iterator[tuple[int, dict[str, str]]]:
-    """The lines of our table, then those of the user's, with their numbers."""
+    """Yield the lines of our table, then those of the user's, with their line numbers."""
     for path in filter(None, (sql_folder() / "seeds" / ours, theirs)):
         yield from _lines(path, setting, table)
 
@@ -204,20 +205,20 @@ def _lines(path: Path, setting: str, table: sa.Table) -> Iterator[tuple[int, dic
             line = lines.line_num + 1
     except (KeyError, csv.Error) as error:
         raise SettingsError(
-            f"{setting}: {path}, line {line}, is no line of a CSV table with the columns "
+            f"{setting}: {path}, line {line}, is not a line of a CSV table with the columns "
             f"{', '.join(names)} ({error})"
         ) from None
 
 
 def _fields_of(row: Mapping[str | None, Any], names: list[str]) -> dict[str, str]:
-    """The fields of a line; raises csv.Error where an unquoted comma has made more of them."""
+    """Return the fields of a line; raise csv.Error if an unquoted comma adds a field."""
     if any(row.get(None, ())):
         raise csv.Error("it has more fields than the first line; quote those that have a comma in them")
     return {name: row[name] or "" for name in names}
 
 
 def _seed_text(path: Path, setting: str) -> str:
-    """The text of a seed; raises SettingsError where it is none that a database could hold."""
+    """Read the text of a seed; raise SettingsError if a database could not store it."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -227,7 +228,7 @@ def _seed_text(path: Path, setting: str) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise SettingsError(
-            f"{setting}: {path}, line {line}, is no text in UTF-8; save it as such"
+            f"{setting}: {path}, line {line}, is not UTF-8 text; save the file as UTF-8"
         ) from None
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1

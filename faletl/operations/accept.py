@@ -21,7 +21,7 @@ from faletl.line import holds, relabel
 from faletl.line.overlap import refuse_shared
 from faletl.line.release import build_and_publish
 from faletl.line.replace import confirm_window, replace_window
-from faletl.line.report import Outcome, Report, new_run_id, note_outcome
+from faletl.line.report import Report, WindowResult, new_run_id, note_outcome
 from faletl.money import plain
 from faletl.staging.window import Staged, stage_window
 from faletl.warehouse import open_warehouse
@@ -161,7 +161,7 @@ def _keep(settings: Settings, report: Report, held: sa.RowMapping, reason: str) 
         confirm_window(settings, lease, acceptance, held["last_extracted_at"])
     window = Window.of_day(held["window_start"].astimezone(UTC).date())
     folder = extracts.root(settings) / held["landing_path"]
-    kept = Outcome(held["resource"], window, "kept", held["rows_loaded"], folder)
+    kept = WindowResult(held["resource"], window, "kept", held["rows_loaded"], folder)
     report.outcomes.append(kept)
 
 

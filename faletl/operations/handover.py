@@ -29,7 +29,7 @@ from faletl.errors import StorageError
 from faletl.files import scratch_folder
 from faletl.landing import decisions
 from faletl.landing.decisions import AccountForgotten, AccountRenamed
-from faletl.line.report import Progress, silent
+from faletl.line.report import Progress, no_progress
 from faletl.resources import RESOURCES
 from faletl.selection import DUE, Asked
 from faletl.warehouse import open_warehouse
@@ -67,7 +67,9 @@ class _Manifest(msgspec.Struct):
     files: list[Day]
 
 
-def hand_over(settings: Settings, out: Path, asked: Asked = DUE, progress: Progress = silent) -> Handed:
+def hand_over(
+    settings: Settings, out: Path, asked: Asked = DUE, progress: Progress = no_progress
+) -> Handed:
     """Make the folder hold the loaded days of the resources asked for (default: all).
 
     Raises:
@@ -132,7 +134,7 @@ def _fill(
     with warehouse.reading() as connection:
         if connection is None:
             return
-        warehouse.hand_out(connection, rows_of_windows(resource, account, windows), part)
+        warehouse.export_rows(connection, rows_of_windows(resource, account, windows), part)
     rows, cost_total = _figures(part, memory)
     folder.mkdir(parents=True, exist_ok=True)
     for older in _own_files(folder):

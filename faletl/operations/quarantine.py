@@ -14,9 +14,9 @@ from faletl.config import Settings
 from faletl.errors import DataRefusedError, UsageError
 from faletl.landing import extracts
 from faletl.line import relabel
-from faletl.line.load import load_reads
+from faletl.line.load import load_extracts
 from faletl.line.release import build_and_publish
-from faletl.line.report import Outcome, Progress, Report, new_run_id, silent
+from faletl.line.report import Progress, Report, WindowResult, new_run_id, no_progress
 from faletl.warehouse import open_warehouse
 from faletl.warehouse.tables import QUARANTINE
 from faletl.windows import DAY
@@ -43,7 +43,7 @@ def rows_set_aside(
     return found
 
 
-def retry(settings: Settings, load_ids: Sequence[str] = (), progress: Progress = silent) -> Report:
+def retry(settings: Settings, load_ids: Sequence[str] = (), progress: Progress = no_progress) -> Report:
     """Take the pages of open rows through the line once more: all of them, or those of some reads.
 
     A window that was refused is loaded; one that was loaded without its rows is replaced by all of them,
@@ -61,7 +61,7 @@ def retry(settings: Settings, load_ids: Sequence[str] = (), progress: Progress =
     folders = [extracts.root(settings) / row["landing_path"] for row in rows.values()]
     with open_warehouse(settings).reading() as connection:
         opened = [relabel.opener(settings, connection)(folder) for folder in folders]
-    load_reads(settings, [landed for landed in opened if landed], report, progress)
+    load_extracts(settings, [landed for landed in opened if landed], report, progress)
     for one in report.outcomes:
         if one.outcome != "loaded":
             report.failures.append((None, _not_mended(one, rows[one.path.name])))
@@ -70,7 +70,7 @@ def retry(settings: Settings, load_ids: Sequence[str] = (), progress: Progress =
     return report
 
 
-def _not_mended(outcome: Outcome, row: sa.RowMapping) -> DataRefusedError:
+def _not_mended(outcome: WindowResult, row: sa.RowMapping) -> DataRefusedError:
     why = f"a row still cannot be right ({ascii(row['reason'])[1:-1]}); it stays set aside"
     if outcome.outcome == "superseded":
         day = outcome.window.day

@@ -38,7 +38,7 @@ from faletl.line import holds, relabel
 from faletl.line.fetch import RESUME_WITHIN
 from faletl.line.release import build_and_publish, warn_of_runaways
 from faletl.line.replace import replay
-from faletl.line.report import Progress, Report, new_run_id, outcome_of, silent
+from faletl.line.report import Progress, Report, new_run_id, no_progress, result_of
 from faletl.models.build import build_models
 from faletl.selection import DUE, Asked
 from faletl.staging.window import Staged, stage_window
@@ -77,7 +77,7 @@ class Loaded:
         return self.landed.manifest.load_id
 
 
-def rebuild(settings: Settings, day: date | None = None, progress: Progress = silent) -> Report:
+def rebuild(settings: Settings, day: date | None = None, progress: Progress = no_progress) -> Report:
     """The warehouse, or one UTC day of it, anew from the landed pages alone; asks fal nothing.
 
     Every read that was loaded is loaded again, in the order of that time, so that the ledger and the
@@ -111,7 +111,7 @@ def _rebuild_all(settings: Settings, report: Report, progress: Progress) -> None
         return
     newest = max((max(one.receipt.fencing_token, _planned_under(one)) for one in past), default=0)
     with (
-        warehouse.renewed(holder, newest, read_ledger) as (fresh, last),
+        warehouse.rebuilding(holder, newest, read_ledger) as (fresh, last),
         scratch_folder() as scratch,
         fresh.lease(holder) as lease,
     ):
@@ -127,7 +127,7 @@ def _rebuild_all(settings: Settings, report: Report, progress: Progress) -> None
             progress("loading", done, len(past))
             if staged := _staged_again(settings, one, needed, scratch, accepted, past):
                 outcomes, lease = replay(settings, fresh, lease, [(staged, one.receipt)])
-                report.outcomes.append(outcome_of(staged, outcomes[0]))
+                report.outcomes.append(result_of(staged, outcomes[0]))
                 staged.discard()
         with lease.transaction():
             relabel.restore(
@@ -178,7 +178,7 @@ def _rebuild_day(settings: Settings, report: Report, day: date) -> None:
         ]
         outcomes, _ = replay(settings, warehouse, lease, again, forget=day)
     for (staged, _), outcome in zip(again, outcomes, strict=True):
-        report.outcomes.append(outcome_of(staged, outcome))
+        report.outcomes.append(result_of(staged, outcome))
     _complete_receipts(past)
 
 

@@ -204,7 +204,7 @@ def _rehash(
     """
     table = RAW[resource.name]
     mine = table.c["_account"] == old
-    warehouse.hand_out(connection, sa.select(table).where(mine), path)
+    warehouse.export_rows(connection, sa.select(table).where(mine), path)
     renamed = (
         f"(select * replace ({quoted(new)} as _account, {hash_expression(new, resource)} as _hash) "
         f"from {quoted(path)})"
@@ -213,7 +213,7 @@ def _rehash(
         _digests(settings, resource, source, path.parent) for source in (quoted(path), renamed)
     )
     deleted = connection.execute(sa.delete(table).where(mine)).rowcount
-    warehouse.take_in(connection, table, renamed, path.parent)
+    warehouse.load_rows(connection, table, renamed, path.parent)
     held = connection.execute(
         sa.select(sa.func.count()).select_from(table).where(table.c["_account"] == new)
     ).scalar_one()

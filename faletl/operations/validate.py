@@ -12,15 +12,15 @@ from faletl.duck import quoted
 from faletl.errors import DataRefusedError
 from faletl.files import scratch_folder
 from faletl.findings import Validation
-from faletl.gate.gate import Gate, Subject, tell
+from faletl.gate.gate import Gate, GateInput, log_findings
 from faletl.line import holds
-from faletl.line.report import Progress, new_run_id, silent
+from faletl.line.report import Progress, new_run_id, no_progress
 from faletl.resources import RESOURCES
 from faletl.selection import DUE, Asked
 from faletl.warehouse import open_warehouse
 from faletl.warehouse.ledger import current_loads, fence, rows_of_windows
 from faletl.warehouse.protocol import Warehouse
-from faletl.warehouse.quality import keep_validations
+from faletl.warehouse.quality import record_validations
 from faletl.warehouse.tables import LOADS
 from faletl.windows import Window, WindowKey
 
@@ -55,7 +55,7 @@ class Verdict:
         return 0 if all(v.success for v in critical) else DataRefusedError.exit_code
 
 
-def validate(settings: Settings, asked: Asked = DUE, progress: Progress = silent) -> Verdict:
+def validate(settings: Settings, asked: Asked = DUE, progress: Progress = no_progress) -> Verdict:
     """Look at what is loaded of the days and resources asked for (default: all), window by window.
 
     Runs get their turn in between. What is found takes the place of what was found of these loads.
@@ -71,7 +71,7 @@ def validate(settings: Settings, asked: Asked = DUE, progress: Progress = silent
         for done, load in enumerate(loads):
             progress("validating", done, len(loads))
             if judged := _judged(warehouse, gate, load, scratch):
-                tell(judged.resource, judged.window, judged.validations)
+                log_findings(judged.resource, judged.window, judged.validations)
                 verdict.judged.append(judged)
         progress("validating", len(loads), len(loads))
     if verdict.judged:
@@ -88,9 +88,9 @@ def _judged(warehouse: Warehouse, gate: Gate, load: sa.RowMapping, scratch: Path
         held = sa.select(LOADS.c.is_current).where(LOADS.c.load_id == load["load_id"])
         if connection is None or not connection.execute(held).scalar():
             return None
-        warehouse.hand_out(connection, rows_of_windows(resource, load["account"], [window]), path)
+        warehouse.export_rows(connection, rows_of_windows(resource, load["account"], [window]), path)
         is_accepted = holds.is_refused_window_accepted(connection, load)
-        subject = Subject(
+        subject = GateInput(
             account=load["account"],
             resource=resource.with_any_sign if is_accepted else resource,
             window=window,
@@ -109,4 +109,4 @@ def _keep(warehouse: Warehouse, verdict: Verdict) -> None:
         fence(lease, changes_data=False)
         for one in verdict.judged:
             key = WindowKey(one.account, one.resource, one.window)
-            keep_validations(lease.connection, key, one.load_id, verdict.run_id, one.validations)
+            record_validations(lease.connection, key, one.load_id, verdict.run_id, one.validations)

@@ -27,7 +27,7 @@ from faletl.landing import extracts
 from faletl.landing.extracts import Landed
 from faletl.line import holds, relabel
 from faletl.models import catalogue
-from faletl.models.build import CHECKED_SPAN, days_held, has_unbuilt_rows, statements
+from faletl.models.build import CHECKED_SPAN, days_with_rows, has_unbuilt_rows, statements
 from faletl.models.days import Span, is_by_day, restricted, sources, spans
 from faletl.resources import RESOURCES, Resource
 from faletl.staging.digest import DIGEST_FORM, digest_of, digest_sums
@@ -123,7 +123,7 @@ def _altered_tables(connection: sa.Connection) -> Iterator[str]:
 
 def _altered_models(connection: sa.Connection) -> Iterator[str]:
     """Models whose table or view is gone, or has other columns."""
-    held = schema.columns_held(connection, LAYERS)
+    held = schema.existing_columns(connection, LAYERS)
     for table, made in catalogue.column_comments().items():
         if table.startswith(LAYERS) and list(made) != list(held.get(table, ())):
             yield f"{table} has other columns than its SQL makes; faletl build --full makes it anew"
@@ -133,8 +133,8 @@ def _retyped_models(connection: sa.Connection, warehouse: Warehouse) -> Iterator
     """The first table whose columns are of other types: amounts may be bent there, and compare equal."""
     for model in catalogue.models():
         select = f"select * from (\n{catalogue.translate(model.sql, warehouse.dialect)}\n) as model"
-        made = warehouse.described(connection, select)
-        held = warehouse.described(connection, f"select * from {model.table}")
+        made = warehouse.column_types(connection, select)
+        held = warehouse.column_types(connection, f"select * from {model.table}")
         for (name, kind), (_, other) in zip(made, held, strict=True):
             if kind != other:
                 yield (
@@ -188,7 +188,7 @@ def _held_digests(
     """The digest of the rows that raw holds of each load: as staging made it, by DuckDB."""
     with scratch_folder() as scratch:
         path = scratch / "rows.parquet"
-        warehouse.hand_out(connection, sa.select(RAW[resource]), path)
+        warehouse.export_rows(connection, sa.select(RAW[resource]), path)
         with duck.engine(settings.memory, scratch) as engine:
             sums = digest_sums(RESOURCES[resource])
             found = engine.execute(f"select _load_id, {sums} from {quoted(path)} group by _load_id")
@@ -340,7 +340,7 @@ def _spans(connection: sa.Connection, model: catalogue.Model) -> Iterator[Span]:
             )
         )
     }
-    held = days_held(connection, model)
+    held = days_with_rows(connection, model)
     yield from spans(days | held, min(model.longest_span, CHECKED_SPAN))
 
 

@@ -14,7 +14,7 @@ from faletl.warehouse.protocol import Warehouse
 
 
 def open_warehouse(settings: Settings) -> Warehouse:
-    """The warehouse that FALETL_WAREHOUSE names; raises SettingsError when there is no such kind."""
+    """Return the warehouse that FALETL_WAREHOUSE names; raise SettingsError for an unsupported URL."""
     try:
         url = sa.make_url(settings.warehouse)
         kind = url.get_backend_name()
@@ -28,8 +28,8 @@ def open_warehouse(settings: Settings) -> Warehouse:
         from faletl.warehouse.postgres import PostgresWarehouse
 
         return PostgresWarehouse(settings, url)
-    what = f"faletl keeps no warehouse in {kind!a}" if kind else "it is no SQLAlchemy URL"
+    problem = f"faletl does not support {kind!a}" if kind else "this is not an SQLAlchemy URL"
     raise SettingsError(
-        f"FALETL_WAREHOUSE: {what}; use duckdb:///path/to/file.duckdb or "
+        f"FALETL_WAREHOUSE: {problem}; use duckdb:///path/to/file.duckdb or "
         "postgresql://user:password@host/database"
     )

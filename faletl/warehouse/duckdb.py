@@ -1,8 +1,8 @@
 """DuckDB: the warehouse as one file, readers on a copy of it.
 
-One process writes at a time. A lock file beside the database makes others wait and tells them who
-holds it; the operating system frees it when its holder dies. What a writer does between opening and
-closing the file is one lease.
+One process writes at a time. A lock file next to the database makes other processes wait and names its
+holder; the operating system frees the lock when the holder dies. A lease lasts from opening the file to
+closing it.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ T = TypeVar("T")
 
 _POLL_SECONDS = 0.2
 
-_LITTLE = 128 * 2**20  # bytes of a file; an hourly run behind a year of days costs a fifth less CPU
+_SMALL_FILE_BYTES = 128 * 2**20  # an hourly run after a year of days costs a fifth less CPU
 
 # Exact to 12 decimals, half away from zero; DECIMAL / DECIMAL would be a DOUBLE in DuckDB, and a product
 # of two amounts overflows from 10^14 on. So amounts become whole numbers of 10^-12, which are multiplied
-# and divided by hand, a few decimals at a time, so that no step overflows. What is too large for that is
-# NULL, and does not end a build; the functions of PostgreSQL have the same bounds. Divided by zero such
-# numbers are NULL to DuckDB, too: a case that asked for it would have these terms computed once more.
+# and divided by hand, a few decimals at a time, so that no step overflows. Larger results are NULL, and
+# fail no build; the functions of PostgreSQL have the same bounds. A division by zero is NULL in DuckDB,
+# too; a `case` for it would compute these terms a second time.
 MACROS = (
     """
     create or replace macro trillionths(a) as
@@ -76,7 +76,7 @@ MACROS = (
             trillionths(a), trillionths(case when abs(b) < 80000000000000000000 then b end)
         ) as decimal(38,0)) * 0.000000000001
     """,
-    # One step of a long multiplication and division: `rest` is what the digits before left over.
+    # One step of a long multiplication and division: `rest` is the remainder of the digits before.
     """
     create or replace macro next_digits(rest, part, amount, digits) as
         rest * 1000000000 + part * (amount // digits % 1000000000)
@@ -123,12 +123,12 @@ MACROS = (
     """
     create or replace macro times(a, b) as proportion(a, b, 1)
     """,
-    # The clock of UTC at an instant, without the tables of time zones, which are slow to ask.
+    # The UTC time of an instant, without time zone tables, which are slow.
     """
     create or replace macro utc(instant) as make_timestamp(epoch_us(instant))
     """,
-    # A number in front of a unit is a factor: `30 frames`, `1,000 tokens`, `1m tokens`. Only of texts
-    # and tokens, k and m are thousands and millions: `2k images` are large ones.
+    # A number in front of a unit is a factor: `30 frames`, `1,000 tokens`, `1m tokens`. Only for
+    # characters and tokens, k and m mean thousands and millions: `2k images` are images in 2K size.
     f"""
     create or replace macro unit_name(unit) as nullif(
         regexp_extract(lower(trim(unit)), '{COUNTED_UNIT}', 2)
@@ -149,7 +149,7 @@ MACROS = (
     """
     create or replace macro currency_code(currency) as coalesce(nullif(currency, ''), 'XXX')
     """,
-    # Labels are renamed, ids are not. The same rule for usage and events, models and restatements.
+    # Labels are renamed, ids are not. Usage, events, models and restatements share this rule.
     """
     create or replace macro credential_id(api_key_id, login_username, label) as case
         when api_key_id is not null then 'key:' || api_key_id
@@ -172,7 +172,7 @@ class DuckDBWarehouse:
         if not url.database or url.database.startswith(":"):
             raise SettingsError("FALETL_WAREHOUSE: a DuckDB warehouse needs a file, duckdb:///path")
         self._settings = settings
-        self._is_looked_at = False  # whether its tables are ours as we made them: asked once
+        self._is_checked = False  # whether the tables were compared with their definitions: done once
         named = Path(url.database)
         self._path = _behind_links(named)
         self._published = _behind_links(
@@ -191,21 +191,21 @@ class DuckDBWarehouse:
             if not self._is_there():
                 self._create()
             self._refuse_hard_links()
-            if not self._is_looked_at:
+            if not self._is_checked:
                 self._clear_up()
             with self._up_to_date() as connection:
                 with connection.begin():
-                    if not self._is_looked_at:
+                    if not self._is_checked:
                         schema.refuse_altered(connection, str(self._path))
                     token = schema.take_token(connection, holder)
-                self._is_looked_at = True
+                self._is_checked = True
                 yield Lease(connection, token)
 
     @contextmanager
     def reading(
         self, *, wait: bool = True, is_older_fine: bool = False
     ) -> Iterator[sa.Connection | None]:
-        """What is loaded now; see the protocol."""
+        """Connect to read the loaded data; see the protocol."""
         if not self._is_there():
             yield None
             return
@@ -217,16 +217,16 @@ class DuckDBWarehouse:
 
     @contextmanager
     def published(self) -> Iterator[sa.Connection | None]:
-        """The copy for readers; it can neither be changed nor reach any other file."""
+        """Connect to the published copy, which cannot be changed, and cannot reach other files."""
         with self._confined() as connection:
             if connection is not None:
                 sa.event.listen(connection, "before_cursor_execute", _refuse_all_but_selects)
             yield connection
 
     def require_reader(self) -> None:
-        """Nothing: the published copy is opened so that no query can leave it."""
+        """Do nothing: the published copy is opened so that no query can leave it."""
 
-    def export(self, query: str, path: Path) -> bool:
+    def export_query(self, query: str, path: Path) -> bool:
         """Write the rows of a reader's query to a Parquet file; see the protocol."""
         with self._confined(path) as connection:
             if connection is not None:
@@ -239,7 +239,7 @@ class DuckDBWarehouse:
 
     @contextmanager
     def _confined(self, writable: Path | None = None) -> Iterator[sa.Connection | None]:
-        """The published copy; of all other files the connection reaches at most the writable one."""
+        """Connect to the published copy; of other files, only the writable one can be reached."""
         if not self._published.exists():
             yield None
             return
@@ -255,14 +255,14 @@ class DuckDBWarehouse:
                 connection.close()
 
     @contextmanager
-    def renewed(
+    def rebuilding(
         self, holder: str, token: int, ask: Callable[[sa.Connection], T]
     ) -> Iterator[tuple[Warehouse, T | None]]:
-        """Make a new file beside the old one and rename it over that; see the protocol."""
+        """Make a new file next to the old one and rename it over that; see the protocol."""
         with self._lock(holder, self._settings.lock_seconds), _private():
-            last_token, answer = self._asked_before_it_goes(ask)
+            last_token, answer = self._ask_old_file(ask)
             token = max(token, last_token)
-            part = self._beside("rebuild")
+            part = self._temporary("rebuild")
             url = sa.URL.create("duckdb", database=str(part))
             fresh = DuckDBWarehouse(self._settings.model_copy(update={"publish": None}), url)
             try:
@@ -275,10 +275,10 @@ class DuckDBWarehouse:
             finally:
                 _discard(part)
 
-    def _asked_before_it_goes(self, ask: Callable[[sa.Connection], T]) -> tuple[int, T | None]:
-        """The newest token of the file and what it answers, as far as it can be read.
+    def _ask_old_file(self, ask: Callable[[sa.Connection], T]) -> tuple[int, T | None]:
+        """Return the newest token of the file and the result of `ask`, as far as the file can be read.
 
-        A file that can be read is whole without its .wal afterwards; of one that cannot a copy is kept.
+        Afterwards a readable file is complete without its .wal; an unreadable one is copied.
         Raises SettingsError for a foreign database.
         """
         token = 0
@@ -287,11 +287,11 @@ class DuckDBWarehouse:
         try:
             with self._opened() as connection:
                 schema.is_older(connection, str(self._path), is_older_fine=True)
-                if theirs := ownership.of_others(connection, _FUNCTIONS):
+                if foreign := ownership.of_others(connection, _FUNCTIONS):
                     raise SettingsError(
-                        f"{self._path} holds {', '.join(theirs)} of somebody else, and would lose them; "
-                        "nothing was changed. Move them to a file of their own, which may attach "
-                        f"{self._published}, and run faletl rebuild"
+                        f"{self._path} has foreign objects, which a rebuild would delete: "
+                        f"{', '.join(foreign)}; nothing was changed. Move them to a file of their "
+                        f"own, which may attach {self._published}, and run faletl rebuild"
                     )
                 token = int(connection.execute(sa.select(WAREHOUSE.c.fencing_token)).scalar_one())
                 answer = ask(connection)
@@ -301,12 +301,12 @@ class DuckDBWarehouse:
         except (TamperedError, WarehouseError) as error:
             if isinstance(error, WarehouseBusyError):
                 raise
-            aside = self._path.with_name(f"{self._path.name}.damaged")
-            log.warning("%s; it is kept as %s", error, aside)
+            damaged_copy = self._path.with_name(f"{self._path.name}.damaged")
+            log.warning("%s; a copy of the file is kept as %s", error, damaged_copy)
             try:
-                copy_file(self._path, aside)
-            except OSError as refused:
-                raise self._refused("keep a copy of", refused) from None
+                copy_file(self._path, damaged_copy)
+            except OSError as copy_error:
+                raise self._storage_error("keep a copy of", copy_error) from None
             return token, None
 
     def define_functions(self, connection: sa.Connection) -> None:
@@ -314,22 +314,22 @@ class DuckDBWarehouse:
         for macro in MACROS:
             connection.exec_driver_sql(macro)
 
-    def take_in(self, connection: sa.Connection, table: sa.Table, source: str, scratch: Path) -> None:
+    def load_rows(self, connection: sa.Connection, table: sa.Table, source: str, scratch: Path) -> None:
         """Insert staged rows; see the protocol."""
         names = ", ".join(f'"{column.name}"' for column in table.columns)
         connection.exec_driver_sql(
             f"insert into {table.fullname} ({names}) select {names} from {source}"
         )
 
-    def hand_out(self, connection: sa.Connection, query: sa.Select[Any], path: Path) -> None:
+    def export_rows(self, connection: sa.Connection, query: sa.Select[Any], path: Path) -> None:
         """Write rows to a Parquet file; see the protocol."""
         select = query.compile(dialect=connection.dialect, compile_kwargs={"literal_binds": True})
         connection.exec_driver_sql(f"copy ({select}) to {quoted(path)} (format parquet)")
 
-    def described(self, connection: sa.Connection, select: str) -> list[tuple[str, str]]:
-        """Names and types of the columns of a select; see the protocol."""
-        found = connection.exec_driver_sql(f"describe {select}")
-        return [(name, kind) for name, kind, *_ in found]
+    def column_types(self, connection: sa.Connection, select: str) -> list[tuple[str, str]]:
+        """Return names and types of the columns of a select; see the protocol."""
+        columns = connection.exec_driver_sql(f"describe {select}")
+        return [(name, kind) for name, kind, *_ in columns]
 
     def make_view(self, connection: sa.Connection, name: str, select: str) -> None:
         """Create or replace a view; see the protocol."""
@@ -340,17 +340,17 @@ class DuckDBWarehouse:
         connection.exec_driver_sql(f"create or replace table {name} as {select} limit 0")
 
     def analyze(self, connection: sa.Connection, name: str) -> None:
-        """Nothing: DuckDB knows its tables."""
+        """Do nothing: DuckDB keeps statistics itself."""
 
     def grant(self, role: str) -> None:
         """Refuse: a file has no roles."""
         raise UsageError(
             f"a DuckDB warehouse has no roles; give readers the published copy {self._published}, "
-            "which holds no way to change anything"
+            "which cannot be changed"
         )
 
     def publish(self, lease: Lease) -> str | None:
-        """Copy the file to its readers' place: temporary name, flush, rename."""
+        """Copy the file to where readers open it: temporary name, flush, rename."""
         connection = lease.connection
         build = schema.build_to_publish(connection)
         if self._shown_build() == build:
@@ -372,32 +372,33 @@ class DuckDBWarehouse:
             part.replace(self._published)
             sync(self._published.parent)
         except OSError as error:
-            left = room(self._published, _size(self._path))
+            space = room(self._published, _size(self._path))
             with suppress(OSError):
                 part.unlink(missing_ok=True)
-            raise StorageError(f"cannot publish {self._published}: {error.strerror} ({left})") from None
+            raise StorageError(f"cannot publish {self._published}: {error.strerror} ({space})") from None
         return str(self._published)
 
     def _shown_build(self) -> tuple[str, int] | None:
-        """The build that readers have; a copy of ours that is damaged counts as none."""
+        """Return the build that readers see; None if our copy is missing or damaged."""
         try:
             with self.published() as shown:
                 return schema.newest_build(shown) if shown is not None else None
         except (TamperedError, sa.exc.DBAPIError) as error:
-            # What opens but has no builds is a database of somebody else, as is what never was one.
+            # A database without builds is foreign, and so is any file that is not a database.
             if isinstance(error, sa.exc.DBAPIError) or not _is_duckdb(self._published):
                 raise SettingsError(
-                    f"FALETL_PUBLISH: {self._published} is not faletl's, which does not replace it"
+                    f"FALETL_PUBLISH: {self._published} was not made by faletl and is not replaced; set "
+                    "FALETL_PUBLISH to another file"
                 ) from None
-        log.warning("the published copy %s is damaged; it is made anew", self._published)
+        log.warning("the published copy %s is damaged; it is replaced", self._published)
         return None
 
     def _create(self, token: int = 0) -> None:
-        """Make the file under another name first: a kill must not leave one that cannot be opened."""
-        part = self._beside("new")
+        """Create the file, first under another name: a kill must not leave an unusable file."""
+        part = self._temporary("new")
         if (stale := _wal_of(self._path)).exists():
             raise TamperedError(
-                f"{stale} is there but {self._path} is not: restore the warehouse, or move the "
+                f"{stale} exists but {self._path} does not: restore the warehouse, or move the "
                 ".wal file away to start a new one"
             )
         try:
@@ -412,7 +413,7 @@ class DuckDBWarehouse:
                     self.define_functions(connection)
                 _checkpoint(connection, part)
         except OSError as error:
-            raise self._refused("create", error) from None
+            raise self._storage_error("create", error) from None
         else:
             self._put_in_place(part)
         finally:
@@ -422,7 +423,7 @@ class DuckDBWarehouse:
     def _up_to_date(
         self, *, read_only: bool = False, is_older_fine: bool = False
     ) -> Iterator[sa.Connection]:
-        """A connection to the warehouse, upgraded before if it is of an older faletl."""
+        """Connect to the warehouse; upgrade it first if it is of an older faletl."""
         with self._opened(read_only=read_only) as connection:
             is_older = schema.is_older(connection, str(self._path), is_older_fine=is_older_fine)
             connection.commit()
@@ -435,10 +436,10 @@ class DuckDBWarehouse:
             yield connection
 
     def _upgrade(self) -> None:
-        """Bring a copy of the file up to date and put it in its place: all of it or nothing."""
+        """Upgrade a copy of the file and put it in place: all or nothing."""
         with self._opened() as connection:
             _checkpoint(connection, self._path)
-        part = self._beside("upgrade")
+        part = self._temporary("upgrade")
         try:
             _discard(part)
             copy_file(self._path, part)
@@ -450,98 +451,103 @@ class DuckDBWarehouse:
                     schema.upgrade(connection, str(self._path))
                 _checkpoint(connection, part)
         except OSError as error:
-            raise self._refused("upgrade", error) from None
+            raise self._storage_error("upgrade", error) from None
         else:
             self._put_in_place(part)
         finally:
             _discard(part)
 
     def _put_in_place(self, part: Path) -> None:
-        """Make a whole file the warehouse, in one step that lasts."""
+        """Make a complete file the warehouse, in one durable step."""
         try:
             part.chmod(0o600)
             sync(part)
-            # It would not open with the .wal of the file before it, which is whole without, or damaged.
+            # The new file would not open with the .wal of the old one, which no longer needs it.
             _wal_of(self._path).unlink(missing_ok=True)
             part.replace(self._path)
             sync(self._path.parent)
         except OSError as error:
-            raise self._refused("replace", error) from None
+            raise self._storage_error("replace", error) from None
 
-    def _beside(self, what: str) -> Path:
-        """Where a file is made that is to take the place of this one."""
+    def _temporary(self, what: str) -> Path:
+        """Return the path of a file that will replace this one."""
         return self._path.with_name(f".{self._path.name}.{what}")
 
     @property
     def _published_part(self) -> Path:
-        """Where the next published copy is made."""
+        """The path where the next published copy is made."""
         return self._published.with_name(f".{self._published.name}.part")
 
     def _clear_up(self) -> None:
-        """Delete what commands that were killed left, which may be as large as the warehouse."""
+        """Delete files that killed commands left; they may be as large as the warehouse."""
         with suppress(OSError):
-            for left in (self._beside("rebuild"), self._beside("upgrade"), self._published_part):
-                _discard(left)
+            for leftover in (
+                self._temporary("rebuild"),
+                self._temporary("upgrade"),
+                self._published_part,
+            ):
+                _discard(leftover)
 
     def _is_there(self) -> bool:
         try:
             return self._path.exists()
         except OSError as error:
-            raise self._refused("look for", error) from None
+            raise self._storage_error("look for", error) from None
 
     def _refuse_hard_links(self) -> None:
-        """Raises SettingsError where the file has another name.
+        """Raise SettingsError if the file has a second name.
 
-        Each name has a lock and a .wal of its own, and what takes the place of one is not the other.
+        Each name has a lock and a .wal of its own, and a file that replaces one name does not replace
+        the other.
         """
         if self._path.stat().st_nlink > 1:
             raise SettingsError(
-                f"FALETL_WAREHOUSE: {self._path} has another name, a hard link, which would not be "
+                f"FALETL_WAREHOUSE: {self._path} has a second name (a hard link), which would not be "
                 "locked with it; delete that name, or make it a symbolic link"
             )
 
-    def _refused(self, what: str, error: OSError) -> StorageError:
-        """The error for a disk that does not let us do something with the file."""
-        left = room(self._path, _size(self._path))
+    def _storage_error(self, operation: str, error: OSError) -> StorageError:
+        """Return the error for a disk that refuses an operation on the file."""
+        space = room(self._path, _size(self._path))
         return StorageError(
-            f"cannot {what} {self._path}: {error.strerror} ({left})", file=str(self._path)
+            f"cannot {operation} {self._path}: {error.strerror} ({space})", file=str(self._path)
         )
 
     @contextmanager
     def _lock(self, holder: str, seconds: float) -> Iterator[None]:
-        beside = self._path.with_name(f"{self._path.name}.lock")
-        lock = filelock.FileLock(beside, mode=0o600, thread_local=False)
-        told = self._path.with_name(f"{self._path.name}.holder")
+        lock_path = self._path.with_name(f"{self._path.name}.lock")
+        lock = filelock.FileLock(lock_path, mode=0o600, thread_local=False)
+        holder_path = self._path.with_name(f"{self._path.name}.holder")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=seconds, poll_interval=_POLL_SECONDS)
         except filelock.Timeout:
             raise WarehouseBusyError(
-                f"the warehouse {self._path} is held by {_told(told)}; waited {seconds:.0f} s, "
-                "try again later"
+                f"the warehouse {self._path} is in use by {_read_lock_holder(holder_path)}; waited "
+                f"{seconds:.0f} s, try again later"
             ) from None
         except OSError as error:
-            raise self._refused("lock", error) from None
+            raise self._storage_error("lock", error) from None
         try:
-            by = {
+            owner = {
                 "holder": holder,
                 "pid": os.getpid(),
                 "host": socket.gethostname(),
                 "since": instant(datetime.now(UTC).replace(microsecond=0)),
             }
-            with suppress(OSError), _private():  # it only tells others who holds the lock
-                told.unlink(missing_ok=True)  # it may be a link, whose target is somebody else's
-                with told.open("x", encoding="utf-8") as file:
-                    json.dump(by, file)
+            with suppress(OSError), _private():  # it only names the holder to other processes
+                holder_path.unlink(missing_ok=True)  # it may be a link to a file of another program
+                with holder_path.open("x", encoding="utf-8") as file:
+                    json.dump(owner, file)
             yield
         finally:
             with suppress(OSError):
-                told.unlink(missing_ok=True)
+                holder_path.unlink(missing_ok=True)
             lock.release()
 
     @contextmanager
     def _opened(self, *, read_only: bool = False) -> Iterator[sa.Connection]:
-        """A connection to the warehouse; waits while a foreign program has the file open."""
+        """Connect to the warehouse; wait while another program has the file open."""
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(WarehouseBusyError),
             stop=tenacity.stop_after_delay(self._settings.lock_seconds),
@@ -558,7 +564,7 @@ class DuckDBWarehouse:
 
 
 def _behind_links(path: Path) -> Path:
-    """The file behind symbolic links, so that they stay links and all names of it have one lock."""
+    """Resolve symbolic links, so that they stay links and all names of the file share one lock."""
     real = Path(os.path.realpath(path))
     return path if real == Path(os.path.abspath(path)) else real  # noqa: PTH100  # it keeps links
 
@@ -566,22 +572,22 @@ def _behind_links(path: Path) -> Path:
 def _connect(
     path: Path, settings: Settings, scratch: Path | None, *, read_only: bool = False
 ) -> sa.Connection:
-    """Connect to a DuckDB file; what DuckDB says on opening becomes an error of ours."""
+    """Connect to a DuckDB file; errors on opening become errors of faletl."""
     engine = sa.create_engine(
         sa.URL.create("duckdb", database=str(path)),
         poolclass=sa.pool.NullPool,
         connect_args={
             "read_only": read_only,
             "config": {
-                # More threads only get in each other's way over little.
-                **({"threads": "1"} if _size(path) < _LITTLE else {}),
+                # With little data, several threads only slow each other down.
+                **({"threads": "1"} if _size(path) < _SMALL_FILE_BYTES else {}),
                 **duck.config(settings.memory, scratch),
             },
         },
     )
     sa.event.listen(engine, "before_cursor_execute", _with_literals, retval=True)
     add_prefix(engine, settings.schema_prefix)
-    sa.event.listen(engine, "handle_error", partial(_tell_apart, path))
+    sa.event.listen(engine, "handle_error", partial(_raise_typed, path))
     try:
         connection = engine.connect()
         connection.exec_driver_sql("set TimeZone = 'UTC'")
@@ -592,25 +598,27 @@ def _connect(
 
 
 def _checkpoint(connection: sa.Connection, path: Path) -> None:
-    """Have all of the database in its file; on closing, DuckDB would not say that it could not."""
+    """Write the whole database to its file; on closing, DuckDB would not report a failure."""
     connection.exec_driver_sql("checkpoint")
     connection.commit()
     if (wal := _wal_of(path)).exists() and _size(wal):
-        raise StorageError(f"{path} is not whole without its .wal ({room(path)})")
+        raise StorageError(
+            f"{path} is incomplete without its .wal, which could not be merged ({room(path)})"
+        )
 
 
 @contextmanager
 def _closing(connection: sa.Connection) -> Iterator[sa.Connection]:
-    """Close the connection at the end; an error of the database becomes one of ours."""
+    """Close the connection at the end; errors of the database become errors of faletl."""
     try:
         yield connection
     except sa.exc.DBAPIError as error:
-        said = _said(error.orig)
+        reason = _reason_of(error.orig)
         if isinstance(error.orig, (duckdb.BinderException, duckdb.CatalogException)):
-            raise TamperedError(schema.UNFIT.format(said)) from None
-        raise WarehouseError(f"the warehouse failed: {said}; nothing half-done was kept") from None
+            raise TamperedError(schema.UNFIT.format(reason)) from None
+        raise WarehouseError(f"the warehouse failed: {reason}; no partial change was kept") from None
     finally:
-        # After an error that DuckDB calls fatal even this fails; the error is on its way already.
+        # After an error that DuckDB calls fatal, even this fails; that error is being raised already.
         with suppress(FaletlError, sa.exc.DBAPIError):
             connection.close()
 
@@ -623,21 +631,21 @@ def _with_literals(
     context: Any,
     is_many: bool,
 ) -> tuple[str, Any]:
-    """Write values into the SQL, quoted by SQLAlchemy: for a bound one DuckDB imports all of pandas."""
+    """Write values into the SQL, quoted by SQLAlchemy: for a bound value, DuckDB imports pandas."""
     if is_many or not parameters or context.invoked_statement is None:
         return statement, parameters
     invoked = context.invoked_statement
-    if isinstance(invoked, sa.TextClause):  # whose values may have been given apart from it
-        own, given = invoked.compile().params, context.compiled_parameters[0]
-        apart = {name: given[name] for name in own if own[name] is None}
-        if any(isinstance(value, (list, tuple)) for value in apart.values()):
-            return statement, parameters  # of unknown type; only what makes the tables asks so
-        invoked = invoked.bindparams(**apart)
+    if isinstance(invoked, sa.TextClause):  # its values may be passed separately
+        own, values = invoked.compile().params, context.compiled_parameters[0]
+        separate = {name: values[name] for name in own if own[name] is None}
+        if any(isinstance(value, (list, tuple)) for value in separate.values()):
+            return statement, parameters  # of unknown type; only the creation of tables does that
+        invoked = invoked.bindparams(**separate)
     literal = invoked.compile(dialect=connection.dialect, compile_kwargs={"literal_binds": True})
     return str(literal), ()
 
 
-# What the system says when it refuses, which is no fault of the file.
+# Messages of the operating system when it refuses; they do not mean that the file is damaged.
 _REFUSALS = (
     "fsync failed",
     *(
@@ -650,51 +658,51 @@ _REFUSALS = (
 )  # fmt: skip
 
 _DAMAGES = ("corrupt", "checksum")
-"""What DuckDB says when it reads what it never wrote."""
+"""Words in DuckDB's messages about bytes that it never wrote."""
 
-_ANEW = "restore it, or let faletl rebuild make it anew from the landed pages"
+_CURE = "restore it, or run faletl rebuild to build it again from the landed pages"
 
 
-def _tell_apart(path: Path, context: sa.engine.ExceptionContext) -> None:
-    """Raise an error of ours where the disk refuses, memory is short, or the file is damaged."""
+def _raise_typed(path: Path, context: sa.engine.ExceptionContext) -> None:
+    """Raise a typed error if the disk refuses, memory is short, or the file is damaged."""
     error = context.original_exception
     if not isinstance(error, (duckdb.OperationalError, duckdb.FatalException)):
-        return  # it is the statement that is wrong
-    said = _said(error)
-    if any(words in said for words in _REFUSALS):
+        return  # the statement itself is wrong
+    reason = _reason_of(error)
+    if any(words in reason for words in _REFUSALS):
         raise StorageError(
-            f"the warehouse {path} cannot be used: {said} ({room(path)}); nothing half-done was kept",
+            f"the warehouse {path} cannot be used: {reason} ({room(path)}); no partial change was kept",
             file=str(path),
         )
     if isinstance(error, duckdb.OutOfMemoryException):
         raise ExhaustedError.of_engine("the warehouse", error)
-    is_damage = any(words in said.lower() for words in _DAMAGES)
+    is_damage = any(words in reason.lower() for words in _DAMAGES)
     if is_damage or isinstance(error, duckdb.SerializationException):
-        raise TamperedError(f"{path} is damaged ({said}); {_ANEW}")
+        raise TamperedError(f"{path} is damaged ({reason}); {_CURE}")
 
 
-def _said(error: object) -> str:
-    """The first line of what DuckDB says; of a database that it gave up, why it did."""
+def _reason_of(error: object) -> str:
+    """Return the first line of DuckDB's message; for an invalidated database, the original error."""
     text = str(error)
-    _, _, why = text.partition('Original error: "')
-    return next(iter((why.rstrip('"') or text).splitlines()), type(error).__name__)
+    _, _, original = text.partition('Original error: "')
+    return next(iter((original.rstrip('"') or text).splitlines()), type(error).__name__)
 
 
 def _opening_error(path: Path, error: Exception) -> WarehouseError | TamperedError:
-    said = _said(getattr(error, "orig", error))
-    if "could not set lock" in said.lower():
-        return WarehouseBusyError(f"another program has {path} open ({said}); close it there")
-    return TamperedError(f"{path} cannot be opened as a DuckDB warehouse ({said}); {_ANEW}")
+    reason = _reason_of(getattr(error, "orig", error))
+    if "could not set lock" in reason.lower():
+        return WarehouseBusyError(f"another program has {path} open ({reason}); close it there")
+    return TamperedError(f"{path} cannot be opened as a DuckDB warehouse ({reason}); {_CURE}")
 
 
 def _refuse_all_but_selects(connection: sa.Connection, _cursor: object, query: str, *_: object) -> None:
-    """Raises UsageError for whatever is no query.
+    """Raise UsageError for any statement that is not a query.
 
     A read-only connection without access to files may still write to the database's own: by `copy`.
     """
-    duck: duckdb.DuckDBPyConnection = connection.connection.driver_connection  # type: ignore[assignment]
+    driver: duckdb.DuckDBPyConnection = connection.connection.driver_connection  # type: ignore[assignment]
     try:
-        kinds = {statement.type for statement in duck.extract_statements(query)}
+        kinds = {statement.type for statement in driver.extract_statements(query)}
     except duckdb.Error as error:
         raise UsageError(f"the query was refused: {str(error).splitlines()[0]}") from None
     # `pivot` is a select of what it creates; nothing can be created in a file that is open for reading.
@@ -704,7 +712,7 @@ def _refuse_all_but_selects(connection: sa.Connection, _cursor: object, query: s
 
 @contextmanager
 def _private() -> Iterator[None]:
-    """What is made meanwhile next to the file (.wal, spilled rows, copies) is for this user only."""
+    """Let only this user read files made meanwhile (.wal, spilled rows, copies)."""
     before = os.umask(0o077)
     try:
         yield
@@ -713,7 +721,7 @@ def _private() -> Iterator[None]:
 
 
 def _make_readable(folder: Path) -> None:
-    """Make the folder, and those above it, so that readers get to what they may read in it."""
+    """Create the folder and its parents so that readers can reach the files in it."""
     if not folder.exists():
         _make_readable(folder.parent)
         folder.mkdir(exist_ok=True)
@@ -721,7 +729,7 @@ def _make_readable(folder: Path) -> None:
 
 
 def _discard(path: Path) -> None:
-    """Delete a database that nobody uses, with all that stands beside it."""
+    """Delete an unused database with all files next to it (.wal, scratch)."""
     for leftover in path.parent.glob(f"{glob.escape(path.name)}*"):
         if leftover.is_dir():
             shutil.rmtree(leftover)
@@ -730,7 +738,7 @@ def _discard(path: Path) -> None:
 
 
 def _wal_of(path: Path) -> Path:
-    """Where DuckDB keeps what is committed and not in the file yet."""
+    """Return the path where DuckDB keeps commits that are not in the file yet."""
     return path.with_name(f"{path.name}.wal")
 
 
@@ -745,9 +753,9 @@ def _is_duckdb(path: Path) -> bool:
         return file.read(12)[8:] == b"DUCK"
 
 
-def _told(path: Path) -> str:
+def _read_lock_holder(path: Path) -> str:
     try:
-        by: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        return f"{by['holder']} (process {by['pid']} on {by['host']}, since {by['since']})"
+        owner: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        return f"{owner['holder']} (process {owner['pid']} on {owner['host']}, since {owner['since']})"
     except (OSError, ValueError, KeyError):
         return "another process"

@@ -1,9 +1,9 @@
-"""Horizons: from which UTC day on the days of an account are to be loaded, per resource.
+"""Horizons: the first UTC day to load of each account and resource.
 
-The first day that anybody asked for is written down before fal is asked anything, so that a run that
-dies at its first request forgets nothing. From then on it alone decides which days are due: neither a
-load nor a rebuild moves it. Until the label of a key is known, the horizon stands under the fingerprint
-of the key (faletl/line/accounts.py); it moves to the label in the transaction that binds it.
+A run stores the first day that was ever asked for before it asks fal anything, so that a run killed at
+its first request loses nothing. From then on, the horizon alone decides which days are due: neither a
+load nor a rebuild moves it. While the label of a key is unknown, the horizon is stored under the
+fingerprint of the key (faletl/line/accounts.py); it moves to the label in the transaction that binds it.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
     from faletl.selection import Asked
 
 BY_DAY = tuple(name for name, resource in RESOURCES.items() if resource.window == "day")
-"""The resources that have a horizon: a snapshot is of now, whatever day is meant."""
+"""Names of the resources that have a horizon; a snapshot is always of now."""
 
 
 @dataclass(frozen=True, slots=True)
 class Horizon:
     """The first day to load of a resource.
 
-    It `is_decided` once a run without dates, or `faletl horizon`, has settled it: until then the next
-    such run may go back further, by FALETL_FIRST_DAYS.
+    It `is_decided` once a run without dates, or `faletl horizon`, has set it. Until then, the next such
+    run may move it back by FALETL_FIRST_DAYS.
     """
 
     first_day: date
@@ -45,31 +45,33 @@ class Horizon:
 
 
 Horizons = Mapping[str, Horizon]
-"""By resource."""
+"""Horizons by name of the resource."""
 
 
-def held(connection: sa.Connection, owner: str) -> Horizons:
+def of_owner(connection: sa.Connection, owner: str) -> Horizons:
     """Return the horizons of a label, or of a key by its fingerprint."""
     table = HORIZONS.c
-    found = connection.execute(
+    rows = connection.execute(
         sa.select(table.resource, table.first_day, table.is_decided).where(table.account == owner)
     )
-    return {name: Horizon(first_day, bool(is_decided)) for name, first_day, is_decided in found}
+    return {name: Horizon(first_day, bool(is_decided)) for name, first_day, is_decided in rows}
 
 
-def moved(known: Horizons, owner: str, asked: Asked, now: datetime, first_days: int) -> Horizons:
-    """Return the horizons once `asked` is planned at `now`; `first_days` is FALETL_FIRST_DAYS.
+def moved(known: Horizons, owner: str, selection: Asked, now: datetime, first_days: int) -> Horizons:
+    """Return the horizons after `selection` is planned at `now`; `first_days` is FALETL_FIRST_DAYS.
 
-    Days that are named move a horizon back, never forward. So does the first plain run of a label;
-    that of an unknown key only where nothing is known, as the label may be older than the key. A horizon
-    after tomorrow is of a clock that was ahead, and counts for nothing.
+    Named days move a horizon back, never forward. So does the first run of a label without dates. A run
+    with an unknown key does so only if the key has no horizon yet, because the label may be older than
+    the key. A horizon after tomorrow was set by a clock that was ahead, and is ignored.
     """
     tomorrow = now.date() + timedelta(days=1)
     known = {name: row for name, row in known.items() if row.first_day <= tomorrow}
     recent = max(FIRST_DAY, now.date() - timedelta(days=first_days))
-    names = [name for name in BY_DAY if not asked.resources or name in asked.resources]
+    names = [name for name in BY_DAY if not selection.resources or name in selection.resources]
     is_pending = owner.startswith(FINGERPRINT)
-    after = {name: _moved(known.get(name), asked.start, recent, is_pending=is_pending) for name in names}
+    after = {
+        name: _moved(known.get(name), selection.start, recent, is_pending=is_pending) for name in names
+    }
     return {**known, **after}
 
 
@@ -84,9 +86,9 @@ def _moved(row: Horizon | None, start: date | None, recent: date, *, is_pending:
 
 
 def merged(known: Horizons, pending: Horizons) -> Horizons:
-    """Return the horizons of a label that gets those of its key.
+    """Return the horizons of a label after it takes over those of its key.
 
-    What a plain run asked for with the key alone is no reason to move what the label has decided.
+    A run without dates, made with the key alone, does not move a horizon that the label has decided.
     """
     after = dict(known)
     for name, row in pending.items():
@@ -100,40 +102,40 @@ def merged(known: Horizons, pending: Horizons) -> Horizons:
 
 
 def remember(
-    settings: Settings, warehouse: Warehouse, owner: str, asked: Asked, now: datetime
+    settings: Settings, warehouse: Warehouse, owner: str, selection: Asked, now: datetime
 ) -> Horizons | None:
-    """Write down what `asked` makes of the horizons of `owner`; the warehouse is made if need be.
+    """Store the horizons of `owner` that result from `selection`; create the warehouse if necessary.
 
-    Returns what they were before, None where nothing changed, as nearly always.
+    Returns the horizons from before; None if nothing changed, which is the usual case.
 
     Raises:
-        WarehouseError, SettingsError, StorageError: the warehouse, or the landing folder, takes nothing.
+        WarehouseError, SettingsError, StorageError: warehouse or landing folder cannot be written.
     """
     with warehouse.reading() as connection:
-        known = held(connection, owner) if connection is not None else {}
-    if moved(known, owner, asked, now, settings.first_days) == known:
+        known = of_owner(connection, owner) if connection is not None else {}
+    if moved(known, owner, selection, now, settings.first_days) == known:
         return None
     with warehouse.lease("faletl, which writes the first day asked for") as lease, lease.transaction():
-        known = held(lease.connection, owner)
-        write(settings, lease, owner, moved(known, owner, asked, now, settings.first_days))
+        known = of_owner(lease.connection, owner)
+        write(settings, lease, owner, moved(known, owner, selection, now, settings.first_days))
     return known
 
 
 def put_back(settings: Settings, warehouse: Warehouse, owner: str, before: Horizons) -> None:
-    """Undo `remember` for a run that was refused: wrong use leaves everything as it was."""
+    """Undo `remember` for a run that was refused: wrong use changes nothing."""
     with warehouse.lease("faletl, which was refused") as lease, lease.transaction():
         write(settings, lease, owner, before)
 
 
 def write(settings: Settings, lease: Lease, owner: str, rows: Horizons) -> None:
-    """Inside a transaction: make these all horizons of `owner`, and record the decision."""
+    """Replace all horizons of `owner`, and record the decision, inside a transaction."""
     fence(lease, changes_data=False)
     replace(lease.connection, owner, rows)
     decisions.record(settings, _decision(settings, owner, rows))
 
 
 def replace(connection: sa.Connection, owner: str, rows: Horizons) -> None:
-    """Inside a transaction: make these all horizons of `owner`."""
+    """Replace all horizons of `owner`, inside a transaction."""
     connection.execute(sa.delete(HORIZONS).where(HORIZONS.c.account == owner))
     if rows:
         connection.execute(
@@ -162,7 +164,7 @@ def _decision(settings: Settings, owner: str, rows: Horizons) -> HorizonSet:
 
 
 def decided(decision: HorizonSet) -> Horizons:
-    """Return the horizons that were written down then."""
+    """Return the horizons that the decision recorded."""
     return {
         name: Horizon(first_day, name in decision.decided)
         for name, first_day in decision.first_days.items()
@@ -170,29 +172,29 @@ def decided(decision: HorizonSet) -> Horizons:
 
 
 def refuse_odd(day: date, resources: Collection[str]) -> None:
-    """Raises UsageError where there can be no such first day, or a resource has no horizon."""
+    """Raise UsageError for an impossible first day, or a resource without a horizon."""
     refuse_odd_day("--set", day)
-    if odd := sorted(set(resources) - set(BY_DAY)):
+    if without_days := sorted(set(resources) - set(BY_DAY)):
         raise UsageError(
-            f"{odd[0]} is a snapshot of now and has no horizon; these have one: {', '.join(BY_DAY)}"
+            f"{without_days[0]} is a snapshot of now and has no horizon; choose from {', '.join(BY_DAY)}"
         )
 
 
 def decide(settings: Settings, lease: Lease, owner: str, day: date, resources: Collection[str]) -> None:
-    """Inside a transaction: set the first day of these resources (none: of all that have one).
+    """Set the first day of these resources (default: all with days), inside a transaction.
 
-    Days before it that are loaded stay as they are, and are not extracted again.
+    Loaded days before it stay unchanged, and are not extracted again.
     """
     chosen = {name: Horizon(day, is_decided=True) for name in resources or BY_DAY}
-    write(settings, lease, owner, {**held(lease.connection, owner), **chosen})
+    write(settings, lease, owner, {**of_owner(lease.connection, owner), **chosen})
 
 
-def all_held(connection: sa.Connection) -> Iterable[tuple[str, str, date]]:
-    """Owner, resource and first day of each horizon: labels in order, then keys without a label."""
+def all_horizons(connection: sa.Connection) -> Iterable[tuple[str, str, date]]:
+    """Return owner, resource and first day of each horizon: labels in order, then keys without one."""
     table = HORIZONS.c
-    found = connection.execute(sa.select(table.account, table.resource, table.first_day)).all()
+    rows = connection.execute(sa.select(table.account, table.resource, table.first_day)).all()
     order = list(RESOURCES)
     return sorted(
-        ((owner, name, first_day) for owner, name, first_day in found),
-        key=lambda one: (one[0].startswith(FINGERPRINT), one[0], order.index(one[1])),
+        ((owner, name, first_day) for owner, name, first_day in rows),
+        key=lambda row: (row[0].startswith(FINGERPRINT), row[0], order.index(row[1])),
     )

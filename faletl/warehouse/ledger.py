@@ -1,4 +1,4 @@
-"""What ops says: the newest token, what is loaded of which window, which ids are known."""
+"""Queries on the ops tables: the newest token, the loads of each window, the known endpoint ids."""
 
 from __future__ import annotations
 
@@ -21,38 +21,37 @@ if TYPE_CHECKING:
     from faletl.selection import Asked
 
 UNKNOWN_FOR = timedelta(days=7)
-"""For how long an endpoint id that fal does not know is not asked again."""
-
+"""How long an endpoint id that fal does not know is not requested again."""
 
 SEEN_WITHIN = timedelta(days=90)
-"""Endpoints used within so many days before a window are asked for."""
+"""Endpoints used in this time before a window are requested for it."""
 
 
 def fence(lease: Lease, *, changes_data: bool) -> int:
-    """Inside a transaction: hold on to the lease until the commit, or raise LeaseLostError.
+    """Keep the lease until the commit, or raise LeaseLostError; must run inside a transaction.
 
-    Returns the version of the raw tables that the transaction makes (or leaves).
+    Returns the version of the raw tables after the transaction.
     """
-    kept = lease.connection.execute(
+    data_version = lease.connection.execute(
         sa.update(WAREHOUSE)
         .where(WAREHOUSE.c.fencing_token == lease.token)
         .values(data_version=WAREHOUSE.c.data_version + int(changes_data))
         .returning(WAREHOUSE.c.data_version)
     ).scalar_one_or_none()
-    if kept is None:
+    if data_version is None:
         winner = lease.connection.execute(sa.select(WAREHOUSE.c.holder)).scalar_one()
         raise LeaseLostError(f"a newer run took over the warehouse ({winner}); nothing was written")
-    return int(kept)
+    return int(data_version)
 
 
 def rows_of_windows(resource: Resource, account: str, windows: Iterable[Window]) -> sa.Select[Any]:
-    """What raw holds of the windows, whichever loads brought it."""
-    held = (is_of(resource, account, window) for window in windows)
-    return sa.select(RAW[resource.name]).where(sa.or_(sa.false(), *held))
+    """Select the rows of the windows from raw, whichever loads brought them."""
+    conditions = (is_of(resource, account, window) for window in windows)
+    return sa.select(RAW[resource.name]).where(sa.or_(sa.false(), *conditions))
 
 
 def of_window(table: sa.Table, account: str, resource: str, day: date) -> sa.ColumnElement[bool]:
-    """Where a table of ops speaks of the window that begins on that UTC day."""
+    """Return the condition for rows of an ops table about the window that begins on that UTC day."""
     window = Window.of_day(day)
     return sa.and_(
         table.c.account == account,
@@ -63,26 +62,27 @@ def of_window(table: sa.Table, account: str, resource: str, day: date) -> sa.Col
 
 
 def is_of(resource: Resource, account: str, window: Window) -> sa.ColumnElement[bool]:
+    """Return the condition for raw rows of the window."""
     table = RAW[resource.name]
-    mine = table.c["_account"] == account
+    is_own = table.c["_account"] == account
     if resource.time is None:
-        return sa.and_(mine, table.c["_snapshot_at"] == window.start)
+        return sa.and_(is_own, table.c["_snapshot_at"] == window.start)
     day, time = Window.of_day(window.day), table.c[resource.time]
-    return sa.and_(mine, time >= day.start, time < day.end)
+    return sa.and_(is_own, time >= day.start, time < day.end)
 
 
-def reads_by_day(connection: sa.Connection, account: str, resource: str) -> Mapping[date, Read]:
-    """The newest extract of each loaded day (or day with a snapshot)."""
-    loads, held = LOADS.c, HOLDS.c
-    held_days = {
-        start.astimezone(UTC).date(): Hold(*hold)
-        for start, *hold in connection.execute(
-            sa.select(held.window_start, held.held_since, held.last_extracted_at, held.is_final).where(
-                held.account == account, held.resource == resource
-            )
+def last_extracts(connection: sa.Connection, account: str, resource: str) -> Mapping[date, Read]:
+    """Return the newest extract of each loaded day (or day with a snapshot)."""
+    loads, holds = LOADS.c, HOLDS.c
+    holds_by_day = {
+        start.astimezone(UTC).date(): Hold(*columns)
+        for start, *columns in connection.execute(
+            sa.select(
+                holds.window_start, holds.held_since, holds.last_extracted_at, holds.is_final
+            ).where(holds.account == account, holds.resource == resource)
         )
     }
-    found = connection.execute(
+    rows = connection.execute(
         sa.select(
             loads.window_start, loads.last_read_at, loads.is_provisional, loads.whole_catalogue_at,
             loads.changed_at,
@@ -92,56 +92,62 @@ def reads_by_day(connection: sa.Connection, account: str, resource: str) -> Mapp
     )  # fmt: skip
     return {
         (day := start.astimezone(UTC).date()): Read(
-            read_at, is_provisional, whole_catalogue_at, changed_at, held_days.get(day)
+            read_at, is_provisional, whole_catalogue_at, changed_at, holds_by_day.get(day)
         )
-        for start, read_at, is_provisional, whole_catalogue_at, changed_at in found
+        for start, read_at, is_provisional, whole_catalogue_at, changed_at in rows
     }
 
 
 def changed_days(connection: sa.Connection, since: int, token: int) -> Mapping[str, set[date]]:
-    """Per resource the UTC days whose rows changed after that version of the raw tables.
+    """Return, per resource, the UTC days that changed after version `since` of the raw tables.
 
-    With them those that were held or refused since, and those of which rows were quarantined, or
-    resolved, under a later lease than `token`.
+    Included are days that were held or refused after it, and days with rows that were quarantined or
+    resolved under a later lease than `token`.
     """
-    aside = QUARANTINE.c
-    found = connection.execute(
+    quarantine = QUARANTINE.c
+    rows = connection.execute(
         sa.union(
             *(
                 sa.select(table.c.resource, table.c.window_start).where(table.c.data_version > since)
                 for table in (LOADS, HOLDS, FAILURES)
             ),
-            sa.select(aside.resource, aside.window_start).where(aside.fencing_token > token),
+            sa.select(quarantine.resource, quarantine.window_start).where(
+                quarantine.fencing_token > token
+            ),
         )
     )
     changed: dict[str, set[date]] = {}
-    for resource, start in found:
+    for resource, start in rows:
         changed.setdefault(resource, set()).add(start.astimezone(UTC).date())
     return changed
 
 
 def pages_per_window(connection: sa.Connection, account: str) -> Mapping[str, float]:
-    """How many pages a read of each resource's loaded windows asks for on average.
+    """Return the average number of pages that one extract of a loaded window requests, per resource.
 
-    The control total behind the rows is not counted. Where there are several pages, one in front of
-    them is asked for, and if fal tells it, the first page once more behind it. If fal refuses it, the
-    day is asked for in parts, twice, and for about one page more each time that a part is halved.
+    The control total after the rows is not counted. If a window has several pages, a total is requested
+    before them as well; where fal gives it, the first page is then requested a second time. Where fal
+    refuses it, the day is requested in parts, twice, with about one more page per halved part.
     """
-    is_told = LOADS.c.proof == "summary"
-    is_framed = sa.and_(LOADS.c.pages > 1, LOADS.c.proof != "none", LOADS.c.is_provisional.is_(False))
-    is_halved = sa.and_(is_framed, LOADS.c.proof == "two walks", LOADS.c.control_total.is_(None))
+    has_total = LOADS.c.proof == "summary"
+    has_several_pages = sa.and_(
+        LOADS.c.pages > 1, LOADS.c.proof != "none", LOADS.c.is_provisional.is_(False)
+    )
+    is_halved = sa.and_(has_several_pages, LOADS.c.proof == "two walks", LOADS.c.control_total.is_(None))
     walked = LOADS.c.pages * sa.case((is_halved, 3), (LOADS.c.proof == "two walks", 2), else_=1)
-    walked += sa.case((is_halved, 0), (sa.and_(is_framed, is_told), 2), (is_framed, 1), else_=0)
-    found = connection.execute(
+    walked += sa.case(
+        (is_halved, 0), (sa.and_(has_several_pages, has_total), 2), (has_several_pages, 1), else_=0
+    )
+    rows = connection.execute(
         sa.select(LOADS.c.resource, sa.func.sum(walked), sa.func.count())
         .where(LOADS.c.account == account, LOADS.c.is_current)
         .group_by(LOADS.c.resource)
     )
-    return {resource: max(1.0, int(pages) / count) for resource, pages, count in found}
+    return {resource: max(1.0, int(pages) / count) for resource, pages, count in rows}
 
 
-def current_loads(warehouse: Warehouse, asked: Asked) -> list[sa.RowMapping]:
-    """The rows of ops.loads that hold what is asked for (default: all): by resource, oldest first.
+def current_loads(warehouse: Warehouse, selection: Asked) -> list[sa.RowMapping]:
+    """Return the current rows of ops.loads that `selection` covers, by resource, oldest first.
 
     Raises:
         UsageError: there is no warehouse yet.
@@ -149,24 +155,24 @@ def current_loads(warehouse: Warehouse, asked: Asked) -> list[sa.RowMapping]:
     with warehouse.reading() as connection:
         if connection is None:
             raise UsageError("nothing is loaded yet; run faletl run first")
-        found = connection.execute(
+        result = connection.execute(
             sa.select(LOADS).where(LOADS.c.is_current).order_by(LOADS.c.window_start, LOADS.c.account)
         )
         loads = [
             load
-            for load in found.mappings()
-            if asked.includes(load["resource"], Window(load["window_start"], load["window_start"]))
+            for load in result.mappings()
+            if selection.includes(load["resource"], Window(load["window_start"], load["window_start"]))
         ]
     order = list(RESOURCES)
     return sorted(loads, key=lambda load: order.index(load["resource"]))
 
 
-def loaded_reads(connection: sa.Connection) -> Mapping[tuple[str, str, date], datetime]:
-    """When each window (account, resource, UTC day) was last extracted: for what is loaded, or held."""
+def last_extract_times(connection: sa.Connection) -> Mapping[tuple[str, str, date], datetime]:
+    """Return when each loaded or held window (account, resource, UTC day) was last extracted."""
     columns = (LOADS.c.account, LOADS.c.resource, LOADS.c.window_start, LOADS.c.last_read_at)
     loads = sa.select(*columns).where(LOADS.c.is_current)
-    found = connection.execute(loads.order_by(LOADS.c.last_fencing_token, LOADS.c.window_start))
-    last = {(a, r, start.astimezone(UTC).date()): read for a, r, start, read in found}
+    rows = connection.execute(loads.order_by(LOADS.c.last_fencing_token, LOADS.c.window_start))
+    last = {(a, r, start.astimezone(UTC).date()): extracted_at for a, r, start, extracted_at in rows}
     columns = (HOLDS.c.account, HOLDS.c.resource, HOLDS.c.window_start, HOLDS.c.last_extracted_at)
     for account, resource, start, extracted_at in connection.execute(sa.select(*columns)):
         key = (account, resource, start.astimezone(UTC).date())
@@ -176,9 +182,9 @@ def loaded_reads(connection: sa.Connection) -> Mapping[tuple[str, str, date], da
 
 @dataclass(frozen=True, slots=True)
 class KnownIds:
-    """Endpoint ids for one window: worth asking for, in fal's newest catalogue, unknown to fal."""
+    """Endpoint ids for one window: used or loaded, in fal's newest catalogue, unknown to fal."""
 
-    used_or_held: frozenset[str] = frozenset()
+    used_or_loaded: frozenset[str] = frozenset()
     catalogue: frozenset[str] = frozenset()
     unknown: frozenset[str] = frozenset()
 
@@ -186,8 +192,10 @@ class KnownIds:
 def known_ids(
     connection: sa.Connection, account: str, resource: Resource, window: Window, now: datetime
 ) -> KnownIds:
-    """What the warehouse knows of endpoint ids: those used in the window or in `SEEN_WITHIN` before
-    it, those that the window (or the newest snapshot) holds, and those fal lately answered 404 for.
+    """Return the endpoint ids that the warehouse knows for a window.
+
+    These are the ids used in the window or in `SEEN_WITHIN` before it, the ids loaded for the window (or
+    in the newest snapshot), fal's catalogue, and the ids that fal answered with 404 in `UNKNOWN_FOR`.
     """
     usage, table = RAW["usage"], RAW[resource.name]
     used = sa.select(usage.c.endpoint_id).where(
@@ -196,10 +204,10 @@ def known_ids(
         usage.c.bucket < max(window.end, window.start + HOUR),
     )
     if resource.time is None:
-        held = _newest_snapshot_ids(table, account)
+        loaded = _newest_snapshot_ids(table, account)
     else:
         day, time = Window.of_day(window.day), table.c[resource.time]
-        held = sa.select(table.c.endpoint_id).where(
+        loaded = sa.select(table.c.endpoint_id).where(
             table.c["_account"] == account, time >= day.start, time < day.end
         )
     unknown = sa.select(UNKNOWN_ENDPOINTS.c.endpoint_id).where(
@@ -212,7 +220,7 @@ def known_ids(
         *(
             frozenset(connection.execute(query).scalars())
             for query in (
-                sa.union(used, held),
+                sa.union(used, loaded),
                 _newest_snapshot_ids(RAW["models"], account),
                 unknown,
             )
@@ -229,12 +237,11 @@ def _newest_snapshot_ids(table: sa.Table, account: str) -> sa.Select[Any]:
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """What ops says of landed extracts; of a warehouse that cannot be read, nothing.
+    """The state of landed extracts according to ops; empty for a warehouse that cannot be read.
 
-    `receipts` are by the ids of extracts: of loads, and of the newest extract that found the rows of
-    one. `needed` are the loads without whose landed pages rows or restatements would be lost, `held` the
-    extracts that are held, `thinned` the loads that are about to be thinned out (see
-    faletl/operations/maintain.py).
+    `receipts` are by ids of extracts: those that were loaded, and the newest that confirmed a load.
+    `needed` are the loads whose landed pages are needed to restore rows or restatements, `held` the
+    held extracts, `thinned` the loads about to be thinned out (see faletl/operations/maintain.py).
     """
 
     warehouse_id: str = ""
@@ -245,7 +252,7 @@ class Ledger:
 
 
 def read_ledger(connection: sa.Connection, day: date | None = None) -> Ledger:
-    """The ledger, or that of one UTC day. Raw depends on what is needed, and so do restatements."""
+    """Return the ledger, of all days or of one UTC day."""
     loads = LOADS.c
     is_older = loads.last_load_id.name not in columns_of(connection, LOADS)
     query = sa.select(
@@ -257,38 +264,38 @@ def read_ledger(connection: sa.Connection, day: date | None = None) -> Ledger:
     if day is not None:
         window = Window.of_day(day)
         query = query.where(loads.window_start >= window.start, loads.window_start < window.end)
-    found = connection.execute(query).all()
-    standing = _standing_loads(connection)
-    own_id, held = "", dict[str, Receipt]()
+    rows = connection.execute(query).all()
+    in_raw = _loads_still_in_raw(connection)
+    own_id, held_receipts = "", dict[str, Receipt]()
     if columns_of(connection, HOLDS):  # a warehouse of schema 5
         own_id = connection.execute(sa.select(WAREHOUSE.c.warehouse_id)).scalar_one()
         token = connection.execute(sa.select(WAREHOUSE.c.fencing_token)).scalar_one()
-        held = {
+        held_receipts = {
             load_id: Receipt(token, at, "held", own_id)
             for load_id, at in connection.execute(sa.select(HOLDS.c.load_id, HOLDS.c.last_extracted_at))
         }
     confirmed = {
-        one.last_load_id: Receipt(one.last_fencing_token, one.last_read_at, "unchanged", own_id)
-        for one in found
+        row.last_load_id: Receipt(row.last_fencing_token, row.last_read_at, "unchanged", own_id)
+        for row in rows
     }
-    loaded = {one.load_id: Receipt(one.fencing_token, one.loaded_at, "loaded", own_id) for one in found}
+    loaded = {row.load_id: Receipt(row.fencing_token, row.loaded_at, "loaded", own_id) for row in rows}
     return Ledger(
         warehouse_id=own_id,
-        receipts=held | confirmed | loaded,
+        receipts=held_receipts | confirmed | loaded,
         needed=frozenset(
-            one.load_id
-            for one in found
-            if one.is_current or not one.is_provisional or one.load_id in standing
+            row.load_id
+            for row in rows
+            if row.is_current or not row.is_provisional or row.load_id in in_raw
         ),
-        held=frozenset(held),
+        held=frozenset(held_receipts),
     )
 
 
-def _standing_loads(connection: sa.Connection) -> set[str]:
-    """Loads that brought rows which no later read of their day asked for again."""
-    standing = set[str]()
+def _loads_still_in_raw(connection: sa.Connection) -> set[str]:
+    """Return loads with rows in raw that later extracts of their day did not request again."""
+    load_ids = set[str]()
     for name, resource in RESOURCES.items():
         is_in_parts = resource.ids_per_call is not None and resource.window == "day"
         if is_in_parts and columns_of(connection, RAW[name]):
-            standing |= set(connection.execute(sa.select(RAW[name].c["_load_id"]).distinct()).scalars())
-    return standing
+            load_ids |= set(connection.execute(sa.select(RAW[name].c["_load_id"]).distinct()).scalars())
+    return load_ids

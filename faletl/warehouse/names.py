@@ -1,7 +1,7 @@
-"""Names: what our schemas are called in a database, where FALETL_SCHEMA_PREFIX may say so.
+"""Names of our schemas in a database: FALETL_SCHEMA_PREFIX plus `raw`, `staging` and so on.
 
-All SQL of faletl says `raw`, `staging`, `marts`, `reports` and `ops`. The prefix is added where SQL
-leaves for the database, and nowhere else. What a reader types goes out as it is.
+All SQL of faletl names the schemas without the prefix. It is added where SQL is sent to the database,
+and nowhere else. The query of a reader is sent unchanged.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from faletl.warehouse.tables import SCHEMAS
 _OPTION = "schema_prefix"
 
 AS_TYPED = {_OPTION: ""}
-"""Execution options of a statement that names schemas as the database does: the query of a reader."""
+"""Execution options of a statement that names schemas as in the database: the query of a reader."""
 
 _TABLE = re.compile(rf"(?<![\w.])(?:{'|'.join(SCHEMAS)})(?=\.\w)")
 
@@ -32,14 +32,14 @@ _NAMING = re.compile(
 
 
 def prefixed(sql: str, prefix: str) -> str:
-    """The statement with the prefix before each of our schemas in it."""
+    """Return the statement with the prefix before each of our schemas."""
 
-    def named(found: re.Match[str]) -> str:
-        if found["comment"]:
-            return _TABLE.sub(rf"{prefix}\g<0>", found[0])
-        return f"{prefix if found['table'] else ''}{found[0]}"
+    def with_prefix(match: re.Match[str]) -> str:
+        if match["comment"]:
+            return _TABLE.sub(rf"{prefix}\g<0>", match[0])
+        return f"{prefix if match['table'] else ''}{match[0]}"
 
-    return _NAMING.sub(named, sql)
+    return _NAMING.sub(with_prefix, sql)
 
 
 def add_prefix(engine: sa.Engine, prefix: str) -> None:
@@ -50,12 +50,12 @@ def add_prefix(engine: sa.Engine, prefix: str) -> None:
 
 
 def in_database(connection: sa.Connection, names: Iterable[str]) -> list[str]:
-    """What schemas, or tables with their schema, are called in the database of the connection."""
+    """Return the names of schemas, or of tables with their schema, in the database of the connection."""
     return [f"{prefix_of(connection)}{name}" for name in names]
 
 
 def prefix_of(connection: sa.Connection) -> str:
-    """The prefix of our schemas in the database of the connection; empty where there is none."""
+    """Return the prefix of our schemas in the database of the connection; may be empty."""
     return str(connection.get_execution_options().get(_OPTION, ""))
 
 

@@ -1,7 +1,7 @@
-"""Ownership: what faletl made in a database that others use, too. It replaces and drops nothing else.
+"""Ownership of tables and views: faletl replaces and drops only those that it made itself.
 
-`ops.objects` names the tables and views that are ours. A warehouse of an older faletl has no such names;
-there everything that has the name of one of ours is, as that faletl made it.
+`ops.objects` names them. A warehouse of an older faletl has no such names; there, every object with the
+name of one of ours counts as ours.
 """
 
 from __future__ import annotations
@@ -54,24 +54,24 @@ def objects(connection: sa.Connection, schemas: Collection[str]) -> set[str]:
 
 
 def planned() -> frozenset[str]:
-    """Every table and view that faletl makes, with its schema."""
+    """Return the name of every table and view that faletl makes, with its schema."""
     models = (path for layer in LAYERS for path in (sql_folder() / layer).glob("*.sql"))
     tables = (table.fullname for table in METADATA.sorted_tables)
     return frozenset([*tables, *(f"{path.parent.name}.{path.stem}" for path in models)])
 
 
-def refuse(theirs: Iterable[str], where: str) -> None:
-    """Raises SettingsError if there are objects of others where faletl would make its own."""
-    if names := sorted(theirs):
+def refuse(foreign_names: Iterable[str], where: str) -> None:
+    """Raise SettingsError if there are foreign objects with names that faletl needs."""
+    if names := sorted(foreign_names):
         raise SettingsError(
-            f"{where} holds {', '.join(names)} of somebody else, where faletl would make its own; "
-            "nothing was changed. Set FALETL_SCHEMA_PREFIX, say to fal_, and faletl makes schemas of "
-            "other names; or set FALETL_WAREHOUSE to another database"
+            f"{where} has foreign objects with names that faletl needs: {', '.join(names)}; nothing was "
+            "changed. Set FALETL_SCHEMA_PREFIX, for example to fal_, so that faletl's schemas get other "
+            "names; or set FALETL_WAREHOUSE to another database"
         )
 
 
 def of_others(connection: sa.Connection, functions: Collection[str]) -> list[str]:
-    """What faletl did not make in a DuckDB file: schemas, and objects with their schemas.
+    """Return what faletl did not make in a DuckDB file: schemas, and objects with their schemas.
 
     `functions` are those that faletl makes there.
     """
@@ -93,16 +93,16 @@ def of_others(connection: sa.Connection, functions: Collection[str]) -> list[str
 
 
 def claim(connection: sa.Connection, tables: Collection[str]) -> None:
-    """Inside a transaction: register what a build is about to make.
+    """Register the tables and views that a build is about to make, inside a transaction.
 
     Raises:
-        SettingsError: something has one of these names that faletl did not make.
+        SettingsError: a foreign object has one of these names.
     """
     ours = set(in_database(connection, tables))
     known = set(connection.execute(sa.select(OBJECTS.c.name)).scalars())
-    there = ours & objects(connection, in_database(connection, LAYERS))
+    existing = ours & objects(connection, in_database(connection, LAYERS))
     has_build = connection.execute(sa.select(BUILDS.c.build_id).limit(1)).first() is not None
     if known or not has_build:  # else an older faletl made them
-        refuse(there - known, "the warehouse")
+        refuse(existing - known, "the warehouse")
     if new := sorted(ours - known):
         connection.execute(sa.insert(OBJECTS), [{"name": name} for name in new])

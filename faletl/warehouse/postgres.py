@@ -1,10 +1,10 @@
 """PostgreSQL: the warehouse as schemas of a database, for several readers and several machines.
 
-One process writes at a time. It holds an advisory lock, which the server frees when its session ends,
-however that ends: so it needs a session of its own, which a pooler in transaction mode does not give.
-Readers see what was committed last: a window is replaced, and a build is made, in one transaction, and
-rows of tables that readers know are deleted and inserted, never truncated, so that not even a
-transaction that began before sees a table half filled.
+One process writes at a time. It takes an advisory lock, which the server frees when the session ends for
+any reason. So faletl needs a session of its own, which a pooler in transaction mode does not give.
+Readers see the last commit: a window is replaced, and a build is made, in one transaction. Tables that
+readers know are never truncated: their rows are deleted and inserted, so that an earlier transaction
+never sees a half-filled table.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ except ImportError:
 T = TypeVar("T")
 
 _LOCK = "hashtextextended('faletl writes ' || :table, 0)"
-"""The number of the advisory lock: as no other program counts, and another for each warehouse."""
+"""The number of the advisory lock: unlikely in other programs, and different for each warehouse."""
 
 _HOLDERS_SESSION = f"""
     select application_name, backend_start
@@ -62,7 +62,7 @@ _HOLDERS_SESSION = f"""
 """
 
 _OURS = "faletl, "
-"""What names of our sessions begin with; the process follows, as far as there is room for it."""
+"""The prefix of our session names; the process follows, cut to the length that fits."""
 
 _VIEWS_OVER = """
     with recursive views (oid) as (
@@ -82,7 +82,7 @@ _HAS_BUILD = """
         where nspname = :reports and relname = 'rpt_freshness'
     )
 """
-"""A build makes all of reports in one transaction. Readers may look here, and not into ops."""
+"""Whether a build exists: it makes all reports in one transaction, and readers may not read ops."""
 
 _FOR_READERS = """
     select name from ops.objects
@@ -114,7 +114,7 @@ _READERS_OF = """
     where oid = to_regclass(:name) and privilege_type = 'SELECT' and grantee <> relowner
 """
 
-_TOO_MIGHTY = """
+_TOO_POWERFUL = """
     select rolname from pg_roles where rolname = session_user and (
         rolsuper
         or pg_has_role(oid, 'pg_read_server_files', 'member')
@@ -123,21 +123,21 @@ _TOO_MIGHTY = """
     )
 """
 
-_OF_ANOTHER_SHAPE = (psycopg.errors.InvalidTableDefinition, psycopg.errors.WrongObjectType)
-"""Why a view cannot take the place of what is there: it has other columns, or that is a table."""
+_OTHER_SHAPE = (psycopg.errors.InvalidTableDefinition, psycopg.errors.WrongObjectType)
+"""Errors when a view cannot replace an existing one: other columns, or the name is of a table."""
 
-_BLOCK = 2**20  # bytes that are sent at once
+_BLOCK_BYTES = 2**20  # sent at once
 
 _NULL = r"\N"  # in CSV for DuckDB, which would skip the line of a single column that is empty
 
 _READERS_SCHEMAS = ("marts", "reports")
 
 _FUNCTIONS_IN = "staging"
-"""The schema of the functions; sessions of ours look there for what has no schema."""
+"""The schema of our functions; our sessions have it as their search path."""
 
-# Exact to 12 decimals, half away from zero: a quotient of numerics has as many decimals as PostgreSQL
-# likes, so whole numbers of 10^-12 are divided instead. The same results as the macros of DuckDB, NULL
-# included: what these cannot compute is NULL here, too.
+# Exact to 12 decimals, half away from zero. PostgreSQL chooses the number of decimals of a quotient of
+# numerics, so whole numbers of 10^-12 are divided instead. The results equal those of the DuckDB macros,
+# NULL included: results that these cannot compute are NULL here, too.
 FUNCTIONS = (
     """
     create or replace function quotient(a numeric, b numeric) returns numeric
@@ -222,7 +222,7 @@ _TYPES: Mapping[str, tuple[str, str]] = {
     "timestamptz": ("timestamp with time zone", "TIMESTAMPTZ"),
     "float8": ("double precision", "DOUBLE"),
 }
-"""What PostgreSQL calls the type of a result: how a model's column is made, and DuckDB's name of it."""
+"""By PostgreSQL's name of a result type: the type of a model's column, and DuckDB's type name."""
 
 _TEXT = ('text collate "C"', "VARCHAR")
 
@@ -233,7 +233,7 @@ _UNKNOWN = (
     psycopg.errors.UndefinedTable,
 )
 
-_SHUT_OUT = (
+_REFUSALS = (
     "authentication failed",
     "does not exist",
     "no pg_hba.conf entry",
@@ -252,30 +252,30 @@ class PostgresWarehouse:
             raise SettingsError("FALETL_WAREHOUSE: name the database, postgresql://host/database")
         self._settings = settings
         self._prefix = settings.schema_prefix
-        self._is_looked_at = False  # whether its tables are ours as we made them: asked once
+        self._is_checked = False  # whether the tables were compared with their definitions: done once
         self._url = url.set(drivername="postgresql+psycopg")
         self._where = f"the database {url.database} on {url.host or 'this machine'}"
 
     @contextmanager
     def lease(self, holder: str) -> Iterator[Lease]:
         """Become the only writer; see the protocol."""
-        with self._alone(holder) as (connection, told):
+        with self._exclusive(holder) as (connection, description):
             with connection.begin():
                 if not _is_there(connection):
                     self._create(connection)
                 elif schema.is_older(connection, self._where):
                     schema.upgrade(connection, self._where)
-                if not self._is_looked_at:
+                if not self._is_checked:
                     schema.refuse_altered(connection, self._where)
-                token = schema.take_token(connection, told)
-            self._is_looked_at = True
+                token = schema.take_token(connection, description)
+            self._is_checked = True
             yield Lease(connection, token)
 
     @contextmanager
     def reading(
         self, *, wait: bool = True, is_older_fine: bool = False
     ) -> Iterator[sa.Connection | None]:
-        """What is loaded now; nobody waits for anybody. See the protocol."""
+        """Connect to read the loaded data; neither side waits. See the protocol."""
         with self._connected(is_reading=True) as connection:
             is_there = _is_there(connection)
             is_older = is_there and schema.is_older(connection, self._where, is_older_fine=is_older_fine)
@@ -289,36 +289,37 @@ class PostgresWarehouse:
 
     @contextmanager
     def published(self) -> Iterator[sa.Connection | None]:
-        """What was committed last; it cannot be changed."""
+        """Connect to read the last commit; see the protocol."""
         with self._connected(is_reading=True, is_readers=True) as connection:
             reports = {"reports": f"{self._prefix}reports"}
             has_build = connection.execute(sa.text(_HAS_BUILD), reports).scalar_one()
-            # A cursor of the server holds one statement, and no more of its rows than are looked at.
+            # A server-side cursor accepts one statement, and fetches only the rows that are read.
             connection.execution_options(stream_results=True)
             yield connection if has_build else None
 
     def require_reader(self) -> None:
-        """Refuse a superuser and its like; see the protocol."""
+        """Refuse a superuser or a role with similar rights; see the protocol."""
         with self._connected(is_reading=True) as connection:
-            role = connection.execute(sa.text(_TOO_MIGHTY)).scalar()
+            role = connection.execute(sa.text(_TOO_POWERFUL)).scalar()
         if role is not None:
             raise UsageError(
                 f"the role {role!a} of FALETL_WAREHOUSE may read files of the server, or more, and a "
-                "query could use that; let another role read (faletl grant --reader ROLE) and ask as it"
+                "query could use that; give another role access (faletl grant --reader ROLE) and "
+                "connect with it"
             )
 
-    def export(self, query: str, path: Path) -> bool:
+    def export_query(self, query: str, path: Path) -> bool:
         """Write the rows of a reader's query to a Parquet file; see the protocol."""
         with self.published() as connection:
             if connection is None:
                 return False
-            found = connection.exec_driver_sql(query, execution_options=AS_TYPED)
-            columns = [(name, theirs) for name, _, theirs in _described(found)]
-            lines = path.with_suffix(".csv")
-            with lines.open("w", encoding="utf-8", newline="") as file:
-                for row in found:
+            result = connection.exec_driver_sql(query, execution_options=AS_TYPED)
+            columns = [(name, kind) for name, _, kind in _result_columns(result)]
+            csv_path = path.with_suffix(".csv")
+            with csv_path.open("w", encoding="utf-8", newline="") as file:
+                for row in result:
                     file.write(",".join(map(_cell, row)) + "\n")
-            self._as_parquet(lines, columns, path)
+            self._as_parquet(csv_path, columns, path)
         return True
 
     def grant(self, role: str) -> None:
@@ -326,8 +327,8 @@ class PostgresWarehouse:
         with self._connected() as connection, connection.begin():
             if not _is_there(connection):
                 raise UsageError("nothing is loaded yet; run faletl run first")
-            known = sa.text("select 1 from pg_roles where rolname = :role")
-            if not connection.execute(known, {"role": role}).scalar():
+            is_known = sa.text("select 1 from pg_roles where rolname = :role")
+            if not connection.execute(is_known, {"role": role}).scalar():
                 raise UsageError(f"there is no role {role!a} in {self._where}; create it first")
             schemas = in_database(connection, _READERS_SCHEMAS)
             objects = connection.execute(sa.text(_FOR_READERS), {"schemas": schemas}).scalars().all()
@@ -343,12 +344,12 @@ class PostgresWarehouse:
                 connection.exec_driver_sql(statement, execution_options=AS_TYPED)
 
     @contextmanager
-    def renewed(
+    def rebuilding(
         self, holder: str, token: int, ask: Callable[[sa.Connection], T]
     ) -> Iterator[tuple[Warehouse, T | None]]:
         """Replace all rows in one transaction; until then readers see the old ones. See the protocol."""
         answer = None
-        with self._alone(holder) as (connection, told), connection.begin():
+        with self._exclusive(holder) as (connection, description), connection.begin():
             if _is_there(connection):
                 schema.is_older(connection, self._where, is_older_fine=True)
                 _make_schemas(connection)
@@ -359,64 +360,65 @@ class PostgresWarehouse:
                 _empty(connection, token)
             else:
                 self._create(connection, token, is_rebuild=True)
-            yield _Renewed(self, connection, told), answer
+            yield _Rebuilding(self, connection, description), answer
 
-    def take_in(self, connection: sa.Connection, table: sa.Table, source: str, scratch: Path) -> None:
+    def load_rows(self, connection: sa.Connection, table: sa.Table, source: str, scratch: Path) -> None:
         """Send staged rows as CSV, block by block; see the protocol."""
-        lines = scratch / f"{table.name}.csv"
+        csv_path = scratch / f"{table.name}.csv"
         names = ", ".join(f'"{column.name}"' for column in table.columns)
-        copied = prefixed(f"copy {table.fullname} ({names}) from stdin (format csv)", self._prefix)
+        statement = prefixed(f"copy {table.fullname} ({names}) from stdin (format csv)", self._prefix)
         with self._engine(scratch) as engine:
             engine.execute(
-                f"copy (select {names} from {source}) to {quoted(lines)} (format csv, header false)"
+                f"copy (select {names} from {source}) to {quoted(csv_path)} (format csv, header false)"
             )
         try:
             with (
                 _cursor(connection) as cursor,
-                lines.open("rb") as file,
-                cursor.copy(copied) as copy,
+                csv_path.open("rb") as file,
+                cursor.copy(statement) as copy,
             ):
-                while block := file.read(_BLOCK):
+                while block := file.read(_BLOCK_BYTES):
                     copy.write(block)
         except psycopg.Error as error:
-            raise WarehouseError(f"the warehouse refused the rows: {_said(error)}") from None
+            raise WarehouseError(f"the warehouse refused the rows: {_reason_of(error)}") from None
         finally:
-            lines.unlink()
+            csv_path.unlink()
 
-    def hand_out(self, connection: sa.Connection, query: sa.Select[Any], path: Path) -> None:
+    def export_rows(self, connection: sa.Connection, query: sa.Select[Any], path: Path) -> None:
         """Receive rows as CSV, and write them to a Parquet file; see the protocol."""
-        lines = path.with_suffix(".csv")
+        csv_path = path.with_suffix(".csv")
         compiled = query.compile(dialect=connection.dialect, compile_kwargs={"literal_binds": True})
         select = prefixed(str(compiled), self._prefix)
         try:
             with (
                 _cursor(connection) as cursor,
-                lines.open("wb") as file,
+                csv_path.open("wb") as file,
                 cursor.copy(f"copy ({select}) to stdout (format csv, null '{_NULL}')", ()) as copy,
             ):
                 for block in copy:
                     file.write(block)
         except psycopg.Error as error:
-            raise WarehouseError(f"the warehouse hands nothing out: {_said(error)}") from None
+            raise WarehouseError(f"the warehouse refused to export rows: {_reason_of(error)}") from None
         typed = [
-            (one.name, one.type.compile(duckdb_sqlalchemy.Dialect())) for one in query.selected_columns
+            (column.name, column.type.compile(duckdb_sqlalchemy.Dialect()))
+            for column in query.selected_columns
         ]
-        self._as_parquet(lines, typed, path)
+        self._as_parquet(csv_path, typed, path)
 
     def define_functions(self, connection: sa.Connection) -> None:
         """Create or replace the functions; see the protocol."""
         for function in FUNCTIONS:
             connection.exec_driver_sql(function)
 
-    def described(self, connection: sa.Connection, select: str) -> list[tuple[str, str]]:
-        """Names and types of the columns of a select; see the protocol."""
-        with closing(connection.exec_driver_sql(f"{select} limit 0")) as found:
-            return [(name, ours) for name, ours, _ in _described(found)]
+    def column_types(self, connection: sa.Connection, select: str) -> list[tuple[str, str]]:
+        """Return names and types of the columns of a select; see the protocol."""
+        with closing(connection.exec_driver_sql(f"{select} limit 0")) as result:
+            return [(name, kind) for name, kind, _ in _result_columns(result)]
 
     def make_view(self, connection: sa.Connection, name: str, select: str) -> None:
-        """Replace the view in its place, so that views of readers stay; see the protocol.
+        """Replace the view without dropping it, so that views of readers stay; see the protocol.
 
-        A view that is already the same is left alone: to replace it would wait for all who read it.
+        A view that is already the same is not replaced: that would wait for all who read it.
         """
         if _is_view_of(connection, name, select):
             return
@@ -425,32 +427,32 @@ class PostgresWarehouse:
             with connection.begin_nested():
                 connection.exec_driver_sql(f"create or replace view {name} as {select}")
         except sa.exc.ProgrammingError as error:
-            if not isinstance(error.orig, _OF_ANOTHER_SHAPE):
+            if not isinstance(error.orig, _OTHER_SHAPE):
                 raise
             _drop(connection, name)
             connection.exec_driver_sql(f"create view {name} as {select}")
         _let_read(connection, name, roles)
 
     def make_table(self, connection: sa.Connection, name: str, select: str, by: str | None) -> None:
-        """Empty the table if it has those columns, so that its readers keep it; else make it anew."""
-        columns = self.described(connection, select)
+        """Empty the table if it has those columns, so that readers keep it; otherwise replace it."""
+        columns = self.column_types(connection, select)
         if _columns(connection, name) == columns:
             connection.exec_driver_sql(f"delete from {name}")
             return
         roles = _readers(connection, name)
         _drop(connection, name)
-        told = ", ".join(f'"{column}" {kind}' for column, kind in columns)
-        connection.exec_driver_sql(f"create table {name} ({told})")
+        definitions = ", ".join(f'"{column}" {kind}' for column, kind in columns)
+        connection.exec_driver_sql(f"create table {name} ({definitions})")
         _let_read(connection, name, roles)
         if by is not None:
             connection.exec_driver_sql(f"create index on {name} ({by})")
 
     def analyze(self, connection: sa.Connection, name: str) -> None:
-        """Gather statistics: without any, joins of a table just filled are planned for a few rows."""
+        """Gather statistics: without them, joins of a new table are planned for a few rows."""
         connection.exec_driver_sql(f"analyze {name}")
 
     def publish(self, lease: Lease) -> str | None:
-        """Note that the newest build is shown: readers see it since it was committed."""
+        """Record that the newest build is published: readers see it since its commit."""
         connection = lease.connection
         build, _ = schema.build_to_publish(connection)
         shown = connection.execute(
@@ -464,35 +466,35 @@ class PostgresWarehouse:
     # --- Sessions ---------------------------------------------------------------------------------
 
     @contextmanager
-    def _alone(self, holder: str) -> Iterator[tuple[sa.Connection, str]]:
-        """A connection that holds the lock, and what others are told of its holder."""
-        named = {"table": f"{self._prefix}{WAREHOUSE.fullname}"}
+    def _exclusive(self, holder: str) -> Iterator[tuple[sa.Connection, str]]:
+        """Take the lock; yield the connection and a description of its holder for other processes."""
+        parameters = {"table": f"{self._prefix}{WAREHOUSE.fullname}"}
         with self._connected() as connection:
             try:
-                connection.execute(sa.text(f"select pg_advisory_lock({_LOCK})"), named)
+                connection.execute(sa.text(f"select pg_advisory_lock({_LOCK})"), parameters)
             except sa.exc.DBAPIError as error:
                 if not isinstance(error.orig, psycopg.errors.LockNotAvailable):
                     raise
                 connection.rollback()
                 raise WarehouseBusyError(
-                    f"the warehouse is held by {_newest_holder(connection, named)}; waited "
+                    f"the warehouse is in use by {_newest_holder(connection, parameters)}; waited "
                     f"{self._settings.lock_seconds:.0f} s, try again later"
                 ) from None
             connection.commit()
             try:
                 yield connection, f"{holder} ({_this_process()})"
             finally:
-                # A pooler keeps the session, and clears it only if it is set up to.
+                # A pooler keeps the session, and clears it only if configured to.
                 with suppress(sa.exc.DBAPIError, sa.exc.InvalidRequestError):
                     connection.rollback()
-                    connection.execute(sa.text(f"select pg_advisory_unlock({_LOCK})"), named)
+                    connection.execute(sa.text(f"select pg_advisory_unlock({_LOCK})"), parameters)
                     connection.commit()
 
     @contextmanager
     def _connected(
         self, *, is_reading: bool = False, is_readers: bool = False
     ) -> Iterator[sa.Connection]:
-        """A session of its own; one that is reading sees one state, and can change nothing."""
+        """Open a session; with `is_reading` it sees one state and can change nothing."""
         engine = self._database
         if is_reading:
             engine = engine.execution_options(
@@ -506,17 +508,17 @@ class PostgresWarehouse:
             yield connection
         except sa.exc.DBAPIError as error:
             if is_readers and not error.connection_invalidated:
-                raise  # it is their query that is wrong
-            said = _said(error.orig)
+                raise  # the reader's query is wrong
+            reason = _reason_of(error.orig)
             if isinstance(error.orig, _UNKNOWN):
-                raise TamperedError(schema.UNFIT.format(said)) from None
-            raise WarehouseError(f"the warehouse failed: {said}; nothing half-done was kept") from None
+                raise TamperedError(schema.UNFIT.format(reason)) from None
+            raise WarehouseError(f"the warehouse failed: {reason}; no partial change was kept") from None
         finally:
             connection.close()
 
     @cached_property
     def _database(self) -> sa.Engine:
-        """Makes sessions; none is kept."""
+        """The engine that opens sessions; it keeps none."""
         engine = sa.create_engine(
             self._url,
             poolclass=sa.pool.NullPool,
@@ -534,39 +536,39 @@ class PostgresWarehouse:
 
     def _prepare(self, session: Any, _record: object) -> None:
         self._refuse_shared(session)
-        given = {
+        options = {
             "TimeZone": "'UTC'",
             "search_path": f"{self._prefix}{_FUNCTIONS_IN}",
             "lock_timeout": round(self._settings.lock_seconds * 1000) or 1,
-            # What a database, or a role, may set otherwise, and what our SQL and psycopg depend on.
+            # A database or a role may set these to values that our SQL and psycopg do not expect.
             "datestyle": "ISO, MDY",
             "standard_conforming_strings": "on",
             "quote_all_identifiers": "off",
-            # A transaction of ours works between its statements.
+            # Our transactions do other work between their statements.
             "idle_in_transaction_session_timeout": 0,
-            # A statement ends soon after its client has died, and lets go of the lock.
+            # A statement ends soon after its client has died, so that the lock becomes free.
             "client_connection_check_interval": 1000,
-            # Its holder's machine may be gone without a word: then the lock is to be free soon.
+            # If the holder's machine disappears without closing, the lock becomes free soon.
             "tcp_keepalives_idle": 30,
             "tcp_keepalives_interval": 10,
             "tcp_keepalives_count": 3,
         }
-        session.execute("; ".join(f"set {name} = {value}" for name, value in given.items()))
+        session.execute("; ".join(f"set {name} = {value}" for name, value in options.items()))
         session.commit()
 
     def _refuse_shared(self, session: psycopg.Connection[Any]) -> None:
-        """Raises SettingsError where a pooler gives the session to others between transactions.
+        """Raise SettingsError if a pooler shares the session between transactions.
 
-        Nothing is written or set before: it would be set for others.
+        This runs before anything is set or written, because others would get these settings.
         """
         first = _backend_of(session)
         session.commit()
         if first == session.info.backend_pid:
-            return  # no pooler stands between
-        session.prepare_threshold = None  # the next client would find what this one prepared
+            return  # no pooler is in between
+        session.prepare_threshold = None  # the next client would see our prepared statements
         with closing(psycopg.connect(session.info.dsn, password=session.info.password)) as another:
-            held = _backend_of(another)  # and nobody else gets it before `another` is closed
-            is_shared = held == first or _backend_of(session) != first
+            second = _backend_of(another)  # no other client gets it before `another` is closed
+            is_shared = second == first or _backend_of(session) != first
         session.commit()
         if is_shared:
             raise SettingsError(
@@ -576,16 +578,16 @@ class PostgresWarehouse:
             )
 
     def _unreachable(self, error: sa.exc.DBAPIError) -> Exception:
-        said = _said(error.orig)
-        if any(words in said for words in _SHUT_OUT):
-            return SettingsError(f"FALETL_WAREHOUSE: {self._where} cannot be used: {said}")
-        return WarehouseError(f"the warehouse cannot be reached: {said}")
+        reason = _reason_of(error.orig)
+        if any(words in reason for words in _REFUSALS):
+            return SettingsError(f"FALETL_WAREHOUSE: {self._where} cannot be used: {reason}")
+        return WarehouseError(f"the warehouse cannot be reached: {reason}")
 
     def _create(self, connection: sa.Connection, token: int = 0, *, is_rebuild: bool = False) -> None:
-        there = _what_is_left(connection, self._where)
-        if there and not is_rebuild:
+        existing = _what_is_left(connection, self._where)
+        if existing and not is_rebuild:
             raise TamperedError(
-                f"{self._where} holds {min(there)}, but no longer what belongs to it; faletl rebuild "
+                f"{self._where} has {min(existing)}, but no ledger any more; faletl rebuild "
                 "makes the warehouse again from the landed pages"
             )
         encoding = connection.execute(sa.text("show server_encoding")).scalar_one()
@@ -597,53 +599,56 @@ class PostgresWarehouse:
         try:
             with connection.begin_nested():
                 held = _make_schemas(connection)
-                if there:
+                if existing:
                     _empty(connection, token)
-                    connection.execute(sa.insert(OBJECTS), [{"name": name} for name in sorted(there)])
+                    connection.execute(sa.insert(OBJECTS), [{"name": name} for name in sorted(existing)])
                 else:
                     schema.create(connection, token, held)
                 self.define_functions(connection)
         except sa.exc.ProgrammingError as error:
             raise SettingsError(
-                f"FALETL_WAREHOUSE: no warehouse can be made in {self._where}: {_said(error.orig)}; "
+                f"FALETL_WAREHOUSE: no warehouse can be created in {self._where}: "
+                f"{_reason_of(error.orig)}; "
                 "give faletl a database in which its role may create schemas"
             ) from None
 
     # --- Parquet ----------------------------------------------------------------------------------
 
-    def _as_parquet(self, lines: Path, columns: Sequence[tuple[str, str]], path: Path) -> None:
-        """Make a Parquet file of CSV in which `_NULL` is null, if it is not quoted."""
+    def _as_parquet(self, csv_path: Path, columns: Sequence[tuple[str, str]], path: Path) -> None:
+        """Convert CSV to a Parquet file; an unquoted `_NULL` is null."""
         types = ", ".join(f"{quoted(name)}: {quoted(kind)}" for name, kind in columns)
         with self._engine(path.parent) as engine:
             engine.execute(
-                f"copy (select * from read_csv({quoted(lines)}, columns = {{{types}}}, header = false, "
-                f"auto_detect = false, nullstr = '{_NULL}', allow_quoted_nulls = false, delim = ',', "
-                f"quote = '\"', escape = '\"')) to {quoted(path)} (format parquet)"
+                f"copy (select * from read_csv({quoted(csv_path)}, columns = {{{types}}}, "
+                f"header = false, auto_detect = false, nullstr = '{_NULL}', allow_quoted_nulls = false, "
+                f"delim = ',', quote = '\"', escape = '\"')) to {quoted(path)} (format parquet)"
             )
-        lines.unlink()
+        csv_path.unlink()
 
     def _engine(self, scratch: Path) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
         return duck.engine(self._settings.memory, scratch)
 
 
-class _Renewed(PostgresWarehouse):
+class _Rebuilding(PostgresWarehouse):
     """A warehouse inside a transaction that is not committed yet."""
 
-    def __init__(self, of: PostgresWarehouse, connection: sa.Connection, told: str) -> None:
-        self._settings, self._url, self._where = of._settings, of._url, of._where
-        self._prefix = of._prefix
-        self._connection, self._told = connection, told
+    def __init__(
+        self, warehouse: PostgresWarehouse, connection: sa.Connection, description: str
+    ) -> None:
+        self._settings, self._url, self._where = warehouse._settings, warehouse._url, warehouse._where
+        self._prefix = warehouse._prefix
+        self._connection, self._description = connection, description
 
     @contextmanager
     def lease(self, holder: str) -> Iterator[Lease]:
-        token = schema.take_token(self._connection, self._told)
+        token = schema.take_token(self._connection, self._description)
         yield Lease(self._connection, token, is_one_transaction=True)
 
 
 def _backend_of(session: psycopg.Connection[Any]) -> int:
-    """The process of the server that has the session's open transaction, or its next."""
-    (found,) = session.execute("select pg_backend_pid()").fetchone() or (0,)
-    return int(found)
+    """Return the server process of the session's open transaction, or of its next."""
+    (pid,) = session.execute("select pg_backend_pid()").fetchone() or (0,)
+    return int(pid)
 
 
 def _this_process() -> str:
@@ -651,31 +656,31 @@ def _this_process() -> str:
 
 
 def _is_there(connection: sa.Connection) -> bool:
-    found = sa.text("select to_regclass(:name) is not null")
+    query = sa.text("select to_regclass(:name) is not null")
     (name,) = in_database(connection, [WAREHOUSE.fullname])
-    return bool(connection.execute(found, {"name": name}).scalar())
+    return bool(connection.execute(query, {"name": name}).scalar())
 
 
-def _newest_holder(connection: sa.Connection, named: Mapping[str, str]) -> str:
-    """Who holds the lock, and since when.
+def _newest_holder(connection: sa.Connection, parameters: Mapping[str, str]) -> str:
+    """Describe who holds the lock, and since when.
 
-    What a rebuild or a holder of just now would tell of itself is not committed yet: then it is told by
-    the name of its session.
+    A rebuild, or a very recent holder, has not committed its description yet: then the name of its
+    session is used.
     """
-    session = connection.execute(sa.text(_HOLDERS_SESSION), named).first()
-    told = None
+    session = connection.execute(sa.text(_HOLDERS_SESSION), parameters).first()
+    row = None
     if _is_there(connection):
-        told = connection.execute(sa.select(WAREHOUSE.c.holder, WAREHOUSE.c.held_since)).one()
-    holder, since = told if told and told.held_since else ("another process", None)
+        row = connection.execute(sa.select(WAREHOUSE.c.holder, WAREHOUSE.c.held_since)).one()
+    holder, since = row if row and row.held_since else ("another process", None)
     if session and session.application_name.removeprefix(_OURS) not in holder:
         holder, since = session
     return f"{holder}, since {instant(since.replace(microsecond=0))}" if since else holder
 
 
-def _described(found: sa.CursorResult[Any]) -> list[tuple[str, str, str]]:
-    """Of each column of a result: its name, how a table holds it, and the type that DuckDB reads."""
+def _result_columns(result: sa.CursorResult[Any]) -> list[tuple[str, str, str]]:
+    """Return name, PostgreSQL type and DuckDB type of each column of a result."""
     columns = []
-    for name, oid, *_ in found.cursor.description or () if found.cursor is not None else ():
+    for name, oid, *_ in result.cursor.description or () if result.cursor is not None else ():
         known = psycopg.adapters.types.get(cast(int, oid))
         columns.append((name, *_TYPES.get(known.name if known else "", _TEXT)))
     return columns
@@ -744,8 +749,8 @@ def _let_read(connection: sa.Connection, name: str, roles: Collection[str]) -> N
 
 
 def _columns(connection: sa.Connection, table: str) -> list[tuple[str, str]]:
-    """The columns that a table really has, in their order, and the types of these."""
-    found = connection.execute(
+    """Return names and types of the columns that a table has in the database, in order."""
+    rows = connection.execute(
         sa.text(
             """
             select
@@ -759,7 +764,7 @@ def _columns(connection: sa.Connection, table: str) -> list[tuple[str, str]]:
         ),
         {"table": in_database(connection, [table])[0]},
     )
-    return [(name, kind) for name, kind in found]
+    return [(name, kind) for name, kind in rows]
 
 
 def _empty(connection: sa.Connection, token: int) -> None:
@@ -771,10 +776,12 @@ def _empty(connection: sa.Connection, token: int) -> None:
 
 
 def _make_empty(connection: sa.Connection, table: sa.Table) -> None:
-    """An empty table of ours; one that has its columns is kept, for those who read it."""
-    made = [(c.name, c.type.compile(connection.dialect).replace(", ", ",")) for c in table.columns]
-    held = _columns(connection, table.fullname)
-    if [(name, kind.lower()) for name, kind in made] == [(name, kind.lower()) for name, kind in held]:
+    """Make our table empty; a table with the right columns is kept, for its readers."""
+    defined = [(c.name, c.type.compile(connection.dialect).replace(", ", ",")) for c in table.columns]
+    existing = _columns(connection, table.fullname)
+    if [(name, kind.lower()) for name, kind in defined] == [
+        (name, kind.lower()) for name, kind in existing
+    ]:
         connection.execute(sa.delete(table))
         return
     _drop(connection, table.fullname)
@@ -782,21 +789,21 @@ def _make_empty(connection: sa.Connection, table: sa.Table) -> None:
 
 
 def _drop(connection: sa.Connection, name: str) -> None:
-    """Drop the table or view of ours, if it is there, with views of ours that read it.
+    """Drop our table or view, if it exists, with our views that read it.
 
     Raises:
-        SettingsError: something of somebody else depends on it; nothing is dropped.
+        SettingsError: a foreign object depends on it; nothing is dropped.
     """
-    known = sa.text("select relkind from pg_class where oid = to_regclass(:name)")
+    relation_kind = sa.text("select relkind from pg_class where oid = to_regclass(:name)")
     (real_name,) = in_database(connection, [name])
-    kind = connection.execute(known, {"name": real_name}).scalar()
+    kind = connection.execute(relation_kind, {"name": real_name}).scalar()
     if kind is None:
         return
     readers = set(connection.execute(sa.text(_VIEWS_OVER), {"name": real_name}).scalars())
-    if theirs := sorted(readers.difference(in_database(connection, ownership.planned()))):
+    if foreign_views := sorted(readers.difference(in_database(connection, ownership.planned()))):
         raise SettingsError(
-            f"{real_name} gets other columns, and {', '.join(theirs)} of somebody else read it; "
-            "nothing was changed. Drop them, run faletl build, and make them again"
+            f"{real_name} gets other columns, but foreign views read it: {', '.join(foreign_views)}; "
+            "nothing was changed. Drop these views, run faletl build, and create them again"
         )
     try:
         with connection.begin_nested():
@@ -827,18 +834,19 @@ def _with_percent_signs(
     context: Any,
     _is_many: bool,
 ) -> tuple[str, Any]:
-    """SQL as we write it has no parameters; psycopg would take a percent sign for one."""
+    """Escape percent signs in our SQL without parameters, which psycopg would take for parameters."""
     is_ours = context.compiled is None and not parameters
     return (statement.replace("%", "%%") if is_ours else statement), parameters
 
 
 def _cell(value: object) -> str:
-    """A value as CSV, for DuckDB."""
+    """Format a value as CSV, for DuckDB."""
     if value is None:
         return _NULL
     text = f"{value:f}" if isinstance(value, Decimal) else str(value)
     return '"' + text.replace('"', '""') + '"'
 
 
-def _said(error: object) -> str:
+def _reason_of(error: object) -> str:
+    """Return the first line of the server's message."""
     return str(error).strip().splitlines()[0]

@@ -1,4 +1,4 @@
-"""What a database must do to be a warehouse."""
+"""The protocol that each kind of warehouse implements."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 class Lease:
     """The right to write. `token` grows with every lease; each commit checks that it is the newest.
 
-    `is_one_transaction`: all that is done under it is committed, or undone, by whoever gave it.
+    `is_one_transaction`: the giver of the lease commits or undoes everything that is done under it.
     """
 
     connection: sa.Connection
@@ -25,100 +25,100 @@ class Lease:
     is_one_transaction: bool = False
 
     def transaction(self) -> sa.Transaction:
-        """What is done inside is done as a whole or not at all."""
+        """Open a transaction; inside one that is open already, a savepoint."""
         return self.connection.begin_nested() if self.is_one_transaction else self.connection.begin()
 
 
 class Warehouse(Protocol):
-    """What a database must provide to hold faletl's tables (docs/warehouses.md)."""
+    """The operations that a database must provide to store faletl's tables (docs/warehouses.md)."""
 
     dialect: str
-    """The sqlglot name of its SQL."""
+    """The name of its SQL dialect in sqlglot."""
 
-    # Who may use it.
+    # Access.
 
     def lease(self, holder: str) -> AbstractContextManager[Lease]:
-        """Become the only writer, creating or upgrading the warehouse if need be.
+        """Become the only writer; create or upgrade the warehouse if necessary.
 
         Raises:
-            WarehouseBusyError: somebody else held the lease for as long as we wait; says who.
-            TamperedError: it is damaged, or its tables were altered.
+            WarehouseBusyError: another process kept the lease longer than we wait; names that process.
+            TamperedError: the warehouse is damaged, or its tables were altered.
             StorageError: the disk refuses.
-            SettingsError: it is no warehouse of ours, or one of a newer faletl.
+            SettingsError: the database is not a faletl warehouse, or is one of a newer faletl.
         """
 
     def reading(
         self, *, wait: bool = True, is_older_fine: bool = False
     ) -> AbstractContextManager[sa.Connection | None]:
-        """A connection that sees what is loaded now, and goes on seeing that; None without a warehouse.
+        """Connect to read the loaded data, always in the state of now; None without a warehouse.
 
-        It may keep writers waiting: read and let go.
+        The connection may keep writers waiting: close it soon.
 
         Raises:
-            WarehouseBusyError: somebody writes; at once, or after as long as we `wait`.
-            TamperedError, SettingsError: it is no warehouse of ours, or one of a newer faletl; one of
-                an older faletl is upgraded, except where it may be read as it is.
+            WarehouseBusyError: another process writes; without `wait`, at once.
+            TamperedError, SettingsError: the database is not a faletl warehouse, or is one of a newer
+                faletl. One of an older faletl is upgraded, unless `is_older_fine`.
         """
 
     def published(self) -> AbstractContextManager[sa.Connection | None]:
-        """A connection for one select of a reader: never blocks a run, never sees half of one."""
+        """Connect for one select of a reader, who never blocks a run and never sees half of one."""
 
     def require_reader(self) -> None:
-        """Raises UsageError where a reader's query would have powers over the server."""
+        """Raise UsageError if a query of this role could do more on the server than read tables."""
 
-    def export(self, query: str, path: Path) -> bool:
-        """Write the rows of a reader's query to a Parquet file; False when nothing is published."""
+    def export_query(self, query: str, path: Path) -> bool:
+        """Write the rows of a reader's query to a Parquet file; return False if nothing is published."""
 
     def grant(self, role: str) -> None:
-        """Let a role of the database read marts and reports, now and after every build.
+        """Let a database role read marts and reports, now and after every build.
 
         Raises:
-            UsageError: the database has no roles, or not this one.
+            UsageError: the database has no roles, or does not have this one.
         """
 
-    def renewed(
+    def rebuilding(
         self, holder: str, token: int, ask: Callable[[sa.Connection], T]
     ) -> AbstractContextManager[tuple[Warehouse, T | None]]:
-        """An empty warehouse that takes the place of this one if all goes well, in one step.
+        """Make an empty warehouse that replaces this one in one step at the end, if all goes well.
 
-        This one is held meanwhile, and need not be readable; with the new one comes what it answers to
-        `ask`, None where it cannot. Leases of the new one have greater tokens than `token`, and than
-        those of this one, as far as these can be read.
+        This warehouse stays locked meanwhile, and may be unreadable. Yields the new warehouse, and what
+        `ask` returned for the old one, None if it cannot be read. Tokens of the new one are greater than
+        `token`, and than those of the old one, as far as these can be read.
 
         Raises: as `lease`.
         """
 
-    # What the core does under a lease.
+    # Work under a lease.
 
-    def take_in(self, connection: sa.Connection, table: sa.Table, source: str, scratch: Path) -> None:
-        """Insert the columns of the table from staged rows (`Staged.source`), in bulk.
+    def load_rows(self, connection: sa.Connection, table: sa.Table, source: str, scratch: Path) -> None:
+        """Insert staged rows (`Staged.source`) into the table, in bulk.
 
-        `scratch` is a folder for what has to be written on the way.
+        `scratch` is a folder for temporary files.
         """
 
-    def hand_out(self, connection: sa.Connection, query: sa.Select[Any], path: Path) -> None:
-        """Write the rows of a select to a Parquet file, typed as in the warehouse."""
+    def export_rows(self, connection: sa.Connection, query: sa.Select[Any], path: Path) -> None:
+        """Write the rows of a select to a Parquet file, with the types of the warehouse."""
 
     def define_functions(self, connection: sa.Connection) -> None:
-        """Create or replace the functions that the models call and the database does not have."""
+        """Create or replace the functions that the models call and the database lacks."""
 
-    def described(self, connection: sa.Connection, select: str) -> list[tuple[str, str]]:
-        """The name and type of each column of a select, as a table made of it would have them."""
+    def column_types(self, connection: sa.Connection, select: str) -> list[tuple[str, str]]:
+        """Return the name and type of each column that a table made from the select would have."""
 
     def make_view(self, connection: sa.Connection, name: str, select: str) -> None:
-        """A view in place of what is there; `select` is in its own dialect."""
+        """Create or replace a view; `select` is in the dialect of this database."""
 
     def make_table(self, connection: sa.Connection, name: str, select: str, by: str | None) -> None:
-        """An empty table with the columns of a select in place of what is there; days are in `by`."""
+        """Create or replace an empty table with the columns of a select; `by` is its column of days."""
 
     def analyze(self, connection: sa.Connection, name: str) -> None:
-        """A table was filled: look at it again, if that is what plans of queries stand on."""
+        """Gather statistics of a table that was filled, where query plans depend on them."""
 
     def publish(self, lease: Lease) -> str | None:
-        """Show the newest build to readers, in one step; None when they have it already.
+        """Show the newest build to readers, in one step; return where they find it.
 
-        Returns what readers open. It is the last thing that a lease can be used for.
+        Returns None if they have it already. A lease cannot be used after this.
 
         Raises:
-            WarehouseError: something was loaded that is not built yet.
+            WarehouseError: loaded data is not built yet.
         """

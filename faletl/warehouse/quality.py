@@ -1,4 +1,4 @@
-"""What ops keeps of quality: quarantined rows, drift, validations, failures."""
+"""Records of data quality in ops: quarantined rows, contract drift, validations, failures."""
 
 from __future__ import annotations
 
@@ -25,76 +25,76 @@ from faletl.warehouse.ledger import fence
 log = logging.getLogger(__name__)
 
 
-def keep_findings(
+def record_findings(
     lease: Lease,
     findings: Findings,
     outcome: Literal["loaded", "unchanged", "refused"],
     *,
     at: datetime,
 ) -> None:
-    """Inside a transaction: keep them; a drift that was not known yet is warned about.
+    """Record the findings of an extract, inside a transaction, and warn of new contract drift.
 
-    A read that was loaded (`at`), or found the same rows, resolves what was set aside of its window
-    before; one that was refused takes the place of earlier ones that were refused. The rows of the read
-    that holds the window stay open as long as reads find them still broken.
+    An extract that was loaded at `at`, or that confirmed the loaded rows, resolves the rows quarantined
+    before for its window; a refused one replaces earlier refused ones. Quarantined rows of the
+    current load stay open while later extracts still find violations.
     """
     extract, connection = findings.extract, lease.connection
-    is_kept = _settle(lease, findings, outcome, at)
+    is_still_open = _resolve_earlier(lease, findings, outcome, at)
     _insert(
         connection,
         QUARANTINE,
         []
-        if is_kept
+        if is_still_open
         else [
             {
                 **extract.columns,
                 "run_id": extract.run_id,
-                "page": one.page,
-                "row": one.row,
-                "endpoint_id": one.endpoint_id,
-                "reason": one.reason,
-                "raw_json": one.raw_json,
+                "page": row.page,
+                "row": row.row,
+                "endpoint_id": row.endpoint_id,
+                "reason": row.reason,
+                "raw_json": row.raw_json,
                 "landing_path": extract.path,
                 "fencing_token": lease.token,
                 "seen_at": extract.finished_at,
             }
-            for one in findings.set_aside
+            for row in findings.set_aside
         ],
     )
-    _note(connection, extract, findings.drifts)
+    _record_drift(connection, extract, findings.drifts)
     if findings.validations:
-        keep_validations(
+        record_validations(
             connection, extract.key, extract.extract_id, extract.run_id, findings.validations
         )
 
 
-def keep_validations(
+def record_validations(
     connection: sa.Connection,
     key: WindowKey,
     load_id: str,
     run_id: str,
     validations: Sequence[Validation],
 ) -> None:
-    """Inside a transaction: what was found of the read last takes the place of what was before."""
+    """Replace the validations of the extract, inside a transaction."""
     connection.execute(sa.delete(VALIDATIONS).where(VALIDATIONS.c.load_id == load_id))
     own = {**key.columns, "load_id": load_id, "run_id": run_id}
-    _insert(connection, VALIDATIONS, [{**own, **_fields(one)} for one in validations])
+    _insert(connection, VALIDATIONS, [{**own, **_fields(validation)} for validation in validations])
 
 
 def _fields(validation: Validation) -> dict[str, Any]:
     return {name: getattr(validation, name) for name in Validation.__slots__}
 
 
-def _settle(
+def _resolve_earlier(
     lease: Lease,
     findings: Findings,
     outcome: Literal["loaded", "unchanged", "refused"],
     at: datetime,
 ) -> bool:
-    """What earlier reads of the same window had set aside is not open any more.
+    """Resolve or delete the rows of the window that earlier extracts quarantined.
 
-    Returns whether it still is: where the read that holds the window has open rows, and this one
-    does not take its place.
+    Returns whether they stay open instead: the current load has open rows, and this extract does not
+    replace it.
     """
     extract, table, connection = findings.extract, QUARANTINE.c, lease.connection
     key, day = extract.key, Window.of_day(extract.key.window.day)
@@ -105,20 +105,20 @@ def _settle(
         table.seen_at <= extract.finished_at,
         table.resolved_at.is_(None),
     )
-    if not key.window.is_snapshot:  # a newer snapshot says all that an older one did
+    if not key.window.is_snapshot:  # a newer snapshot replaces an older one
         earlier = sa.and_(earlier, table.window_start >= day.start)
     own = table.load_id == extract.extract_id
     if not connection.execute(sa.select(sa.func.count()).where(sa.or_(earlier, own))).scalar_one():
-        return False  # as nearly always
-    holding = sa.union(
+        return False  # the usual case
+    current_ids = sa.union(
         sa.select(LOADS.c.load_id).where(LOADS.c.is_current),
         sa.select(LOADS.c.last_load_id).where(LOADS.c.is_current),
     )
-    of_holder = sa.and_(earlier, table.load_id.in_(holding))
-    has_open = connection.execute(sa.select(sa.func.count()).where(of_holder)).scalar_one() > 0
+    of_current_load = sa.and_(earlier, table.load_id.in_(current_ids))
+    has_open = connection.execute(sa.select(sa.func.count()).where(of_current_load)).scalar_one() > 0
     if outcome == "refused":
-        connection.execute(sa.delete(QUARANTINE).where(earlier, table.load_id.not_in(holding)))
-        is_own = connection.execute(sa.select(sa.func.count()).where(of_holder, own)).scalar_one()
+        connection.execute(sa.delete(QUARANTINE).where(earlier, table.load_id.not_in(current_ids)))
+        is_own = connection.execute(sa.select(sa.func.count()).where(of_current_load, own)).scalar_one()
         return bool(is_own)
     if outcome == "unchanged" and has_open and findings.breaches:
         return True
@@ -128,20 +128,20 @@ def _settle(
     return False
 
 
-def _note(connection: sa.Connection, extract: ExtractRef, drifts: Sequence[Drift]) -> None:
+def _record_drift(connection: sa.Connection, extract: ExtractRef, drifts: Sequence[Drift]) -> None:
     if not drifts:
         return
     key, table = extract.key, CONTRACT_DRIFT.c
-    found = connection.execute(
+    rows = connection.execute(
         sa.select(table.field, table.kind).where(
             table.account == key.account, table.resource == key.resource
         )
     )
-    known = {(field, kind) for field, kind in found}
-    fresh = [one for one in drifts if (one.field, one.kind) not in known]
-    for one in fresh:
-        log.warning("%s: %s (seen first in window %s, load %s; ops.contract_drift keeps it)",
-                    key.resource, _sentence(one), key.window, extract.extract_id)  # fmt: skip
+    known = {(field, kind) for field, kind in rows}
+    new_drifts = [drift for drift in drifts if (drift.field, drift.kind) not in known]
+    for drift in new_drifts:
+        log.warning("%s: %s (first seen in window %s, extract %s; see ops.contract_drift)",
+                    key.resource, _describe(drift), key.window, extract.extract_id)  # fmt: skip
     _insert(
         connection,
         CONTRACT_DRIFT,
@@ -149,27 +149,27 @@ def _note(connection: sa.Connection, extract: ExtractRef, drifts: Sequence[Drift
             {
                 "account": key.account,
                 "resource": key.resource,
-                "field": one.field,
-                "kind": one.kind,
-                "sample": one.sample,
+                "field": drift.field,
+                "kind": drift.kind,
+                "sample": drift.sample,
                 "load_id": extract.extract_id,
                 "first_seen_at": extract.finished_at,
                 "landing_path": extract.path,
             }
-            for one in fresh
+            for drift in new_drifts
         ],
     )
 
 
-def _sentence(drift: Drift) -> str:
+def _describe(drift: Drift) -> str:
     field = ascii(drift.field)[1:-1]
     match drift.kind:
         case "new":
-            return f"fal sends a field that is not known, {field}; it is kept in the landed pages alone"
+            return f"fal sends an unknown field, {field}; it is kept in the landed pages only"
         case "missing":
-            return f"fal does not send {field} any more"
+            return f"fal no longer sends {field}"
         case "retyped":
-            return f"fal sends {field} in another type: {ascii(drift.sample)[1:-1]}"
+            return f"fal sends {field} with another type: {ascii(drift.sample)[1:-1]}"
 
 
 def _insert(connection: sa.Connection, table: sa.Table, rows: Sequence[dict[str, Any]]) -> None:
@@ -178,15 +178,14 @@ def _insert(connection: sa.Connection, table: sa.Table, rows: Sequence[dict[str,
 
 
 REFUSED = 3
-"""The exit code of what a check refused (README, "Exit codes")."""
-
+"""The exit code of a window that a check refused (README, "Exit codes")."""
 
 LOCKED = "the account"
-"""The subject of the alert that fal locked the account."""
+"""The subject of the alert for an account that fal locked."""
 
 
 def failures_of(manifest: Manifest) -> sa.ColumnElement[bool]:
-    """Those of the window; of a snapshot also those of earlier ones, as it says all that they would."""
+    """Return the condition for failures of the window; for a snapshot, also those of earlier ones."""
     own = of_window(FAILURES, manifest.account, manifest.resource, manifest.window.day)
     if not manifest.window.is_snapshot:
         return own
@@ -207,12 +206,12 @@ def record_failure(
     window: Window,
     run_id: str,
 ) -> None:
-    """Keep a window's failure for `faletl status`, in place of an older one, and what was noticed.
+    """Record a window's failure for `faletl status`, replacing an older one, and the error's findings.
 
-    A window that is refused (exit code 3) raises an alert, and is news to reports when it first is. It
-    stays refused while fal cannot be asked again.
+    A refused window (exit code 3) raises an alert; the first refusal changes what reports show. The
+    window stays refused while later attempts fail for other reasons.
     """
-    same = sa.and_(
+    is_same_window = sa.and_(
         FAILURES.c.account == account,
         FAILURES.c.resource == resource,
         FAILURES.c.window_start == window.start,
@@ -220,17 +219,21 @@ def record_failure(
     is_refused = error.exit_code == REFUSED
     with lease.transaction():
         connection, now = lease.connection, datetime.now(UTC)
-        before = connection.execute(
-            sa.select(FAILURES.c.error, FAILURES.c.exit_code, FAILURES.c.data_version).where(same)
+        previous = connection.execute(
+            sa.select(FAILURES.c.error, FAILURES.c.exit_code, FAILURES.c.data_version).where(
+                is_same_window
+            )
         ).first()
         is_lock = isinstance(error, AccountLockedError)
-        if before is not None and before.exit_code == REFUSED and not (is_refused or is_lock):
+        if previous is not None and previous.exit_code == REFUSED and not (is_refused or is_lock):
             return
-        known = (
-            before.data_version if before is not None and before.error == type(error).__name__ else None
+        known_version = (
+            previous.data_version
+            if previous is not None and previous.error == type(error).__name__
+            else None
         )
-        data_version = fence(lease, changes_data=is_refused and known is None)
-        connection.execute(sa.delete(FAILURES).where(same))
+        data_version = fence(lease, changes_data=is_refused and known_version is None)
+        connection.execute(sa.delete(FAILURES).where(is_same_window))
         connection.execute(
             sa.insert(FAILURES).values(
                 run_id=run_id,
@@ -241,11 +244,11 @@ def record_failure(
                 exit_code=error.exit_code,
                 message=str(error),
                 failed_at=now,
-                data_version=data_version if known is None else known,
+                data_version=data_version if known_version is None else known_version,
             )
         )
         if isinstance(error.findings, Findings):
-            keep_findings(lease, error.findings, "refused", at=now)
+            record_findings(lease, error.findings, "refused", at=now)
         if is_refused:
             key = (resource, window.start.isoformat(), run_id)
             alert = alerts.Alert("refused", account, f"{resource} {window.day}", str(error), key)

@@ -1,7 +1,7 @@
 """The tables that faletl writes row by window: raw from the catalogue, ops by hand.
 
-Marts and reports are not here: they are what `sql/` selects. What the `grain` line is to a model,
-`info["grain"]` is to a table here: the columns that tell its rows apart; empty where there are none.
+Marts and reports are not here: the selects in `sql/` define them. As the `grain` line is to a model, so
+`info["grain"]` is to a table here: the columns that identify a row; empty where rows may repeat.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ SCHEMA_VERSION = 5
 """Grows when a table here changes: an older warehouse is upgraded, a newer one refused."""
 
 SCHEMAS: Mapping[str, str] = {
-    "raw": "What fal says, row by row, with where each row was landed.",
+    "raw": "Rows as fal sent them, each with the landed page that it came from.",
     "staging": "Raw, renamed and cast: instants in UTC, one credential id. Views and seeds; no sums.",
-    "marts": "Dimensions and facts: what analysts join.",
-    "reports": "What dashboards read: wide, named for people.",
-    "ops": "What faletl did and noticed: loads, restatements, quarantine, validations, failures.",
+    "marts": "Dimensions and facts, for analysts to join.",
+    "reports": "Wide tables for dashboards, with names for people.",
+    "ops": "The records of faletl: loads, restatements, quarantine, validations, failures.",
 }
-"""What each schema is for, in reading order: in docs/, and as a comment where a database keeps it."""
+"""The purpose of each schema, in reading order: shown in docs/, and as a comment on the schema where the
+database keeps one."""
 
 LAYERS = ("staging", "marts", "reports")
-"""Schemas of what `sql/` selects, in build order."""
+"""Schemas of the models in `sql/`, in build order."""
 
 METADATA = sa.MetaData()
 
 
 _TEXT = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
-"""Compared by code point in every database: ids that differ are different, and sort alike."""
+"""Text compared by code point, so that ids compare and sort alike in every database."""
 
 
 def _instant() -> sa.DateTime:
@@ -53,8 +54,8 @@ _TYPES: Mapping[Kind, sa.types.TypeEngine[Any]] = {
 def _raw_table(resource: Resource) -> sa.Table:
     lead: list[sa.Column[Any]] = [
         sa.Column("_account", _TEXT, comment="account label; see marts.dim_account"),
-        sa.Column("_load_id", _TEXT, comment="the load that brought the row; see ops.loads"),
-        sa.Column("_page", sa.Integer, comment="page of the load, counted from 1"),
+        sa.Column("_load_id", _TEXT, comment="id of the load that inserted the row; see ops.loads"),
+        sa.Column("_page", sa.Integer, comment="page of the extract, counted from 1"),
         sa.Column("_row", sa.Integer, comment="row of the page, counted from 1"),
     ]
     if resource.window == "snapshot":
@@ -63,7 +64,9 @@ def _raw_table(resource: Resource) -> sa.Table:
         names = ", ".join(resource.identity)
         lead += [
             sa.Column("_hash", _TEXT, comment=f"fingerprint of account, {names}"),
-            sa.Column("_ordinal", sa.Integer, comment="number among rows of the same hash, from 1"),
+            sa.Column(
+                "_ordinal", sa.Integer, comment="number of the row among rows of the same hash, from 1"
+            ),
         ]
     body = [
         sa.Column(column.name, _TYPES[column.kind], comment=column.comment)
@@ -83,13 +86,13 @@ def _raw_table(resource: Resource) -> sa.Table:
 
 
 def _index_on_server(table: sa.Table, column: str) -> None:
-    """An index over the column that puts a row on a day; DuckDB finds days without one."""
+    """Index the column that assigns a row to a day; DuckDB needs no index for that."""
     name = f"{table.name}_{column.strip('_')}"
     sa.Index(name, table.c[column]).ddl_if(dialect="postgresql")
 
 
 def _raw_grain(resource: Resource) -> tuple[str, ...]:
-    """What tells rows of the raw table apart; nothing where fal may send a line in two parts."""
+    """Return the columns that identify a raw row; none where fal may send a line in two parts."""
     if resource.identity:
         return ("_account", "_hash", "_ordinal")
     if resource.window == "snapshot":
@@ -130,12 +133,12 @@ SEED_UNIT = sa.Table(
     "seed_unit",
     METADATA,
     sa.Column("unit", _TEXT, comment="unit as billed, trimmed and in lower case"),
-    sa.Column("canonical_unit", _TEXT, comment="one spelling for all of its spellings"),
+    sa.Column("canonical_unit", _TEXT, comment="the one spelling that all spellings of the unit map to"),
     sa.Column("family", _TEXT, comment=", ".join(UNIT_FAMILIES)),
-    sa.Column("base_unit", _TEXT, comment="what a quantity can be counted in"),
-    sa.Column("factor", sa.Numeric(PRECISION, SCALE), comment="base units in one unit"),
+    sa.Column("base_unit", _TEXT, comment="unit into which quantities are converted"),
+    sa.Column("factor", sa.Numeric(PRECISION, SCALE), comment="number of base units in one unit"),
     schema="staging",
-    comment="What units mean: sql/seeds/unit.csv, and the user's own table (FALETL_UNITS).",
+    comment="Meaning of each unit: sql/seeds/unit.csv and FALETL_UNITS.",
     info={"grain": ("unit",)},
 )
 
@@ -144,11 +147,11 @@ SEED_CREDENTIAL_OWNER = sa.Table(
     METADATA,
     sa.Column("account", _TEXT, comment="account label; empty for all accounts"),
     sa.Column("credential_id", _TEXT, comment="key:…, user:…, label:… or none"),
-    sa.Column("owner", _TEXT, comment="whose it is"),
+    sa.Column("owner", _TEXT, comment="person or service that owns the credential"),
     sa.Column("team", _TEXT, comment="team that pays"),
     sa.Column("cost_centre", _TEXT, comment="cost centre that pays"),
     schema="staging",
-    comment="Whose credentials are: sql/seeds/credential_owner.csv, and the user's own (FALETL_OWNERS).",
+    comment="Owner of each credential: sql/seeds/credential_owner.csv and FALETL_OWNERS.",
     info={"grain": ("account", "credential_id")},
 )
 
@@ -156,9 +159,9 @@ SEED_THRESHOLD = sa.Table(
     "seed_threshold",
     METADATA,
     sa.Column("name", _TEXT, comment="the setting without FALETL_, in lower case"),
-    sa.Column("value", sa.Numeric(PRECISION, SCALE), comment="its value"),
+    sa.Column("value", sa.Numeric(PRECISION, SCALE), comment="value of the setting"),
     schema="staging",
-    comment="From when on a charge counts as run away: the settings FALETL_RUNAWAY_….",
+    comment="Thresholds above which a charge is a runaway charge: the settings FALETL_RUNAWAY_….",
     info={"grain": ("name",)},
 )
 
@@ -169,240 +172,273 @@ WAREHOUSE = _ops_table(
     "The warehouse itself: one row.",
     (),
     schema_version=(sa.Integer(), "version of the raw and ops tables"),
-    faletl_version=(_TEXT, "faletl that made or upgraded them; null where an older one did"),
-    fencing_token=(_COUNT, "token of the newest lease; an older one may not commit"),
-    holder=(_TEXT, "who took the newest lease"),
-    held_since=(_AT, "when"),
+    faletl_version=(
+        _TEXT,
+        "version of faletl that created or upgraded them; null where an older one did",
+    ),
+    fencing_token=(
+        _COUNT,
+        "token of the newest lease; a transaction with an older token may not commit",
+    ),
+    holder=(_TEXT, "process that took the newest lease"),
+    held_since=(_AT, "when it was taken"),
     data_version=(_COUNT, "grows with every change of a raw table"),
-    warehouse_id=(_TEXT, "the warehouse among those that share a landing folder; receipts carry it"),
+    warehouse_id=(
+        _TEXT,
+        "id of the warehouse among those that share a landing folder; receipts carry it",
+    ),
     decided_until=(
         _AT,
-        "newest rename or forget of an account that its tables follow; null without any",
+        "newest decision to rename or forget an account that the tables reflect; null if none",
     ),
 )
 
 OBJECTS = _ops_table(
     "objects",
-    "Tables and views of staging, marts and reports that faletl made; others are never touched.",
+    "Tables and views of staging, marts and reports that faletl made; it never touches others.",
     ("name",),
-    name=(_TEXT, "the table or view, with its schema as the database calls it"),
+    name=(_TEXT, "table or view, with the name of its schema in the database"),
 )
 
 LOADS = _ops_table(
     "loads",
-    "Loads of windows: the ledger of what raw holds and what it held before.",
+    "The ledger: one row per load of a window, current and replaced.",
     ("load_id",),
-    load_id=(_TEXT, "id of the read and its load; the folder of its pages has that name"),
-    run_id=(_TEXT, "run that read the window"),
+    load_id=(_TEXT, "id of the extract and its load; the folder of its pages has that name"),
+    run_id=(_TEXT, "run that extracted the window"),
     account=(_TEXT, "account label"),
     resource=(_TEXT, "collection of the fal API"),
     window_start=(_AT, "start of the window, or instant of the snapshot"),
     window_end=(_AT, "end of the window, exclusive; equal to the start for a snapshot"),
-    pages=(_COUNT, "pages that hold the rows"),
-    rows=(_COUNT, "rows that raw holds of the window after the load"),
+    pages=(_COUNT, "number of pages with rows"),
+    rows=(_COUNT, "rows of the window in raw after the load"),
     cost_total=(
         sa.Numeric(PRECISION, SCALE),
-        "sum over the rows, to compare with raw: no amount to report, as it mixes currencies",
+        "sum over the rows, to compare with raw; do not report it, because it mixes currencies",
     ),
     control_total=(
         sa.Numeric(PRECISION, SCALE),
-        "sum of cost_total that fal itself says for the window; null where it says none",
+        "fal's own total of cost_total for the window; null where fal gives none",
     ),
-    digest=(_TEXT, "fingerprint of the rows, whatever their order"),
-    asked_digest=(_TEXT, "fingerprint of the endpoint ids that were asked for; null where all were"),
-    proof=(_TEXT, "how completeness was shown: summary, two walks, none; differs on an open day"),
-    dropped_rows=(_COUNT, "rows that fal sent from outside the window"),
-    quarantined_rows=(_COUNT, "rows set aside for a breach of contract; see ops.quarantine"),
-    doubtful_rows=(_COUNT, "rows kept as sent though odd: another currency, costs that do not add up"),
-    rounded_amounts=(_COUNT, "amounts that lost the noise of a binary float"),
-    fencing_token=(_COUNT, "token of the lease under which it was loaded"),
-    last_fencing_token=(_COUNT, "token of the newest lease under which the same rows were found"),
+    digest=(_TEXT, "fingerprint of the rows, independent of their order"),
+    asked_digest=(_TEXT, "fingerprint of the requested endpoint ids; null where all were requested"),
+    proof=(_TEXT, "how completeness was proven: summary, two walks or none; differs on an open day"),
+    dropped_rows=(_COUNT, "rows that fal sent although they are outside the window"),
+    quarantined_rows=(
+        _COUNT,
+        "rows quarantined because they violate fal's contract; see ops.quarantine",
+    ),
+    doubtful_rows=(
+        _COUNT,
+        "rows loaded as sent although doubtful: another currency, costs that do not add up",
+    ),
+    rounded_amounts=(_COUNT, "amounts from which the noise of a binary float was removed"),
+    fencing_token=(_COUNT, "token of the lease under which the rows were loaded"),
+    last_fencing_token=(_COUNT, "token of the newest lease under which an extract confirmed the rows"),
     landing_path=(_TEXT, "folder of the landed pages, below the landing folder"),
-    last_load_id=(_TEXT, "id of the newest read that found the same rows"),
-    read_at=(_AT, "when the read began that brought the rows"),
-    last_read_at=(_AT, "when the newest read began that found the same rows"),
-    changed_at=(_AT, "when the extract began that changed the closed window last; null if none did"),
+    last_load_id=(_TEXT, "id of the newest extract with the same rows"),
+    read_at=(_AT, "start of the extract that brought the rows"),
+    last_read_at=(_AT, "start of the newest extract with the same rows"),
+    changed_at=(
+        _AT,
+        "start of the last extract that changed the window after its end; null if none did",
+    ),
     loaded_at=(_AT, "when the rows were loaded"),
-    whole_catalogue_at=(_AT, "when the window was last asked for all endpoints, not only those used"),
-    data_version=(_COUNT, "version of the raw tables that the load made; see ops.warehouse"),
-    is_current=(_FLAG, "whether raw holds these rows, and not those of a newer load"),
-    is_provisional=(_FLAG, "whether the day was still open when it was last read"),
-    is_settled=(_FLAG, "whether the day had ended 24 hours ago when it was last read"),
+    whole_catalogue_at=(_AT, "last extract that asked for all endpoints, not only those in use"),
+    data_version=(_COUNT, "version of the raw tables after the load; see ops.warehouse"),
+    is_current=(_FLAG, "whether these rows are in raw, and not those of a newer load"),
+    is_provisional=(_FLAG, "whether the day was still open when last extracted"),
+    is_settled=(_FLAG, "whether the day had ended at least 24 hours before it was last extracted"),
 )
 
 RESTATEMENTS = _ops_table(
     "restatements",
-    "What a read changed in a window that had been read after its end: one row per changed line.",
+    "Changes that an extract made to a window extracted after its end before: one row per changed line.",
     ("load_id", "endpoint_id", "unit", "currency", "credential_id"),
-    load_id=(_TEXT, "load that brought the change"),
+    load_id=(_TEXT, "id of the load that made the change"),
     account=(_TEXT, "account label"),
     resource=(_TEXT, "collection of the fal API"),
     window_start=(_AT, "start of the window"),
     endpoint_id=(_TEXT, "fal's id of the model endpoint"),
     unit=(_TEXT, "billing unit, exactly as fal writes it"),
-    currency=(_TEXT, "ISO 4217 code of the costs; USD for billing events, XXX where fal gave none"),
-    credential_id=(_TEXT, "who spent; see marts.dim_credential"),
-    quantity_before=(sa.Numeric(PRECISION, SCALE), "quantity as it was; 0 where the line is new"),
-    quantity_after=(sa.Numeric(PRECISION, SCALE), "quantity as it is now; 0 where the line is gone"),
-    cost_total_before=(sa.Numeric(PRECISION, SCALE), "charge as it was"),
-    cost_total_after=(sa.Numeric(PRECISION, SCALE), "charge as it is now"),
-    seen_at=(_AT, "when the read was complete that showed the change"),
+    currency=(_TEXT, "ISO 4217 code of the costs; USD for billing events, XXX where fal sent none"),
+    credential_id=(_TEXT, "credential that spent; see marts.dim_credential"),
+    quantity_before=(
+        sa.Numeric(PRECISION, SCALE),
+        "quantity before the change; 0 where the line is new",
+    ),
+    quantity_after=(sa.Numeric(PRECISION, SCALE), "quantity after the change; 0 where the line is gone"),
+    cost_total_before=(
+        sa.Numeric(PRECISION, SCALE),
+        "charge before the change; 0 where the line is new",
+    ),
+    cost_total_after=(sa.Numeric(PRECISION, SCALE), "charge after the change; 0 where the line is gone"),
+    seen_at=(_AT, "end of the extract that showed the change"),
 )
 
 QUARANTINE = _ops_table(
     "quarantine",
-    "Rows that broke their contract and are not in raw: looked at by faletl quarantine.",
+    "Rows that violate fal's contract and are not in raw; faletl quarantine lists them.",
     ("load_id", "page", "row"),
-    load_id=(_TEXT, "id of the read; the folder of its pages has that name"),
-    run_id=(_TEXT, "run that read the window"),
+    load_id=(_TEXT, "id of the extract; the folder of its pages has that name"),
+    run_id=(_TEXT, "run that extracted the window"),
     account=(_TEXT, "account label"),
     resource=(_TEXT, "collection of the fal API"),
     window_start=(_AT, "start of the window, or instant of the snapshot"),
-    page=(sa.Integer(), "page of the read, counted from 1"),
+    page=(sa.Integer(), "page of the extract, counted from 1"),
     row=(sa.Integer(), "row of the page, counted from 1"),
-    endpoint_id=(_TEXT, "fal's id of the model endpoint, where the row tells it"),
-    reason=(_TEXT, "what is wrong with the row"),
-    raw_json=(_TEXT, "the row as fal sent it; of a very long one the beginning"),
+    endpoint_id=(_TEXT, "fal's id of the model endpoint, where the row has one"),
+    reason=(_TEXT, "how the row violates the contract"),
+    raw_json=(_TEXT, "the row as fal sent it; a very long row is cut off"),
     landing_path=(_TEXT, "folder of the landed pages, below the landing folder"),
-    fencing_token=(_COUNT, "token of the lease under which the row was set aside or resolved"),
-    seen_at=(_AT, "when the read was complete that brought it"),
-    resolved_at=(_AT, "when its window was loaded without such rows; null while it is open"),
+    fencing_token=(_COUNT, "token of the lease under which the row was quarantined or resolved"),
+    seen_at=(_AT, "end of the extract that contained the row"),
+    resolved_at=(_AT, "when the window was loaded without such rows; null while the row is open"),
 )
 
 CONTRACT_DRIFT = _ops_table(
     "contract_drift",
-    "First sight of each change of what fal sends: a field that is new, missing or of another type.",
+    "First occurrence of each change in fal's answers: a field that is new, missing or of another type.",
     ("account", "resource", "field", "kind"),
     account=(_TEXT, "account label"),
     resource=(_TEXT, "collection of the fal API"),
-    field=(_TEXT, "where it stands in a record; steps are separated by dots"),
+    field=(_TEXT, "path of the field in a record; steps are separated by dots"),
     kind=(_TEXT, "new, missing or retyped"),
-    sample=(_TEXT, "the beginning of one such value, as fal sent it; null where it is missing"),
-    load_id=(_TEXT, "read that showed it first"),
-    first_seen_at=(_AT, "when that read was complete"),
-    landing_path=(_TEXT, "folder of its landed pages, below the landing folder"),
+    sample=(_TEXT, "beginning of one such value, as fal sent it; null where the field is missing"),
+    load_id=(_TEXT, "id of the first extract with the change"),
+    first_seen_at=(_AT, "end of that extract"),
+    landing_path=(_TEXT, "folder of the landed pages, below the landing folder"),
 )
 
 VALIDATIONS = _ops_table(
     "validations",
-    "What the gate found of each load, and of loads that it refused: one row per expectation.",
+    "Results of the gate for each extract, loaded or refused: one row per expectation.",
     ("load_id", "expectation"),
-    load_id=(_TEXT, "id of the read; the folder of its pages has that name"),
+    load_id=(_TEXT, "id of the extract; the folder of its pages has that name"),
     run_id=(_TEXT, "run that validated"),
     account=(_TEXT, "account label"),
     resource=(_TEXT, "collection of the fal API"),
     window_start=(_AT, "start of the window, or instant of the snapshot"),
-    expectation=(_TEXT, "what is expected"),
+    expectation=(_TEXT, "description of the expectation"),
     severity=(_TEXT, "critical refuses the window; warning and info are only recorded"),
-    success=(_FLAG, "whether it is so"),
-    observed=(_TEXT, "what was found"),
-    unexpected_count=(_COUNT, "rows that are not as expected"),
-    sample_keys=(_TEXT, "keys of some of them, as JSON"),
-    validated_at=(_AT, "when"),
+    success=(_FLAG, "whether the window meets the expectation"),
+    observed=(_TEXT, "what the gate observed"),
+    unexpected_count=(_COUNT, "number of rows that do not meet the expectation"),
+    sample_keys=(_TEXT, "keys of some of these rows, as JSON"),
+    validated_at=(_AT, "time of the validation"),
 )
 
 HORIZONS = _ops_table(
     "horizons",
-    "From which day on the ledger of an account's resource is to be complete: the first asked for.",
+    "First day to load of each account and resource; from it on, the ledger must be complete.",
     ("account", "resource"),
-    account=(_TEXT, "account label; the fingerprint of a key as long as its label is unknown"),
+    account=(_TEXT, "account label; the fingerprint of the key while the label is unknown"),
     resource=(_TEXT, "collection of the fal API"),
-    first_day=(sa.Date(), "every UTC day from here on that is not loaded is due"),
-    is_decided=(_FLAG, "whether FALETL_FIRST_DAYS counts no longer; null in rows of an older faletl"),
+    first_day=(sa.Date(), "first UTC day; every later day that is not loaded is due"),
+    is_decided=(_FLAG, "whether FALETL_FIRST_DAYS no longer applies; null in rows of an older faletl"),
 )
 
 UNKNOWN_ENDPOINTS = _ops_table(
     "unknown_endpoints",
-    "Endpoint ids that a fal API answered 404 for; they are not asked again for some days.",
+    "Endpoint ids that fal answered with 404; they are not requested again for seven days.",
     ("account", "resource", "endpoint_id"),
     account=(_TEXT, "account label"),
     resource=(_TEXT, "collection of the fal API"),
     endpoint_id=(_TEXT, "fal's id of the model endpoint"),
-    seen_at=(_AT, "when fal last said that it does not know it"),
+    seen_at=(_AT, "when fal last answered 404 for the id"),
 )
 
 FAILURES = _ops_table(
     "failures",
-    "Windows whose last attempt failed; a window that loads leaves no row.",
+    "Windows whose last attempt failed; the row is deleted when the window loads.",
     ("account", "resource", "window_start"),
     run_id=(_TEXT, "run that failed"),
     account=(_TEXT, "account label"),
     resource=(_TEXT, "collection of the fal API"),
     window_start=(_AT, "start of the window"),
-    error=(_TEXT, "kind of the error"),
-    exit_code=(sa.Integer(), "exit code of the error: 3 if the window was refused; null in older rows"),
-    message=(_TEXT, "the error in one sentence"),
-    failed_at=(_AT, "when"),
-    data_version=(_COUNT, "version of the raw tables when the window first failed so"),
+    error=(_TEXT, "class of the error"),
+    exit_code=(
+        sa.Integer(),
+        "exit code of the error: 3 if the window was refused; null in rows of an older faletl",
+    ),
+    message=(_TEXT, "error message, one sentence"),
+    failed_at=(_AT, "time of the failure"),
+    data_version=(_COUNT, "version of the raw tables when the window first failed with this error"),
 )
 
 ACCOUNTS = _ops_table(
     "accounts",
-    "Account labels, each bound to fal's usernames and to the keys that were seen with it.",
+    "Account labels, with the fal usernames and the keys that each is bound to.",
     ("account",),
     account=(_TEXT, "account label"),
-    usernames=(_TEXT, "fal's usernames of the account, as a JSON array; the newest is the last"),
+    usernames=(_TEXT, "fal's usernames of the account, as a JSON array, the newest last"),
     key_ids=(_TEXT, "salted SHA-256 of the id of each of its keys, as a JSON array"),
-    is_sandbox=(_FLAG, "whether a sandbox invented the account"),
-    bound_at=(_AT, "when the label was bound first"),
+    is_sandbox=(_FLAG, "whether the account is invented by a sandbox"),
+    bound_at=(_AT, "when the label was first bound"),
 )
 
 HOLDS = _ops_table(
     "holds",
-    "Extracts that are not loaded, because loading them would remove rows that were proven before.",
+    "Held windows: extracts that are not loaded, because that would remove rows proven before.",
     ("account", "resource", "window_start"),
     account=(_TEXT, "account label"),
     resource=(_TEXT, "collection of the fal API"),
     window_start=(_AT, "start of the window"),
     load_id=(_TEXT, "id of the newest held extract; the folder of its pages has that name"),
-    landing_path=(_TEXT, "folder of its landed pages, below the landing folder"),
-    rows_loaded=(_COUNT, "rows that are loaded"),
-    rows_extracted=(_COUNT, "rows of the held extract"),
+    landing_path=(_TEXT, "folder of the landed pages, below the landing folder"),
+    rows_loaded=(_COUNT, "number of loaded rows"),
+    rows_extracted=(_COUNT, "number of rows in the held extract"),
     cost_total_loaded=(
         sa.Numeric(PRECISION, SCALE),
-        "sum over the rows that are loaded; null where rows have no cost",
+        "sum over the loaded rows; null where rows have no cost",
     ),
     cost_total_extracted=(sa.Numeric(PRECISION, SCALE), "sum over the rows of the held extract"),
     rows_digest=(_TEXT, "fingerprint of the loaded rows that the held extract lacks"),
-    is_final=(_FLAG, "whether the window is too old to be served for certain; not extracted again"),
-    held_since=(_AT, "when the first extract began that was held"),
-    last_extracted_at=(_AT, "when the newest extract began that was held"),
+    is_final=(
+        _FLAG,
+        "whether the window is so old that fal may no longer serve all of it; not extracted again",
+    ),
+    held_since=(_AT, "start of the first held extract"),
+    last_extracted_at=(_AT, "start of the newest held extract"),
     data_version=(_COUNT, "version of the raw tables when the window was first held"),
 )
 
 ACCEPTANCES = _ops_table(
     "acceptances",
-    "What people accepted with faletl accept: windows that were held, or refused by a contract rule.",
+    "Decisions made with faletl accept: windows that were held, or refused by a contract rule.",
     ("acceptance_id",),
     acceptance_id=(_TEXT, "id of the acceptance"),
     account=(_TEXT, "account label"),
     resource=(_TEXT, "collection of the fal API"),
     window_start=(_AT, "start of the window"),
     load_id=(_TEXT, "id of the extract that was accepted"),
-    accepted=(_TEXT, "held: the held extract; kept: what is loaded; refused: refused rows"),
-    rows_digest=(_TEXT, "fingerprint of the missing or refused rows; holds for later extracts as well"),
-    reason=(_TEXT, "why, in the words of who accepted"),
-    rows_before=(_COUNT, "rows that were loaded"),
-    rows_after=(_COUNT, "rows of the extract"),
-    cost_total_before=(sa.Numeric(PRECISION, SCALE), "sum over the rows that were loaded"),
+    accepted=(
+        _TEXT,
+        "what was accepted: held (the held extract), kept (the loaded rows) or refused (refused rows)",
+    ),
+    rows_digest=(_TEXT, "fingerprint of the missing or refused rows; also valid for later extracts"),
+    reason=(_TEXT, "reason given by the person who accepted"),
+    rows_before=(_COUNT, "number of rows loaded before"),
+    rows_after=(_COUNT, "number of rows in the extract"),
+    cost_total_before=(sa.Numeric(PRECISION, SCALE), "sum over the rows loaded before"),
     cost_total_after=(sa.Numeric(PRECISION, SCALE), "sum over the rows of the extract"),
     accepted_by=(_TEXT, "user of the operating system"),
-    accepted_at=(_AT, "when"),
+    accepted_at=(_AT, "time of the decision"),
 )
 
 ALERTS = _ops_table(
     "alerts",
-    "What people should look at: one row from its first sight on, resolved when it is over.",
+    "Alerts for people: one row each, resolved when the cause is gone.",
     ("alert_key",),
-    alert_key=(_TEXT, "fingerprint of kind and subject"),
+    alert_key=(_TEXT, "fingerprint that identifies the alert"),
     kind=(_TEXT, "held, refused, locked or runaway"),
     account=(_TEXT, "account label; null where it is not known"),
-    subject=(_TEXT, "what it is about: a window, a request, or the account"),
-    detail=(_TEXT, "the sentence for people"),
-    first_seen_at=(_AT, "when it was noticed first"),
-    announced_at=(_AT, "when it was sent; null as long as it was not"),
-    resolved_at=(_AT, "when it was over; null while it is open"),
-    resolution_announced_at=(_AT, "when the end was sent; null as long as it was not"),
+    subject=(_TEXT, "subject of the alert: a window, a request or the account"),
+    detail=(_TEXT, "message for people"),
+    first_seen_at=(_AT, "when the alert was raised"),
+    announced_at=(_AT, "when the alert was sent; null while it is not"),
+    resolved_at=(_AT, "when the cause was gone; null while the alert is open"),
+    resolution_announced_at=(_AT, "when its resolution was sent; null while it is not"),
 )
 
 BUILDS = _ops_table(
@@ -411,16 +447,16 @@ BUILDS = _ops_table(
     ("build_id",),
     build_id=(_TEXT, "id of the build"),
     run_id=(_TEXT, "run that built"),
-    days=(_COUNT, "days that were made anew"),
-    checks=(_COUNT, "checks that returned no rows"),
-    data_version=(_COUNT, "version of the raw tables it stands on"),
+    days=(_COUNT, "number of days that were rebuilt"),
+    checks=(_COUNT, "number of checks that passed"),
+    data_version=(_COUNT, "version of the raw tables that the build is made from"),
     fencing_token=(
         _COUNT,
-        "token of the lease under which it was built; the greatest is the newest",
+        "token of the lease under which it was built; the greatest token is the newest build",
     ),
-    is_full=(_FLAG, "whether everything was made anew, not only the days that changed"),
-    models_digest=(_TEXT, "fingerprint of the SQL and seeds it was made with"),
-    started_at=(_AT, "start"),
-    finished_at=(_AT, "end"),
-    published_at=(_AT, "when it was shown to readers"),
+    is_full=(_FLAG, "whether everything was rebuilt, not only the days that changed"),
+    models_digest=(_TEXT, "fingerprint of the SQL and seeds that it was made with"),
+    started_at=(_AT, "start of the build"),
+    finished_at=(_AT, "end of the build"),
+    published_at=(_AT, "when the build was published"),
 )

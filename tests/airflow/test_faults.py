@@ -135,9 +135,9 @@ CASES = {
     "contract": Case("extract", "fal answered 400", "failed", fault=Fault(status=400)),
     "unavailable": Case("extract", "fal answered 429", "up_for_retry", 200, fault=BUSY),
     "data": Case("extract", "negative", "failed", account=negative),
-    "warehouse": Case("plan", "is held by a long load (process", "up_for_retry", prepare=held),
+    "warehouse": Case("plan", "is in use by a long load (process", "up_for_retry", prepare=held),
     "disk": Case("plan", "Not a directory", "up_for_retry", prepare=no_folder),
-    "tampered": Case("plan", "faletl rebuild make it anew", "failed", prepare=spoilt),
+    "tampered": Case("plan", "run faletl rebuild", "failed", prepare=spoilt),
     "lease": Case(
         "plan", "a newer run took over the warehouse (faletl load, run of tomorrow)", "failed quietly",
         before=OVERTAKEN,
@@ -354,13 +354,13 @@ HOURS = (timedelta(hours=3), timedelta(hours=20))
 def test_tasks_that_are_cleared_and_run_again_ask_fal_nothing_and_change_nothing(
     clock: time_machine.Traveller, settings: Settings, sandbox: Sandbox
 ) -> None:
-    path = distributed.make_plan(settings, Asked(truth.day(22), truth.day(23), ["usage"]))
+    path = distributed.write_plan(settings, Asked(truth.day(22), truth.day(23), ["usage"]))
     assert path
-    (piece,) = distributed.pieces(path)
+    (piece,) = distributed.chunks(path)
     seen = []
     for _ in range(10):
         asked_before = len(sandbox.requests)
-        assert distributed.extract_piece(settings, piece).exit_code == 0
+        assert distributed.extract_chunk(settings, piece).exit_code == 0
         assert distributed.load_plan(settings, path).exit_code == 0
         held = [
             ask(settings, f"from {table} order by all", opened) for table in ("ops.loads", "raw.usage")
@@ -390,5 +390,5 @@ def test_catching_up_400_days_asks_for_each_once(
     assert (len(forecast.windows), forecast.calls) == (400, 800)  # some three minutes, five a second
     pipeline.run(settings, usage)
     before = len(sandbox.requests)
-    assert distributed.make_plan(settings, usage) is None
+    assert distributed.write_plan(settings, usage) is None
     assert [one.path for one in sandbox.requests[before:]] == ["/account/billing"]  # whose key it is

@@ -128,7 +128,7 @@ def test_a_new_username_under_a_known_key_keeps_its_label_and_is_warned_about_on
         caplog.clear()
         assert pipeline.run(settings).account == "acme"
         told.append([one.getMessage() for one in caplog.records if "acme-inc" in one.getMessage()])
-    assert told == [["fal calls the account 'acme' now 'acme-inc'; it keeps its label 'acme'"], []]
+    assert told == [["fal renamed the account 'acme' to 'acme-inc'; it keeps its label 'acme'"], []]
     assert set(spent(settings)) == {"acme"}
     account.account = "acme"
     pipeline.run(settings)
@@ -368,11 +368,11 @@ def test_usage_alone_of_a_new_label_is_judged_by_its_charges_too(
 ) -> None:
     first, second, _ = twice
     before = spent(first)
-    path = distributed.make_plan(second, Asked(truth.day(22), truth.day(23), ["usage"]))
+    path = distributed.write_plan(second, Asked(truth.day(22), truth.day(23), ["usage"]))
     assert path is not None
     assert [one.resource for one in distributed.read_plan(path).windows] == ["billing_events", "usage"]
-    for piece in distributed.pieces(path):
-        assert distributed.extract_piece(second, piece).exit_code == 0
+    for piece in distributed.chunks(path):
+        assert distributed.extract_chunk(second, piece).exit_code == 0
     report = distributed.load_plan(second, path)
     assert [type(error) for _, error in report.failures] == [SharedChargesError] * 2
     assert pipeline.run(second, Asked(truth.day(22), truth.day(23), ["usage"])).exit_code == 3
@@ -476,11 +476,11 @@ def test_usage_alone_of_a_label_with_charges_of_its_own_is_loaded_after_its_char
     clock.shift(timedelta(days=1))
     labels["acme"].run("usage", "billing_events")
     second = labels["beta"].settings
-    path = distributed.make_plan(second, Asked(truth.day(24), truth.day(25), ["usage"]))
+    path = distributed.write_plan(second, Asked(truth.day(24), truth.day(25), ["usage"]))
     assert path is not None
     assert [one.resource for one in distributed.read_plan(path).windows] == ["billing_events", "usage"]
-    for piece in reversed(distributed.pieces(path)):
-        distributed.extract_piece(second, piece)
+    for piece in reversed(distributed.chunks(path)):
+        distributed.extract_chunk(second, piece)
     report = distributed.load_plan(second, path)
     assert [type(error) for _, error in report.failures] == [SharedChargesError] * 2
     assert labels["beta"].run("usage").exit_code == 3
@@ -744,7 +744,7 @@ def test_a_rename_in_one_warehouse_mixes_no_labels_in_another(
 ) -> None:
     rename(settings, "acme", "emea")
     before = all_tables(second)
-    cure = "has renamed or forgotten the account 'acme'; faletl rebuild makes this one follow"
+    cure = "has renamed or forgotten the account 'acme'; run faletl rebuild to apply that here, too"
     for refused in (
         lambda: rebuild(second, truth.day(21)),
         lambda: pipeline.load(second),
@@ -835,10 +835,10 @@ def test_a_rename_that_is_killed_is_done_or_not_and_the_next_run_publishes_it(
 
 def test_what_is_under_way_while_its_account_is_renamed_writes_nothing(settings: Settings) -> None:
     pipeline.run(settings)
-    path = distributed.make_plan(settings, Asked(truth.day(21), truth.day(22), ["usage"]))
+    path = distributed.write_plan(settings, Asked(truth.day(21), truth.day(22), ["usage"]))
     assert path is not None
-    for piece in distributed.pieces(path):
-        distributed.extract_piece(settings, piece)
+    for piece in distributed.chunks(path):
+        distributed.extract_chunk(settings, piece)
     rename(settings, "acme", "emea")
     before = all_tables(settings)
     with pytest.raises(LeaseLostError, match="'acme' was renamed or forgotten"):

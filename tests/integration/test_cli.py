@@ -26,7 +26,7 @@ from faletl.cli.demo import ANSWERS
 from faletl.cli.output import Format, print_query
 from faletl.config import Settings
 from faletl.errors import UsageError
-from faletl.line.report import Report, silent
+from faletl.line.report import Report, no_progress
 from faletl.resources import RESOURCES
 from faletl.sandbox import FULL_KEY, Fault, Request, Sandbox
 from tests import truth
@@ -247,7 +247,7 @@ def test_no_raw_control_character_is_printed(readable: Settings) -> None:
         (["run", "--resource", "invoices"], {}, "is none of usage"),
         (["run"], {"FALETL_API_URL": "http://192.0.2.1/v1"}, "plain http"),
         (["run"], {"FALETL_API_URL": "file:///etc/passwd"}, "https://"),
-        (["run"], {"FALETL_WAREHOUSE": "mysql://x/y"}, "faletl keeps no warehouse in 'mysql'"),
+        (["run"], {"FALETL_WAREHOUSE": "mysql://x/y"}, "faletl does not support 'mysql'"),
         (["run"], {"FALETL_PARALLEL": "many"}, "FALETL_PARALLEL"),
         (["sql", "select 1"], {}, "nothing is published yet"),
         (["fly"], {}, "No such command"),
@@ -427,7 +427,7 @@ def test_a_demo_that_is_interrupted_ends_with_the_answers_of_one_that_is_not(
     )
     monkeypatch.setattr(demo, "invented_world", world)
     with time_machine.travel(datetime(2026, 11, 1, 11, 10, tzinfo=UTC), tick=True):
-        undisturbed, _ = demo.run(tmp_path / "undisturbed", silent)
+        undisturbed, _ = demo.run(tmp_path / "undisturbed", no_progress)
         for function, nth in (
             ("faletl.fal.client.FalClient.get", 1),
             ("faletl.landing.extracts.leave_receipt", 1),  # the catalogue of then is loaded,
@@ -438,8 +438,8 @@ def test_a_demo_that_is_interrupted_ends_with_the_answers_of_one_that_is_not(
                 patch.setattr(function, pkgutil.resolve_name(function))  # to be put back
                 Trap(function, nth=nth, springs=interrupt)()
                 with pytest.raises(Interrupted):
-                    demo.run(tmp_path / "disturbed", silent)
-        disturbed, report = demo.run(tmp_path / "disturbed", silent)
+                    demo.run(tmp_path / "disturbed", no_progress)
+        disturbed, report = demo.run(tmp_path / "disturbed", no_progress)
     assert report.exit_code == 0
     assert ask(undisturbed, "select count(*) from reports.rpt_price_changes") == [(1,)]
     for _, query in ANSWERS:
@@ -476,7 +476,7 @@ def test_the_folder_of_an_older_demo_is_taken_over_and_a_real_warehouse_is_not(
             before = (folder / "warehouse.duckdb").read_bytes()
             monkeypatch.setattr(demo, "_load", lambda folder, *_: (demo._settings(folder), Report("x")))
             if is_taken:
-                settings, _ = demo.run(folder, silent)
+                settings, _ = demo.run(folder, no_progress)
                 assert ask(settings, "select min(usage_date) from reports.rpt_spend_daily") == [
                     (truth.day(21),)
                 ]
@@ -484,7 +484,7 @@ def test_the_folder_of_an_older_demo_is_taken_over_and_a_real_warehouse_is_not(
                 assert (folder / "faletl.duckdb").exists()
             else:
                 with pytest.raises(UsageError, match="no demo made"):
-                    demo.run(folder, silent)
+                    demo.run(folder, no_progress)
                 assert (folder / "warehouse.duckdb").read_bytes() == before
 
 

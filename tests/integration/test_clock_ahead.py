@@ -156,7 +156,7 @@ def test_extracts_of_the_future_wait_and_hold_back_no_later_one(
     assert pipeline.extract(settings, everything).exit_code == 0
     report = pipeline.load(settings)
     assert report.exit_code == 0
-    assert "not loaded before that instant" in caplog.text
+    assert "not loaded until that time" in caplog.text
     pipeline.build(settings)
     pipeline.publish(settings)
     assert figures(query) == (Decimal("0.09"), 500)
@@ -242,7 +242,9 @@ def test_the_horizon_of_a_first_run_by_a_clock_far_ahead_counts_for_nothing(
     assert query("select sum(cost_total) from reports.rpt_spend_daily") == [(spent,)]
     with open_warehouse(settings).reading() as connection:
         assert connection is not None
-        assert {row.first_day for row in horizons.held(connection, "acme").values()} == {truth.day(21)}
+        assert {row.first_day for row in horizons.of_owner(connection, "acme").values()} == {
+            truth.day(21)
+        }
 
 
 def test_an_id_that_was_unknown_by_a_clock_ahead_is_asked_for_again(

@@ -103,9 +103,9 @@ def test_a_landing_folder_without_what_was_loaded_last_is_warned_about_once(
     remove_all(Path(loaded.landing))
     done = faletl(command, settings=loaded, folder=tmp_path)
     assert done.returncode == 0
-    warned = [line for line in done.stderr.splitlines() if "lacks the pages of what was loaded" in line]
+    warned = [line for line in done.stderr.splitlines() if "lacks the pages of the newest load" in line]
     assert len(warned) == 1
-    assert "is FALETL_LANDING right, and its disk mounted?" in warned[0]
+    assert "check that FALETL_LANDING is right and its disk is mounted" in warned[0]
     if command == "run":
         again = faletl(command, settings=loaded, folder=tmp_path)
         assert "lacks the pages" not in again.stderr

@@ -30,8 +30,8 @@ from faletl.errors import DataRefusedError, TamperedError, UnprovenError
 from faletl.fal import client as client_module
 from faletl.fal.client import FalClient
 from faletl.landing import extracts
-from faletl.line.extract import prove_or_reread
-from faletl.line.fetch import Origin
+from faletl.line.extract import fetch_until_proven
+from faletl.line.fetch import RunContext
 from faletl.line.plan import Task
 from faletl.line.release import build_and_publish
 from faletl.line.report import Report
@@ -174,10 +174,10 @@ def test_charges_at_any_instants_are_all_taken_where_a_minute_fits_on_a_page(
     busiest = max(Counter(one // 60 for one in seconds).values(), default=0)
     server.world = account = charged(seconds)
     server.page_size = max(page_size, busiest)
-    origin = Origin("acme", "run", datetime.now(UTC), 0, planned_from={}, unknown_ids={})
+    origin = RunContext("acme", "run", datetime.now(UTC), 0, planned_from={}, unknown_ids={})
     with TemporaryDirectory() as folder:
         mine, task = settings_for(server.url, Path(folder)), Task(BILLING_EVENTS, DAY)
-        staged = prove_or_reread(client, mine, task, Path(folder), origin)
+        staged = fetch_until_proven(client, mine, task, Path(folder), origin)
         with duckdb.connect() as connection:
             held = connection.execute(f"select request_id, cost_total from {staged.source}").fetchall()
     assert staged.proof == "summary"

@@ -184,8 +184,10 @@ def test_a_smaller_loss_is_loaded_with_one_warning_and_is_due_again_soon(
     account.lines = account.lines[1:]
     with caplog.at_level(logging.WARNING):
         assert extract(settings, YOUNG).exit_code == 0
-    [warning] = [one for one in caplog.messages if one.startswith("usage") and "took rows" in one]
-    assert "there were 4 rows of cost_total 40, and now 3 rows of cost_total 30 are loaded" in warning
+    [warning] = [one for one in caplog.messages if one.startswith("usage") and "removed rows" in one]
+    assert (
+        "4 rows of cost_total 40 were loaded before, and 3 rows of cost_total 30 are loaded" in warning
+    )
     assert total(settings) == 30
     clock.shift(timedelta(hours=1))
     report = pipeline.run(settings, Asked(resources=["usage"]))

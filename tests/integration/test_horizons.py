@@ -227,22 +227,22 @@ def test_of_several_accounts_the_one_that_is_named_or_asks_is_meant(
     assert held(settings)["acme", "usage"] == day(18)
     set_horizon(second.model_copy(update={"account": "acme"}), day(17), ["usage"])
     assert held(settings)["acme", "usage"] == day(17)
-    with pytest.raises(UsageError, match="name the account"):
+    with pytest.raises(UsageError, match="name one with --account"):
         set_horizon(settings.model_copy(update={"key": None}), day(17))
     with pytest.raises(UsageError, match="there is no account 'gamma'"):
         set_horizon(settings, day(17), [], "gamma")
 
 
 def test_a_plan_in_pieces_follows_the_same_horizon(settings: Settings) -> None:
-    path = distributed.make_plan(settings, Asked(resources=["usage"]))
+    path = distributed.write_plan(settings, Asked(resources=["usage"]))
     assert path is not None
     assert held(settings) == {("acme", "usage"): day(21)}
     set_horizon(settings, day(23), ["usage"])
-    path = distributed.make_plan(settings, Asked(resources=["usage"]))
+    path = distributed.write_plan(settings, Asked(resources=["usage"]))
     assert path is not None
     assert [one.start.date() for one in distributed.read_plan(path).windows] == [day(23)]
     # A run by hand over recent days does what is due as long as nothing is loaded.
-    distributed.make_plan(settings, Asked(day(23), day(24), ["billing_events"]), is_first_due=True)
+    distributed.write_plan(settings, Asked(day(23), day(24), ["billing_events"]), is_first_due=True)
     assert held(settings)["acme", "billing_events"] == day(21)
 
 

@@ -124,7 +124,7 @@ LOADING = [
     Trap("faletl.line.replace.fence"),  # inside the window's transaction
     Trap("faletl.line.replace._delete_window"),
     Trap("faletl.line.replace._insert"),
-    Trap("faletl.line.replace._enter"),  # all written, not committed
+    Trap("faletl.line.replace._record_load"),  # all written, not committed
 ]
 
 

@@ -32,10 +32,10 @@ from faletl.warehouse.ledger import (
     changed_days,
     current_loads,
     known_ids,
-    loaded_reads,
+    last_extract_times,
+    last_extracts,
     pages_per_window,
     read_ledger,
-    reads_by_day,
     rows_of_windows,
 )
 from faletl.warehouse.protocol import Lease, Warehouse
@@ -336,7 +336,7 @@ def test_who_lost_the_lease_writes_nothing_and_is_told_who_has_it(desk: Desk) ->
 @pytest.mark.parametrize(
     ("said", "told"),
     [
-        ({"rows": 2}, "holds 1 rows and 0.1.* after loading 2 rows"),
+        ({"rows": 2}, "has 1 rows with a sum of 0.1.* after loading 2 rows"),
         ({"cost_total": "0.100000000001"}, "and 0.100000000001; the load was undone"),
         ({"source": "'gone.parquet'"}, "the warehouse refused the load: .*gone.parquet"),
     ],
@@ -396,7 +396,7 @@ def test_snapshots_of_a_day_follow_one_another_and_levels_stand_for_themselves(d
             outcomes.append((desk.load(lease, priced(at, price)), desk.load(lease, balance(at))))
         raw = desk.rows(lease, sa.select(RAW["prices"]).order_by(RAW["prices"].c["_snapshot_at"]))
         current = desk.rows(lease, sa.select(LOADS).where(LOADS.c.is_current))
-        reads = reads_by_day(lease.connection, "acme", "prices")
+        reads = last_extracts(lease.connection, "acme", "prices")
         lease.connection.rollback()
     assert [price for price, _ in outcomes] == ["loaded", "unchanged", "loaded", "loaded"]
     assert {credit for _, credit in outcomes} == {"loaded"}
@@ -487,11 +487,11 @@ def test_ids_that_are_worth_asking_for_are_those_used_or_held_and_those_unknown_
             desk.load(
                 lease, desk.read(ANALYTICS, calls({"endpoint_id": one}), ids=[one], account=account)
             )
-        assert known(lease, ANALYTICS, DAY_22, NOON).used_or_held == {FLUX, VOICE}
+        assert known(lease, ANALYTICS, DAY_22, NOON).used_or_loaded == {FLUX, VOICE}
         # Usage of the window or of the 90 days before, and nothing later.
         for days, is_used in ((0, True), (90, True), (91, False), (-1, False)):
             window = Window.of_day(truth.day(22) + timedelta(days=days))
-            assert (FLUX in known(lease, ANALYTICS, window, NOON).used_or_held) == is_used, days
+            assert (FLUX in known(lease, ANALYTICS, window, NOON).used_or_loaded) == is_used, days
 
 
 def test_the_ledger_is_read_by_day_by_change_and_by_account(desk: Desk) -> None:
@@ -513,7 +513,7 @@ def test_the_ledger_is_read_by_day_by_change_and_by_account(desk: Desk) -> None:
         )
         connection = lease.connection
         read = Read(NOON, False, NOON, changed_at=NOON)
-        assert reads_by_day(connection, "acme", "usage") == {truth.day(22): read}
+        assert last_extracts(connection, "acme", "usage") == {truth.day(22): read}
         assert changed_days(connection, version, lease.token) == {
             "usage": {truth.day(22)}, "models": {truth.day(23)},
         }  # fmt: skip
@@ -521,7 +521,7 @@ def test_the_ledger_is_read_by_day_by_change_and_by_account(desk: Desk) -> None:
             truth.day(21),
             truth.day(22),
         }
-        assert loaded_reads(connection) == {
+        assert last_extract_times(connection) == {
             ("acme", "usage", truth.day(22)): NOON,
             ("other", "usage", truth.day(21)): MORNING,
             ("acme", "models", truth.day(23)): MORNING,

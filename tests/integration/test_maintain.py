@@ -395,11 +395,11 @@ def test_plans_and_leftovers_of_killed_commands_go_and_what_is_in_use_stays(
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
-    assert distributed.make_plan(settings, CREDITS)
+    assert distributed.write_plan(settings, CREDITS)
     old = sorted((tmp_path / "landing" / ".plans").iterdir())
     pipeline.run(settings)
     clock.shift(timedelta(days=31))
-    young = distributed.make_plan(settings, CREDITS)
+    young = distributed.write_plan(settings, CREDITS)
     with opened(settings):
         pass
     folder = next(extracts.complete_reads(settings))

@@ -535,7 +535,7 @@ def test_spend_by_credential_names_owners_and_shows_who_has_none(
     ("content", "why"),
     [
         (b",key:key-1,a\0b,,\n", "line 3, has a NUL character; delete it"),
-        (b",key:key-1,Zo\xeb,,\n", "line 3, is no text in UTF-8; save it as such"),
+        (b",key:key-1,Zo\xeb,,\n", "line 3, is not UTF-8 text; save the file as UTF-8"),
         (b",key:key-1,Acme, Inc.,team,CC-1\n", "line 3, .*quote those that have a comma in them"),
         (b",key:key-1," + b"x" * 200_000 + b",,\n", "line 3, .*field limit"),
     ],

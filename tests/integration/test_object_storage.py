@@ -201,7 +201,7 @@ def test_the_line_in_pieces_with_a_task_that_comes_twice(
         account.catalogue.append({"endpoint_id": f"acme/model-{number:02}"})
     sandbox.page_size = 100
     for name in ("usage", "models", "prices"):
-        path = distributed.make_plan(stored, Asked(resources=[name]))
+        path = distributed.write_plan(stored, Asked(resources=[name]))
         assert path is not None
         assert path.startswith(f"{stored.landing}/.plans/")
         batches = distributed.batches(path)
@@ -209,10 +209,10 @@ def test_the_line_in_pieces_with_a_task_that_comes_twice(
         for batch in [*batches, *batches[:1]]:  # a retry, while the first try may still be at it
             assert distributed.ask_batch(stored, batch)
         before_extract = [request.path for request in sandbox.requests].count("/models/pricing")
-        for piece in distributed.pieces(path):
-            assert distributed.extract_piece(stored, piece).exit_code == 0
+        for piece in distributed.chunks(path):
+            assert distributed.extract_chunk(stored, piece).exit_code == 0
             before = len(sandbox.requests)
-            assert distributed.extract_piece(stored, piece).exit_code == 0
+            assert distributed.extract_chunk(stored, piece).exit_code == 0
             assert len(sandbox.requests) == before
         assert distributed.load_plan(stored, path).exit_code == 0
     halved = [r.status for r in sandbox.requests if r.path == "/models/pricing"][before_extract:]

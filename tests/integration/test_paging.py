@@ -38,7 +38,7 @@ from faletl.fal.pages import MAX_EMPTY_PAGES, MAX_RECORDS, read_envelope, walk
 from faletl.landing import extracts
 from faletl.landing.extracts import Landed, Receipt
 from faletl.line.accounts import look_up
-from faletl.line.fetch import Origin, Retry, fetch_window
+from faletl.line.fetch import Retry, RunContext, fetch_window
 from faletl.redaction import REDACTED
 from faletl.resources import BILLING_EVENTS, CREDITS, MODELS, PRICES, USAGE, Resource
 from faletl.sandbox import BILLING_KEY, FULL_KEY, Fault, Request, Sandbox
@@ -75,7 +75,7 @@ def fetch(
     client: FalClient | None = None,
 ) -> Landed:
     """One window, by a client of its own unless one is given."""
-    origin = Origin(account, "run", datetime.now(UTC), 1, planned_from={}, unknown_ids={})
+    origin = RunContext(account, "run", datetime.now(UTC), 1, planned_from={}, unknown_ids={})
     with nullcontext(client) if client else FalClient(given) as asking:
         return fetch_window(asking, given, resource, window, origin=origin, ids=ids, retry=retry)
 
@@ -289,7 +289,7 @@ def test_an_empty_cursor_is_noted_and_warned_about_once(
         assert pipeline.run(mine, Asked(truth.day(21), truth.day(23), ["usage"])).exit_code == 0
     noted = "select field, kind, sample from ops.contract_drift where resource = 'usage'"
     assert ask(mine, noted) == [("$.next_cursor", "retyped", '""')]
-    assert caplog.text.count("$.next_cursor in another type") == 1
+    assert caplog.text.count("$.next_cursor with another type") == 1
 
 
 @pytest.mark.parametrize("has_more", [..., None])
@@ -816,7 +816,7 @@ def test_a_cursor_that_expired_starts_the_read_over_once(
     assert bodies(landed) == whole
     assert asked.count(None) == 4  # the first page comes twice each time
     assert len(asked) == 4 + len(whole) + 1
-    assert "starting over" in caplog.text
+    assert "fetching from the first page" in caplog.text
     assert [read.folder for read in map(extracts.open_read, extracts.complete_reads(given))] == [
         landed.folder
     ]

@@ -52,22 +52,22 @@ def sandbox(account: Account) -> Iterator[Sandbox]:
         yield server
 
 
-def in_pieces(settings: Settings, asked: Asked, most: int = distributed.MOST_PIECES) -> None:
+def in_pieces(settings: Settings, asked: Asked, most: int = distributed.MAX_CHUNKS) -> None:
     """The whole line, resource by resource, as the DAGs order it."""
     for name in asked.resources or IN_ORDER:
-        path = distributed.make_plan(settings, Asked(asked.start, asked.end, [name]))
+        path = distributed.write_plan(settings, Asked(asked.start, asked.end, [name]))
         assert path is not None
         for batch in distributed.batches(path):
             assert distributed.ask_batch(settings, batch)
-        for piece in distributed.pieces(path, most):
-            assert distributed.extract_piece(settings, piece).exit_code == 0
+        for piece in distributed.chunks(path, most):
+            assert distributed.extract_chunk(settings, piece).exit_code == 0
         assert distributed.load_plan(settings, path).exit_code == 0
     build_and_publish(settings, Report("build"))
 
 
 @pytest.mark.parametrize(
     ("asked", "most"),
-    [(Asked(), 1), (Asked(date(2026, 11, 21), date(2026, 11, 23)), distributed.MOST_PIECES)],
+    [(Asked(), 1), (Asked(date(2026, 11, 21), date(2026, 11, 23)), distributed.MAX_CHUNKS)],
     ids=["due", "named"],
 )
 def test_the_line_in_pieces_leaves_the_tables_of_one_run(
@@ -85,7 +85,7 @@ def test_the_line_in_pieces_leaves_the_tables_of_one_run(
 
 def test_what_batches_asked_ahead_is_not_asked_again(settings: Settings, sandbox: Sandbox) -> None:
     pipeline.run(settings, Asked(resources=["usage", "models"]))
-    path = distributed.make_plan(settings, Asked(resources=["prices"]))
+    path = distributed.write_plan(settings, Asked(resources=["prices"]))
     assert path is not None
     batches = distributed.batches(path)
     assert len(batches) == 3
@@ -93,8 +93,8 @@ def test_what_batches_asked_ahead_is_not_asked_again(settings: Settings, sandbox
         distributed.ask_batch(settings, batch)
     asked = Counter(request.path for request in sandbox.requests)
 
-    (piece,) = distributed.pieces(path)
-    distributed.extract_piece(settings, piece)
+    (piece,) = distributed.chunks(path)
+    distributed.extract_chunk(settings, piece)
 
     # VIDEO is used and has no price: fal answers 404 to its batch, which is halved again.
     halved = [r for r in sandbox.requests[sum(asked.values()) :] if r.path == "/models/pricing"]
@@ -106,7 +106,7 @@ def test_a_batch_that_was_asked_is_not_asked_again_by_a_retry(
     settings: Settings, sandbox: Sandbox
 ) -> None:
     pipeline.run(settings, Asked(resources=["usage"]))
-    path = distributed.make_plan(settings, Asked(resources=["analytics"]))
+    path = distributed.write_plan(settings, Asked(resources=["analytics"]))
     assert path is not None
     batch = distributed.batches(path)[0]
     distributed.ask_batch(settings, batch)
@@ -119,14 +119,14 @@ def test_a_batch_that_was_asked_is_not_asked_again_by_a_retry(
 
 def test_without_batches_asked_ahead_a_window_is_read_all_the_same(settings: Settings) -> None:
     pipeline.run(settings, Asked(resources=["usage", "models"]))
-    path = distributed.make_plan(settings, Asked(resources=["prices"]))
+    path = distributed.write_plan(settings, Asked(resources=["prices"]))
     assert path is not None
     distributed.ask_batch(
         settings, distributed.batches(path)[1]
     )  # the others were lost with their worker
 
-    (piece,) = distributed.pieces(path)
-    assert distributed.extract_piece(settings, piece).exit_code == 0
+    (piece,) = distributed.chunks(path)
+    assert distributed.extract_chunk(settings, piece).exit_code == 0
 
     assert distributed.load_plan(settings, path).outcomes[0].rows == MANY + 2
 
@@ -142,14 +142,14 @@ def test_a_retry_takes_windows_that_landed_as_read_and_fetches_the_others(
 
     with Sandbox(account, fault=fault) as server:
         settings = settings_for(server.url, tmp_path)
-        path = distributed.make_plan(settings, Asked(resources=["usage"]))
+        path = distributed.write_plan(settings, Asked(resources=["usage"]))
         assert path is not None
-        (piece,) = distributed.pieces(path, most=1)
-        first = distributed.extract_piece(settings, piece)
+        (piece,) = distributed.chunks(path, most=1)
+        first = distributed.extract_chunk(settings, piece)
         assert [str(task.window) for task, _ in first.failures if task] == ["2026-11-22"]
         landed, is_out = set(complete_reads(settings)), False
 
-        assert distributed.extract_piece(settings, piece).exit_code == 0
+        assert distributed.extract_chunk(settings, piece).exit_code == 0
 
     again = set(complete_reads(settings))
     assert landed < again
@@ -158,10 +158,10 @@ def test_a_retry_takes_windows_that_landed_as_read_and_fetches_the_others(
 
 
 def test_what_landed_is_loaded_though_another_piece_never_ran(settings: Settings) -> None:
-    path = distributed.make_plan(settings, Asked(resources=["usage"]))
+    path = distributed.write_plan(settings, Asked(resources=["usage"]))
     assert path is not None
-    first, *_ = distributed.pieces(path)
-    distributed.extract_piece(settings, first)
+    first, *_ = distributed.chunks(path)
+    distributed.extract_chunk(settings, first)
 
     loaded = distributed.load_plan(settings, path)
 
@@ -172,12 +172,12 @@ def test_a_plan_holds_neither_key_nor_rows_and_pieces_cover_it_once(
     settings: Settings, tmp_path: Path
 ) -> None:
     days = Asked(date(2026, 8, 1), date(2026, 11, 1), ["usage"])
-    path = distributed.make_plan(settings, days)
+    path = distributed.write_plan(settings, days)
     assert path is not None
 
-    cut = distributed.pieces(path)
+    cut = distributed.chunks(path)
 
-    assert len(cut) <= distributed.MOST_PIECES
+    assert len(cut) <= distributed.MAX_CHUNKS
     covered = [number for piece in cut for number in range(piece["first"], piece["end"])]
     assert covered == list(range(92))
     assert cut[0]["windows"] == "usage 2026-08-01 to 2026-08-04"
@@ -187,25 +187,25 @@ def test_a_plan_holds_neither_key_nor_rows_and_pieces_cover_it_once(
 
 def test_nothing_due_makes_no_plan(settings: Settings) -> None:
     pipeline.run(settings)
-    assert distributed.make_plan(settings, Asked(resources=["models"])) is None
+    assert distributed.write_plan(settings, Asked(resources=["models"])) is None
 
 
 def test_a_first_read_by_hand_is_of_what_is_due(settings: Settings) -> None:
     today = Asked(date(2026, 11, 23), resources=["usage"])
-    path = distributed.make_plan(settings, today, is_first_due=True)
+    path = distributed.write_plan(settings, today, is_first_due=True)
     assert path is not None
     assert len(distributed.read_plan(path).windows) == 3
-    distributed.extract_piece(settings, distributed.pieces(path, most=1)[0])
+    distributed.extract_chunk(settings, distributed.chunks(path, most=1)[0])
     distributed.load_plan(settings, path)
 
-    path = distributed.make_plan(settings, today, is_first_due=True)
+    path = distributed.write_plan(settings, today, is_first_due=True)
     assert path is not None
     assert [one.start.day for one in distributed.read_plan(path).windows] == [23]
 
 
 def test_a_snapshot_by_hand_is_taken_though_the_day_has_one(settings: Settings) -> None:
     pipeline.run(settings, Asked(resources=["models"]))
-    assert distributed.make_plan(
+    assert distributed.write_plan(
         settings, Asked(date(2026, 11, 23), resources=["models"]), is_first_due=True
     )
 
@@ -213,7 +213,7 @@ def test_a_snapshot_by_hand_is_taken_though_the_day_has_one(settings: Settings) 
 def test_many_windows_are_spread_without_batches(settings: Settings) -> None:
     pipeline.run(settings, Asked(date(2026, 11, 21), date(2026, 11, 22), ["usage"]))
     days = Asked(date(2026, 11, 8), date(2026, 11, 23), ["analytics"])
-    path = distributed.make_plan(settings, days)
+    path = distributed.write_plan(settings, days)
     assert path is not None
     made = distributed.read_plan(path)
     some = made.windows[-1]
@@ -227,11 +227,11 @@ def test_a_key_that_fal_accepts_for_nothing_is_told_when_it_plans(
 ) -> None:
     settings = settings_for(sandbox.url, tmp_path, key="unknown:0123456789abcdef")
     with pytest.raises(KeyRefusedError, match=r"fal refused the key .*check FAL_KEY"):
-        distributed.make_plan(settings, Asked(resources=["usage"]))
+        distributed.write_plan(settings, Asked(resources=["usage"]))
 
 
 def test_a_worker_that_does_not_see_the_landing_folder_says_so(settings: Settings) -> None:
-    with pytest.raises(TamperedError, match="every worker must see the same FALETL_LANDING"):
+    with pytest.raises(TamperedError, match="make sure that all workers have the same FALETL_LANDING"):
         distributed.read_plan("/nowhere/plan.json")
     assert settings.landing
 
@@ -246,9 +246,9 @@ def test_a_locked_account_ends_a_piece_and_is_recorded(
 ) -> None:
     settings = settings_for(sandbox.url, tmp_path)
     days = Asked(truth.day(21), truth.day(23), ["usage"])
-    in_usage = distributed.make_plan(settings, days)
+    in_usage = distributed.write_plan(settings, days)
     assert in_usage is not None
-    assert distributed.extract_piece(settings, distributed.pieces(in_usage)[0]).exit_code == 0
+    assert distributed.extract_chunk(settings, distributed.chunks(in_usage)[0]).exit_code == 0
     assert distributed.load_plan(settings, in_usage).exit_code == 0
     locked = Fault(status=403, body=b'{"detail":"User is locked. Reason: TOP_UP"}')
     sandbox.fault = lambda request: locked if request.path == path else None

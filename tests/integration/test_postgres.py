@@ -249,8 +249,8 @@ def test_a_load_and_a_build_that_are_killed_at_any_step_are_done_or_not(
     days = Asked(truth.day(21), truth.day(23), ["usage"])
     assert pipeline.extract(on_server, days).exit_code == 0
     for kill in (
-        Trap("faletl.warehouse.postgres.PostgresWarehouse.take_in"),
-        Trap("faletl.line.replace._enter"),  # all written, not committed
+        Trap("faletl.warehouse.postgres.PostgresWarehouse.load_rows"),
+        Trap("faletl.line.replace._record_load"),  # all written, not committed
     ):
         assert is_killed(start(on_server, kill, command="load"))
         assert loaded(on_server) == (0, 0)
@@ -407,17 +407,17 @@ def test_an_export_has_the_types_of_the_query(
 ) -> None:
     path = tmp_path / "rows.parquet"
     warehouse = open_warehouse(on_server)
-    assert not warehouse.export("select 1", path)
+    assert not warehouse.export_query("select 1", path)
     pipeline.run(on_server)
     query = "select usage_date, unit, sum(cost_total) as cost, count(*) as lines, null as none, "
     query += "'\\N' as text from reports.rpt_spend_daily group by 1, 2 order by 1, 2"
-    assert warehouse.export(query, path)
+    assert warehouse.export_query(query, path)
     found = duckdb.sql(f"from '{path}'")
     assert list(map(str, found.types)) == [
         "DATE", "VARCHAR", "DECIMAL(38,12)", "BIGINT", "VARCHAR", "VARCHAR",
     ]  # fmt: skip
     assert found.fetchall() == ask(on_server, query)
-    assert warehouse.export("select null as only where 1 = 1", path)
+    assert warehouse.export_query("select null as only where 1 = 1", path)
     assert duckdb.sql(f"from '{path}'").fetchall() == [(None,)]
 
 
@@ -527,7 +527,7 @@ def test_a_database_of_somebody_else_is_left_alone(
             report = pipeline.run(on_server)
             assert report.exit_code == 2
             told = str(report.failures[-1][1])
-            assert f"holds {', '.join(THEIRS[made])} of somebody else" in told
+            assert f"names that faletl needs: {', '.join(THEIRS[made])};" in told
         assert owner.execute(EVERY_OBJECT).fetchall() == before
         comments = (
             "select distinct obj_description(oid) from pg_namespace where nspname in ('raw', 'marts')"
@@ -555,7 +555,7 @@ def test_what_a_later_version_would_make_is_not_taken_from_somebody_else(
         # As if dim_unit were a table that only this version makes.
         owner.execute("delete from ops.objects where name = 'marts.dim_unit'")
         owner.execute("drop table marts.dim_unit; create table marts.dim_unit (mine text)")
-        with pytest.raises(SettingsError, match=r"holds marts\.dim_unit of somebody else"):
+        with pytest.raises(SettingsError, match=r"faletl needs: marts\.dim_unit;"):
             pipeline.build(on_server, full=True)
         owner.execute("select mine from marts.dim_unit")
 
@@ -572,7 +572,9 @@ def test_views_of_users_keep_a_table_that_would_get_another_shape(
     assert ask(on_server, "select count(*) > 0 from public.rows") == [(True,)]
     with psycopg.connect(on_server.warehouse) as owner:
         owner.execute("alter table marts.dim_unit add column more int")
-    named = r"marts\.dim_unit gets other columns, and public\.mine, public\.units of somebody else"
+    named = (
+        r"marts\.dim_unit gets other columns, but foreign views read it: public\.mine, public\.units;"
+    )
     with pytest.raises(SettingsError, match=named):
         pipeline.build(on_server, full=True)
     with psycopg.connect(on_server.warehouse) as owner:
@@ -697,8 +699,8 @@ def test_a_newer_warehouse_is_refused_and_one_that_lacks_columns_is_upgraded(
         ("postgresql://nobody:hunter2-hunter2@{server}/postgres", 2, "does not exist"),
         ("postgresql://faletl:hunter2-hunter2@{server}", 2, "name the database"),
         ("postgresql://faletl:hunter2-hunter2@{server}/postgres?no_such_option=1", 1, "option"),
-        ("mysql://faletl:hunter2-hunter2@{server}/w", 2, "keeps no warehouse in 'mysql'"),
-        ("postgresql:/faletl:hunter2-hunter2", 2, "no SQLAlchemy URL"),
+        ("mysql://faletl:hunter2-hunter2@{server}/w", 2, "does not support 'mysql'"),
+        ("postgresql:/faletl:hunter2-hunter2", 2, "not an SQLAlchemy URL"),
     ],
 )
 def test_no_password_is_told_when_a_server_cannot_be_used(
@@ -930,7 +932,7 @@ def test_where_the_answer_to_a_commit_is_lost_the_ledger_tells_whether_it_was_ma
     )
     pipeline.run(far, DAY)
     account.lines[0] = line(account.lines[0].hour, FLUX, "9")
-    enter, tell = replace._enter, new_runaways
+    enter, tell = replace._record_load, new_runaways
 
     def entered(*given: Any) -> None:
         enter(*given)
@@ -941,17 +943,17 @@ def test_where_the_answer_to_a_commit_is_lost_the_ledger_tells_whether_it_was_ma
         return tell(*given, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(replace, "_enter", entered)
+        patch.setattr(replace, "_record_load", entered)
         ((_, lost),) = pipeline.run(far, DAY).failures
     assert isinstance(lost, WarehouseError)
-    assert "whether the window is loaded is in the ledger" in str(lost)
+    assert "the ledger shows whether the window is loaded" in str(lost)
     assert loaded(on_server) == (15, 2)  # it was made
     with monkeypatch.context() as patch:
         patch.setattr("faletl.models.build.new_runaways", told)
         report = pipeline.run(far, DAY)
     ((_, lost),) = report.failures
     assert [outcome.outcome for outcome in report.outcomes] == ["unchanged"]
-    assert "whether it is built is in ops.builds" in str(lost)
+    assert "ops.builds shows whether it was committed" in str(lost)
     assert builds(on_server) == 2
     report = pipeline.run(far, DAY)
     assert (report.exit_code, report.build) == (0, None)

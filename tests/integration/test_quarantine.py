@@ -355,7 +355,7 @@ def test_an_optional_field_that_is_gone_is_survived_and_noticed(
     report, settings, _ = run_broken(one_row(), tmp_path, served_as(usage_page(row), summary("0.025")))
     assert report.exit_code == 0
     assert ask(settings, DRIFTS) == [("cost_discount", "missing", None)]
-    assert "fal does not send cost_discount any more" in caplog.text
+    assert "fal no longer sends cost_discount" in caplog.text
     assert total(settings) == Decimal("0.025")
 
 

@@ -16,7 +16,7 @@ from docs import examples
 from faletl import pipeline
 from faletl.config import Settings
 from faletl.errors import SettingsError
-from faletl.models.alerts import TELL_RUNAWAYS
+from faletl.models.alerts import MAX_NAMED_RUNAWAYS
 from faletl.operations.rebuild import rebuild
 from faletl.operations.verify import verify
 from faletl.sandbox import BillingEvent, Sandbox, UsageLine
@@ -161,10 +161,10 @@ def test_new_ones_are_told_once(
     assert begun.failures == []
     first = begun.build
     assert first is not None
-    assert first.runaways == everything > TELL_RUNAWAYS
-    assert f"and {everything - TELL_RUNAWAYS} more: see reports.rpt_runaway_requests" in caplog.text
+    assert first.runaways == everything > MAX_NAMED_RUNAWAYS
+    assert f"and {everything - MAX_NAMED_RUNAWAYS} more: see reports.rpt_runaway_requests" in caplog.text
     assert "x/newer was charged 50000 USD for the request x/newer 50000" in caplog.text
-    assert told() == TELL_RUNAWAYS
+    assert told() == MAX_NAMED_RUNAWAYS
 
     assert account.events is not None
     account.events.append(charge(at(52), FLUX, "800"))

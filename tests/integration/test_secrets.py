@@ -288,7 +288,9 @@ def test_a_killed_run_leaves_nothing_of_a_key_in_what_nobody_cleared_away(tmp_pa
     with Sandbox(account, keys={KEY: "FULL"}) as server:
         settings = settings_for(server.url, tmp_path)
         environment = {"FAL_KEY": KEY, "TMPDIR": str(tmp_path / "tmp")}
-        code, said = start(settings, Trap("faletl.line.replace._enter", nth=5), **environment).finish()
+        code, said = start(
+            settings, Trap("faletl.line.replace._record_load", nth=5), **environment
+        ).finish()
     assert code == -signal.SIGKILL, said
     assert list(tmp_path.glob("tmp/*/*.parquet"))
     assert (tmp_path / "warehouse.duckdb.wal").exists()

@@ -28,8 +28,8 @@ from faletl.errors import ContractError, UnprovenError
 from faletl.fal import client as client_module
 from faletl.fal.client import FalClient
 from faletl.landing import extracts
-from faletl.line.extract import prove_or_reread
-from faletl.line.fetch import Origin
+from faletl.line.extract import fetch_until_proven
+from faletl.line.fetch import RunContext
 from faletl.line.plan import Task
 from faletl.resources import BILLING_EVENTS, USAGE, Resource
 from faletl.sandbox import Fault, Request, Sandbox, UsageLine
@@ -76,9 +76,9 @@ def given(server: Sandbox, folder: Path) -> Settings:
 
 def taken(client: FalClient, server: Sandbox, resource: Resource, folder: Path) -> Staged:
     """The day as a run would take it; raises what it would be refused with."""
-    origin = Origin("acme", "run", datetime.now(UTC), 0, planned_from={}, unknown_ids={})
+    origin = RunContext("acme", "run", datetime.now(UTC), 0, planned_from={}, unknown_ids={})
     task = Task(resource, DAY)
-    return prove_or_reread(client, given(server, folder), task, folder, origin)
+    return fetch_until_proven(client, given(server, folder), task, folder, origin)
 
 
 def held(staged: Staged) -> Rows:

@@ -57,7 +57,7 @@ traps = st.builds(
             "faletl.line.replace.fence",
             "faletl.line.replace._delete_window",
             "faletl.line.replace._insert",
-            "faletl.line.replace._enter",
+            "faletl.line.replace._record_load",
             "faletl.line.load.replace_window",
             "faletl.models.build._fill",
             "faletl.models.build._check",
