@@ -25,7 +25,7 @@ _LONGEST_ID = 1000  # and of its endpoint id
 
 
 @dataclass(frozen=True, slots=True)
-class SetAside:
+class QuarantinedRow:
     """A row that broke its contract: where it stands, why, and the row as fal sent it."""
 
     page: int
@@ -79,7 +79,7 @@ class Findings:
 
     extract: ExtractRef
     breaches: int = 0
-    set_aside: tuple[SetAside, ...] = ()
+    set_aside: tuple[QuarantinedRow, ...] = ()
     drifts: tuple[Drift, ...] = ()
     validations: tuple[Validation, ...] = ()
 
@@ -90,7 +90,7 @@ class Findings:
         An account's label is not in it, so that what a person accepted holds after a rename.
         """
         key = self.extract.key
-        rows = sorted(one.raw_json for one in self.set_aside)
+        rows = sorted(one.raw_json for one in self.quarantined)
         whole = (key.resource, str(key.window.day), self.breaches, rows)
         return hashlib.sha256(repr(whole).encode()).hexdigest()
 

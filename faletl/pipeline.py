@@ -21,7 +21,7 @@ from faletl.line.load import load_extracts, loader, not_loaded, record_failures
 from faletl.line.plan import Forecast, forecast
 from faletl.line.release import build_and_publish
 from faletl.line.report import Progress, Report, new_run_id, no_progress, result_of
-from faletl.selection import DUE, Asked
+from faletl.selection import EVERYTHING_DUE, Asked
 from faletl.staging.window import Staged
 from faletl.warehouse import open_warehouse
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def run(settings: Settings, asked: Asked = DUE, progress: Progress = no_progress) -> Report:
+def run(settings: Settings, asked: Asked = EVERYTHING_DUE, progress: Progress = no_progress) -> Report:
     """The whole line, for what is due or for the UTC days that are named.
 
     Named days are always fetched again; without an end they go up to now. Models, prices and credits
@@ -53,7 +53,9 @@ def run(settings: Settings, asked: Asked = DUE, progress: Progress = no_progress
     return report
 
 
-def extract(settings: Settings, asked: Asked = DUE, progress: Progress = no_progress) -> Report:
+def extract(
+    settings: Settings, asked: Asked = EVERYTHING_DUE, progress: Progress = no_progress
+) -> Report:
     """Land and prove the windows that `run` would; load nothing. Raises UsageError, as `run`."""
     report = Report(new_run_id())
 
@@ -64,7 +66,7 @@ def extract(settings: Settings, asked: Asked = DUE, progress: Progress = no_prog
     return report
 
 
-def dry_run(settings: Settings, asked: Asked = DUE) -> list[Forecast]:
+def dry_run(settings: Settings, asked: Asked = EVERYTHING_DUE) -> list[Forecast]:
     """What `run` would read now. Asks fal for the account's name at most, and writes nothing.
 
     Raises:
@@ -81,7 +83,7 @@ def dry_run(settings: Settings, asked: Asked = DUE) -> list[Forecast]:
         )
 
 
-def load(settings: Settings, asked: Asked = DUE, progress: Progress = no_progress) -> Report:
+def load(settings: Settings, asked: Asked = EVERYTHING_DUE, progress: Progress = no_progress) -> Report:
     """Stage, prove and load what has landed and is not loaded yet; asks fal nothing."""
     report = Report(new_run_id())
     load_waiting(settings, asked, report, progress)

@@ -178,7 +178,7 @@ class Hold:
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
+class LastExtract:
     """When a loaded window was last extracted, and whether it was still open then.
 
     `whole_catalogue_at` is when all of fal's endpoints were last asked for, where only some are;
@@ -191,7 +191,7 @@ class Read:
     changed_at: datetime | None = None
     hold: Hold | None = None
 
-    def as_of(self, now: datetime) -> Read | None:
+    def as_of(self, now: datetime) -> LastExtract | None:
         """Return what a clock at `now` makes of the extract; None where it knows nothing of it yet.
 
         An extract of the future was made by a clock that was ahead. No instant that such a clock left
@@ -207,7 +207,7 @@ class Read:
         )
 
 
-def next_due(window: Window, read: Read | None) -> datetime | None:
+def next_due(window: Window, read: LastExtract | None) -> datetime | None:
     """When the window should be extracted (again); None when it has been watched long enough.
 
     A window never extracted, or extracted while it was open, is due at once. A closed one is due when
@@ -232,7 +232,7 @@ def _doubled(anchor: datetime, last: datetime) -> datetime:
     return anchor + max(HOUR, 2 * (last - anchor))
 
 
-def asks_whole_catalogue(window: Window, read: Read | None, now: datetime) -> bool:
+def asks_whole_catalogue(window: Window, read: LastExtract | None, now: datetime) -> bool:
     """Whether a read of the window is to ask for all endpoints, not only for those that were used.
 
     Requests that only fail leave no usage. So a closed day is asked for every endpoint at first, and
@@ -247,7 +247,7 @@ def asks_whole_catalogue(window: Window, read: Read | None, now: datetime) -> bo
     return read is not None or now - window.end < WEEK
 
 
-def due_days(now: datetime, reads: Mapping[date, Read], first_day: date) -> Iterable[Window]:
+def due_days(now: datetime, reads: Mapping[date, LastExtract], first_day: date) -> Iterable[Window]:
     """The UTC days from `first_day` to today that are to be read now, in order."""
     for window in utc_days(first_day, now.date() + DAY):
         read = reads.get(window.day)

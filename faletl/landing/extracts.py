@@ -38,7 +38,7 @@ from faletl.errors import (
 from faletl.fal.bodies import one_body, take_turn
 from faletl.fal.pages import Page
 from faletl.files import storage_error
-from faletl.landing.storage import Disk, at, place, reach, write_durably
+from faletl.landing.storage import Disk, backend_for, check_reachable, parse_location, write_durably
 from faletl.redaction import REDACTED
 from faletl.resources import RESOURCES
 from faletl.windows import CLOCK_TOLERANCE, ExtractRef, Window, WindowKey
@@ -225,7 +225,7 @@ class Receipt(msgspec.Struct, frozen=True):
         return not self.warehouse_id
 
 
-class Landed(msgspec.Struct, frozen=True):
+class SealedExtract(msgspec.Struct, frozen=True):
     """A complete read: its folder and its manifest."""
 
     folder: Path
@@ -253,7 +253,7 @@ class Landed(msgspec.Struct, frozen=True):
         """
         path = self.folder / page.file
         try:
-            content = at(path).read(path)
+            content = backend_for(path).read(path)
         except FileNotFoundError:
             content = b""
         if hashlib.sha256(content).hexdigest() != page.sha256:
@@ -265,7 +265,7 @@ class Landed(msgspec.Struct, frozen=True):
         return _unpacked(content)
 
 
-class Attempt:
+class OpenExtract:
     """A read of one window under way: lands pages, then seals them with a manifest."""
 
     def __init__(self, folder: Path) -> None:
@@ -276,7 +276,7 @@ class Attempt:
         """The folders in which pages may have landed before, and what lies in them."""
         self._redacted = 0
         self._locked = ExitStack()
-        self._locked.enter_context(at(folder).lock(folder / _LOCK, timeout=0))
+        self._locked.enter_context(backend_for(folder).lock(folder / _LOCK, timeout=0))
 
     def landed(self, label: str, params: Params) -> Iterator[bytes]:
         """The pages of this very question that an interrupted read left, in order."""
@@ -286,7 +286,7 @@ class Attempt:
         for number in range(1, 1 + held.get(source, 0)):
             name = page_name(label, params, number)
             try:
-                content = at(source).read(source / name)
+                content = backend_for(source).read(source / name)
                 body = _unpacked(content)
             except (FileNotFoundError, zstandard.ZstdError, MemoryError):  # a size that cannot be
                 return  # ask fal from here on
@@ -304,17 +304,17 @@ class Attempt:
         write_durably(self.folder / name, content)
         return _described(name, content, page)
 
-    def keep(self, landed: Landed, part: Part) -> list[Call]:
+    def keep(self, landed: SealedExtract, part: Part) -> list[Call]:
         """Take over a part of an earlier extract as it is; raises StorageError."""
         for call in part.calls:
             for page in call.pages:
-                content = at(self.folder).read(landed.folder / page.file)
+                content = backend_for(self.folder).read(landed.folder / page.file)
                 with one_body():
                     self._redacted += REDACTED.encode() in _unpacked(content)
                 write_durably(self.folder / page.file, content)
         return part.calls
 
-    def adopt(self, landed: Landed, part: Part) -> list[Call]:
+    def adopt(self, landed: SealedExtract, part: Part) -> list[Call]:
         """Take over the rows of an earlier extract of a part as the `again` walk of this one.
 
         Raises:
@@ -326,17 +326,19 @@ class Attempt:
             pages = []
             for page in call.pages:
                 name = f"again-{number}-{page.file}"
-                write_durably(self.folder / name, at(self.folder).read(landed.folder / page.file))
+                write_durably(
+                    self.folder / name, backend_for(self.folder).read(landed.folder / page.file)
+                )
                 pages.append(msgspec.structs.replace(page, file=name))
             taken.append(msgspec.structs.replace(call, label="again", pages=pages))
         return taken
 
-    def take_in(self, other: Attempt) -> None:
+    def take_in(self, other: OpenExtract) -> None:
         """Make the pages of another unfinished read ones of this, and let that one go."""
         mine = other.earlier.pop(other.folder, [])
         if pages := [name for name in mine if name.endswith(_PAGE)]:
             Disk.move(other.folder, pages, self.folder)
-            self.earlier[self.folder] = at(self.folder).names(self.folder)
+            self.earlier[self.folder] = backend_for(self.folder).names(self.folder)
         self.earlier |= other.earlier
         if mine:
             other.discard()
@@ -345,9 +347,9 @@ class Attempt:
     def described(self, label: str, params: Params, page: Page) -> LandedPage:
         """The record of a page that was landed before."""
         name = page_name(label, params, page.number)
-        return _described(name, at(self.folder).read(self.folder / name), page)
+        return _described(name, backend_for(self.folder).read(self.folder / name), page)
 
-    def seal(self, manifest: Manifest) -> Landed:
+    def seal(self, manifest: Manifest) -> SealedExtract:
         """Make the read complete: from here on nothing in the folder changes.
 
         Raises:
@@ -355,31 +357,31 @@ class Attempt:
         """
         sealed = msgspec.structs.replace(manifest, redacted_pages=self._redacted)
         kept = {page.file for call in sealed.calls for page in call.pages}
-        held = set(at(self.folder).names(self.folder))
+        held = set(backend_for(self.folder).names(self.folder))
         if gone := sorted(kept - held):
             raise StorageError(
                 f"{self.folder / gone[0]} was deleted while the window was read; try again"
             )
         for name in held - kept - {_LOCK}:  # a batch that was halved, a page of an older question
-            at(self.folder).delete(self.folder / name)
+            backend_for(self.folder).delete(self.folder / name)
         content = msgspec.json.format(msgspec.json.encode(sealed), indent=1)
         write_durably(self.folder / MANIFEST, content)
         self.close()
-        return Landed(self.folder, sealed)
+        return SealedExtract(self.folder, sealed)
 
     def close(self) -> None:
         """Let go of the folder; without a manifest the next read may take it up."""
         self._locked.close()
-        where = at(self.folder)
+        where = backend_for(self.folder)
         if where.has_locks and is_complete(self.folder):
             where.delete(self.folder / _LOCK)
 
     def discard(self) -> None:
         """Forget the read."""
         with suppress(OSError, StorageError):
-            at(self.folder).drop(self.folder)
+            backend_for(self.folder).drop(self.folder)
             if self.earlier.keys() - {self.folder}:  # others' pages are not ours to delete
-                at(self.folder).write(self.folder / _DISCARDED, b"")
+                backend_for(self.folder).write(self.folder / _DISCARDED, b"")
         self._locked.close()
 
 
@@ -391,23 +393,23 @@ def root(settings: Settings) -> Path:
         StorageError: the object store does not answer, refuses us, or has no such bucket.
     """
     if "://" in settings.landing:
-        reach(settings.landing)
-    return place(settings.landing)
+        check_reachable(settings.landing)
+    return parse_location(settings.landing)
 
 
-def new_load_id(now: datetime) -> str:
+def new_extract_id(now: datetime) -> str:
     """When the read began, and chance."""
     return f"{now.astimezone(UTC).strftime(_STAMP)}-{secrets.token_hex(3)}"
 
 
-def begin(settings: Settings, account: str, resource: str, window: Window, now: datetime) -> Attempt:
+def begin(settings: Settings, account: str, resource: str, window: Window, now: datetime) -> OpenExtract:
     """Open a new folder for a read of the window; raises StorageError."""
     while True:
-        load_id = new_load_id(now)
+        load_id = new_extract_id(now)
         folder = _window_folder(settings, account, resource, window) / load_id
         try:
-            at(folder).make(folder)
-            return Attempt(folder)
+            backend_for(folder).make(folder)
+            return OpenExtract(folder)
         except filelock.Timeout:
             continue  # another run took the folder up before we locked it; it may have it
         except OSError as error:
@@ -416,7 +418,7 @@ def begin(settings: Settings, account: str, resource: str, window: Window, now: 
 
 def resume(
     settings: Settings, account: str, resource: str, window: Window, since: datetime
-) -> Attempt | None:
+) -> OpenExtract | None:
     """The newest unfinished read of the window that began after `since` and that nobody works on.
 
     One that seems to begin in the future is of a clock that was ahead: nobody knows how old it is.
@@ -436,7 +438,7 @@ def resume(
     return None
 
 
-def _once_more(folder: Path) -> Attempt | None:
+def _once_more(folder: Path) -> OpenExtract | None:
     """A new read with the pages of a complete one; None if that was loaded, or refused.
 
     A run that is killed before it could load leaves such reads: their rows need not be asked for
@@ -447,8 +449,8 @@ def _once_more(folder: Path) -> Attempt | None:
         return None
     another = _beside(folder)
     try:
-        at(another).make(another)
-        attempt = Attempt(another)
+        backend_for(another).make(another)
+        attempt = OpenExtract(another)
     except filelock.Timeout:
         return None  # another run took the folder up before we locked it; it may have it
     except OSError as error:
@@ -461,7 +463,7 @@ def _tries(folder: Path) -> dict[Path, list[str]]:
     """The folders of all attempts at the read of that folder, and what lies in them."""
     read = _read_of(folder.name)
     found = [one for one in _load_folders(folder.parent) if _read_of(one.name) == read]
-    return {one: at(one).names(one) for one in found}
+    return {one: backend_for(one).names(one) for one in found}
 
 
 def _beside(folder: Path) -> Path:
@@ -469,21 +471,21 @@ def _beside(folder: Path) -> Path:
     return folder.parent / f"{_read_of(folder.name)}-{secrets.token_hex(3)}"
 
 
-def _taken_up(folder: Path) -> Attempt | None:
+def _taken_up(folder: Path) -> OpenExtract | None:
     """The read of that folder, with the pages that landed; None if it is done or somebody works on it.
 
     Where nothing can be locked nobody knows whether somebody does. Then whoever is there is left alone:
     the pages of each earlier attempt at this read are taken over into a new folder, as they are needed.
     """
-    if not at(folder).has_locks:
+    if not backend_for(folder).has_locks:
         earlier = _tries(folder)
         if any({MANIFEST, _DISCARDED} & set(names) for names in earlier.values()):
             return None
-        attempt = Attempt(_beside(folder))
+        attempt = OpenExtract(_beside(folder))
         attempt.earlier = earlier
         return attempt
     try:
-        attempt = Attempt(folder)
+        attempt = OpenExtract(folder)
     except filelock.Timeout:
         return None
     if is_complete(folder):
@@ -495,11 +497,11 @@ def _taken_up(folder: Path) -> Attempt | None:
 
 def open_ahead(
     settings: Settings, account: str, resource: str, window: Window, load_id: str
-) -> Attempt | None:
+) -> OpenExtract | None:
     """The unfinished read of that id, made if need be; None if it is done or somebody works on it."""
     folder = _window_folder(settings, account, resource, window) / load_id
     try:
-        at(folder).make(folder)
+        backend_for(folder).make(folder)
         return _taken_up(folder)
     except OSError as error:
         raise storage_error(error, folder) from None
@@ -512,7 +514,7 @@ def gather(
     window: Window,
     ahead: Sequence[str],
     since: datetime,
-) -> Attempt | None:
+) -> OpenExtract | None:
     """One read with the pages of all those asked ahead; None if they began before, or are not to be had.
 
     It counts as begun when the first of them was: none of its pages is older.
@@ -529,7 +531,7 @@ def gather(
 
 def read_of_run(
     settings: Settings, account: str, resource: str, window: Window, run_id: str
-) -> Landed | None:
+) -> SealedExtract | None:
     """The newest complete read of the window by that run; raises TamperedError, as `open_read`."""
     for folder in reversed(_load_folders(_window_folder(settings, account, resource, window))):
         if is_complete(folder):
@@ -550,7 +552,7 @@ def _matching(settings: Settings, pattern: str) -> list[Path]:
     """What has landed under such names; a folder that cannot be listed is an error, never empty."""
     landed = root(settings)
     try:
-        return at(landed).matching(landed, pattern)
+        return backend_for(landed).matching(landed, pattern)
     except OSError as error:
         raise _unreadable(error, landed) from None
 
@@ -561,7 +563,7 @@ def _unreadable(error: OSError, path: Path) -> StorageError:
 
 def is_complete(folder: Path) -> bool:
     """Whether the read has its manifest."""
-    return at(folder).exists(folder / MANIFEST)
+    return backend_for(folder).exists(folder / MANIFEST)
 
 
 def is_intact(folder: Path) -> bool:
@@ -583,13 +585,13 @@ def receipt_of(folder: Path) -> Receipt | None:
 
 def receipts(folder: Path) -> list[Receipt]:
     """The receipts of an extract, one for each warehouse that took it; raises StorageError."""
-    names = filter(_RECEIPT_FILE.fullmatch, sorted(at(folder).names(folder)))
+    names = filter(_RECEIPT_FILE.fullmatch, sorted(backend_for(folder).names(folder)))
     return [receipt for name in names if (receipt := _receipt(folder / name))]
 
 
 def _receipt(path: Path) -> Receipt | None:
     try:
-        return msgspec.json.decode(at(path).read(path), type=Receipt)
+        return msgspec.json.decode(backend_for(path).read(path), type=Receipt)
     except (FileNotFoundError, *UNREADABLE):
         return None
     except OSError as error:
@@ -621,11 +623,11 @@ def leave_receipt(folder: Path, receipt: Receipt) -> None:
 
 def take_receipts(folder: Path) -> None:
     """Forget that the extract was loaded: another one stands in for it."""
-    for name in filter(_RECEIPT_FILE.fullmatch, at(folder).names(folder)):
-        at(folder).delete(folder / name)
+    for name in filter(_RECEIPT_FILE.fullmatch, backend_for(folder).names(folder)):
+        backend_for(folder).delete(folder / name)
 
 
-def open_read(folder: Path) -> Landed:
+def open_read(folder: Path) -> SealedExtract:
     """The complete read in that folder.
 
     Raises:
@@ -635,7 +637,7 @@ def open_read(folder: Path) -> Landed:
     """
     path = folder / MANIFEST
     try:
-        manifest = msgspec.json.decode(at(path).read(path), type=Manifest)
+        manifest = msgspec.json.decode(backend_for(path).read(path), type=Manifest)
     except (FileNotFoundError, IsADirectoryError, *UNREADABLE) as error:
         reason = "it is gone" if isinstance(error, OSError) else str(error)
         raise DamagedExtractError(
@@ -647,13 +649,13 @@ def open_read(folder: Path) -> Landed:
         raise _unreadable(error, path) from None
     if manifest.format > FORMAT or manifest.resource not in RESOURCES:
         raise UsageError(f"{path} was landed by faletl {manifest.faletl_version}; upgrade faletl")
-    return Landed(folder, manifest)
+    return SealedExtract(folder, manifest)
 
 
 def all_reads(settings: Settings) -> Iterator[Path]:
     """The folder of every read, complete or not."""
     for folder in _matching(settings, "*/*/*/*"):
-        if _is_load_id(folder.name) and at(folder).is_own_folder(folder):
+        if _is_load_id(folder.name) and backend_for(folder).is_own_folder(folder):
             yield folder
 
 
@@ -664,10 +666,10 @@ def interrupted_reads(settings: Settings, before: datetime) -> Iterator[Path]:
     """
     complete = set(complete_reads(settings))  # of an object store a listing, not a question for each
     for folder in all_reads(settings):
-        if folder in complete or _started_at(folder.name) >= before - at(folder).grace:
+        if folder in complete or _started_at(folder.name) >= before - backend_for(folder).grace:
             continue
         try:
-            Attempt(folder).close()
+            OpenExtract(folder).close()
         except filelock.Timeout:
             continue
         if not is_complete(folder):
@@ -681,11 +683,11 @@ def drop(folder: Path) -> None:
         StorageError: it cannot be deleted.
     """
     try:
-        if at(folder).is_own_folder(folder):
+        if backend_for(folder).is_own_folder(folder):
             with suppress(IsADirectoryError):  # no manifest of ours
-                at(folder).delete(folder / MANIFEST)
-        at(folder).drop(folder)
-        at(folder).drop_empty(folder.parent)
+                backend_for(folder).delete(folder / MANIFEST)
+        backend_for(folder).drop(folder)
+        backend_for(folder).drop_empty(folder.parent)
     except OSError as error:
         raise storage_error(error, folder) from None
 
@@ -697,7 +699,7 @@ def size(folder: Path) -> int:
 
 def sizes(folder: Path) -> list[int]:
     """The bytes of each file of a read; of one under way, about."""
-    return at(folder).sizes(folder)
+    return backend_for(folder).sizes(folder)
 
 
 @contextmanager
@@ -712,8 +714,8 @@ def deleting(settings: Settings) -> Iterator[None]:
     folder = root(settings)
     with ExitStack() as held:
         try:
-            if at(folder).exists(folder):  # taking the lock would make it
-                held.enter_context(at(folder).lock(folder / _DELETING, settings.lock_seconds))
+            if backend_for(folder).exists(folder):  # taking the lock would make it
+                held.enter_context(backend_for(folder).lock(folder / _DELETING, settings.lock_seconds))
         except filelock.Timeout:
             raise WarehouseBusyError(
                 f"another faletl maintain, landing prune or rebuild works in {folder}; waited "
@@ -727,7 +729,7 @@ def deleting(settings: Settings) -> Iterator[None]:
 def unfinished_files(settings: Settings) -> Iterator[Path]:
     """Files that writers left which were killed before they could name them."""
     for folder in (*all_reads(settings), *(root(settings) / name for name in (DECISIONS, PLANS))):
-        yield from at(folder).unfinished(folder)
+        yield from backend_for(folder).unfinished(folder)
 
 
 def page_name(label: str, params: Params, number: int) -> str:
@@ -758,7 +760,7 @@ def _window_folder(settings: Settings, account: str, resource: str, window: Wind
 
 def _load_folders(parent: Path) -> list[Path]:
     """The folders of reads in there, oldest first."""
-    return [parent / name for name in sorted(at(parent).names(parent)) if _is_load_id(name)]
+    return [parent / name for name in sorted(backend_for(parent).names(parent)) if _is_load_id(name)]
 
 
 def _is_load_id(name: str) -> bool:

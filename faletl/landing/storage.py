@@ -36,7 +36,7 @@ _WRITTEN_WITHIN = timedelta(days=1)
 _opening = Lock()
 
 
-def place(setting: str) -> Path:
+def parse_location(setting: str) -> Path:
     """The folder or file of that path or URL; raises SettingsError where what reads it is missing."""
     scheme, is_url, rest = setting.partition("://")
     if not is_url:
@@ -68,13 +68,13 @@ def _bucket(scheme: str, bucket: str, _process: int) -> Path:
 
 
 @cache
-def reach(url: str) -> None:
+def check_reachable(url: str) -> None:
     """Raises StorageError where the store does not answer, refuses us, or has no such bucket.
 
     It is asked once.
     """
-    folder = place(url)
-    at(folder).names(folder)
+    folder = parse_location(url)
+    backend_for(folder).names(folder)
 
 
 class Disk:
@@ -207,7 +207,7 @@ class Disk:
         return filelock.FileLock(path, timeout=timeout, mode=0o600, thread_local=False)
 
 
-class Store:
+class ObjectStore:
     """A prefix in an object store: an object appears whole or not at all, and everybody sees it at once.
 
     Who works under a prefix nobody can tell, so that each has one writer ever. Every method raises
@@ -232,7 +232,7 @@ class Store:
     @staticmethod
     def exists(path: Path) -> bool:
         """Whether the object is there."""
-        return path.name in Store.names(path.parent)
+        return path.name in ObjectStore.names(path.parent)
 
     @staticmethod
     def names(folder: Path) -> list[str]:
@@ -297,15 +297,15 @@ class Store:
         return nullcontext()
 
 
-def at(path: Path) -> type[Disk] | type[Store]:
+def backend_for(path: Path) -> type[Disk] | type[ObjectStore]:
     """What reads and writes there."""
-    return Disk if _fs(path) is None else Store
+    return Disk if _fs(path) is None else ObjectStore
 
 
 def write_durably(path: Path, content: bytes) -> None:
     """Write a file so that it has its name only when it is whole and will last; raises StorageError."""
     try:
-        at(path).write(path, content)
+        backend_for(path).write(path, content)
     except OSError as error:
         raise storage_error(error, path, needed=len(content)) from None
 

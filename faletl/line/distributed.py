@@ -27,8 +27,8 @@ from faletl.errors import (
 from faletl.fal.client import FalClient
 from faletl.files import scratch_folder, storage_error
 from faletl.landing import extracts
-from faletl.landing.extracts import Landed
-from faletl.landing.storage import at, place, write_durably
+from faletl.landing.extracts import SealedExtract
+from faletl.landing.storage import backend_for, parse_location, write_durably
 from faletl.line import accounts, holds
 from faletl.line.accounts import SignedIn
 from faletl.line.extract import fencing_token, fetch_until_proven, run_concurrently
@@ -90,7 +90,7 @@ class PlannedTask(msgspec.Struct, frozen=True):
     def of(cls, task: Task, now: datetime) -> Self:
         """Return the stored form of a task; each of several batches of ids gets an extract id."""
         batches = math.ceil(len(task.ids) / (task.resource.ids_per_call or len(task.ids) or 1))
-        ahead = [extracts.new_load_id(now) for _ in range(batches)] if batches > 1 else []
+        ahead = [extracts.new_extract_id(now) for _ in range(batches)] if batches > 1 else []
         window = task.window
         ids, is_whole = list(task.ids), task.is_whole_catalogue
         return cls(task.resource.name, window.start, window.end, ids, is_whole, ahead)
@@ -174,9 +174,9 @@ def write_plan(settings: Settings, selection: Asked, *, is_first_due: bool = Fal
     folder = extracts.root(settings) / extracts.PLANS
     path = folder / f"{new_plan.run_id}.json"
     try:
-        at(folder).make(folder)
+        backend_for(folder).make(folder)
         for old in old_plans(settings, now):
-            at(old).delete(old)
+            backend_for(old).delete(old)
     except OSError as error:
         raise storage_error(error, path) from None
     write_durably(path, msgspec.json.format(msgspec.json.encode(new_plan), indent=1))
@@ -202,8 +202,8 @@ def read_plan(path: str) -> Plan:
         SettingsError, StorageError: see `faletl.landing.extracts.root`.
     """
     try:
-        file = place(path)
-        return msgspec.json.decode(at(file).read(file), type=Plan)
+        file = parse_location(path)
+        return msgspec.json.decode(backend_for(file).read(file), type=Plan)
     except (OSError, *UNREADABLE) as error:
         raise TamperedError(
             f"the plan {path} cannot be read ({error}); make sure that all workers have the same "
@@ -216,7 +216,7 @@ def old_plans(settings: Settings, now: datetime) -> list[Path]:
     folder = extracts.root(settings) / extracts.PLANS
     kept = max(timedelta(days=settings.keep_days), _IN_USE)
     oldest = f"{now - kept:%Y%m%dT%H%M%SZ}"  # a plan is named for when it was made
-    names = sorted(at(folder).names(folder))
+    names = sorted(backend_for(folder).names(folder))
     return [folder / name for name in names if name[:1].isdigit() and name < oldest]
 
 
@@ -310,7 +310,7 @@ def load_plan(settings: Settings, path: str) -> Report:
     return report
 
 
-def _all_landed(settings: Settings, run_plan: Plan, report: Report) -> Iterator[Landed]:
+def _all_landed(settings: Settings, run_plan: Plan, report: Report) -> Iterator[SealedExtract]:
     for planned in run_plan.windows:
         try:
             landed = _landed(settings, run_plan, planned.task)
@@ -321,7 +321,7 @@ def _all_landed(settings: Settings, run_plan: Plan, report: Report) -> Iterator[
             yield landed
 
 
-def _landed(settings: Settings, run_plan: Plan, task: Task) -> Landed | None:
+def _landed(settings: Settings, run_plan: Plan, task: Task) -> SealedExtract | None:
     return extracts.read_of_run(
         settings, run_plan.account, task.resource.name, task.window, run_plan.run_id
     )

@@ -31,7 +31,7 @@ from faletl.fal.client import FalClient
 from faletl.fal.transport import StoppedError
 from faletl.files import scratch_folder
 from faletl.landing import extracts
-from faletl.landing.extracts import Landed, Part
+from faletl.landing.extracts import Part, SealedExtract
 from faletl.line import accounts, holds
 from faletl.line.fetch import Retry, RunContext, fetch_window
 from faletl.line.overlap import charges_first
@@ -230,7 +230,7 @@ def fetch_until_proven(
     task: Task,
     scratch: Path,
     origin: RunContext,
-    landed: Landed | None = None,
+    landed: SealedExtract | None = None,
 ) -> Staged:
     """Fetch and stage a window; if its rows do not add up, fetch again, then in halves (`next_try`).
 
@@ -265,7 +265,7 @@ def fetch_until_proven(
 
 
 def next_try(
-    resource: Resource, landed: Landed, unproven: Sequence[UnprovenPart], *, is_first: bool
+    resource: Resource, landed: SealedExtract, unproven: Sequence[UnprovenPart], *, is_first: bool
 ) -> Retry | None:
     """Return how to fetch a window again whose parts are not all proven; None if that is of no use.
 

@@ -24,7 +24,7 @@ from faletl.fal.pages import read_envelope, walk
 from faletl.fal.questions import ask_in_either_form, bounds, first_endpoint
 from faletl.files import storage_error
 from faletl.landing import extracts
-from faletl.landing.extracts import Attempt, Call, Landed, LandedPage, Manifest, Part
+from faletl.landing.extracts import Call, LandedPage, Manifest, OpenExtract, Part, SealedExtract
 from faletl.resources import MAKE_A_KEY, MODELS, Question, Resource
 from faletl.windows import HOUR, LONG_AGO, Window
 from faletl.wire import Params
@@ -70,7 +70,7 @@ class Retry:
     `compared` are parts to fetch again, so that two equal walks can decide.
     """
 
-    landed: Landed
+    landed: SealedExtract
     kept: Sequence[Part] = ()
     requested: Sequence[Window] = ()
     compared: Sequence[Part] = ()
@@ -91,7 +91,7 @@ def fetch_window(
     is_whole_catalogue: bool = False,
     ahead: Sequence[str] = (),
     retry: Retry | None = None,
-) -> Landed:
+) -> SealedExtract:
     """Land every page of the window, and of its control total if the resource has one.
 
     `ids` are the endpoint ids to request, for a resource that is asked by ids; batches of them may have
@@ -196,14 +196,14 @@ def _naming_window(settings: Settings, resource: Resource, window: Window) -> It
         raise failed.at(resource=resource.name, window=str(window)) from None
 
 
-def _started_at(attempt: Attempt, retry: Retry | None) -> datetime:
+def _started_at(attempt: OpenExtract, retry: Retry | None) -> datetime:
     """Return when the first page of the extract, including kept parts, was requested."""
     if retry and retry.kept:
         return min(attempt.started_at, retry.landed.manifest.started_at)
     return attempt.started_at
 
 
-def _fal_started_at(asker: _Asker, attempt: Attempt, retry: Retry | None) -> datetime | None:
+def _fal_started_at(asker: _Asker, attempt: OpenExtract, retry: Retry | None) -> datetime | None:
     """Return that time by fal's clock; None if fal did not send it.
 
     For a resumed extract, our own clock shows how much earlier its first pages were requested.
@@ -235,7 +235,7 @@ def _ask_all(asker: _Asker, ids: Sequence[str], unknown: set[str], retry: Retry 
 
 
 def _ask_part(
-    asker: _Asker, window: Window, earlier: Landed | None = None, part: Part | None = None
+    asker: _Asker, window: Window, earlier: SealedExtract | None = None, part: Part | None = None
 ) -> None:
     """Request the rows of a part of the window (or all of it) and their control total.
 
@@ -286,7 +286,9 @@ def _ask_by_ids(asker: _Asker, number: int, ids: Sequence[str], unknown: set[str
 class _Asker:
     """Makes the calls of one extract of a window, and collects them."""
 
-    def __init__(self, client: FalClient, resource: Resource, window: Window, attempt: Attempt) -> None:
+    def __init__(
+        self, client: FalClient, resource: Resource, window: Window, attempt: OpenExtract
+    ) -> None:
         self.calls: list[Call] = []
         self.resource = resource
         self.window = window
@@ -352,7 +354,7 @@ class _Asker:
         """
         # A control total is always requested again: it must be of the rows at the end of the walk.
         is_kept = label in ("rows", "before")
-        landed = self._attempt.landed(label, params) if is_kept else iter(())
+        landed = self._attempt.resumable_pages(label, params) if is_kept else iter(())
         pages = self._walked(label, path, params, rows_path, landed, before)
         if pages is None:
             pages = self._walked(label, path, params, rows_path, landed)
@@ -381,20 +383,20 @@ class _Asker:
                     is_first_of_many = page.number == 1 and page.next_cursor is not None
                     if before and is_first_of_many and before() and is_new:
                         return None
-                    record = self._attempt.land if is_new else self._attempt.described
+                    record = self._attempt.land if is_new else self._attempt.describe_existing
                     pages.append(record(label, params, page))
                     del page  # before the next page is requested
         except FaletlError as error:
             raise error.at(page=len(pages) + 1) from None
         return pages
 
-    def keep(self, landed: Landed, part: Part) -> None:
+    def keep(self, landed: SealedExtract, part: Part) -> None:
         """Copy a part of an earlier extract into this one."""
         self.calls += self._attempt.keep(landed, part)
 
-    def adopt(self, landed: Landed, part: Part) -> None:
+    def adopt(self, landed: SealedExtract, part: Part) -> None:
         """Store the rows of an earlier extract of a part next to those of this one."""
-        self.calls += self._attempt.adopt(landed, part)
+        self.calls += self._attempt.copy_rows_of(landed, part)
 
     def refuse_gone_path(self, number: int, sample: Sequence[str], unknown: Collection[str]) -> None:
         """Raise ContractError if fal answers 404 to a sample and to an id of its own catalogue."""

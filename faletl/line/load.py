@@ -16,7 +16,7 @@ from faletl.errors import AccountLockedError, DataRefusedError, FaletlError, Hel
 from faletl.fal.bodies import forget_frames
 from faletl.files import scratch_folder
 from faletl.landing import extracts
-from faletl.landing.extracts import Landed
+from faletl.landing.extracts import SealedExtract
 from faletl.line import accounts, holds, relabel
 from faletl.line.overlap import SharedChargesError, in_order, refuse_shared
 from faletl.line.plan import Task
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 def load_extracts(
-    settings: Settings, sealed: Sequence[Landed], report: Report, progress: Progress = no_progress
+    settings: Settings, sealed: Sequence[SealedExtract], report: Report, progress: Progress = no_progress
 ) -> None:
     """Stage and load sealed extracts, charges first; refused ones go to the report."""
     warehouse = open_warehouse(settings)
@@ -197,7 +197,7 @@ def warn_of_other_landing(settings: Settings, connection: sa.Connection | None) 
         )
 
 
-def not_loaded(settings: Settings, warehouse: Warehouse, report: Report) -> list[Landed]:
+def not_loaded(settings: Settings, warehouse: Warehouse, report: Report) -> list[SealedExtract]:
     """Return sealed extracts that are newer than the loaded ones; of each day only the newest.
 
     Extracts that cannot be opened go to the report. Extracts of windows in the future, landed by a clock
@@ -209,7 +209,7 @@ def not_loaded(settings: Settings, warehouse: Warehouse, report: Report) -> list
         loaded_at = last_extract_times(connection) if connection is not None else {}
         taken_out = snapshots_taken_out(connection) if connection is not None else set[str]()
         open_read = relabel.opener(settings, connection)
-    newest: dict[tuple[str, ...], Landed] = {}
+    newest: dict[tuple[str, ...], SealedExtract] = {}
     ahead = list[str]()
     for folder in extracts.complete_reads(settings):
         try:
@@ -243,7 +243,7 @@ def _is_after(started_at: datetime, read_at: datetime | None, now: datetime) -> 
     return read_at is None or started_at > read_at or (started_at != read_at and read_at > now)
 
 
-def _age_key(landed: Landed, now: datetime) -> tuple[bool, datetime, datetime]:
+def _age_key(landed: SealedExtract, now: datetime) -> tuple[bool, datetime, datetime]:
     """Return a sort key by age: of two attempts at one extract, the later took over the other's pages.
 
     An extract from the future may be of any age, unless fal's clock confirms its time.

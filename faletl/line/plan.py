@@ -16,7 +16,7 @@ from faletl.selection import Asked
 from faletl.warehouse import horizons
 from faletl.warehouse.horizons import Horizons
 from faletl.warehouse.ledger import SEEN_WITHIN, KnownIds, known_ids, last_extracts, pages_per_window
-from faletl.windows import Read, Window, asks_whole_catalogue, due_days, utc_days
+from faletl.windows import LastExtract, Window, asks_whole_catalogue, due_days, utc_days
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ def plan(
     `owners` are the names under which horizons of the account are stored: its label, and the fingerprint
     of its key if that is not bound yet.
     """
-    extracts_by_resource: dict[str, Mapping[date, Read]] = {name: {} for name in RESOURCES}
+    extracts_by_resource: dict[str, Mapping[date, LastExtract]] = {name: {} for name in RESOURCES}
     rows: Horizons = {}
     if connection is not None:
         extracts_by_resource = {name: last_extracts(connection, account, name) for name in RESOURCES}
@@ -86,7 +86,7 @@ def plan(
 
 
 def tasks_of(
-    extracts_by_resource: Mapping[str, Mapping[date, Read]],
+    extracts_by_resource: Mapping[str, Mapping[date, LastExtract]],
     first_days: Mapping[str, date],
     selection: Asked,
     now: datetime,
@@ -121,7 +121,7 @@ def tasks_of(
     return tasks
 
 
-def _known(extracts_by_day: Mapping[date, Read], day: date, now: datetime) -> Read | None:
+def _known(extracts_by_day: Mapping[date, LastExtract], day: date, now: datetime) -> LastExtract | None:
     """Return the last extract of the day, as it counts at `now`."""
     extract = extracts_by_day.get(day)
     return extract.as_of(now) if extract is not None else None

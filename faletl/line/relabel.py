@@ -18,7 +18,7 @@ from faletl.config import Settings
 from faletl.errors import UsageError
 from faletl.landing import decisions, extracts
 from faletl.landing.decisions import AccountBound, AccountForgotten, AccountRenamed, Decision, HorizonSet
-from faletl.landing.extracts import Landed, Manifest
+from faletl.landing.extracts import Manifest, SealedExtract
 from faletl.line import accounts
 from faletl.line.accounts import Account
 from faletl.warehouse import horizons
@@ -32,7 +32,7 @@ _SLACK = timedelta(milliseconds=1)
 
 def opener(
     settings: Settings, connection: sa.Connection | None = None
-) -> Callable[[Path], Landed | None]:
+) -> Callable[[Path], SealedExtract | None]:
     """Return a function that opens landed extracts under current labels; None for forgotten accounts.
 
     With a `connection`, extracts are opened for its warehouse.
@@ -74,13 +74,13 @@ def follow(connection: sa.Connection, all_decisions: Iterable[Decision]) -> None
         connection.execute(sa.update(WAREHOUSE).values(decided_until=max(instants)))
 
 
-def relabelled(landed: Landed, all_decisions: Sequence[Decision]) -> Landed | None:
+def relabelled(landed: SealedExtract, all_decisions: Sequence[Decision]) -> SealedExtract | None:
     """Return the extract under its current label; None if its account was forgotten."""
     manifest = landed.manifest
     label = label_now(all_decisions, manifest.account, manifest.began_at)
     if label is None:
         return None
-    return Landed(landed.folder, msgspec.structs.replace(manifest, account=label))
+    return SealedExtract(landed.folder, msgspec.structs.replace(manifest, account=label))
 
 
 def label_now(all_decisions: Sequence[Decision], account: str, landed_at: datetime) -> str | None:

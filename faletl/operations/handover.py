@@ -31,7 +31,7 @@ from faletl.landing import decisions
 from faletl.landing.decisions import AccountForgotten, AccountRenamed
 from faletl.line.report import Progress, no_progress
 from faletl.resources import RESOURCES
-from faletl.selection import DUE, Asked
+from faletl.selection import EVERYTHING_DUE, Asked
 from faletl.warehouse import open_warehouse
 from faletl.warehouse.ledger import current_loads, rows_of_windows
 from faletl.warehouse.protocol import Warehouse
@@ -68,7 +68,7 @@ class _Manifest(msgspec.Struct):
 
 
 def hand_over(
-    settings: Settings, out: Path, asked: Asked = DUE, progress: Progress = no_progress
+    settings: Settings, out: Path, asked: Asked = EVERYTHING_DUE, progress: Progress = no_progress
 ) -> Handed:
     """Make the folder hold the loaded days of the resources asked for (default: all).
 

@@ -14,7 +14,7 @@ import duckdb
 from faletl.duck import count, quoted
 from faletl.errors import DataRefusedError, TamperedError, UnprovenError
 from faletl.landing.decisions import accept_command
-from faletl.landing.extracts import MANIFEST, Landed, Part
+from faletl.landing.extracts import MANIFEST, Part, SealedExtract
 from faletl.money import HALF_NANO, plain
 from faletl.resources import Proof, Resource
 from faletl.staging.digest import rows_digest, rows_source
@@ -23,9 +23,11 @@ from faletl.staging.records import MAX_NAMED_ROWS, Typed, of_endpoint, typed_rec
 log = logging.getLogger(__name__)
 
 
-def _refused(landed: Landed, label: str, typed: Typed, because: str, cure: str = "") -> DataRefusedError:
+def _refused(
+    landed: SealedExtract, label: str, typed: Typed, because: str, cure: str = ""
+) -> DataRefusedError:
     """The error for a window whose rows cannot all be taken."""
-    page = typed.set_aside[0].page
+    page = typed.quarantined[0].page
     return DataRefusedError(
         f"{describe_breaches(typed, because)}; the window is not loaded{cure}",
         page=page,
@@ -35,7 +37,7 @@ def _refused(landed: Landed, label: str, typed: Typed, because: str, cure: str =
 
 
 def describe_breaches(typed: Typed, because: str) -> str:
-    shown = typed.set_aside[:MAX_NAMED_ROWS]
+    shown = typed.quarantined[:MAX_NAMED_ROWS]
     told = "; ".join(
         f"page {one.page} row {one.row}{of_endpoint(one.endpoint_id)}: {ascii(one.reason)[1:-1]}"
         for one in shown
@@ -69,7 +71,7 @@ class PartProof:
 
 def prove(
     connection: duckdb.DuckDBPyConnection,
-    landed: Landed,
+    landed: SealedExtract,
     resource: Resource,
     source: str,
     digest: str,
@@ -120,7 +122,7 @@ def prove(
 
 def _moved_between(
     connection: duckdb.DuckDBPyConnection,
-    landed: Landed,
+    landed: SealedExtract,
     resource: Resource,
     source: str,
     scratch: Path,
@@ -129,7 +131,7 @@ def _moved_between(
     whole, proof = landed.manifest.whole, resource.proof
     if whole is None or proof is None:
         return ""
-    of_whole = Landed(landed.folder, landed.manifest.of(whole))
+    of_whole = SealedExtract(landed.folder, landed.manifest.of(whole))
     compared = _compared(connection, of_whole, resource, proof, "proof", source, scratch)
     return f"the rows moved meanwhile ({compared.told})" if compared.differs else ""
 
@@ -147,7 +149,7 @@ def _sum(totals: Iterable[str | None]) -> str | None:
         return plain(sum(told, Decimal(0))) if told else None
 
 
-def _require_whole(landed: Landed) -> None:
+def _require_whole(landed: SealedExtract) -> None:
     """Raises TamperedError where the parts of the window leave some of it out, or overlap."""
     window, parts = landed.manifest.window, landed.manifest.parts
     starts, ends = [part.window.start for part in parts], [part.window.end for part in parts]
@@ -176,14 +178,14 @@ class _Rows:
         """How many rows of these pages are quarantined, as far as known, and not accepted."""
         if self.is_accepted:
             return 0
-        aside = self.typed.set_aside
+        aside = self.typed.quarantined
         of_others = sum(not self.first_page <= one.page <= self.last_page for one in aside)
         return self.typed.breaches - of_others
 
 
 def _prove_part(
     connection: duckdb.DuckDBPyConnection,
-    whole: Landed,
+    whole: SealedExtract,
     part: Part,
     resource: Resource,
     rows: _Rows,
@@ -194,7 +196,7 @@ def _prove_part(
     Raises:
         DataRefusedError: rows of the part are quarantined that are of value, as far as fal's sums show.
     """
-    landed = Landed(whole.folder, whole.manifest.of(part))
+    landed = SealedExtract(whole.folder, whole.manifest.of(part))
     proof, compared, moved = resource.proof, _Compared(), ""
     assert proof is not None  # noqa: S101  # who asks has looked
     has_total = part.has("proof")
@@ -237,7 +239,7 @@ def _prove_part(
 
 def _moved(
     connection: duckdb.DuckDBPyConnection,
-    landed: Landed,
+    landed: SealedExtract,
     resource: Resource,
     proof: Proof,
     source: str,
@@ -303,7 +305,7 @@ class _Compared:
 
 def _compared(
     connection: duckdb.DuckDBPyConnection,
-    landed: Landed,
+    landed: SealedExtract,
     resource: Resource,
     proof: Proof,
     label: str,
@@ -337,7 +339,7 @@ def _is_less(connection: duckdb.DuckDBPyConnection, proof: Proof, source: str, t
 
 def _digest_again(
     connection: duckdb.DuckDBPyConnection,
-    landed: Landed,
+    landed: SealedExtract,
     resource: Resource,
     typed: Typed,
     scratch: Path,

@@ -17,8 +17,8 @@ import msgspec
 from faletl.duck import count, quoted
 from faletl.errors import ContractError, FaletlError
 from faletl.fal.bodies import one_body
-from faletl.findings import SetAside
-from faletl.landing.extracts import Landed, Manifest
+from faletl.findings import QuarantinedRow
+from faletl.landing.extracts import Manifest, SealedExtract
 from faletl.money import with_exact_numbers
 from faletl.resources import Column, Kind, Resource
 from faletl.staging.columns import (
@@ -80,14 +80,14 @@ class Typed:
     contract: Contract
     rounded: int = 0
     breaches: int = 0
-    set_aside: tuple[SetAside, ...] = ()
+    set_aside: tuple[QuarantinedRow, ...] = ()
     unusable: int = 0
     unusable_values: tuple[str, ...] = ()
 
 
 def typed_records(
     connection: duckdb.DuckDBPyConnection,
-    landed: Landed,
+    landed: SealedExtract,
     resource: Resource,
     label: str,
     path: Path,
@@ -137,7 +137,7 @@ def _note_unusable(
 
 def _set_breaches_aside(
     connection: duckdb.DuckDBPyConnection,
-    landed: Landed,
+    landed: SealedExtract,
     resource: Resource,
     label: str,
     path: Path,
@@ -153,14 +153,14 @@ def _set_breaches_aside(
     for page, rows in groupby(found, key=lambda one: int(one[0])):
         with one_body():
             records = records_of(as_json(landed.body(pages[page - 1])), rows_path)
-            typed.set_aside += tuple(
-                SetAside.of(page, row, why, bytes(records[row - 1])) for _, row, why in rows
+            typed.quarantined += tuple(
+                QuarantinedRow.of(page, row, why, bytes(records[row - 1])) for _, row, why in rows
             )
             del records
-    typed.set_aside = _kept(sorted(typed.set_aside, key=lambda one: (one.page, one.row)))
+    typed.quarantined = _kept(sorted(typed.quarantined, key=lambda one: (one.page, one.row)))
 
 
-def _kept(set_aside: Sequence[SetAside]) -> tuple[SetAside, ...]:
+def _kept(set_aside: Sequence[QuarantinedRow]) -> tuple[QuarantinedRow, ...]:
     """The first of these rows, as many as are kept."""
     sizes = accumulate(len(one.raw_json) for one in set_aside[:_KEEP])
     return tuple(one for one, size in zip(set_aside, sizes, strict=False) if size <= _KEEP_CHARACTERS)
@@ -170,7 +170,9 @@ def _rows_path(resource: Resource, label: str) -> tuple[str, ...]:
     return resource.proof.rows_path if label in TOTALS and resource.proof else resource.rows_path
 
 
-def _write_lines(landed: Landed, resource: Resource, label: str, lines: Path, *, is_each: bool) -> Typed:
+def _write_lines(
+    landed: SealedExtract, resource: Resource, label: str, lines: Path, *, is_each: bool
+) -> Typed:
     """Write each record on a line, behind its page, row, and what stood around it.
 
     `is_each` says that each number is to be looked at, and each record for a key that comes twice.
@@ -222,16 +224,16 @@ def _set_untyped_aside(
     typed: Typed, page: int, breaches: Mapping[int, str], levels: Sequence[Level]
 ) -> None:
     typed.breaches += len(breaches)
-    if breaches and len(typed.set_aside) < _KEEP:
+    if breaches and len(typed.quarantined) < _KEEP:
         records = [record for _, records in levels for record in records]
-        first = list(breaches.items())[: _KEEP - len(typed.set_aside)]
-        more = [SetAside.of(page, row, why, bytes(records[row - 1])) for row, why in first]
-        typed.set_aside = _kept([*typed.set_aside, *more])
+        first = list(breaches.items())[: _KEEP - len(typed.quarantined)]
+        more = [QuarantinedRow.of(page, row, why, bytes(records[row - 1])) for row, why in first]
+        typed.quarantined = _kept([*typed.quarantined, *more])
 
 
 def _write_typed(
     connection: duckdb.DuckDBPyConnection,
-    landed: Landed,
+    landed: SealedExtract,
     resource: Resource,
     label: str,
     lines: Path,
@@ -267,7 +269,7 @@ def _write_typed(
     """)
 
 
-def _more_columns(landed: Landed, resource: Resource, label: str) -> Iterator[str]:
+def _more_columns(landed: SealedExtract, resource: Resource, label: str) -> Iterator[str]:
     """SQL for what stands beside the fields of a record."""
     window = landed.manifest.window
     if resource.nothing_without:

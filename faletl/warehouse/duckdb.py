@@ -40,7 +40,7 @@ from faletl.errors import (
     WarehouseBusyError,
     WarehouseError,
 )
-from faletl.files import copy_file, room, sync
+from faletl.files import copy_file, free_space, sync
 from faletl.warehouse import ownership, schema
 from faletl.warehouse.names import AS_TYPED, add_prefix
 from faletl.warehouse.protocol import Lease, Warehouse
@@ -372,7 +372,7 @@ class DuckDBWarehouse:
             part.replace(self._published)
             sync(self._published.parent)
         except OSError as error:
-            space = room(self._published, _size(self._path))
+            space = free_space(self._published, _size(self._path))
             with suppress(OSError):
                 part.unlink(missing_ok=True)
             raise StorageError(f"cannot publish {self._published}: {error.strerror} ({space})") from None
@@ -508,7 +508,7 @@ class DuckDBWarehouse:
 
     def _storage_error(self, operation: str, error: OSError) -> StorageError:
         """Return the error for a disk that refuses an operation on the file."""
-        space = room(self._path, _size(self._path))
+        space = free_space(self._path, _size(self._path))
         return StorageError(
             f"cannot {operation} {self._path}: {error.strerror} ({space})", file=str(self._path)
         )
@@ -603,7 +603,7 @@ def _checkpoint(connection: sa.Connection, path: Path) -> None:
     connection.commit()
     if (wal := _wal_of(path)).exists() and _size(wal):
         raise StorageError(
-            f"{path} is incomplete without its .wal, which could not be merged ({room(path)})"
+            f"{path} is incomplete without its .wal, which could not be merged ({free_space(path)})"
         )
 
 
@@ -671,7 +671,7 @@ def _raise_typed(path: Path, context: sa.engine.ExceptionContext) -> None:
     reason = _reason_of(error)
     if any(words in reason for words in _REFUSALS):
         raise StorageError(
-            f"the warehouse {path} cannot be used: {reason} ({room(path)}); no partial change was kept",
+            f"the warehouse {path} cannot be used: {reason} ({free_space(path)}); no partial change was kept",
             file=str(path),
         )
     if isinstance(error, duckdb.OutOfMemoryException):

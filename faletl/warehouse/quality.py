@@ -58,7 +58,7 @@ def record_findings(
                 "fencing_token": lease.token,
                 "seen_at": extract.finished_at,
             }
-            for row in findings.set_aside
+            for row in findings.quarantined
         ],
     )
     _record_drift(connection, extract, findings.drifts)
