@@ -147,7 +147,7 @@ def readers_copy(settings: Settings) -> object:
 
 
 ADVICE = re.compile(
-    "try again later|run again|check FAL_KEY|quarantine list|is not loaded|reads the window again"
+    "try again later|run again|check FAL_KEY|quarantine list|is not loaded|fetches the window again"
 )
 
 
