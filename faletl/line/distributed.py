@@ -90,7 +90,7 @@ class Planned(msgspec.Struct, frozen=True):
     def of(cls, task: Task, now: datetime) -> Self:
         """The task, with a read to ask each batch of ids ahead in, where there are several."""
         batches = math.ceil(len(task.ids) / (task.resource.ids_per_call or len(task.ids) or 1))
-        ahead = [extracts.new_load_id(now) for _ in range(batches)] if batches > 1 else []
+        ahead = [extracts.new_extract_id(now) for _ in range(batches)] if batches > 1 else []
         window = task.window
         ids, is_whole = list(task.ids), task.is_whole_catalogue
         return cls(task.resource.name, window.start, window.end, ids, is_whole, ahead)

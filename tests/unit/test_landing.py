@@ -110,7 +110,7 @@ def parts(settings: Settings, account: str) -> tuple[str, ...]:
 @pytest.fixture
 def ahead(settings: Settings) -> list[str]:
     """Three reads of one window, each with the first pages to a question of its own."""
-    ids = [extracts.new_load_id(NOW + timedelta(seconds=n)) for n in range(3)]
+    ids = [extracts.new_extract_id(NOW + timedelta(seconds=n)) for n in range(3)]
     for number, load_id in enumerate(ids):
         attempt = extracts.open_ahead(settings, "acme", "analytics", DAY, load_id)
         assert attempt is not None
@@ -157,7 +157,7 @@ def test_a_batch_that_somebody_is_at_is_left_to_them(settings: Settings, ahead: 
 def test_a_batch_that_nobody_asked_ahead_is_missing_and_no_more(
     settings: Settings, ahead: list[str]
 ) -> None:
-    whole = gathered(settings, [*ahead, extracts.new_load_id(NOW)])
+    whole = gathered(settings, [*ahead, extracts.new_extract_id(NOW)])
 
     assert whole is not None
     assert batches_in(whole) == [0, 1, 2]
@@ -188,9 +188,9 @@ def test_a_folder_that_another_run_took_up_first_is_left_to_it(
 ) -> None:
     sealed(read(settings))
     theirs = read(settings)
-    ids = iter([theirs.load_id, extracts.new_load_id(NOW)])
-    monkeypatch.setattr(extracts, "new_load_id", lambda _: next(ids))
-    monkeypatch.setattr(extracts, "_beside", lambda _: theirs.folder)
+    ids = iter([theirs.load_id, extracts.new_extract_id(NOW)])
+    monkeypatch.setattr(extracts, "new_extract_id", lambda _: next(ids))
+    monkeypatch.setattr(extracts, "_folder_next_to", lambda _: theirs.folder)
 
     assert extracts.resume(settings, "acme", "usage", DAY, NOW) is None
     ours = extracts.begin(settings, "acme", "usage", DAY, NOW)
@@ -286,7 +286,7 @@ def test_a_read_whose_pages_were_deleted_is_never_complete(settings: Settings) -
     record = attempt.described("rows", ASKED, page(1))
     (attempt.folder / record.file).unlink()
 
-    with pytest.raises(StorageError, match=f"{record.file} was deleted while the window was read"):
+    with pytest.raises(StorageError, match=f"{record.file} was deleted while the window was fetched"):
         attempt.seal(manifest_of(attempt, record))
     assert not extracts.is_complete(attempt.folder)
 
@@ -380,7 +380,7 @@ def test_a_read_that_is_given_up_leaves_nothing(settings: Settings) -> None:
 
 
 def test_what_is_in_the_way_of_a_read_is_told_with_its_path(settings: Settings) -> None:
-    load_id = extracts.new_load_id(NOW)
+    load_id = extracts.new_extract_id(NOW)
     day = settings.landing / Path("acme", "usage", "2026-11-22")
     day.mkdir(parents=True)
     (day / load_id).write_bytes(b"")
@@ -394,7 +394,7 @@ def test_a_page_that_was_changed_is_told_with_what_to_do(settings: Settings) -> 
     (kept,) = done.manifest.pages("rows")
     (done.folder / kept.file).write_bytes(b"")
 
-    told = "is not the one that fal sent; restore it, or read the window again with faletl run --start"
+    told = "is not the one that fal sent; restore it, or fetch the window again with faletl run --start"
     with pytest.raises(TamperedError, match=f"{kept.file} {told}"):
         done.body(kept)
 
