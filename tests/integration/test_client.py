@@ -432,7 +432,7 @@ def test_a_client_has_the_patience_that_it_is_given() -> None:
 @pytest.mark.parametrize(("tries", "longest"), [(1, 1), (2, 2), (5, 16), (6, 20), (9, 20)])
 def test_waits_of_our_own_grow_and_differ(tries: int, longest: float) -> None:
     counted = client_module._Tries(Patience(tries=9, deadline_seconds=1, retry_after_seconds=1))
-    counted.made = tries
+    counted.count = tries
     state = tenacity.RetryCallState(tenacity.Retrying(), None, (), {})
     waits = [counted.pause(state) for _ in range(500)]
     assert longest / 4 <= min(waits) < longest / 2
