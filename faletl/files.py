@@ -112,10 +112,10 @@ def storage_error(error: OSError, path: Path, needed: int = 0) -> StorageError:
     reason = error.strerror or str(error)
     if isinstance(error, FileExistsError):  # a file is where a folder must be made
         reason = os.strerror(errno.ENOTDIR)
-    return StorageError(f"cannot write {path}: {reason} ({room(path, needed)})", file=str(path))
+    return StorageError(f"cannot write {path}: {reason} ({free_space(path, needed)})", file=str(path))
 
 
-def room(path: Path, needed: int = 0) -> str:
+def free_space(path: Path, needed: int = 0) -> str:
     """Return the bytes needed, and the free space on the disk of the path, as a phrase."""
     need = f"{needed:,} bytes needed, " if needed else ""
     for folder in (path, *path.absolute().parents):

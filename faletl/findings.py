@@ -25,7 +25,7 @@ _MAX_ID_CHARACTERS = 1000  # kept of its endpoint id
 
 
 @dataclass(frozen=True, slots=True)
-class SetAside:
+class QuarantinedRow:
     """A row that violates fal's contract: its place, the reason, and the row as fal sent it."""
 
     page: int
@@ -77,12 +77,12 @@ class Validation:
 class Findings:
     """All findings in one extract.
 
-    `breaches` counts all quarantined rows; `set_aside` has the first of them.
+    `breaches` counts all quarantined rows; `quarantined` has the first of them.
     """
 
     extract: ExtractRef
     breaches: int = 0
-    set_aside: tuple[SetAside, ...] = ()
+    quarantined: tuple[QuarantinedRow, ...] = ()
     drifts: tuple[Drift, ...] = ()
     validations: tuple[Validation, ...] = ()
 
@@ -93,7 +93,7 @@ class Findings:
         It is free of the account's label, so that an acceptance stays valid after a rename.
         """
         key = self.extract.key
-        rows = sorted(row.raw_json for row in self.set_aside)
+        rows = sorted(row.raw_json for row in self.quarantined)
         content = (key.resource, str(key.window.day), self.breaches, rows)
         return hashlib.sha256(repr(content).encode()).hexdigest()
 

@@ -21,7 +21,7 @@ from faletl.line.load import load_reads, loader, not_loaded, record_failures
 from faletl.line.plan import Forecast, forecast
 from faletl.line.release import build_and_publish
 from faletl.line.report import Progress, Report, new_run_id, outcome_of, silent
-from faletl.selection import DUE, Asked
+from faletl.selection import EVERYTHING_DUE, Asked
 from faletl.staging.window import Staged
 from faletl.warehouse import open_warehouse
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def run(settings: Settings, asked: Asked = DUE, progress: Progress = silent) -> Report:
+def run(settings: Settings, asked: Asked = EVERYTHING_DUE, progress: Progress = silent) -> Report:
     """Run the whole line, for what is due or for the UTC days that `asked` names.
 
     Named days are always fetched again; without an end they go up to now. One snapshot of models, prices
@@ -53,7 +53,7 @@ def run(settings: Settings, asked: Asked = DUE, progress: Progress = silent) -> 
     return report
 
 
-def extract(settings: Settings, asked: Asked = DUE, progress: Progress = silent) -> Report:
+def extract(settings: Settings, asked: Asked = EVERYTHING_DUE, progress: Progress = silent) -> Report:
     """Land and prove the windows that `run` would load; load nothing. Raises UsageError, as `run`."""
     report = Report(new_run_id())
 
@@ -64,7 +64,7 @@ def extract(settings: Settings, asked: Asked = DUE, progress: Progress = silent)
     return report
 
 
-def dry_run(settings: Settings, asked: Asked = DUE) -> list[Forecast]:
+def dry_run(settings: Settings, asked: Asked = EVERYTHING_DUE) -> list[Forecast]:
     """Return what `run` would extract now. Asks fal at most for the account's name, and writes nothing.
 
     Raises:
@@ -81,7 +81,7 @@ def dry_run(settings: Settings, asked: Asked = DUE) -> list[Forecast]:
         )
 
 
-def load(settings: Settings, asked: Asked = DUE, progress: Progress = silent) -> Report:
+def load(settings: Settings, asked: Asked = EVERYTHING_DUE, progress: Progress = silent) -> Report:
     """Stage, prove and load what has landed and is not loaded yet; sends no request to fal."""
     report = Report(new_run_id())
     load_waiting(settings, asked, report, progress)

@@ -49,5 +49,5 @@ class Asked:
         return (self.start or date.min) <= window.day < (self.end or date.max)
 
 
-DUE = Asked()
+EVERYTHING_DUE = Asked()
 """Everything that is due, of every resource."""

@@ -178,7 +178,7 @@ class Hold:
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
+class LastExtract:
     """The last extract of a loaded window: its start, and whether the window was still open then.
 
     `whole_catalogue_at` is when all of fal's endpoints were last asked for, for a resource that is
@@ -192,7 +192,7 @@ class Read:
     changed_at: datetime | None = None
     hold: Hold | None = None
 
-    def as_of(self, now: datetime) -> Read | None:
+    def as_of(self, now: datetime) -> LastExtract | None:
         """Return the extract as known at `now`; None if it is in the future.
 
         An extract in the future was made by a clock that was ahead. No instant of such a clock delays
@@ -208,7 +208,7 @@ class Read:
         )
 
 
-def next_due(window: Window, read: Read | None) -> datetime | None:
+def next_due(window: Window, read: LastExtract | None) -> datetime | None:
     """Return when the window is due; None when it has been watched long enough.
 
     A window never extracted, or extracted while it was open, is due at once. A closed one is due when
@@ -233,7 +233,7 @@ def _doubled(anchor: datetime, last: datetime) -> datetime:
     return anchor + max(HOUR, 2 * (last - anchor))
 
 
-def asks_whole_catalogue(window: Window, read: Read | None, now: datetime) -> bool:
+def asks_whole_catalogue(window: Window, read: LastExtract | None, now: datetime) -> bool:
     """Whether an extract of the window must ask for all endpoints, not only for those that were used.
 
     Requests that only fail leave no usage. So the first extract of a closed day asks for every endpoint,
@@ -248,7 +248,7 @@ def asks_whole_catalogue(window: Window, read: Read | None, now: datetime) -> bo
     return read is not None or now - window.end < WEEK
 
 
-def due_days(now: datetime, reads: Mapping[date, Read], first_day: date) -> Iterable[Window]:
+def due_days(now: datetime, reads: Mapping[date, LastExtract], first_day: date) -> Iterable[Window]:
     """Yield the UTC days from `first_day` to today that are due now, in order."""
     for window in utc_days(first_day, now.date() + DAY):
         read = reads.get(window.day)

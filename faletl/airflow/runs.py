@@ -67,14 +67,14 @@ def _is_first(settings: Settings, what: str, day: date, run: str) -> bool:
     the same instant both do, which costs calls and changes nothing.
     """
     from faletl.landing.extracts import root
-    from faletl.landing.storage import at, write_durably
+    from faletl.landing.storage import backend_for, write_durably
 
     folder = root(settings) / ".backfills"
-    at(folder).make(folder)
+    backend_for(folder).make(folder)
     path, now = folder / f"{what}-{day}.json", datetime.now(UTC)
-    with at(folder).lock(path.with_suffix(".lock")):
-        is_there = at(path).exists(path)
-        note = json.loads(at(path).read(path)) if is_there else {"runs": [], "at": None}
+    with backend_for(folder).lock(path.with_suffix(".lock")):
+        is_there = backend_for(path).exists(path)
+        note = json.loads(backend_for(path).read(path)) if is_there else {"runs": [], "at": None}
         is_old = note["at"] is None or abs(now - datetime.fromisoformat(note["at"])) > SAME_BACKFILL
         is_first = is_old or run in note["runs"]
         runs = [run] if is_first else [*note["runs"], run]

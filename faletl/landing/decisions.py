@@ -22,7 +22,7 @@ from faletl.errors import StorageError, TamperedError, UsageError
 from faletl.files import storage_error
 from faletl.landing import extracts
 from faletl.landing.extracts import Instant, Manifest
-from faletl.landing.storage import at, write_durably
+from faletl.landing.storage import backend_for, write_durably
 from faletl.wire import UNREADABLE
 
 _STAMP = "%Y%m%dT%H%M%S%fZ"
@@ -114,7 +114,7 @@ def record(settings: Settings, decision: Decision) -> None:
     folder = extracts.root(settings) / extracts.DECISIONS
     path = folder / f"{decision.decided_at.strftime(_STAMP)}-{secrets.token_hex(3)}.json"
     try:
-        at(folder).make(folder)
+        backend_for(folder).make(folder)
     except OSError as error:
         raise storage_error(error, path) from None
     write_durably(path, msgspec.json.format(msgspec.json.encode(decision), indent=1))
@@ -131,7 +131,7 @@ def recorded(settings: Settings) -> Sequence[Decision]:
     folder = extracts.root(settings) / extracts.DECISIONS
     names = sorted(_names(settings))
     try:
-        return [_decoded(str(folder / name), at(folder).read(folder / name)) for name in names]
+        return [_decoded(str(folder / name), backend_for(folder).read(folder / name)) for name in names]
     except OSError as error:
         raise StorageError(f"cannot read {error.filename or folder}: {error.strerror}") from None
 
@@ -139,7 +139,7 @@ def recorded(settings: Settings) -> Sequence[Decision]:
 def _names(settings: Settings) -> list[str]:
     folder = extracts.root(settings) / extracts.DECISIONS
     try:
-        return [name for name in at(folder).names(folder) if _NAME.fullmatch(name)]
+        return [name for name in backend_for(folder).names(folder) if _NAME.fullmatch(name)]
     except OSError as error:
         raise StorageError(f"cannot read {error.filename or folder}: {error.strerror}") from None
 

@@ -38,7 +38,7 @@ from faletl.errors import (
 from faletl.fal.bodies import one_body, take_turn
 from faletl.fal.pages import Page
 from faletl.files import storage_error
-from faletl.landing.storage import Disk, at, place, reach, write_durably
+from faletl.landing.storage import Disk, backend_for, check_reachable, parse_location, write_durably
 from faletl.redaction import REDACTED
 from faletl.resources import RESOURCES
 from faletl.windows import CLOCK_TOLERANCE, ExtractRef, Window, WindowKey
@@ -225,7 +225,7 @@ class Receipt(msgspec.Struct, frozen=True):
         return not self.warehouse_id
 
 
-class Landed(msgspec.Struct, frozen=True):
+class SealedExtract(msgspec.Struct, frozen=True):
     """A sealed extract: its folder and its manifest."""
 
     folder: Path
@@ -253,7 +253,7 @@ class Landed(msgspec.Struct, frozen=True):
         """
         path = self.folder / page.file
         try:
-            content = at(path).read(path)
+            content = backend_for(path).read(path)
         except FileNotFoundError:
             content = b""
         if hashlib.sha256(content).hexdigest() != page.sha256:
@@ -265,7 +265,7 @@ class Landed(msgspec.Struct, frozen=True):
         return _unpacked(content)
 
 
-class Attempt:
+class OpenExtract:
     """An unfinished extract of one window: it lands pages, then seals them with a manifest."""
 
     def __init__(self, folder: Path) -> None:
@@ -276,9 +276,9 @@ class Attempt:
         """The folders in which pages may have landed before, with the names of their files."""
         self._redacted = 0
         self._locked = ExitStack()
-        self._locked.enter_context(at(folder).lock(folder / _LOCK, timeout=0))
+        self._locked.enter_context(backend_for(folder).lock(folder / _LOCK, timeout=0))
 
-    def landed(self, label: str, params: Params) -> Iterator[bytes]:
+    def resumable_pages(self, label: str, params: Params) -> Iterator[bytes]:
         """Yield the pages of the same question that an interrupted extract left, in order."""
         prefix = _question(label, params)
         counts = {f: sum(n.startswith(prefix) for n in names) for f, names in self.earlier.items()}
@@ -286,7 +286,7 @@ class Attempt:
         for number in range(1, 1 + counts.get(source, 0)):
             name = page_name(label, params, number)
             try:
-                content = at(source).read(source / name)
+                content = backend_for(source).read(source / name)
                 body = _unpacked(content)
             except (FileNotFoundError, zstandard.ZstdError, MemoryError):  # an absurd size
                 return  # ask fal from here on
@@ -304,17 +304,17 @@ class Attempt:
         write_durably(self.folder / name, content)
         return _landed_page(name, content, page)
 
-    def keep(self, landed: Landed, part: Part) -> list[Call]:
+    def keep(self, landed: SealedExtract, part: Part) -> list[Call]:
         """Copy a part of an earlier extract unchanged; raises StorageError."""
         for call in part.calls:
             for page in call.pages:
-                content = at(self.folder).read(landed.folder / page.file)
+                content = backend_for(self.folder).read(landed.folder / page.file)
                 with one_body():
                     self._redacted += REDACTED.encode() in _unpacked(content)
                 write_durably(self.folder / page.file, content)
         return part.calls
 
-    def adopt(self, landed: Landed, part: Part) -> list[Call]:
+    def copy_rows_of(self, landed: SealedExtract, part: Part) -> list[Call]:
         """Copy the rows of a part of an earlier extract as the `again` walk of this one.
 
         Raises:
@@ -326,28 +326,30 @@ class Attempt:
             pages = []
             for page in call.pages:
                 name = f"again-{number}-{page.file}"
-                write_durably(self.folder / name, at(self.folder).read(landed.folder / page.file))
+                write_durably(
+                    self.folder / name, backend_for(self.folder).read(landed.folder / page.file)
+                )
                 pages.append(msgspec.structs.replace(page, file=name))
             copies.append(msgspec.structs.replace(call, label="again", pages=pages))
         return copies
 
-    def take_in(self, other: Attempt) -> None:
+    def take_in(self, other: OpenExtract) -> None:
         """Move the pages of another unfinished extract to this one, and discard the other."""
         names = other.earlier.pop(other.folder, [])
         if pages := [name for name in names if name.endswith(_PAGE)]:
             Disk.move(other.folder, pages, self.folder)
-            self.earlier[self.folder] = at(self.folder).names(self.folder)
+            self.earlier[self.folder] = backend_for(self.folder).names(self.folder)
         self.earlier |= other.earlier
         if names:
             other.discard()
         other.close()
 
-    def described(self, label: str, params: Params, page: Page) -> LandedPage:
+    def describe_existing(self, label: str, params: Params, page: Page) -> LandedPage:
         """Return the manifest's entry for a page that landed before."""
         name = page_name(label, params, page.number)
-        return _landed_page(name, at(self.folder).read(self.folder / name), page)
+        return _landed_page(name, backend_for(self.folder).read(self.folder / name), page)
 
-    def seal(self, manifest: Manifest) -> Landed:
+    def seal(self, manifest: Manifest) -> SealedExtract:
         """Write the manifest: from now on nothing in the folder changes.
 
         Raises:
@@ -355,31 +357,31 @@ class Attempt:
         """
         sealed = msgspec.structs.replace(manifest, redacted_pages=self._redacted)
         needed = {page.file for call in sealed.calls for page in call.pages}
-        present = set(at(self.folder).names(self.folder))
+        present = set(backend_for(self.folder).names(self.folder))
         if gone := sorted(needed - present):
             raise StorageError(
                 f"{self.folder / gone[0]} was deleted while the window was fetched; try again"
             )
         for name in present - needed - {_LOCK}:  # of a batch that was halved, or of an older question
-            at(self.folder).delete(self.folder / name)
+            backend_for(self.folder).delete(self.folder / name)
         content = msgspec.json.format(msgspec.json.encode(sealed), indent=1)
         write_durably(self.folder / MANIFEST, content)
         self.close()
-        return Landed(self.folder, sealed)
+        return SealedExtract(self.folder, sealed)
 
     def close(self) -> None:
         """Unlock the folder; without a manifest, the next run may resume the extract."""
         self._locked.close()
-        where = at(self.folder)
+        where = backend_for(self.folder)
         if where.has_locks and is_complete(self.folder):
             where.delete(self.folder / _LOCK)
 
     def discard(self) -> None:
         """Delete the extract, and mark its earlier pages as discarded."""
         with suppress(OSError, StorageError):
-            at(self.folder).drop(self.folder)
+            backend_for(self.folder).drop(self.folder)
             if self.earlier.keys() - {self.folder}:  # others' pages are not ours to delete
-                at(self.folder).write(self.folder / _DISCARDED, b"")
+                backend_for(self.folder).write(self.folder / _DISCARDED, b"")
         self._locked.close()
 
 
@@ -391,8 +393,8 @@ def root(settings: Settings) -> Path:
         StorageError: the object store does not answer, refuses us, or has no such bucket.
     """
     if "://" in settings.landing:
-        reach(settings.landing)
-    return place(settings.landing)
+        check_reachable(settings.landing)
+    return parse_location(settings.landing)
 
 
 def new_extract_id(now: datetime) -> str:
@@ -400,13 +402,13 @@ def new_extract_id(now: datetime) -> str:
     return f"{now.astimezone(UTC).strftime(_STAMP)}-{secrets.token_hex(3)}"
 
 
-def begin(settings: Settings, account: str, resource: str, window: Window, now: datetime) -> Attempt:
+def begin(settings: Settings, account: str, resource: str, window: Window, now: datetime) -> OpenExtract:
     """Start an extract of the window in a new folder; raises StorageError."""
     while True:
         folder = _window_folder(settings, account, resource, window) / new_extract_id(now)
         try:
-            at(folder).make(folder)
-            return Attempt(folder)
+            backend_for(folder).make(folder)
+            return OpenExtract(folder)
         except filelock.Timeout:
             continue  # another run locked the folder before us, and keeps it
         except OSError as error:
@@ -415,7 +417,7 @@ def begin(settings: Settings, account: str, resource: str, window: Window, now: 
 
 def resume(
     settings: Settings, account: str, resource: str, window: Window, since: datetime
-) -> Attempt | None:
+) -> OpenExtract | None:
     """Return the newest extract of the window to resume: started after `since`, and not locked.
 
     An extract that starts in the future is from a clock that was ahead. Its age is unknown, so it is
@@ -436,7 +438,7 @@ def resume(
     return None
 
 
-def _copied(folder: Path) -> Attempt | None:
+def _copied(folder: Path) -> OpenExtract | None:
     """Return a new extract with the pages of a sealed one; None if that was loaded, or refused.
 
     A run that is killed before it loads leaves such extracts. Their rows are not fetched again, only
@@ -447,8 +449,8 @@ def _copied(folder: Path) -> Attempt | None:
         return None
     new_folder = _folder_next_to(folder)
     try:
-        at(new_folder).make(new_folder)
-        attempt = Attempt(new_folder)
+        backend_for(new_folder).make(new_folder)
+        attempt = OpenExtract(new_folder)
     except filelock.Timeout:
         return None  # another run locked the folder before us, and keeps it
     except OSError as error:
@@ -461,7 +463,7 @@ def _tries(folder: Path) -> dict[Path, list[str]]:
     """Return the folders of all tries of the extract in this folder, with the names of their files."""
     base_id = _base_id(folder.name)
     tries = [path for path in _extract_folders(folder.parent) if _base_id(path.name) == base_id]
-    return {path: at(path).names(path) for path in tries}
+    return {path: backend_for(path).names(path) for path in tries}
 
 
 def _folder_next_to(folder: Path) -> Path:
@@ -469,21 +471,21 @@ def _folder_next_to(folder: Path) -> Path:
     return folder.parent / f"{_base_id(folder.name)}-{secrets.token_hex(3)}"
 
 
-def _resumed(folder: Path) -> Attempt | None:
+def _resumed(folder: Path) -> OpenExtract | None:
     """Return the extract in this folder with its landed pages; None if it is done, or locked.
 
     Where nothing can be locked, another run may still write to the folder, so it is left alone: the
     pages of each earlier try of this extract are copied to a new folder, as they are needed.
     """
-    if not at(folder).has_locks:
+    if not backend_for(folder).has_locks:
         earlier = _tries(folder)
         if any({MANIFEST, _DISCARDED} & set(names) for names in earlier.values()):
             return None
-        attempt = Attempt(_folder_next_to(folder))
+        attempt = OpenExtract(_folder_next_to(folder))
         attempt.earlier = earlier
         return attempt
     try:
-        attempt = Attempt(folder)
+        attempt = OpenExtract(folder)
     except filelock.Timeout:
         return None
     if is_complete(folder):
@@ -495,11 +497,11 @@ def _resumed(folder: Path) -> Attempt | None:
 
 def open_ahead(
     settings: Settings, account: str, resource: str, window: Window, load_id: str
-) -> Attempt | None:
+) -> OpenExtract | None:
     """Return the unfinished extract with this id, made if needed; None if it is done, or locked."""
     folder = _window_folder(settings, account, resource, window) / load_id
     try:
-        at(folder).make(folder)
+        backend_for(folder).make(folder)
         return _resumed(folder)
     except OSError as error:
         raise storage_error(error, folder) from None
@@ -512,7 +514,7 @@ def gather(
     window: Window,
     ahead: Sequence[str],
     since: datetime,
-) -> Attempt | None:
+) -> OpenExtract | None:
     """Return one extract with the pages of all those fetched ahead; None if they are too old, or locked.
 
     Its start is that of the first of them: none of its pages is older.
@@ -529,7 +531,7 @@ def gather(
 
 def read_of_run(
     settings: Settings, account: str, resource: str, window: Window, run_id: str
-) -> Landed | None:
+) -> SealedExtract | None:
     """Return the newest sealed extract of the window by a run; raises TamperedError, as `open_read`."""
     for folder in reversed(_extract_folders(_window_folder(settings, account, resource, window))):
         if is_complete(folder):
@@ -549,7 +551,7 @@ def _matching(settings: Settings, pattern: str) -> list[Path]:
     """Return the landed paths that match; a folder that cannot be listed is an error, never empty."""
     folder = root(settings)
     try:
-        return at(folder).matching(folder, pattern)
+        return backend_for(folder).matching(folder, pattern)
     except OSError as error:
         raise _unreadable(error, folder) from None
 
@@ -560,7 +562,7 @@ def _unreadable(error: OSError, path: Path) -> StorageError:
 
 def is_complete(folder: Path) -> bool:
     """Whether the extract has its manifest."""
-    return at(folder).exists(folder / MANIFEST)
+    return backend_for(folder).exists(folder / MANIFEST)
 
 
 def is_intact(folder: Path) -> bool:
@@ -582,13 +584,13 @@ def receipt_of(folder: Path) -> Receipt | None:
 
 def receipts(folder: Path) -> list[Receipt]:
     """Return the receipts of an extract, one for each warehouse; raises StorageError."""
-    names = filter(_RECEIPT_FILE.fullmatch, sorted(at(folder).names(folder)))
+    names = filter(_RECEIPT_FILE.fullmatch, sorted(backend_for(folder).names(folder)))
     return [receipt for name in names if (receipt := _receipt(folder / name))]
 
 
 def _receipt(path: Path) -> Receipt | None:
     try:
-        return msgspec.json.decode(at(path).read(path), type=Receipt)
+        return msgspec.json.decode(backend_for(path).read(path), type=Receipt)
     except (FileNotFoundError, *UNREADABLE):
         return None
     except OSError as error:
@@ -620,11 +622,11 @@ def leave_receipt(folder: Path, receipt: Receipt) -> None:
 
 def take_receipts(folder: Path) -> None:
     """Delete the receipts of an extract that another extract has replaced."""
-    for name in filter(_RECEIPT_FILE.fullmatch, at(folder).names(folder)):
-        at(folder).delete(folder / name)
+    for name in filter(_RECEIPT_FILE.fullmatch, backend_for(folder).names(folder)):
+        backend_for(folder).delete(folder / name)
 
 
-def open_read(folder: Path) -> Landed:
+def open_read(folder: Path) -> SealedExtract:
     """Return the sealed extract in this folder.
 
     Raises:
@@ -634,7 +636,7 @@ def open_read(folder: Path) -> Landed:
     """
     path = folder / MANIFEST
     try:
-        manifest = msgspec.json.decode(at(path).read(path), type=Manifest)
+        manifest = msgspec.json.decode(backend_for(path).read(path), type=Manifest)
     except (FileNotFoundError, *UNREADABLE) as error:
         reason = "it is gone" if isinstance(error, FileNotFoundError) else str(error)
         raise DamagedExtractError(
@@ -646,7 +648,7 @@ def open_read(folder: Path) -> Landed:
         raise _unreadable(error, path) from None
     if manifest.format > FORMAT or manifest.resource not in RESOURCES:
         raise UsageError(f"{path} was landed by faletl {manifest.faletl_version}; upgrade faletl")
-    return Landed(folder, manifest)
+    return SealedExtract(folder, manifest)
 
 
 def all_reads(settings: Settings) -> Iterator[Path]:
@@ -664,10 +666,10 @@ def interrupted_reads(settings: Settings, before: datetime) -> Iterator[Path]:
     """
     complete = set(complete_reads(settings))  # one listing, not a request for each
     for folder in all_reads(settings):
-        if folder in complete or _started_at(folder.name) >= before - at(folder).grace:
+        if folder in complete or _started_at(folder.name) >= before - backend_for(folder).grace:
             continue
         try:
-            Attempt(folder).close()
+            OpenExtract(folder).close()
         except filelock.Timeout:
             continue
         if not is_complete(folder):
@@ -681,9 +683,9 @@ def drop(folder: Path) -> None:
         StorageError: it cannot be deleted.
     """
     try:
-        at(folder).delete(folder / MANIFEST)
-        at(folder).drop(folder)
-        at(folder).drop_empty(folder.parent)
+        backend_for(folder).delete(folder / MANIFEST)
+        backend_for(folder).drop(folder)
+        backend_for(folder).drop_empty(folder.parent)
     except OSError as error:
         raise storage_error(error, folder) from None
 
@@ -695,7 +697,7 @@ def size(folder: Path) -> int:
 
 def sizes(folder: Path) -> list[int]:
     """Return the bytes of each file of an extract; approximate while it is being written."""
-    return at(folder).sizes(folder)
+    return backend_for(folder).sizes(folder)
 
 
 @contextmanager
@@ -710,8 +712,8 @@ def deleting(settings: Settings) -> Iterator[None]:
     folder = root(settings)
     with ExitStack() as stack:
         try:
-            if at(folder).exists(folder):  # the lock would create it
-                stack.enter_context(at(folder).lock(folder / _DELETING, settings.lock_seconds))
+            if backend_for(folder).exists(folder):  # the lock would create it
+                stack.enter_context(backend_for(folder).lock(folder / _DELETING, settings.lock_seconds))
         except filelock.Timeout:
             raise WarehouseBusyError(
                 f"another faletl maintain, landing prune or rebuild is using {folder}; waited "
@@ -725,7 +727,7 @@ def deleting(settings: Settings) -> Iterator[None]:
 def unfinished_files(settings: Settings) -> Iterator[Path]:
     """Yield files of writers that were killed before they gave them their final names."""
     for folder in (*all_reads(settings), *(root(settings) / name for name in (DECISIONS, PLANS))):
-        yield from at(folder).unfinished(folder)
+        yield from backend_for(folder).unfinished(folder)
 
 
 def page_name(label: str, params: Params, number: int) -> str:
@@ -756,7 +758,11 @@ def _window_folder(settings: Settings, account: str, resource: str, window: Wind
 
 def _extract_folders(parent: Path) -> list[Path]:
     """Return the folders of extracts in `parent`, oldest first."""
-    return [parent / name for name in sorted(at(parent).names(parent)) if _EXTRACT_ID.fullmatch(name)]
+    return [
+        parent / name
+        for name in sorted(backend_for(parent).names(parent))
+        if _EXTRACT_ID.fullmatch(name)
+    ]
 
 
 def _base_id(extract_id: str) -> str:

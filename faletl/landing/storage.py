@@ -34,7 +34,7 @@ _WRITTEN_WITHIN = timedelta(days=1)
 _opening = Lock()
 
 
-def place(setting: str) -> Path:
+def parse_location(setting: str) -> Path:
     """Return the folder or file of a path or URL; raises SettingsError if its library is missing."""
     scheme, is_url, rest = setting.partition("://")
     if not is_url:
@@ -66,13 +66,13 @@ def _bucket(scheme: str, bucket: str, _process: int) -> Path:
 
 
 @cache
-def reach(url: str) -> None:
+def check_reachable(url: str) -> None:
     """Raise StorageError if the store does not answer, refuses us, or has no such bucket.
 
     Each process asks once.
     """
-    folder = place(url)
-    at(folder).names(folder)
+    folder = parse_location(url)
+    backend_for(folder).names(folder)
 
 
 class Disk:
@@ -195,7 +195,7 @@ class Disk:
         return filelock.FileLock(path, timeout=timeout, mode=0o600, thread_local=False)
 
 
-class Store:
+class ObjectStore:
     """An object store: an object appears complete or not at all, and all readers see it at once.
 
     A prefix cannot be locked, so each has only one writer ever. Every method raises StorageError if the
@@ -220,7 +220,7 @@ class Store:
     @staticmethod
     def exists(path: Path) -> bool:
         """Whether the object is there."""
-        return path.name in Store.names(path.parent)
+        return path.name in ObjectStore.names(path.parent)
 
     @staticmethod
     def names(folder: Path) -> list[str]:
@@ -280,15 +280,15 @@ class Store:
         return nullcontext()
 
 
-def at(path: Path) -> type[Disk] | type[Store]:
+def backend_for(path: Path) -> type[Disk] | type[ObjectStore]:
     """Return the backend that reads and writes this path."""
-    return Disk if _fs(path) is None else Store
+    return Disk if _fs(path) is None else ObjectStore
 
 
 def write_durably(path: Path, content: bytes) -> None:
     """Write a file that gets its name only when it is complete and durable; raises StorageError."""
     try:
-        at(path).write(path, content)
+        backend_for(path).write(path, content)
     except OSError as error:
         raise storage_error(error, path, needed=len(content)) from None
 

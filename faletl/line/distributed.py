@@ -27,8 +27,8 @@ from faletl.errors import (
 from faletl.fal.client import FalClient
 from faletl.files import scratch_folder, storage_error
 from faletl.landing import extracts
-from faletl.landing.extracts import Landed
-from faletl.landing.storage import at, place, write_durably
+from faletl.landing.extracts import SealedExtract
+from faletl.landing.storage import backend_for, parse_location, write_durably
 from faletl.line import accounts, holds
 from faletl.line.accounts import SignedIn
 from faletl.line.extract import fencing_token, prove_or_reread, worked
@@ -170,9 +170,9 @@ def make_plan(settings: Settings, asked: Asked, *, is_first_due: bool = False) -
     folder = extracts.root(settings) / extracts.PLANS
     path = folder / f"{made.run_id}.json"
     try:
-        at(folder).make(folder)
+        backend_for(folder).make(folder)
         for old in old_plans(settings, now):
-            at(old).delete(old)
+            backend_for(old).delete(old)
     except OSError as error:
         raise storage_error(error, path) from None
     write_durably(path, msgspec.json.format(msgspec.json.encode(made), indent=1))
@@ -198,8 +198,8 @@ def read_plan(path: str) -> Plan:
         SettingsError, StorageError: see `faletl.landing.extracts.root`.
     """
     try:
-        file = place(path)
-        return msgspec.json.decode(at(file).read(file), type=Plan)
+        file = parse_location(path)
+        return msgspec.json.decode(backend_for(file).read(file), type=Plan)
     except (OSError, *UNREADABLE) as error:
         raise TamperedError(
             f"the plan {path} cannot be read ({error}); every worker must see the same FALETL_LANDING"
@@ -211,7 +211,7 @@ def old_plans(settings: Settings, now: datetime) -> list[Path]:
     folder = extracts.root(settings) / extracts.PLANS
     kept = max(timedelta(days=settings.keep_days), _IN_USE)
     oldest = f"{now - kept:%Y%m%dT%H%M%SZ}"  # a plan is named for when it was made
-    names = sorted(at(folder).names(folder))
+    names = sorted(backend_for(folder).names(folder))
     return [folder / name for name in names if name[:1].isdigit() and name < oldest]
 
 
@@ -302,7 +302,7 @@ def load_plan(settings: Settings, path: str) -> Report:
     return report
 
 
-def _all_landed(settings: Settings, made: Plan, report: Report) -> Iterator[Landed]:
+def _all_landed(settings: Settings, made: Plan, report: Report) -> Iterator[SealedExtract]:
     for planned in made.windows:
         try:
             landed = _landed(settings, made, planned.task)
@@ -313,7 +313,7 @@ def _all_landed(settings: Settings, made: Plan, report: Report) -> Iterator[Land
             yield landed
 
 
-def _landed(settings: Settings, made: Plan, task: Task) -> Landed | None:
+def _landed(settings: Settings, made: Plan, task: Task) -> SealedExtract | None:
     return extracts.read_of_run(settings, made.account, task.resource.name, task.window, made.run_id)
 
 

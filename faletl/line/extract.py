@@ -31,7 +31,7 @@ from faletl.fal.client import FalClient
 from faletl.fal.transport import StoppedError
 from faletl.files import scratch_folder
 from faletl.landing import extracts
-from faletl.landing.extracts import Landed, Part
+from faletl.landing.extracts import Part, SealedExtract
 from faletl.line import accounts, holds
 from faletl.line.fetch import Origin, Retry, fetch_window
 from faletl.line.overlap import charges_first
@@ -232,7 +232,7 @@ def prove_or_reread(
     task: Task,
     scratch: Path,
     origin: Origin,
-    landed: Landed | None = None,
+    landed: SealedExtract | None = None,
 ) -> Staged:
     """Fetch and stage; where the rows do not add up, once more, then in halves (`next_try`).
 
@@ -267,7 +267,7 @@ def prove_or_reread(
 
 
 def next_try(
-    resource: Resource, landed: Landed, unproven: Sequence[UnprovenPart], *, is_first: bool
+    resource: Resource, landed: SealedExtract, unproven: Sequence[UnprovenPart], *, is_first: bool
 ) -> Retry | None:
     """How to ask for a window again whose parts are not all proven; None where that is of no use.
 

@@ -24,7 +24,7 @@ from faletl.fal.pages import read_envelope, walk
 from faletl.fal.questions import ask_in_either_form, bounds, first_endpoint
 from faletl.files import storage_error
 from faletl.landing import extracts
-from faletl.landing.extracts import Attempt, Call, Landed, LandedPage, Manifest, Part
+from faletl.landing.extracts import Call, LandedPage, Manifest, OpenExtract, Part, SealedExtract
 from faletl.resources import MAKE_A_KEY, MODELS, Question, Resource
 from faletl.windows import HOUR, LONG_AGO, Window
 from faletl.wire import Params
@@ -71,7 +71,7 @@ class Retry:
     to ask for once more, so that two equal walks can decide.
     """
 
-    landed: Landed
+    landed: SealedExtract
     kept: Sequence[Part] = ()
     asked: Sequence[Window] = ()
     compared: Sequence[Part] = ()
@@ -92,7 +92,7 @@ def fetch_window(
     is_whole_catalogue: bool = False,
     ahead: Sequence[str] = (),
     retry: Retry | None = None,
-) -> Landed:
+) -> SealedExtract:
     """Land every page of the window, and of its control total where the resource has one.
 
     `ids` are the endpoint ids to ask for, where a resource is asked by ids; batches of them may have
@@ -195,14 +195,14 @@ def _placed(settings: Settings, resource: Resource, window: Window) -> Iterator[
         raise failed.at(resource=resource.name, window=str(window)) from None
 
 
-def _started_at(attempt: Attempt, retry: Retry | None) -> datetime:
+def _started_at(attempt: OpenExtract, retry: Retry | None) -> datetime:
     """When the first page of the extract was asked for, that of a kept part included."""
     if retry and retry.kept:
         return min(attempt.started_at, retry.landed.manifest.started_at)
     return attempt.started_at
 
 
-def _fal_started_at(asking: _Asking, attempt: Attempt, retry: Retry | None) -> datetime | None:
+def _fal_started_at(asking: _Asking, attempt: OpenExtract, retry: Retry | None) -> datetime | None:
     """When that was by fal's own clock; None where fal did not say.
 
     If the extract goes on with earlier pages, our own clock shows how much earlier these were asked for.
@@ -234,7 +234,7 @@ def _ask_all(asking: _Asking, ids: Sequence[str], unknown: set[str], retry: Retr
 
 
 def _ask_part(
-    asking: _Asking, window: Window, earlier: Landed | None = None, part: Part | None = None
+    asking: _Asking, window: Window, earlier: SealedExtract | None = None, part: Part | None = None
 ) -> None:
     """Ask for the rows of a part of the window, or of all of it, and for their control total.
 
@@ -285,7 +285,9 @@ def _ask_by_ids(asking: _Asking, number: int, ids: Sequence[str], unknown: set[s
 class _Asking:
     """The calls of one extract of a window, as they are made."""
 
-    def __init__(self, client: FalClient, resource: Resource, window: Window, attempt: Attempt) -> None:
+    def __init__(
+        self, client: FalClient, resource: Resource, window: Window, attempt: OpenExtract
+    ) -> None:
         self.calls: list[Call] = []
         self.resource = resource
         self.window = window
@@ -351,7 +353,7 @@ class _Asking:
         """
         # A control total is always asked anew: it must be that of the rows as they are at the end.
         is_kept = label in ("rows", "before")
-        landed = self._attempt.landed(label, params) if is_kept else iter(())
+        landed = self._attempt.resumable_pages(label, params) if is_kept else iter(())
         pages = self._walked(label, path, params, rows_path, landed, before)
         if pages is None:
             pages = self._walked(label, path, params, rows_path, landed)
@@ -380,20 +382,20 @@ class _Asking:
                     is_first_of_many = page.number == 1 and page.next_cursor is not None
                     if before and is_first_of_many and before() and is_new:
                         return None
-                    record = self._attempt.land if is_new else self._attempt.described
+                    record = self._attempt.land if is_new else self._attempt.describe_existing
                     pages.append(record(label, params, page))
                     del page  # before the next one is asked for
         except FaletlError as error:
             raise error.at(page=len(pages) + 1) from None
         return pages
 
-    def keep(self, landed: Landed, part: Part) -> None:
+    def keep(self, landed: SealedExtract, part: Part) -> None:
         """Take over a part of an earlier extract."""
         self.calls += self._attempt.keep(landed, part)
 
-    def adopt(self, landed: Landed, part: Part) -> None:
+    def adopt(self, landed: SealedExtract, part: Part) -> None:
         """Keep the rows of an earlier extract of a part next to those of this one."""
-        self.calls += self._attempt.adopt(landed, part)
+        self.calls += self._attempt.copy_rows_of(landed, part)
 
     def refuse_gone_path(self, number: int, sample: Sequence[str], unknown: Collection[str]) -> None:
         """Raises ContractError where fal answers 404 to all of a sample and of its own catalogue."""

@@ -16,7 +16,7 @@ from faletl.errors import AccountLockedError, DataRefusedError, FaletlError, Hel
 from faletl.fal.bodies import forget_frames
 from faletl.files import scratch_folder
 from faletl.landing import extracts
-from faletl.landing.extracts import Landed
+from faletl.landing.extracts import SealedExtract
 from faletl.line import accounts, holds, relabel
 from faletl.line.overlap import SharedChargesError, in_order, refuse_shared
 from faletl.line.plan import Task
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 def load_reads(
-    settings: Settings, reads: Sequence[Landed], report: Report, progress: Progress = silent
+    settings: Settings, reads: Sequence[SealedExtract], report: Report, progress: Progress = silent
 ) -> None:
     """Stage and load complete reads, charges first; those that are refused go to the report."""
     warehouse = open_warehouse(settings)
@@ -194,7 +194,7 @@ def warn_of_other_landing(settings: Settings, connection: sa.Connection | None) 
         )
 
 
-def not_loaded(settings: Settings, warehouse: Warehouse, report: Report) -> list[Landed]:
+def not_loaded(settings: Settings, warehouse: Warehouse, report: Report) -> list[SealedExtract]:
     """Complete reads that are newer than what is loaded; of a day only its newest.
 
     Those that cannot be opened go to the report. What a clock that was ahead landed of windows that have
@@ -206,7 +206,7 @@ def not_loaded(settings: Settings, warehouse: Warehouse, report: Report) -> list
         loaded = loaded_reads(connection) if connection is not None else {}
         taken_out = snapshots_taken_out(connection) if connection is not None else set[str]()
         open_read = relabel.opener(settings, connection)
-    newest: dict[tuple[str, ...], Landed] = {}
+    newest: dict[tuple[str, ...], SealedExtract] = {}
     ahead = list[str]()
     for folder in extracts.complete_reads(settings):
         try:
@@ -240,7 +240,7 @@ def _is_after(started_at: datetime, read_at: datetime | None, now: datetime) -> 
     return read_at is None or started_at > read_at or (started_at != read_at and read_at > now)
 
 
-def _newness(landed: Landed, now: datetime) -> tuple[bool, datetime, datetime]:
+def _newness(landed: SealedExtract, now: datetime) -> tuple[bool, datetime, datetime]:
     """Of two attempts at the same read, the one that ended later took over the pages of the other.
 
     An extract that seems to be of the future may be of any age, unless fal's clock vouches for it.

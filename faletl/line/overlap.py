@@ -17,7 +17,7 @@ from faletl import duck
 from faletl.config import Settings
 from faletl.duck import quoted
 from faletl.errors import DataRefusedError
-from faletl.landing.extracts import Landed
+from faletl.landing.extracts import SealedExtract
 from faletl.line.plan import Task
 from faletl.resources import BILLING_EVENTS, USAGE, Resource
 from faletl.staging.window import Staged
@@ -54,7 +54,7 @@ def charges_first(
     return charges, [task for task in tasks if task.resource is not BILLING_EVENTS]
 
 
-def in_order(reads: Iterable[Landed]) -> list[Landed]:
+def in_order(reads: Iterable[SealedExtract]) -> list[SealedExtract]:
     """The extracts in the order given, but charges first: they tell whose usage it is."""
     return sorted(reads, key=lambda landed: landed.manifest.resource != BILLING_EVENTS.name)
 

@@ -16,7 +16,7 @@ from faletl.selection import Asked
 from faletl.warehouse import horizons
 from faletl.warehouse.horizons import Horizons
 from faletl.warehouse.ledger import SEEN_WITHIN, KnownIds, known_ids, pages_per_window, reads_by_day
-from faletl.windows import Read, Window, asks_whole_catalogue, due_days, utc_days
+from faletl.windows import LastExtract, Window, asks_whole_catalogue, due_days, utc_days
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ def plan(
     `owners` are under whose names horizons of the account stand: its label, and its key if that is not
     bound yet.
     """
-    reads: dict[str, Mapping[date, Read]] = {name: {} for name in RESOURCES}
+    reads: dict[str, Mapping[date, LastExtract]] = {name: {} for name in RESOURCES}
     rows: Horizons = {}
     if connection is not None:
         reads = {name: reads_by_day(connection, account, name) for name in RESOURCES}
@@ -84,7 +84,7 @@ def plan(
 
 
 def tasks_of(
-    reads: Mapping[str, Mapping[date, Read]],
+    reads: Mapping[str, Mapping[date, LastExtract]],
     first_days: Mapping[str, date],
     asked: Asked,
     now: datetime,
@@ -119,7 +119,7 @@ def tasks_of(
     return tasks
 
 
-def _known(reads: Mapping[date, Read], day: date, now: datetime) -> Read | None:
+def _known(reads: Mapping[date, LastExtract], day: date, now: datetime) -> LastExtract | None:
     """What is known of the day at `now`."""
     read = reads.get(day)
     return read.as_of(now) if read is not None else None

@@ -18,7 +18,7 @@ from faletl.config import Settings
 from faletl.errors import UsageError
 from faletl.landing import decisions, extracts
 from faletl.landing.decisions import AccountBound, AccountForgotten, AccountRenamed, Decision, HorizonSet
-from faletl.landing.extracts import Landed, Manifest
+from faletl.landing.extracts import Manifest, SealedExtract
 from faletl.line import accounts
 from faletl.line.accounts import Account
 from faletl.warehouse import horizons
@@ -32,7 +32,7 @@ _SLACK = timedelta(milliseconds=1)
 
 def opener(
     settings: Settings, connection: sa.Connection | None = None
-) -> Callable[[Path], Landed | None]:
+) -> Callable[[Path], SealedExtract | None]:
     """Return what opens landed extracts under the labels of today; None for a forgotten account's.
 
     With a `connection` they are opened for its warehouse.
@@ -70,13 +70,13 @@ def follow(connection: sa.Connection, made: Iterable[Decision]) -> None:
         connection.execute(sa.update(WAREHOUSE).values(decided_until=max(instants)))
 
 
-def relabelled(landed: Landed, made: Sequence[Decision]) -> Landed | None:
+def relabelled(landed: SealedExtract, made: Sequence[Decision]) -> SealedExtract | None:
     """Return the extract under the label of today; None if its account was forgotten since."""
     manifest = landed.manifest
     label = label_now(made, manifest.account, manifest.began_at)
     if label is None:
         return None
-    return Landed(landed.folder, msgspec.structs.replace(manifest, account=label))
+    return SealedExtract(landed.folder, msgspec.structs.replace(manifest, account=label))
 
 
 def label_now(made: Sequence[Decision], account: str, landed_at: datetime) -> str | None:

@@ -16,7 +16,7 @@ from faletl.files import scratch_folder
 from faletl.findings import Findings, acceptance_key
 from faletl.landing import decisions, extracts
 from faletl.landing.decisions import WindowAccepted
-from faletl.landing.extracts import Landed, Manifest
+from faletl.landing.extracts import Manifest, SealedExtract
 from faletl.line import holds, relabel
 from faletl.line.overlap import refuse_shared
 from faletl.line.release import build_and_publish
@@ -95,7 +95,7 @@ def _one_of(
     return found[-1] if found else None
 
 
-def _opened(settings: Settings, row: sa.RowMapping) -> Landed:
+def _opened(settings: Settings, row: sa.RowMapping) -> SealedExtract:
     """The extract that the row is about."""
     with open_warehouse(settings).reading() as connection:
         landed = relabel.opener(settings, connection)(extracts.root(settings) / row["landing_path"])

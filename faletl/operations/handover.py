@@ -30,7 +30,7 @@ from faletl.landing import decisions
 from faletl.landing.decisions import AccountForgotten, AccountRenamed
 from faletl.line.report import Progress, silent
 from faletl.resources import RESOURCES
-from faletl.selection import DUE, Asked
+from faletl.selection import EVERYTHING_DUE, Asked
 from faletl.warehouse import open_warehouse
 from faletl.warehouse.ledger import current_loads, rows_of_windows
 from faletl.warehouse.protocol import Warehouse
@@ -65,7 +65,9 @@ class _Manifest(msgspec.Struct):
     files: list[Day]
 
 
-def hand_over(settings: Settings, out: Path, asked: Asked = DUE, progress: Progress = silent) -> Handed:
+def hand_over(
+    settings: Settings, out: Path, asked: Asked = EVERYTHING_DUE, progress: Progress = silent
+) -> Handed:
     """Make the folder hold the loaded days of the resources asked for (default: all).
 
     Raises:

@@ -24,7 +24,7 @@ from faletl.config import Settings
 from faletl.files import abandoned_scratch
 from faletl.landing import decisions, extracts
 from faletl.landing.extracts import Receipt
-from faletl.landing.storage import at
+from faletl.landing.storage import backend_for
 from faletl.line import relabel
 from faletl.line.distributed import old_plans
 from faletl.line.release import build_and_publish
@@ -372,7 +372,7 @@ def _folders(
     """Drop these folders, unless there is nothing that drops them; what that frees, with the rows."""
     files = size = 0
     for folder in folders:
-        sizes = at(folder).sizes(folder)
+        sizes = backend_for(folder).sizes(folder)
         files, size = files + len(sizes), size + sum(sizes)
         if drop is not None:
             drop(folder)
@@ -382,7 +382,7 @@ def _folders(
 def _files(kind: str, paths: Iterable[Path], *, is_dry: bool) -> Freed:
     files = size = 0
     for path in paths:
-        files, size = files + 1, size + at(path).size(path)
+        files, size = files + 1, size + backend_for(path).size(path)
         if not is_dry:
-            at(path).delete(path)
+            backend_for(path).delete(path)
     return Freed(kind, files=files, bytes=size)

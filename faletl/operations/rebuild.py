@@ -33,14 +33,14 @@ from faletl.errors import (
 from faletl.files import scratch_folder
 from faletl.landing import decisions, extracts
 from faletl.landing.decisions import WindowAccepted
-from faletl.landing.extracts import Landed, Manifest, Receipt
+from faletl.landing.extracts import Manifest, Receipt, SealedExtract
 from faletl.line import holds, relabel
 from faletl.line.fetch import RESUME_WITHIN
 from faletl.line.release import build_and_publish, warn_of_runaways
 from faletl.line.replace import replay
 from faletl.line.report import Progress, Report, new_run_id, outcome_of, silent
 from faletl.models.build import build_models
-from faletl.selection import DUE, Asked
+from faletl.selection import EVERYTHING_DUE, Asked
 from faletl.staging.window import Staged, stage_window
 from faletl.warehouse import open_warehouse
 from faletl.warehouse.ledger import Ledger, read_ledger
@@ -62,7 +62,7 @@ class Loaded:
     clock where the manifest has it.
     """
 
-    landed: Landed
+    landed: SealedExtract
     receipts: tuple[Receipt, ...]
     began_at: datetime
 
@@ -188,7 +188,7 @@ def _load_what_waits(settings: Settings, report: Report, day: date | None) -> No
     A refused window is no failure of the rebuild: it was refused before.
     """
     waiting = Report(report.run_id)
-    asked = DUE if day is None else Asked(day, day + timedelta(days=1))
+    asked = EVERYTHING_DUE if day is None else Asked(day, day + timedelta(days=1))
     pipeline.load_waiting(settings, asked, waiting)
     report.outcomes += waiting.outcomes
     damaged = [error for _, error in waiting.failures if isinstance(error, DamagedExtractError)]
@@ -297,7 +297,7 @@ def _is_thinned(load_id: str, receipts: Sequence[Receipt], ledger: Ledger) -> bo
     return any(one.outcome == "pruned" and one.warehouse_id == ledger.warehouse_id for one in receipts)
 
 
-def _complete(settings: Settings, ledger: Ledger, day: date | None) -> Iterator[Landed]:
+def _complete(settings: Settings, ledger: Ledger, day: date | None) -> Iterator[SealedExtract]:
     """The extracts (of one UTC day) that can be opened.
 
     Raises:

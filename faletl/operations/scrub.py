@@ -20,7 +20,7 @@ import zstandard
 
 from faletl.errors import DamagedExtractError, UsageError
 from faletl.files import sql_folder
-from faletl.landing.storage import at, place, write_durably
+from faletl.landing.storage import backend_for, parse_location, write_durably
 from faletl.resources import RESOURCES, Column, Kind
 from faletl.wire import UNREADABLE, as_json
 
@@ -55,9 +55,9 @@ def read_page(name: str) -> bytes:
         DamagedExtractError: the file is compressed, but not whole.
         StorageError: the object store does not answer.
     """
-    path = place(name)
+    path = parse_location(name)
     try:
-        content = at(path).read(path)
+        content = backend_for(path).read(path)
     except OSError as error:
         why = error.strerror or type(error).__name__
         raise UsageError(f"cannot read {name}: {why}; name a page of the landing folder") from None

@@ -16,7 +16,7 @@ from faletl.gate.gate import Gate, Subject, tell
 from faletl.line import holds
 from faletl.line.report import Progress, new_run_id, silent
 from faletl.resources import RESOURCES
-from faletl.selection import DUE, Asked
+from faletl.selection import EVERYTHING_DUE, Asked
 from faletl.warehouse import open_warehouse
 from faletl.warehouse.ledger import current_loads, fence, rows_of_windows
 from faletl.warehouse.protocol import Warehouse
@@ -55,7 +55,7 @@ class Verdict:
         return 0 if all(v.success for v in critical) else DataRefusedError.exit_code
 
 
-def validate(settings: Settings, asked: Asked = DUE, progress: Progress = silent) -> Verdict:
+def validate(settings: Settings, asked: Asked = EVERYTHING_DUE, progress: Progress = silent) -> Verdict:
     """Look at what is loaded of the days and resources asked for (default: all), window by window.
 
     Runs get their turn in between. What is found takes the place of what was found of these loads.

@@ -24,7 +24,7 @@ from faletl.duck import quoted
 from faletl.errors import DamagedExtractError, FaletlError, StorageError, UsageError
 from faletl.files import scratch_folder
 from faletl.landing import extracts
-from faletl.landing.extracts import Landed
+from faletl.landing.extracts import SealedExtract
 from faletl.line import holds, relabel
 from faletl.models import catalogue
 from faletl.models.build import CHECKED_SPAN, days_held, has_unbuilt_rows, statements
@@ -278,7 +278,7 @@ def _lost_pages(
                 yield f"{place} gave {twice} rows twice; {_repair(landed.manifest.window.day)}"
 
 
-def _checked_pages(landed: Landed) -> list[int]:
+def _checked_pages(landed: SealedExtract) -> list[int]:
     """How many rows each landed page holds; raises TamperedError for one that was changed."""
     for call in landed.manifest.calls:
         for page in call.pages:

@@ -14,7 +14,7 @@ import duckdb
 from faletl.duck import count, quoted
 from faletl.errors import DataRefusedError, TamperedError, UnprovenError
 from faletl.landing.decisions import accept_command
-from faletl.landing.extracts import MANIFEST, Landed, Part
+from faletl.landing.extracts import MANIFEST, Part, SealedExtract
 from faletl.money import HALF_NANO, plain
 from faletl.resources import Proof, Resource
 from faletl.staging.digest import rows_digest, rows_source
@@ -23,9 +23,11 @@ from faletl.staging.records import MAX_NAMED_ROWS, Typed, of_endpoint, typed_rec
 log = logging.getLogger(__name__)
 
 
-def _refused(landed: Landed, label: str, typed: Typed, because: str, cure: str = "") -> DataRefusedError:
+def _refused(
+    landed: SealedExtract, label: str, typed: Typed, because: str, cure: str = ""
+) -> DataRefusedError:
     """Return the error for a window with rows that violate fal's contract."""
-    page = typed.set_aside[0].page
+    page = typed.quarantined[0].page
     return DataRefusedError(
         f"{describe_breaches(typed, because)}; the window is not loaded{cure}",
         page=page,
@@ -38,7 +40,7 @@ def describe_breaches(typed: Typed, because: str) -> str:
     """Return a sentence with the number of rows that violate fal's contract, and the first of them."""
     reasons = "; ".join(
         f"page {row.page} row {row.row}{of_endpoint(row.endpoint_id)}: {ascii(row.reason)[1:-1]}"
-        for row in typed.set_aside[:MAX_NAMED_ROWS]
+        for row in typed.quarantined[:MAX_NAMED_ROWS]
     )
     rows = "1 row violates" if typed.breaches == 1 else f"{typed.breaches:,} rows violate"
     return f"{rows} fal's contract ({reasons}{'; …' * (typed.breaches > MAX_NAMED_ROWS)}); {because}"
@@ -69,7 +71,7 @@ class PartProof:
 
 def prove(
     connection: duckdb.DuckDBPyConnection,
-    landed: Landed,
+    landed: SealedExtract,
     resource: Resource,
     source: str,
     digest: str,
@@ -123,7 +125,7 @@ def prove(
 
 def _moved_between_parts(
     connection: duckdb.DuckDBPyConnection,
-    landed: Landed,
+    landed: SealedExtract,
     resource: Resource,
     source: str,
     scratch: Path,
@@ -132,7 +134,7 @@ def _moved_between_parts(
     whole, proof = landed.manifest.whole, resource.proof
     if whole is None or proof is None:
         return ""
-    of_whole = Landed(landed.folder, landed.manifest.of(whole))
+    of_whole = SealedExtract(landed.folder, landed.manifest.of(whole))
     comparison = _compare_totals(connection, of_whole, resource, proof, "proof", source, scratch)
     return f"{_ROWS_MOVED} ({comparison.summary})" if comparison.differences else ""
 
@@ -151,7 +153,7 @@ def _sum(totals: Iterable[str | None]) -> str | None:
         return plain(sum(known, Decimal(0))) if known else None
 
 
-def _require_whole(landed: Landed) -> None:
+def _require_whole(landed: SealedExtract) -> None:
     """Raise TamperedError where the parts of the window leave some of it out, or overlap."""
     window, parts = landed.manifest.window, landed.manifest.parts
     starts, ends = [part.window.start for part in parts], [part.window.end for part in parts]
@@ -180,14 +182,14 @@ class _Rows:
         """The number of rows of these pages that are quarantined, as far as known, and not accepted."""
         if self.is_accepted:
             return 0
-        rows = self.typed.set_aside
+        rows = self.typed.quarantined
         of_others = sum(not self.first_page <= row.page <= self.last_page for row in rows)
         return self.typed.breaches - of_others
 
 
 def _prove_part(
     connection: duckdb.DuckDBPyConnection,
-    whole: Landed,
+    whole: SealedExtract,
     part: Part,
     resource: Resource,
     rows: _Rows,
@@ -199,7 +201,7 @@ def _prove_part(
         DataRefusedError: rows of the part are quarantined, and fal's sums do not show that they have no
             value.
     """
-    landed = Landed(whole.folder, whole.manifest.of(part))
+    landed = SealedExtract(whole.folder, whole.manifest.of(part))
     proof, comparison, moved = resource.proof, _Comparison(), ""
     assert proof is not None  # noqa: S101  # the caller has checked it
     has_total = part.has("proof")
@@ -242,7 +244,7 @@ def _prove_part(
 
 def _rows_moved(
     connection: duckdb.DuckDBPyConnection,
-    landed: Landed,
+    landed: SealedExtract,
     resource: Resource,
     proof: Proof,
     source: str,
@@ -309,7 +311,7 @@ class _Comparison:
 
 def _compare_totals(
     connection: duckdb.DuckDBPyConnection,
-    landed: Landed,
+    landed: SealedExtract,
     resource: Resource,
     proof: Proof,
     label: str,
@@ -343,7 +345,7 @@ def _is_less(connection: duckdb.DuckDBPyConnection, proof: Proof, source: str, t
 
 def _digest_again(
     connection: duckdb.DuckDBPyConnection,
-    landed: Landed,
+    landed: SealedExtract,
     resource: Resource,
     typed: Typed,
     scratch: Path,

@@ -17,8 +17,8 @@ import msgspec
 from faletl.duck import count, quoted
 from faletl.errors import ContractError, FaletlError
 from faletl.fal.bodies import one_body
-from faletl.findings import SetAside
-from faletl.landing.extracts import Landed, Manifest
+from faletl.findings import QuarantinedRow
+from faletl.landing.extracts import Manifest, SealedExtract
 from faletl.money import with_exact_numbers
 from faletl.resources import Column, Kind, Resource
 from faletl.staging.columns import (
@@ -73,21 +73,21 @@ MAX_NAMED_ROWS = 3
 class Typed:
     """The result of typing the records of one walk; those that violate the contract are quarantined.
 
-    `breaches` counts these, `set_aside` has the first of them. `unusable` counts the rows with a value
+    `breaches` counts these, `quarantined` has the first of them. `unusable` counts the rows with a value
     that stays empty, `unusable_values` describes the first of them.
     """
 
     contract: Contract
     rounded: int = 0
     breaches: int = 0
-    set_aside: tuple[SetAside, ...] = ()
+    quarantined: tuple[QuarantinedRow, ...] = ()
     unusable: int = 0
     unusable_values: tuple[str, ...] = ()
 
 
 def typed_records(
     connection: duckdb.DuckDBPyConnection,
-    landed: Landed,
+    landed: SealedExtract,
     resource: Resource,
     label: str,
     path: Path,
@@ -137,7 +137,7 @@ def _describe_unusable(
 
 def _quarantine_breaches(
     connection: duckdb.DuckDBPyConnection,
-    landed: Landed,
+    landed: SealedExtract,
     resource: Resource,
     label: str,
     path: Path,
@@ -153,14 +153,14 @@ def _quarantine_breaches(
     for page, rows in groupby(breaches, key=lambda breach: int(breach[0])):
         with one_body():
             records = records_of(as_json(landed.body(pages[page - 1])), rows_path)
-            typed.set_aside += tuple(
-                SetAside.of(page, row, why, bytes(records[row - 1])) for _, row, why in rows
+            typed.quarantined += tuple(
+                QuarantinedRow.of(page, row, why, bytes(records[row - 1])) for _, row, why in rows
             )
             del records
-    typed.set_aside = _first(sorted(typed.set_aside, key=lambda row: (row.page, row.row)))
+    typed.quarantined = _first(sorted(typed.quarantined, key=lambda row: (row.page, row.row)))
 
 
-def _first(rows: Sequence[SetAside]) -> tuple[SetAside, ...]:
+def _first(rows: Sequence[QuarantinedRow]) -> tuple[QuarantinedRow, ...]:
     """Return the first of these rows, as many as the quarantine takes."""
     sizes = accumulate(len(row.raw_json) for row in rows[:_MAX_QUARANTINED_ROWS])
     return tuple(
@@ -172,7 +172,9 @@ def _rows_path(resource: Resource, label: str) -> tuple[str, ...]:
     return resource.proof.rows_path if label in TOTALS and resource.proof else resource.rows_path
 
 
-def _write_lines(landed: Landed, resource: Resource, label: str, lines: Path, *, is_each: bool) -> Typed:
+def _write_lines(
+    landed: SealedExtract, resource: Resource, label: str, lines: Path, *, is_each: bool
+) -> Typed:
     """Write each record on a line, after its page, its row and the fields around it.
 
     With `is_each`, every number is converted, and every record is checked for a key that comes twice.
@@ -224,16 +226,16 @@ def _quarantine_untyped(
     typed: Typed, page: int, breaches: Mapping[int, str], levels: Sequence[Level]
 ) -> None:
     typed.breaches += len(breaches)
-    if breaches and len(typed.set_aside) < _MAX_QUARANTINED_ROWS:
+    if breaches and len(typed.quarantined) < _MAX_QUARANTINED_ROWS:
         records = [record for _, records in levels for record in records]
-        first = list(breaches.items())[: _MAX_QUARANTINED_ROWS - len(typed.set_aside)]
-        more = [SetAside.of(page, row, why, bytes(records[row - 1])) for row, why in first]
-        typed.set_aside = _first([*typed.set_aside, *more])
+        first = list(breaches.items())[: _MAX_QUARANTINED_ROWS - len(typed.quarantined)]
+        more = [QuarantinedRow.of(page, row, why, bytes(records[row - 1])) for row, why in first]
+        typed.quarantined = _first([*typed.quarantined, *more])
 
 
 def _write_typed(
     connection: duckdb.DuckDBPyConnection,
-    landed: Landed,
+    landed: SealedExtract,
     resource: Resource,
     label: str,
     lines: Path,
@@ -269,7 +271,7 @@ def _write_typed(
     """)
 
 
-def _more_columns(landed: Landed, resource: Resource, label: str) -> Iterator[str]:
+def _more_columns(landed: SealedExtract, resource: Resource, label: str) -> Iterator[str]:
     """Yield SQL for the columns of the file that are not fields of a record."""
     window = landed.manifest.window
     if resource.nothing_without:

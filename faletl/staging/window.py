@@ -22,9 +22,9 @@ from faletl.config import Settings
 from faletl.duck import quoted
 from faletl.errors import DataRefusedError, ExhaustedError, FaletlError, StorageError
 from faletl.fal.bodies import one_body
-from faletl.files import room
+from faletl.files import free_space
 from faletl.findings import Drift, Findings, acceptance_key
-from faletl.landing.extracts import Landed
+from faletl.landing.extracts import SealedExtract
 from faletl.resources import RESOURCES, WHOLE_SINCE, Resource
 from faletl.staging.contract import TOO_LARGE, Contract
 from faletl.staging.digest import digest_of, digest_sums, rows_source
@@ -52,7 +52,7 @@ class Staged:
 
     source: str
     files: tuple[Path, ...]
-    landed: Landed
+    landed: SealedExtract
     resource: Resource
     rows: int
     digest: str
@@ -76,7 +76,7 @@ class Staged:
 
 
 def stage_window(
-    settings: Settings, landed: Landed, scratch: Path, accepted: Container[str] = ()
+    settings: Settings, landed: SealedExtract, scratch: Path, accepted: Container[str] = ()
 ) -> Staged:
     """Type, check and prove the rows of an extract; Parquet files go to `scratch`.
 
@@ -109,14 +109,14 @@ def stage_window(
         ) from None
     except (OSError, duckdb.IOException) as error:
         raise StorageError(
-            f"staging failed: {str(error).splitlines()[0]} ({room(scratch)}); make room below "
+            f"staging failed: {str(error).splitlines()[0]} ({free_space(scratch)}); make room below "
             f"{scratch.parent}, or set TMPDIR", resource=resource.name, window=str(manifest.window),
         ) from None  # fmt: skip
 
 
 def _stage(
     connection: duckdb.DuckDBPyConnection,
-    landed: Landed,
+    landed: SealedExtract,
     resource: Resource,
     scratch: Path,
     accepted: Container[str],
@@ -182,10 +182,10 @@ def _stage(
     )
 
 
-def _findings(landed: Landed, typed: Typed) -> Findings:
+def _findings(landed: SealedExtract, typed: Typed) -> Findings:
     """Return the findings in the rows."""
     drifts = tuple(_drifts(typed.contract, landed.manifest.window))
-    return Findings(landed.ref, typed.breaches, typed.set_aside, drifts)
+    return Findings(landed.ref, typed.breaches, typed.quarantined, drifts)
 
 
 def _why_dropped(resource: Resource, rows: int) -> str:
@@ -227,7 +227,7 @@ def _cost_total(resource: Resource) -> str:
 
 
 def _engine(
-    settings: Settings, scratch: Path, landed: Landed
+    settings: Settings, scratch: Path, landed: SealedExtract
 ) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
     size = sum(page.bytes for call in landed.manifest.calls for page in call.pages)
     # More threads only slow down a small input; windows run in parallel anyway.

@@ -38,7 +38,7 @@ from faletl.errors import (
     WarehouseBusyError,
     WarehouseError,
 )
-from faletl.files import copy_file, room, sync
+from faletl.files import copy_file, free_space, sync
 from faletl.warehouse import ownership, schema
 from faletl.warehouse.names import AS_TYPED, add_prefix
 from faletl.warehouse.protocol import Lease, Warehouse
@@ -368,7 +368,7 @@ class DuckDBWarehouse:
             part.replace(self._published)
             sync(self._published.parent)
         except OSError as error:
-            left = room(self._published, _size(self._path))
+            left = free_space(self._published, _size(self._path))
             with suppress(OSError):
                 part.unlink(missing_ok=True)
             raise StorageError(f"cannot publish {self._published}: {error.strerror} ({left})") from None
@@ -498,7 +498,7 @@ class DuckDBWarehouse:
 
     def _refused(self, what: str, error: OSError) -> StorageError:
         """The error for a disk that does not let us do something with the file."""
-        left = room(self._path, _size(self._path))
+        left = free_space(self._path, _size(self._path))
         return StorageError(
             f"cannot {what} {self._path}: {error.strerror} ({left})", file=str(self._path)
         )
@@ -590,7 +590,7 @@ def _checkpoint(connection: sa.Connection, path: Path) -> None:
     connection.exec_driver_sql("checkpoint")
     connection.commit()
     if (wal := _wal_of(path)).exists() and _size(wal):
-        raise StorageError(f"{path} is not whole without its .wal ({room(path)})")
+        raise StorageError(f"{path} is not whole without its .wal ({free_space(path)})")
 
 
 @contextmanager
@@ -657,7 +657,8 @@ def _tell_apart(path: Path, context: sa.engine.ExceptionContext) -> None:
     said = _said(error)
     if any(words in said for words in _REFUSALS):
         raise StorageError(
-            f"the warehouse {path} cannot be used: {said} ({room(path)}); nothing half-done was kept",
+            f"the warehouse {path} cannot be used: {said} ({free_space(path)}); nothing half-done "
+            "was kept",
             file=str(path),
         )
     if isinstance(error, duckdb.OutOfMemoryException):

@@ -15,7 +15,7 @@ from faletl.resources import RESOURCES, Resource
 from faletl.warehouse.protocol import Lease, Warehouse
 from faletl.warehouse.schema import columns_of
 from faletl.warehouse.tables import FAILURES, HOLDS, LOADS, QUARANTINE, RAW, UNKNOWN_ENDPOINTS, WAREHOUSE
-from faletl.windows import HOUR, Hold, Read, Window
+from faletl.windows import HOUR, Hold, LastExtract, Window
 
 if TYPE_CHECKING:
     from faletl.selection import Asked
@@ -71,7 +71,7 @@ def is_of(resource: Resource, account: str, window: Window) -> sa.ColumnElement[
     return sa.and_(mine, time >= day.start, time < day.end)
 
 
-def reads_by_day(connection: sa.Connection, account: str, resource: str) -> Mapping[date, Read]:
+def reads_by_day(connection: sa.Connection, account: str, resource: str) -> Mapping[date, LastExtract]:
     """The newest extract of each loaded day (or day with a snapshot)."""
     loads, held = LOADS.c, HOLDS.c
     held_days = {
@@ -91,7 +91,7 @@ def reads_by_day(connection: sa.Connection, account: str, resource: str) -> Mapp
         .order_by(loads.last_fencing_token, loads.window_start)
     )  # fmt: skip
     return {
-        (day := start.astimezone(UTC).date()): Read(
+        (day := start.astimezone(UTC).date()): LastExtract(
             read_at, is_provisional, whole_catalogue_at, changed_at, held_days.get(day)
         )
         for start, read_at, is_provisional, whole_catalogue_at, changed_at in found

@@ -58,7 +58,7 @@ def keep_findings(
                 "fencing_token": lease.token,
                 "seen_at": extract.finished_at,
             }
-            for one in findings.set_aside
+            for one in findings.quarantined
         ],
     )
     _note(connection, extract, findings.drifts)

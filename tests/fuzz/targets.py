@@ -28,7 +28,7 @@ from faletl.fal.client import Answer, FalClient, _http_date, _Question, _retry_a
 from faletl.fal.pages import read_envelope, walk
 from faletl.fal.questions import bounds, first_endpoint
 from faletl.landing import extracts
-from faletl.landing.extracts import Attempt, Call, Landed, LandedPage, Manifest, Receipt
+from faletl.landing.extracts import Call, LandedPage, Manifest, OpenExtract, Receipt, SealedExtract
 from faletl.line.accounts import read_username
 from faletl.line.distributed import read_plan
 from faletl.money import LARGEST, SCALE, exact_text
@@ -200,7 +200,7 @@ def in_memory(content: bytes = b"") -> Any:
     return Memory(content)
 
 
-class OnePage(Landed, frozen=True):
+class OnePage(SealedExtract, frozen=True):
     """A landed read whose only page is in memory."""
 
     content: bytes = b""
@@ -258,8 +258,8 @@ def check_records(resource: Resource, label: str, body: bytes) -> bool:
             int(one["_row"]): one
             for one in (document(line, held_text) for line in lines.content.splitlines())
         }
-        assert typed.breaches == len(typed.set_aside)
-        assert sorted([*(one.row for one in typed.set_aside), *written]) == list(range(1, rows + 1))
+        assert typed.breaches == len(typed.quarantined)
+        assert sorted([*(one.row for one in typed.quarantined), *written]) == list(range(1, rows + 1))
         held = with_outer(resource, label, body)
         for row, one in written.items():
             around, record = held[row - 1]
@@ -306,8 +306,8 @@ def check_types(resource: Resource, folder: Path, body: bytes) -> bool:
     found = engine().execute(f"from '{path}' where _breach = ''")
     names = [column[0] for column in found.description or ()]
     kept = {row["_row"]: row for row in (dict(zip(names, r, strict=True)) for r in found.fetchall())}
-    assert typed.breaches == len(typed.set_aside)
-    assert sorted([*(one.row for one in typed.set_aside), *kept]) == list(range(1, rows + 1))
+    assert typed.breaches == len(typed.quarantined)
+    assert sorted([*(one.row for one in typed.quarantined), *kept]) == list(range(1, rows + 1))
     held = with_outer(resource, "rows", body)
     for number, row in kept.items():
         for column in resource.columns:
@@ -472,10 +472,10 @@ def check_plan(folder: Path, content: bytes) -> bool:
 
 def check_landed(content: bytes) -> bool:
     """A page of an interrupted read is taken up if it can be unpacked, else asked for again."""
-    attempt = Attempt.__new__(Attempt)  # without a folder and its lock
+    attempt = OpenExtract.__new__(OpenExtract)  # without a folder and its lock
     attempt.folder, attempt._redacted = in_memory(content), 0
     attempt.earlier = {attempt.folder: [extracts.page_name("rows", {}, 1)]}
-    taken = list(attempt.landed("rows", {}))
+    taken = list(attempt.resumable_pages("rows", {}))
     assert len(taken) <= 1
     return bool(taken)
 

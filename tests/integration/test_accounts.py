@@ -30,7 +30,7 @@ from faletl.operations.rebuild import prune, rebuild
 from faletl.operations.rename import extent, forget, rename
 from faletl.operations.verify import verify
 from faletl.sandbox import FULL_KEY, READONLY_KEY, Fault, Request, Sandbox
-from faletl.selection import DUE, Asked
+from faletl.selection import EVERYTHING_DUE, Asked
 from faletl.warehouse import open_warehouse
 from tests import truth
 from tests.conftest import all_tables, ask, opened, settings_for
@@ -93,7 +93,7 @@ def what_was_decided(settings: Settings) -> list[list[tuple[object, ...]]]:
     ]
 
 
-def refusal(settings: Settings, asked: Asked = DUE) -> str:
+def refusal(settings: Settings, asked: Asked = EVERYTHING_DUE) -> str:
     """The sentence of a run that is refused as wrong use."""
     report = pipeline.run(settings, asked)
     assert report.exit_code == 2
@@ -261,7 +261,7 @@ def test_the_key_of_another_account_is_refused_under_a_label(
         if is_known:
             pipeline.run(swapped.model_copy(update={"account": None}))
         before = all_tables(alpha)
-        for asked in (DUE, Asked(truth.day(21), truth.day(23))):
+        for asked in (EVERYTHING_DUE, Asked(truth.day(21), truth.day(23))):
             said = refusal(swapped, asked)
             assert "'alpha'" in said
             assert "'beta'" in said

@@ -20,7 +20,7 @@ from faletl.operations.verify import verify
 from faletl.resources import ANALYTICS
 from faletl.sandbox import Request, Sandbox
 from faletl.sandbox.server import Fault
-from faletl.selection import DUE, Asked
+from faletl.selection import EVERYTHING_DUE, Asked
 from faletl.warehouse import horizons, open_warehouse
 from faletl.warehouse.ledger import known_ids
 from faletl.warehouse.tables import UNKNOWN_ENDPOINTS
@@ -51,7 +51,7 @@ def _fal_is_right(clock: time_machine.Traveller, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(BaseHTTPRequestHandler, "date_time_string", date)
 
 
-def run_ahead(clock: time_machine.Traveller, settings: Settings, asked: Asked = DUE) -> None:
+def run_ahead(clock: time_machine.Traveller, settings: Settings, asked: Asked = EVERYTHING_DUE) -> None:
     """Run while the clock is ahead; an hour later it is right."""
     clock.shift(AHEAD)
     assert pipeline.run(settings, asked).exit_code == 0

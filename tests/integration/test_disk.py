@@ -121,12 +121,12 @@ def on_a_full_disk(folder: Path) -> None:
                 r"cannot write .*/\.decisions/.*json.* bytes needed",
             ),
             (
-                "faletl.landing.extracts.Attempt.land",
+                "faletl.landing.extracts.OpenExtract.land",
                 "before",
                 r"cannot write .*/before-.* bytes needed",
             ),
             (
-                "faletl.landing.extracts.Attempt.seal",
+                "faletl.landing.extracts.OpenExtract.seal",
                 "before",
                 r"cannot write .*/manifest.json.* bytes needed",
             ),

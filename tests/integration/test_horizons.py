@@ -75,7 +75,7 @@ def days_asked(sandbox: Sandbox, since: int = 0) -> set[str]:
         Trap("faletl.fal.client.FalClient.get"),  # the username is known, nothing is bound
         Trap("faletl.fal.client.FalClient.get", nth=2),  # usage was answered
         Trap("faletl.landing.decisions.record", nth=2),  # bound, not committed
-        Trap("faletl.landing.extracts.Attempt.land", "before"),
+        Trap("faletl.landing.extracts.OpenExtract.land", "before"),
     ],
     ids=["nothing asked", "one answer", "two answers", "binding", "landing"],
 )

@@ -25,7 +25,7 @@ from faletl.landing import extracts
 from faletl.operations.rebuild import prune
 from faletl.operations.verify import verify
 from faletl.sandbox import Fault, Sandbox
-from faletl.selection import DUE, Asked
+from faletl.selection import EVERYTHING_DUE, Asked
 from faletl.warehouse import open_warehouse
 from faletl.warehouse.ledger import fence
 from faletl.warehouse.tables import WAREHOUSE
@@ -95,7 +95,7 @@ def test_a_read_that_is_killed_at_any_step_loses_at_most_the_page_in_flight(
         Trap("pathlib.Path.rename", "before"),  # and flushed
         Trap("pathlib.Path.rename"),  # it has its name, which is not flushed
         Trap("faletl.landing.extracts.write_durably", "after", 2),  # landed, not sealed
-        Trap("faletl.landing.extracts.Attempt.seal", "before"),
+        Trap("faletl.landing.extracts.OpenExtract.seal", "before"),
     ]
     now = truth.NOW  # what landed before the account was bound is not gone on with, so time passes
     for kill in kills:
@@ -131,7 +131,9 @@ LOADING = [
 def test_a_load_that_is_killed_at_any_step_is_done_or_not_and_never_twice(
     sandbox: Sandbox, one_by_one: Settings
 ) -> None:
-    assert is_killed(start(one_by_one, Trap("faletl.landing.extracts.Attempt.seal"), command=EXTRACT))
+    assert is_killed(
+        start(one_by_one, Trap("faletl.landing.extracts.OpenExtract.seal"), command=EXTRACT)
+    )
     asked = len(sandbox.requests)
     for kill in LOADING:
         assert is_killed(start(one_by_one, kill, command="load"))
@@ -325,7 +327,7 @@ def test_runs_that_are_killed_at_random_moments_are_mended_by_the_next(
         time.sleep(chance.uniform(0.1, 2.5))
         child.process.kill()
         child.finish()
-    check_a_clean_run_mends_all(settings, asked=DUE)
+    check_a_clean_run_mends_all(settings, asked=EVERYTHING_DUE)
 
 
 # --- Signals --------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ from faletl.warehouse.tables import (
     UNKNOWN_ENDPOINTS,
     WAREHOUSE,
 )
-from faletl.windows import DAY, HOUR, Read, Window
+from faletl.windows import DAY, HOUR, LastExtract, Window
 from tests import truth
 from tests.conftest import IS_ON_POSTGRES, settings_for
 from tests.truth import FLUX, NOW, VIDEO, VOICE
@@ -512,7 +512,7 @@ def test_the_ledger_is_read_by_day_by_change_and_by_account(desk: Desk) -> None:
             ),
         )
         connection = lease.connection
-        read = Read(NOON, False, NOON, changed_at=NOON)
+        read = LastExtract(NOON, False, NOON, changed_at=NOON)
         assert reads_by_day(connection, "acme", "usage") == {truth.day(22): read}
         assert changed_days(connection, version, lease.token) == {
             "usage": {truth.day(22)}, "models": {truth.day(23)},

@@ -27,7 +27,7 @@ from faletl.errors import SettingsError, StorageError, TamperedError
 from faletl.fal.pages import Page
 from faletl.landing import extracts
 from faletl.landing.extracts import MANIFEST, Call
-from faletl.landing.storage import at, place
+from faletl.landing.storage import backend_for, parse_location
 from faletl.line import distributed
 from faletl.operations.maintain import maintain
 from faletl.operations.rebuild import prune, rebuild
@@ -86,8 +86,8 @@ def objects(settings: Settings) -> dict[str, bytes]:
     """All that landed."""
     root = extracts.root(settings)
     return {
-        path.relative_to(root).as_posix(): at(path).read(path)
-        for path in at(root).matching(root, "*/*/*/*/*")
+        path.relative_to(root).as_posix(): backend_for(path).read(path)
+        for path in backend_for(root).matching(root, "*/*/*/*/*")
     }
 
 
@@ -178,12 +178,12 @@ def test_pages_that_were_changed_or_deleted_are_found(
     load_days(stored)
     root = extracts.root(stored)
     first, other = extracts.complete_reads(stored)
-    page = at(first).matching(first, "rows-*")[1]
-    at(page).write(page, at(page).read(page)[:-1] + b"?")
+    page = backend_for(first).matching(first, "rows-*")[1]
+    backend_for(page).write(page, backend_for(page).read(page)[:-1] + b"?")
     with pytest.raises(TamperedError, match="is not the one that fal sent") as changed:
         rebuild(stored)
     assert changed.value.exit_code == 4
-    at(other).delete(other / MANIFEST)
+    backend_for(other).delete(other / MANIFEST)
     with pytest.raises(TamperedError, match="landed pages of 1 loads are gone"):
         rebuild(stored)
     found = verify(stored).findings
@@ -378,9 +378,10 @@ def test_what_is_not_installed_is_named(url: str, monkeypatch: pytest.MonkeyPatc
     if url.startswith("s3"):
         monkeypatch.setitem(sys.modules, "upath", None)
     with pytest.raises(
-        SettingsError, match=r"FALETL_LANDING: .* (pip install '/path/to/faletl\[s3\]'|not an object store)"
+        SettingsError,
+        match=r"FALETL_LANDING: .* (pip install '/path/to/faletl\[s3\]'|not an object store)",
     ):
-        place(url)
+        parse_location(url)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ from faletl.fal import client as client_module
 from faletl.fal.client import FalClient
 from faletl.fal.pages import MAX_EMPTY_PAGES, MAX_RECORDS, read_envelope, walk
 from faletl.landing import extracts
-from faletl.landing.extracts import Landed, Receipt
+from faletl.landing.extracts import Receipt, SealedExtract
 from faletl.line.accounts import look_up
 from faletl.line.fetch import Origin, Retry, fetch_window
 from faletl.redaction import REDACTED
@@ -73,14 +73,14 @@ def fetch(
     ids: Sequence[str] = (),
     retry: Retry | None = None,
     client: FalClient | None = None,
-) -> Landed:
+) -> SealedExtract:
     """One window, by a client of its own unless one is given."""
     origin = Origin(account, "run", datetime.now(UTC), 1, planned_from={}, unknown_ids={})
     with nullcontext(client) if client else FalClient(given) as asking:
         return fetch_window(asking, given, resource, window, origin=origin, ids=ids, retry=retry)
 
 
-def again_of(landed: Landed) -> Retry:
+def again_of(landed: SealedExtract) -> Retry:
     """Ask for all of it once more, beside the rows of that extract."""
     return Retry(landed, compared=landed.manifest.parts)
 
@@ -93,7 +93,7 @@ def page(
     return json.dumps({key: value for key, value in body.items() if value is not ...}).encode()
 
 
-def bodies(landed: Landed, label: str = "rows") -> list[bytes]:
+def bodies(landed: SealedExtract, label: str = "rows") -> list[bytes]:
     return [landed.body(one) for one in landed.manifest.pages(label)]
 
 
@@ -776,7 +776,7 @@ def test_two_reads_of_one_day_at_a_time_do_not_share_a_folder(
         go.wait(10)
 
     small_pages.fault = hook
-    results: list[Landed] = []
+    results: list[SealedExtract] = []
     first = threading.Thread(target=lambda: results.append(fetch(given, USAGE, DAY)))
     first.start()
     try:

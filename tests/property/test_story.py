@@ -51,7 +51,7 @@ traps = st.builds(
     st.sampled_from(
         [
             "faletl.landing.extracts.write_durably",
-            "faletl.landing.extracts.Attempt.seal",
+            "faletl.landing.extracts.OpenExtract.seal",
             "faletl.line.extract.stage_window",
             "faletl.line.replace.fence",
             "faletl.line.replace._delete_window",

@@ -23,7 +23,7 @@ from faletl.errors import DataRefusedError
 from faletl.fal.pages import Page, read_envelope
 from faletl.findings import Findings
 from faletl.landing import extracts
-from faletl.landing.extracts import Call, Landed, Manifest
+from faletl.landing.extracts import Call, Manifest, SealedExtract
 from faletl.models.catalogue import column_comments, models
 from faletl.resources import RESOURCES, Column, Kind, Resource
 from faletl.staging.window import Staged, stage_window
@@ -193,7 +193,7 @@ def test_a_field_of_another_type_refuses_money_and_elsewhere_its_own_row_alone(
         assert staged.findings.breaches == 0
         assert staged_rows(staged)[0][column.name] is None
         return
-    assert {one.row for one in staged.findings.set_aside} == broken_rows
+    assert {one.row for one in staged.findings.quarantined} == broken_rows
     kept = {row["_row"] for row in staged_rows(staged)}
     assert kept == set(range(1, len(held) + 1)) - broken_rows
 
@@ -213,7 +213,7 @@ def test_amounts_that_no_column_could_hold_are_refused_with_their_row(
             folder = tmp_path / token[:9] / name
             if resource.proof is None:
                 staged = stage(resource, spoilt.encode(), folder)
-                assert [one.row for one in staged.findings.set_aside] == [1], token
+                assert [one.row for one in staged.findings.quarantined] == [1], token
                 continue
             with pytest.raises(DataRefusedError):
                 stage(resource, spoilt.encode(), folder)
@@ -274,9 +274,9 @@ def test_exactly_the_rows_that_break_their_contract_are_set_aside(picks: list[An
             stage(RESOURCES["billing_events"], body, Path(folder))
     findings = caught.value.findings
     assert isinstance(findings, Findings)
-    assert [(one.page, one.row) for one in findings.set_aside] == expected
+    assert [(one.page, one.row) for one in findings.quarantined] == expected
     assert findings.breaches == len(expected)
-    assert [json.loads(one.raw_json) for one in findings.set_aside] == [
+    assert [json.loads(one.raw_json) for one in findings.quarantined] == [
         pick["billing_events"][0] for pick in picks if pick
     ]
 
@@ -333,7 +333,7 @@ def test_every_column_is_commented_and_every_key_is_a_column(resource: Resource)
 def test_a_landed_manifest_survives_its_json(tmp_path: Path) -> None:
     staged = stage(RESOURCES["usage"], (FIXTURES / "usage" / "first.json").read_bytes(), tmp_path)
     reread = extracts.open_read(staged.landed.folder)
-    assert isinstance(reread, Landed)
+    assert isinstance(reread, SealedExtract)
     assert reread.manifest == staged.landed.manifest
     assert msgspec.json.decode(msgspec.json.encode(reread.manifest), type=Manifest) == reread.manifest
 

@@ -15,7 +15,7 @@ from faletl.config import Settings
 from faletl.errors import StorageError, TamperedError
 from faletl.fal.pages import Page
 from faletl.landing import extracts
-from faletl.landing.extracts import Attempt, Call, Landed, LandedPage, Manifest
+from faletl.landing.extracts import Call, LandedPage, Manifest, OpenExtract, SealedExtract
 from faletl.windows import Window
 from tests.conftest import settings_for
 
@@ -32,7 +32,7 @@ def settings(tmp_path: Path) -> Settings:
     return settings_for("http://127.0.0.1:1", tmp_path)
 
 
-def read(settings: Settings, at: datetime = NOW, window: Window = DAY) -> Attempt:
+def read(settings: Settings, at: datetime = NOW, window: Window = DAY) -> OpenExtract:
     """A read of acme's window that began then, with one page so far."""
     attempt = extracts.begin(settings, "acme", "usage", window, at)
     attempt.land("rows", ASKED, page(1))
@@ -44,13 +44,15 @@ def page(number: int) -> Page:
     return Page(number, BODY, f"request-{number}", 0, None)
 
 
-def sealed(attempt: Attempt, run_id: str = "a-run", window: Window = DAY) -> Landed:
+def sealed(attempt: OpenExtract, run_id: str = "a-run", window: Window = DAY) -> SealedExtract:
     """The read, made complete with the page that it has."""
-    return attempt.seal(manifest_of(attempt, attempt.described("rows", ASKED, page(1)), run_id, window))
+    return attempt.seal(
+        manifest_of(attempt, attempt.describe_existing("rows", ASKED, page(1)), run_id, window)
+    )
 
 
 def manifest_of(
-    attempt: Attempt, record: LandedPage, run_id: str = "a-run", window: Window = DAY
+    attempt: OpenExtract, record: LandedPage, run_id: str = "a-run", window: Window = DAY
 ) -> Manifest:
     """The paper of a read of that one page."""
     return Manifest(
@@ -119,17 +121,17 @@ def ahead(settings: Settings) -> list[str]:
     return ids
 
 
-def gathered(settings: Settings, ahead: Sequence[str], since: datetime = NOW) -> Attempt | None:
+def gathered(settings: Settings, ahead: Sequence[str], since: datetime = NOW) -> OpenExtract | None:
     """One read of all of them, of no page older than `since`."""
     return extracts.gather(settings, "acme", "analytics", DAY, ahead, since)
 
 
-def batches_in(attempt: Attempt) -> list[int]:
+def batches_in(attempt: OpenExtract) -> list[int]:
     """Of which batches the read has the page that was asked ahead."""
     return [
         number
         for number in range(3)
-        if list(attempt.landed("rows", {"endpoint_id": (f"batch-{number}",)})) == [BODY]
+        if list(attempt.resumable_pages("rows", {"endpoint_id": (f"batch-{number}",)})) == [BODY]
     ]
 
 
@@ -161,7 +163,7 @@ def test_a_batch_that_nobody_asked_ahead_is_missing_and_no_more(
 
     assert whole is not None
     assert batches_in(whole) == [0, 1, 2]
-    assert list(whole.landed("rows", {"endpoint_id": ("batch-3",)})) == []
+    assert list(whole.resumable_pages("rows", {"endpoint_id": ("batch-3",)})) == []
 
 
 def test_nothing_is_gathered_of_batches_that_are_too_old_taken_or_none(
@@ -209,7 +211,7 @@ def test_a_run_finds_its_own_newest_read_of_that_very_window(settings: Settings)
     of_a_part = sealed(read(settings, later[3], UP_TO_NOON), "mine", UP_TO_NOON)
     read(settings, later[4]).close()  # of no run yet: it has no manifest
 
-    def found(window: Window, run_id: str = "mine") -> Landed | None:
+    def found(window: Window, run_id: str = "mine") -> SealedExtract | None:
         return extracts.read_of_run(settings, "acme", "usage", window, run_id)
 
     assert found(DAY) == mine
@@ -283,7 +285,7 @@ def test_a_sealed_read_holds_the_pages_of_its_manifest_and_nothing_else(settings
 
 def test_a_read_whose_pages_were_deleted_is_never_complete(settings: Settings) -> None:
     attempt = read(settings)
-    record = attempt.described("rows", ASKED, page(1))
+    record = attempt.describe_existing("rows", ASKED, page(1))
     (attempt.folder / record.file).unlink()
 
     with pytest.raises(StorageError, match=f"{record.file} was deleted while the window was fetched"):
@@ -296,7 +298,7 @@ def test_a_read_takes_over_the_rows_of_the_one_before_under_another_name(setting
     attempt = read(settings, NOW + timedelta(seconds=1))
 
     (part,) = before.manifest.parts
-    (again,) = attempt.adopt(before, part)
+    (again,) = attempt.copy_rows_of(before, part)
 
     (was,), (now,) = before.manifest.pages("rows"), again.pages
     assert (again.label, again.path, again.query) == (

@@ -12,7 +12,7 @@ import pytest
 
 from faletl.errors import ContractError, TamperedError
 from faletl.fal.questions import first_endpoint
-from faletl.findings import SetAside
+from faletl.findings import QuarantinedRow
 from faletl.landing import extracts
 from faletl.line.accounts import read_username
 from faletl.line.distributed import read_plan
@@ -59,7 +59,7 @@ def test_a_name_that_is_no_text_behind_another_breach_is_a_typed_error(
 
 def set_aside(resource: Resource, body: bytes, folder: Path) -> list[str]:
     """Why the rows of the page are set aside."""
-    return [one.reason for one in stage(resource, body, folder).findings.set_aside]
+    return [one.reason for one in stage(resource, body, folder).findings.quarantined]
 
 
 def test_a_field_that_comes_twice_and_is_wrong_once_is_set_aside(tmp_path: Path) -> None:
@@ -80,10 +80,10 @@ def test_a_field_that_comes_twice_and_is_wrong_once_is_set_aside(tmp_path: Path)
 
 
 def test_a_row_that_is_set_aside_may_have_no_readable_endpoint(tmp_path: Path) -> None:
-    assert SetAside.of(1, 1, "why", b'{"endpoint_id":"\xff"}').endpoint_id is None
+    assert QuarantinedRow.of(1, 1, "why", b'{"endpoint_id":"\xff"}').endpoint_id is None
     body = b'{"endpoint_id":"\xff","username":1,"credits":{"current_balance":1}}'
     staged = stage(CREDITS, body, tmp_path)
-    assert [one.endpoint_id for one in staged.findings.set_aside] == [None]
+    assert [one.endpoint_id for one in staged.findings.quarantined] == [None]
 
 
 @pytest.mark.parametrize("body", [b"", DEEP, DEEP_INSIDE, b'{"models":[{"endpoint_id":"\xff"}]}'])

@@ -391,7 +391,7 @@ def test_one_odd_price_is_quarantined_and_the_others_are_loaded(
     staged = stage(PRICES, prices(price("a", "0.5"), odd, price("c", "1")), tmp_path)
     assert [row["endpoint_id"] for row in staged_rows(staged)] == ["a", "c"]
     assert staged.proof == "none"
-    [quarantined] = staged.findings.set_aside
+    [quarantined] = staged.findings.quarantined
     assert (quarantined.page, quarantined.row, staged.findings.breaches) == (1, 2, 1)
     assert why in quarantined.reason
     assert quarantined.raw_json.replace('"NaN"', "NaN").replace('"-Infinity"', "-Infinity") == odd
@@ -406,8 +406,8 @@ def test_a_price_list_that_contradicts_itself_of_one_endpoint_is_taken_of_the_ot
     twice = (price("b", "0.04"), price("b", "0.5", "seconds"))
     staged = stage(PRICES, prices(price("a", "0.5"), *twice, price("c", "1"), price("c", "1")), tmp_path)
     assert [row["endpoint_id"] for row in staged_rows(staged)] == ["a", "c"]
-    assert [one.row for one in staged.findings.set_aside] == [2, 3]
-    assert "the same endpoint_id comes twice, with other values" in staged.findings.set_aside[0].reason
+    assert [one.row for one in staged.findings.quarantined] == [2, 3]
+    assert "the same endpoint_id comes twice, with other values" in staged.findings.quarantined[0].reason
     assert staged.repeated_rows == 1  # the same price again is the same price
 
 
@@ -423,7 +423,7 @@ def test_an_odd_model_is_quarantined_and_the_others_are_loaded(tmp_path: Path) -
     document = {"models": models, "next_cursor": None, "has_more": False}
     staged = stage(MODELS, json.dumps(document).encode(), tmp_path)
     assert [row["endpoint_id"] for row in staged_rows(staged)] == ["a", "d"]
-    assert [one.row for one in staged.findings.set_aside] == [2, 3, 4, 5]
+    assert [one.row for one in staged.findings.quarantined] == [2, 3, 4, 5]
 
 
 def analytics(*records: str) -> bytes:
@@ -461,7 +461,7 @@ def test_an_odd_count_quarantines_its_row_alone(value: str, tmp_path: Path) -> N
     )
     staged = stage(ANALYTICS, analytics(good, odd), tmp_path)
     assert [row["endpoint_id"] for row in staged_rows(staged)] == ["a"]
-    assert [one.endpoint_id for one in staged.findings.set_aside] == ["b"]
+    assert [one.endpoint_id for one in staged.findings.quarantined] == ["b"]
 
 
 def account(credit: str) -> bytes:
@@ -512,5 +512,5 @@ def test_without_a_balance_there_is_no_reading_and_one_sentence(
 def test_a_balance_that_is_no_number_is_quarantined(balance: str, tmp_path: Path) -> None:
     staged = stage(CREDITS, account(f'{{"current_balance": {balance}, "currency": "USD"}}'), tmp_path)
     assert staged_rows(staged) == []
-    [quarantined] = staged.findings.set_aside
+    [quarantined] = staged.findings.quarantined
     assert "current_balance" in quarantined.reason

@@ -16,7 +16,7 @@ from faletl.windows import (
     SETTLE,
     SETTLED_AFTER,
     WATCH,
-    Read,
+    LastExtract,
     Window,
     due_days,
     instant,
@@ -162,7 +162,7 @@ def reads_of(window: Window, every: timedelta, first: timedelta, runs: int) -> l
         due = next_due(window, read)
         if due is not None and due <= now:
             times.append(now)
-            read = Read(now, is_provisional=False)
+            read = LastExtract(now, is_provisional=False)
     return times
 
 
@@ -200,18 +200,18 @@ def test_a_window_never_read_is_due_at_once() -> None:
 
 @given(st.timedeltas(-DAY, 200 * DAY))
 def test_a_window_that_was_open_when_it_was_read_is_due_at_once(age: timedelta) -> None:
-    read = Read(YESTERDAY.end + age, is_provisional=True)
+    read = LastExtract(YESTERDAY.end + age, is_provisional=True)
     assert next_due(YESTERDAY, read) == YESTERDAY.start
 
 
 @given(st.timedeltas(timedelta(0), 500 * DAY))
 def test_a_read_at_the_end_of_the_watch_or_later_is_the_last(later: timedelta) -> None:
-    assert next_due(YESTERDAY, Read(YESTERDAY.end + WATCH + later, is_provisional=False)) is None
+    assert next_due(YESTERDAY, LastExtract(YESTERDAY.end + WATCH + later, is_provisional=False)) is None
 
 
 @given(st.timedeltas(-DAY, WATCH - SECOND))
 def test_a_read_before_the_end_of_the_watch_is_never_the_last(age: timedelta) -> None:
-    due = next_due(YESTERDAY, Read(YESTERDAY.end + age, is_provisional=False))
+    due = next_due(YESTERDAY, LastExtract(YESTERDAY.end + age, is_provisional=False))
     assert due is not None
     assert YESTERDAY.end + HOUR <= due <= YESTERDAY.end + WATCH
     assert due > YESTERDAY.end + age
@@ -227,7 +227,7 @@ def test_a_first_run_reads_every_day_from_the_first_one_to_today(first_days: int
 def test_every_day_that_was_not_loaded_is_due_and_those_just_read_are_not(gaps: set[int]) -> None:
     first = TODAY - 29 * DAY
     reads = {
-        first + n * DAY: Read(NOW - timedelta(minutes=1), is_provisional=first + n * DAY == TODAY)
+        first + n * DAY: LastExtract(NOW - timedelta(minutes=1), is_provisional=first + n * DAY == TODAY)
         for n in range(30)
         if n not in gaps
     }
@@ -237,7 +237,7 @@ def test_every_day_that_was_not_loaded_is_due_and_those_just_read_are_not(gaps: 
 
 @pytest.mark.parametrize("age", [HOUR, 5 * HOUR, 80 * DAY])
 def test_a_day_is_due_from_the_very_moment_on_that_it_was_told_for(age: timedelta) -> None:
-    day, read = YESTERDAY.day, Read(YESTERDAY.end + age, is_provisional=False)
+    day, read = YESTERDAY.day, LastExtract(YESTERDAY.end + age, is_provisional=False)
     due = next_due(YESTERDAY, read)
     assert due is not None
     assert YESTERDAY in due_days(due, {day: read}, day)
@@ -245,7 +245,7 @@ def test_a_day_is_due_from_the_very_moment_on_that_it_was_told_for(age: timedelt
 
 
 def test_days_before_the_first_one_are_left_alone() -> None:
-    reads = {TODAY - 40 * DAY: Read(NOW - 30 * DAY, is_provisional=True)}
+    reads = {TODAY - 40 * DAY: LastExtract(NOW - 30 * DAY, is_provisional=True)}
     assert [window.day for window in due_days(NOW, reads, TODAY)] == [TODAY]
 
 
@@ -254,7 +254,7 @@ def test_a_clock_that_was_ahead_does_not_freeze_what_was_read_by_it(
     ahead: timedelta, age: int, is_open: bool
 ) -> None:
     day = TODAY - age * DAY
-    reads = {day: Read(NOW + ahead, is_provisional=is_open)}
+    reads = {day: LastExtract(NOW + ahead, is_provisional=is_open)}
     assert next(window.day for window in due_days(NOW, reads, day)) == day
 
 
@@ -273,7 +273,7 @@ def test_a_clock_that_is_behind_reads_nothing_of_days_to_come() -> None:
 def test_due_days_are_in_order_without_doubles_and_never_in_the_future(
     read: dict[int, tuple[timedelta, bool]], first: int
 ) -> None:
-    reads = {TODAY - age * DAY: Read(NOW + at, is_open) for age, (at, is_open) in read.items()}
+    reads = {TODAY - age * DAY: LastExtract(NOW + at, is_open) for age, (at, is_open) in read.items()}
     due = [window.day for window in due_days(NOW, reads, TODAY - first * DAY)]
     assert due == sorted(set(due))
     assert all(TODAY - first * DAY <= day <= TODAY for day in due)
