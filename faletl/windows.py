@@ -208,7 +208,7 @@ class LastExtract:
         )
 
 
-def next_due(window: Window, read: LastExtract | None) -> datetime | None:
+def next_due(window: Window, extract: LastExtract | None) -> datetime | None:
     """Return when the window is due; None when it has been watched long enough.
 
     A window never extracted, or extracted while it was open, is due at once. A closed one is due when
@@ -217,15 +217,15 @@ def next_due(window: Window, read: LastExtract | None) -> datetime | None:
     number of calls. A held window is due 1, 2, 4 … hours after it was first held, unless fal may no
     longer serve it.
     """
-    if read is not None and read.hold is not None:
-        hold = read.hold
+    if extract is not None and extract.hold is not None:
+        hold = extract.hold
         return None if hold.is_final else _doubled(hold.since, hold.last_extracted_at)
-    if read is None or read.is_provisional:
+    if extract is None or extract.is_provisional:
         return window.start
     watch_end = window.end + WATCH
-    if read.read_at >= watch_end:
+    if extract.read_at >= watch_end:
         return None
-    return min(_doubled(max(window.end, read.changed_at or window.end), read.read_at), watch_end)
+    return min(_doubled(max(window.end, extract.changed_at or window.end), extract.read_at), watch_end)
 
 
 def _doubled(anchor: datetime, last: datetime) -> datetime:
@@ -233,25 +233,25 @@ def _doubled(anchor: datetime, last: datetime) -> datetime:
     return anchor + max(HOUR, 2 * (last - anchor))
 
 
-def asks_whole_catalogue(window: Window, read: LastExtract | None, now: datetime) -> bool:
+def asks_whole_catalogue(window: Window, extract: LastExtract | None, now: datetime) -> bool:
     """Whether an extract of the window must ask for all endpoints, not only for those that were used.
 
     Requests that only fail leave no usage. So the first extract of a closed day asks for every endpoint,
     and later extracts do so once a week. For a day that was more than a week past at its first extract,
-    only the second extract does, to keep the first run short.
+    this begins with its second extract, to keep the first run short.
     """
     if window.is_provisional or window.is_snapshot:
         return False
-    last = read.whole_catalogue_at if read else None
+    last = extract.whole_catalogue_at if extract else None
     if last is not None and last >= window.end:
         return now - last >= WEEK
-    return read is not None or now - window.end < WEEK
+    return extract is not None or now - window.end < WEEK
 
 
-def due_days(now: datetime, reads: Mapping[date, LastExtract], first_day: date) -> Iterable[Window]:
+def due_days(now: datetime, extracts: Mapping[date, LastExtract], first_day: date) -> Iterable[Window]:
     """Yield the UTC days from `first_day` to today that are due now, in order."""
     for window in utc_days(first_day, now.date() + DAY):
-        read = reads.get(window.day)
-        due = next_due(window, read.as_of(now) if read is not None else None)
+        extract = extracts.get(window.day)
+        due = next_due(window, extract.as_of(now) if extract is not None else None)
         if due is not None and due <= now:
             yield window
