@@ -119,7 +119,7 @@ def test_a_read_that_is_killed_at_any_step_loses_at_most_the_page_in_flight(
 
 LOADING = [
     Trap("faletl.staging.window.prove", "before"),  # half staged
-    Trap("faletl.line.extract.stage_window"),  # staged, not validated
+    Trap("faletl.line.load.stage_window"),  # staged, not validated
     Trap("faletl.line.load._load_batch", "before"),  # not begun to be loaded
     Trap("faletl.line.replace.fence"),  # inside the window's transaction
     Trap("faletl.line.replace._delete_window"),
