@@ -28,7 +28,7 @@ _HOMES = {
     "verify": "faletl.operations.verify",
 }
 
-__all__ = ["__version__", *_HOMES]  # names of _HOMES
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:

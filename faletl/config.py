@@ -1,4 +1,4 @@
-"""Settings: alone reads the environment, alone holds the key, alone knows how to hide it."""
+"""Settings. Only this module reads the environment, keeps the key and redacts it."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from faletl.redaction import without
 from faletl.resources import MAKE_A_KEY
 
 Threshold = Annotated[Decimal, Field(gt=0, max_digits=26, decimal_places=12)]
-"""An amount above zero that a column of amounts holds exactly."""
+"""An amount above zero that fits a column of amounts exactly."""
 
 LONGEST_LABEL = 200
-"""Characters of an account's label."""
+"""The largest number of characters of an account's label."""
 
 _PREFIX = "(?!pg_)[a-z_][a-z0-9_]{0,31}"
-"""What may stand before the name of a schema: an identifier that no database has to quote."""
+"""The prefix of schema names: an identifier that no database has to quote."""
 
 _Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -41,7 +41,7 @@ _OF_AIRFLOW = ("FALETL_CONNECTIONS", "FALETL_OWNER")
 """Variables that DAGs read (docs/airflow.md)."""
 
 FINGERPRINT = "sha256$"
-"""What the fingerprint of a key begins with, and no label: one may stand where the other is meant."""
+"""How the fingerprint of a key begins, and no label does: either may be in the same place."""
 
 _URL = re.compile(
     r"https?://(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9-]{1,63}(\.[A-Za-z0-9-]{1,63})*\.?)"
@@ -54,10 +54,10 @@ _OBJECTS = re.compile(
 
 
 class Settings(BaseSettings):
-    """Everything a run can be told, by environment variable (README, "Settings").
+    """All settings of a run, from environment variables (README, "Settings").
 
     Raises:
-        SettingsError: a value cannot be right. The message never shows a value, only its name.
+        SettingsError: a value is not valid. The message never shows a value, only its name.
     """
 
     model_config = SettingsConfigDict(
@@ -97,12 +97,12 @@ class Settings(BaseSettings):
     keep_ops_days: _Days = Field(400, validation_alias="FALETL_KEEP_OPS_DAYS")
 
     @classmethod
-    def load(cls, **given: object) -> Self:
-        """Settings from the environment; `given` wins over it. Empty variables count as unset."""
+    def load(cls, **overrides: object) -> Self:
+        """Return the settings of the environment with `overrides`; empty variables are unset."""
         try:
-            # By its variable's name only: a field's own name, say API_URL, must not be read as one.
-            # The type is ignored because pydantic converts what it is given.
-            return cls(**{_variable(name): value for name, value in given.items()})  # type: ignore[arg-type]
+            # Only by the variable's name: a field's own name, say API_URL, must not count as a variable.
+            # The type is ignored because pydantic converts the values.
+            return cls(**{_variable(name): value for name, value in overrides.items()})  # type: ignore[arg-type]
         except pydantic.ValidationError as error:
             first = error.errors(include_input=False, include_url=False, include_context=False)[0]
             name = str(first["loc"][0]) if first["loc"] else "settings"
@@ -110,10 +110,11 @@ class Settings(BaseSettings):
             raise SettingsError(f"{name}: {reason}") from None
 
     @classmethod
-    def isolated(cls, **given: object) -> Self:
-        """Settings from `given` alone, whatever the environment holds."""
-        defaults = {name: field.default for name, field in cls.model_fields.items() if name not in given}
-        return cls.load(**defaults, **given)
+    def isolated(cls, **overrides: object) -> Self:
+        """Return the default settings with `overrides`, whatever the environment contains."""
+        fields = cls.model_fields.items()
+        defaults = {name: field.default for name, field in fields if name not in overrides}
+        return cls.load(**defaults, **overrides)
 
     @field_validator("key", "metrics_key")
     @classmethod
@@ -124,15 +125,15 @@ class Settings(BaseSettings):
         if not re.fullmatch(r"[!-9;-~]+:[!-~]+", text):
             raise ValueError(
                 f"a fal key looks like key_id:secret, in printable ASCII without blanks; "
-                f"the {len(text)} characters given do not (their text is not shown)"
+                f"these {len(text)} characters do not (they are not shown)"
             )
         return SecretStr(text)
 
     @field_validator("api_url")
     @classmethod
     def _url_is_plain(cls, url: str) -> str:
-        found = _URL.fullmatch(url.strip())
-        if found is None or int(found["port"] or 0) > 65535:
+        match = _URL.fullmatch(url.strip())
+        if match is None or int(match["port"] or 0) > 65535:
             raise ValueError(
                 "must be a URL such as https://api.fal.ai/v1: a plain ASCII host, no user, password, "
                 "query or fragment"
@@ -144,21 +145,21 @@ class Settings(BaseSettings):
     def _prefix_needs_no_quotes(cls, prefix: str) -> str:
         if prefix and not re.fullmatch(_PREFIX, prefix):
             raise ValueError(
-                "must be at most 32 of a-z, 0-9 and _, such as fal_; no digit comes first, and pg_ is "
-                "the server's own"
+                "must be at most 32 of a-z, 0-9 and _, such as fal_, and must not begin with a digit or "
+                "with pg_, which is reserved for PostgreSQL"
             )
         return prefix
 
     @field_validator("landing")
     @classmethod
-    def _landing_is_a_place(cls, landing: str) -> str:
+    def _landing_is_a_location(cls, landing: str) -> str:
         if ":/" in landing and not _OBJECTS.fullmatch(landing):
             raise ValueError(
                 "must be a folder, or a URL such as s3://bucket/prefix: no user, password, query or "
-                "fragment; what opens the bucket is set in the environment, as for AWS's own tools"
+                "fragment; credentials come from the environment, as for AWS's own tools"
             )
         if Path(landing).is_file():
-            raise ValueError("is a file, and must be a folder")
+            raise ValueError("is a file, but must be a folder")
         return landing
 
     @field_validator("units", "owners", "ca_file")
@@ -190,12 +191,12 @@ class Settings(BaseSettings):
         return account
 
     @model_validator(mode="after")
-    def _plain_http_is_meant(self) -> Self:
+    def _plain_http_is_allowed(self) -> Self:
         parts = urlsplit(self.api_url)
         if parts.scheme == "http" and not self.allow_http and not _is_loopback(parts.hostname or ""):
             raise ValueError(
                 "FALETL_API_URL: plain http would show the key to the network; use https, "
-                "or set FALETL_ALLOW_HTTP=1 if you mean it"
+                "or set FALETL_ALLOW_HTTP=1 to allow it"
             )
         return self
 
@@ -208,29 +209,29 @@ class Settings(BaseSettings):
 
     @property
     def thresholds(self) -> dict[str, Decimal]:
-        """What the models are to compare with, by name."""
+        """The amounts that the models compare with, by name."""
         names = ("runaway_min_cost", "runaway_factor", "runaway_alone")
         return {name: getattr(self, name) for name in names}
 
     def key_for(self, *, metrics: bool = False) -> str | None:
-        """The key that reads this kind of data, or None when none is set."""
+        """Return the key for this kind of data; None where no key is set."""
         key = (self.metrics_key if metrics else None) or self.key
         return key.get_secret_value() if key else None
 
     def fingerprint(self) -> str:
-        """A new fingerprint of the id of FAL_KEY: salted, so that no two are equal."""
+        """Return a new fingerprint of the id of FAL_KEY: salted, so that no two are equal."""
         salt = secrets.token_hex(16)
         return f"{FINGERPRINT}{salt}${_hashed(salt, self.key)}"
 
-    def has_fingerprint(self, known: str, *, metrics: bool = False) -> bool:
-        """Whether that is a fingerprint of the id of FAL_KEY, or of FAL_METRICS_KEY where one is set."""
+    def has_fingerprint(self, fingerprint: str, *, metrics: bool = False) -> bool:
+        """Whether it is a fingerprint of the id of FAL_KEY, or with `metrics` of FAL_METRICS_KEY."""
         key = self.metrics_key if metrics else self.key
-        _, salt, digest = known.split("$")
+        _, salt, digest = fingerprint.split("$")
         return key is not None and hmac.compare_digest(digest, _hashed(salt, key))
 
     @property
     def _is_of_demo(self) -> bool:
-        """Whether the warehouse is that of a demo whose folder this is."""
+        """Whether the current folder, with the warehouse in it, belongs to a demo."""
         return self.warehouse == _default("warehouse") and Path(DEMO_MARK).exists()
 
     @property
@@ -239,30 +240,30 @@ class Settings(BaseSettings):
         return self.key is not None and self.key.get_secret_value() in KEYS
 
     def key_name(self, *, metrics: bool = False) -> str:
-        """The setting that this key comes from."""
+        """Return the name of the setting that this key comes from."""
         return "FAL_METRICS_KEY" if metrics and self.metrics_key else "FAL_KEY"
 
     def require_key(self) -> None:
-        """Raises SettingsError when FAL_KEY is not set, or fal would be asked for a demo's folder."""
+        """Raise SettingsError if FAL_KEY is not set, or if fal would be asked in a demo's folder."""
         if self._is_of_demo and (self.key is None or self.api_url == _default("api_url")):
             raise SettingsError(
-                "the account in this folder is invented, by faletl demo: start its API with faletl "
-                "sandbox, in another terminal, and set FALETL_API_URL and FAL_KEY as that says"
+                "this folder belongs to faletl demo, and its account is invented: start faletl sandbox "
+                "in another terminal, and set FALETL_API_URL and FAL_KEY as it prints them"
             )
         if self.key is None:
             raise SettingsError(f"FAL_KEY is not set; {MAKE_A_KEY}, and set FAL_KEY=key_id:secret")
 
     def redact(self, text: str) -> str:
-        """`text` without any form in which a key of ours, or half of one, may have been echoed."""
-        told = text.encode("utf-8", "surrogatepass")
-        return without(told, self._secrets(with_ids=True)).decode("utf-8", "replace")
+        """Return the text without our keys, or halves of them, in any form of an echo."""
+        encoded = text.encode("utf-8", "surrogatepass")
+        return without(encoded, self._secrets(with_ids=True)).decode("utf-8", "replace")
 
     def redact_bytes(self, body: bytes) -> bytes:
-        """The same for an answer of fal, in which the id of a key is data: fal bills by it."""
+        """Return an answer of fal without our secrets; ids of keys stay, because fal bills by them."""
         return without(body, self._secrets(with_ids=False))
 
     def _secrets(self, *, with_ids: bool) -> Iterator[str]:
-        """The keys and their secret halves."""
+        """Yield the keys and their secret halves."""
         for secret in (self.key, self.metrics_key, self.proxy):
             if secret is not None:
                 whole = secret.get_secret_value()
@@ -271,19 +272,19 @@ class Settings(BaseSettings):
 
 
 def _hashed(salt: str, key: SecretStr | None) -> str:
-    assert key is not None  # noqa: S101  # who asks has looked
+    assert key is not None  # noqa: S101  # the caller has checked it
     return hashlib.sha256(f"{salt}{key.get_secret_value().partition(':')[0]}".encode()).hexdigest()
 
 
 def unknown_variables() -> Mapping[str, str | None]:
-    """Variables of the environment that look like settings and are none; with what may be meant."""
+    """Return unknown FALETL_ variables of the environment, each with the most similar known name."""
     known = [*map(_variable, Settings.model_fields), *_OF_AIRFLOW]
-    odd = sorted(name for name in os.environ if name.startswith("FALETL_") and name not in known)
-    return {name: next(iter(get_close_matches(name, known, n=1)), None) for name in odd}
+    unknown = sorted(name for name in os.environ if name.startswith("FALETL_") and name not in known)
+    return {name: next(iter(get_close_matches(name, known, n=1)), None) for name in unknown}
 
 
 def is_label(text: str) -> bool:
-    """Whether the text can be the label of an account."""
+    """Whether the text is a valid label of an account."""
     is_text = bool(text.strip()) and text.isprintable() and len(text) <= LONGEST_LABEL
     return is_text and not text.startswith(FINGERPRINT)
 

@@ -15,15 +15,15 @@ from faletl.errors import StorageError
 from faletl.files import scratch_folder
 from faletl.money import BOUNDED_TYPE, DECIMAL_TYPE, SCALE
 
-# The dialect would ask an engine of its own, without our limits, whether DuckDB knows comments.
+# The dialect would open an engine of its own, without our limits, to see if DuckDB has comments.
 duckdb_sqlalchemy.has_comment_support = lambda: True  # type: ignore[attr-defined,assignment]
 
 
 def config(memory: str, scratch: Path | None) -> dict[str, Any]:
     """Return the settings of an engine that takes at most `memory`.
 
-    What it spills lies in a folder of its own in `scratch`: two engines that share one would overwrite
-    each other's files. Without `scratch` it spills nothing. It never installs or loads an extension.
+    It spills to a folder of its own in `scratch`: two engines that share one would overwrite each
+    other's files. Without `scratch` it spills nothing. It never installs or loads an extension.
     """
     spill = str(scratch / f"spill-{secrets.token_hex(4)}") if scratch is not None else ""
     return {
@@ -36,7 +36,7 @@ def config(memory: str, scratch: Path | None) -> dict[str, Any]:
 
 @contextmanager
 def engine(memory: str, scratch: Path | None, **more: str) -> Iterator[duckdb.DuckDBPyConnection]:
-    """An engine in memory, whose clock is UTC; `more` are further settings. See `config`."""
+    """Open an engine in memory, with UTC as its time zone and `more` settings than those of `config`."""
     with duckdb.connect(config={**config(memory, scratch), **more}) as connection:
         connection.execute("set TimeZone = 'UTC'")
         yield connection
@@ -44,7 +44,7 @@ def engine(memory: str, scratch: Path | None, **more: str) -> Iterator[duckdb.Du
 
 @contextmanager
 def room_to_spill() -> Iterator[Path | None]:
-    """A scratch folder below TMPDIR; None where none can be made, as not every query needs it."""
+    """Make a scratch folder below TMPDIR; None if that fails, because not every query needs it."""
     with ExitStack() as stack:
         try:
             folder: Path | None = stack.enter_context(scratch_folder())
@@ -54,16 +54,16 @@ def room_to_spill() -> Iterator[Path | None]:
 
 
 def quoted(text: object) -> str:
-    """The text as a literal of SQL."""
+    """Return the text as a literal of SQL."""
     return "'" + str(text).replace("'", "''") + "'"
 
 
-# What most amounts fit in. DuckDB keeps it in 64 bits, and turns texts into it, and back, much faster.
+# The type of most amounts. DuckDB keeps it in 64 bits, and converts it from and to text much faster.
 _NARROW_TYPE = f"decimal(18,{SCALE})"
 
 
 def decimal_of(text: str, *, is_bounded: bool = True) -> str:
-    """The SQL of DuckDB for a text as DECIMAL(38,12); NULL where it is not a number below the bound.
+    """Return DuckDB SQL for a text as DECIMAL(38,12); NULL where it is not a number below the bound.
 
     The bound is `LARGEST` for an amount of one row; a sum may be as large as the type.
     """
@@ -73,11 +73,12 @@ def decimal_of(text: str, *, is_bounded: bool = True) -> str:
 
 
 def text_of(amount: str) -> str:
-    """The SQL of DuckDB for the text of a DECIMAL(38,12), with all of its decimals."""
+    """Return DuckDB SQL for the text of a DECIMAL(38,12), with all of its decimals."""
     narrow = f"cast(try_cast({amount} as {_NARROW_TYPE}) as varchar)"
     return f"coalesce({narrow}, cast({amount} as varchar))"
 
 
 def count(connection: duckdb.DuckDBPyConnection, query: str) -> int:
+    """Return the number that the query gives; 0 where it gives no row."""
     row = connection.execute(query).fetchone()
     return int(row[0]) if row else 0

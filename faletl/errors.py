@@ -1,8 +1,8 @@
-"""Every error faletl raises on purpose, as one tree.
+"""Every error that faletl raises on purpose, as one tree.
 
-A class says what to do about it: its exit code (README, "Exit codes") and whether trying again can
-help. An error keeps its facts; whoever knows more of them (which window, which page) adds them with
-`at` on the way up, so that the final sentence names the place.
+A class states what to do: its exit code (README, "Exit codes") and whether another try can help. An
+error keeps its facts. Callers that know more of them (which window, which page) add them with `at` on
+the way up, so that the final sentence names the place.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from typing import ClassVar, Self
 
 Fact = str | int | None
 
-# Facts that the sentence names, in reading order; all others stand in `facts` only.
+# Facts that the sentence names, in reading order; all others are in `facts` only.
 _NAMED = ("resource", "window", "page")
 
 
 class FaletlError(Exception):
-    """Something went wrong that a person or a scheduler can act upon."""
+    """An error that a person or a scheduler can act upon."""
 
     exit_code: ClassVar[int] = 1
     is_retryable: ClassVar[bool] = False
     advice: ClassVar[str] = ""
-    """What to do, where the message does not say it."""
+    """What to do, where the message does not name it."""
 
     findings: object | None = None
-    """What was found in an extract before it was refused (faletl/findings.py)."""
+    """The findings in an extract that was refused (faletl/findings.py)."""
 
     unproven: Sequence[object] = ()
     """The parts of a window that do not add up (faletl/staging/proof.py), to be fetched again."""
@@ -36,7 +36,7 @@ class FaletlError(Exception):
         self.facts: dict[str, Fact] = facts
 
     def at(self, **facts: Fact) -> Self:
-        """Add the facts that are not known yet, and return the same error."""
+        """Add facts that are not known yet, and return this error."""
         for name, value in facts.items():
             if self.facts.get(name) is None:
                 self.facts[name] = value
@@ -52,11 +52,11 @@ class FaletlError(Exception):
         place = ", ".join(f"{name} {self.facts[name]}" for name in _NAMED if self.facts.get(name))
         place = place.removeprefix("resource ")
         request_id = self.facts.get("request_id")
-        told = f" (fal request {request_id})" if request_id else ""
-        return f"{place}{': ' if place else ''}{self.sentence}{told}"
+        request = f" (fal request {request_id})" if request_id else ""
+        return f"{place}{': ' if place else ''}{self.sentence}{request}"
 
     def as_dict(self) -> dict[str, Fact | bool]:
-        """The error for machines: class, sentence, exit code, whether to retry, and all facts."""
+        """Return the error for machines: class, sentence, exit code, whether to retry, and all facts."""
         return {
             "error": type(self).__name__,
             "message": self.message,
@@ -68,17 +68,17 @@ class FaletlError(Exception):
 
 
 class UsageError(FaletlError):
-    """Wrong use: a command, a date or a setting that cannot mean anything. Exit 2."""
+    """Wrong use: a command, a date or a setting that is not valid. Exit 2."""
 
     exit_code = 2
 
 
 class SettingsError(UsageError):
-    """A setting is missing or cannot be right."""
+    """A setting is missing or not valid."""
 
 
 class AccessRefusedError(FaletlError):
-    """Fal answers nothing of all that is asked, until a person did something. Exit 2, never a retry."""
+    """Fal refuses every request until a person acts. Exit 2, never a retry."""
 
     exit_code = 2
 
@@ -88,9 +88,9 @@ class KeyRefusedError(AccessRefusedError):
 
 
 class AccountLockedError(AccessRefusedError):
-    """Fal locked the account (403 that says so, 402): its balance, or its support, must unlock it."""
+    """Fal locked the account (402, or a 403 with that message): paying, or fal's support, unlocks it."""
 
-    advice = "another key will not help; do what fal says, then run again"
+    advice = "another key will not help; follow fal's message, then run again"
 
 
 class ApiUnavailableError(FaletlError):
@@ -101,90 +101,90 @@ class ApiUnavailableError(FaletlError):
 
 
 class CircuitOpenError(ApiUnavailableError):
-    """Fal answers nothing any more, or asks for too long a wait: the client stopped asking. Exit 1."""
+    """Fal no longer answers, or asks for too long a wait, so the client stopped asking. Exit 1."""
 
 
 class ContractError(FaletlError):
-    """Fal answered with something its contract (docs/fal-api.md) does not allow. Exit 3."""
+    """Fal answered with something that its contract (docs/fal-api.md) does not allow. Exit 3."""
 
     exit_code = 3
-    advice = "run again, and if it stays so, look for a newer faletl or ask fal"
+    advice = "run again; if the error stays, look for a newer faletl or ask fal"
 
 
 class MalformedAnswerError(ContractError):
-    """Status 2xx, but no whole JSON document, and none when asked again."""
+    """Status 2xx, but no complete JSON document, also after retries."""
 
 
 class WebPageError(MalformedAnswerError):
-    """Status 2xx, but a web page: a gateway's, or that of a host which is not fal's API."""
+    """Status 2xx, but a web page: of a gateway, or of a host that is not fal's API."""
 
 
 class NotFoundError(ContractError):
-    """Fal answered 404: for a batch of ids this means that one of them is unknown."""
+    """Fal answered 404: for a batch of ids, one of them is unknown."""
 
 
 class AstrayError(ContractError):
-    """The cursors that fal gave out lead nowhere: the pages landed so far are of no use."""
+    """The cursors that fal gave lead nowhere, so the pages landed so far are of no use."""
 
 
 class CursorRefusedError(AstrayError):
-    """Fal refused (400) a cursor it had given out itself: the walk has to start over."""
+    """Fal refused (400) a cursor that it had given itself: the walk must start again."""
 
 
 class UnprovenError(FaletlError):
-    """What we hold is not what fal's own control total says. Exit 3."""
+    """The rows do not add up to fal's own control total. Exit 3."""
 
     exit_code = 3
 
 
 class DataRefusedError(FaletlError):
-    """Rows that cannot be right (type, sign, precision), or that the gate refuses. Exit 3."""
+    """Rows violate fal's contract (type, sign, precision), or the gate refuses them. Exit 3."""
 
     exit_code = 3
 
 
 class HeldError(FaletlError):
-    """An extract lacks rows that were proven before, so what is loaded stays. Exit 3."""
+    """An extract lacks rows that were proven before, so the loaded rows stay. Exit 3."""
 
     exit_code = 3
 
 
 class WarehouseError(FaletlError):
-    """The warehouse cannot be used right now: gone, broken or full. Exit 1."""
+    """The warehouse cannot be used now: gone, broken or full. Exit 1."""
 
     is_retryable = True
 
 
 class WarehouseBusyError(WarehouseError):
-    """Somebody else writes to the warehouse, and did so for as long as we waited. Exit 1."""
+    """Another process was writing to the warehouse all the time that we waited. Exit 1."""
 
 
 class ExhaustedError(FaletlError):
-    """There is no more memory, or no more threads: of the machine, or by a limit. Exit 1."""
+    """Memory or threads are exhausted: those of the machine, or by a limit. Exit 1."""
 
     is_retryable = True
 
     @classmethod
     def of_engine(cls, what: str, error: Exception, **facts: Fact) -> Self:
-        """The error where DuckDB has no memory: by its own setting, or because there is none."""
-        said = str(error).splitlines()[0]
-        is_none_left = "bad allocation" in said
-        do = "raise the limit, or lower FALETL_PARALLEL" if is_none_left else "raise FALETL_MEMORY"
-        return cls(f"{what} ran out of memory ({said}); {do}", **facts)
+        """Return the error where DuckDB has no memory left: by its own limit, or on the machine."""
+        reason = str(error).splitlines()[0]
+        is_of_machine = "bad allocation" in reason
+        cure = "raise the limit, or lower FALETL_PARALLEL" if is_of_machine else "raise FALETL_MEMORY"
+        return cls(f"{what} ran out of memory ({reason}); {cure}", **facts)
 
 
 class LeaseLostError(FaletlError):
-    """A newer run took the lease over: this one must not write any more. Exit 1."""
+    """A newer run took over the lease: this run must not write any more. Exit 1."""
 
 
 class CheckFailedError(FaletlError):
-    """A SQL check found rows after a build: the build was undone. Exit 3."""
+    """A SQL check found rows after a build, so the build was undone. Exit 3."""
 
     exit_code = 3
 
 
 class TamperedError(FaletlError):
-    """Landed pages or the warehouse were changed behind our back: a person must look. Exit 4."""
+    """Landed pages or the warehouse were changed from outside: a person must look. Exit 4."""
 
     exit_code = 4
 
@@ -194,22 +194,22 @@ class DamagedExtractError(TamperedError):
 
     @classmethod
     def of_many(cls, first: DamagedExtractError, extracts: int) -> DamagedExtractError:
-        """Return one error for several extracts that are damaged, with the first of them."""
+        """Return one error for several damaged extracts, with the first of them."""
         if extracts == 1:
             return first
         return cls(
-            f"the landed pages of {extracts:,} extracts are damaged or gone: is FALETL_LANDING right, "
-            f"and its disk mounted? The first: {first}",
+            f"the landed pages of {extracts:,} extracts are damaged or gone; check FALETL_LANDING, and "
+            f"whether its disk is mounted. The first: {first}",
             extracts=extracts,
         )
 
 
 class StorageError(FaletlError):
-    """The disk or the object store refused: full, no permission, no such bucket, no answer. Exit 1."""
+    """The disk or the object store failed: full, no permission, no such bucket, no answer. Exit 1."""
 
     is_retryable = True
 
 
 def how_to_install(extra: str) -> str:
-    """Return what installs an extra of faletl, which no package index has (README, "Install it")."""
+    """Return the command that installs an extra; no package index has faletl (README, "Install it")."""
     return f"pip install '/path/to/faletl[{extra}]', from a checkout or a wheel of faletl"

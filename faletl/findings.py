@@ -1,6 +1,6 @@
-"""What was noticed of a read: rows set aside, drift of fal's contract, what the gate found.
+"""The findings in an extract: quarantined rows, drift of fal's contract, results of the gate.
 
-It is kept in tables of ops, for reads that were loaded and for reads that were refused.
+Tables of ops keep them, for extracts that were loaded and for extracts that were refused.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ log = logging.getLogger(__name__)
 
 Severity = Literal["critical", "warning", "info"]
 
-_LONGEST = 65_536  # characters of a row that are kept; its landed page has all
-_LONGEST_ID = 1000  # and of its endpoint id
+_MAX_ROW_CHARACTERS = 65_536  # kept of a row; its landed page has all
+_MAX_ID_CHARACTERS = 1000  # kept of its endpoint id
 
 
 @dataclass(frozen=True, slots=True)
 class QuarantinedRow:
-    """A row that broke its contract: where it stands, why, and the row as fal sent it."""
+    """A row that violates fal's contract: its place, the reason, and the row as fal sent it."""
 
     page: int
     row: int
@@ -36,12 +36,14 @@ class QuarantinedRow:
 
     @classmethod
     def of(cls, page: int, row: int, reason: str, record: bytes) -> Self:
-        """From the record's bytes; they are JSON, but may be anything else than a record."""
+        """Make one from the bytes of a record; they are JSON, but maybe not an object."""
         try:
-            endpoint_id = msgspec.json.decode(record, type=_WithEndpoint).endpoint_id[:_LONGEST_ID]
+            endpoint_id = msgspec.json.decode(record, type=_WithEndpoint).endpoint_id[
+                :_MAX_ID_CHARACTERS
+            ]
         except UNREADABLE:
             endpoint_id = None
-        text = record[: 4 * _LONGEST].decode("utf-8", "replace")[:_LONGEST]
+        text = record[: 4 * _MAX_ROW_CHARACTERS].decode("utf-8", "replace")[:_MAX_ROW_CHARACTERS]
         return cls(page, row, reason, text, endpoint_id)
 
 
@@ -51,7 +53,7 @@ class _WithEndpoint(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """A field that fal added, dropped or gave another type; with one such value, if there is one."""
+    """A field that fal added, dropped or gave another type; with a sample value, if there is one."""
 
     field: str
     kind: Literal["new", "missing", "retyped"]
@@ -60,7 +62,7 @@ class Drift:
 
 @dataclass(frozen=True, slots=True)
 class Validation:
-    """What the gate found of one expectation. `sample_keys` is JSON: keys of some unexpected rows."""
+    """The result of one expectation in the gate. `sample_keys` is JSON: keys of some unexpected rows."""
 
     expectation: str
     severity: Severity
@@ -73,28 +75,29 @@ class Validation:
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """All that was noticed of one read. `breaches` counts the rows that were set aside, also those
-    that are too many to be kept in `set_aside`.
+    """All findings in one extract.
+
+    `breaches` counts all quarantined rows; `quarantined` has the first of them.
     """
 
     extract: ExtractRef
     breaches: int = 0
-    set_aside: tuple[QuarantinedRow, ...] = ()
+    quarantined: tuple[QuarantinedRow, ...] = ()
     drifts: tuple[Drift, ...] = ()
     validations: tuple[Validation, ...] = ()
 
     @property
     def rows_digest(self) -> str:
-        """A fingerprint of the window's quarantined rows, in whatever order they came.
+        """A fingerprint of the window's quarantined rows, the same in any order of rows.
 
-        An account's label is not in it, so that what a person accepted holds after a rename.
+        It is free of the account's label, so that an acceptance stays valid after a rename.
         """
         key = self.extract.key
-        rows = sorted(one.raw_json for one in self.quarantined)
-        whole = (key.resource, str(key.window.day), self.breaches, rows)
-        return hashlib.sha256(repr(whole).encode()).hexdigest()
+        rows = sorted(row.raw_json for row in self.quarantined)
+        content = (key.resource, str(key.window.day), self.breaches, rows)
+        return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
 def acceptance_key(account: str, rows_digest: str) -> str:
-    """The key of one acceptance of refused rows, among those of all accounts."""
+    """Return the key of an acceptance of refused rows, unique over all accounts."""
     return f"{rows_digest} {account}"

@@ -3,7 +3,7 @@
     extract (fetch, land, stage, prove) → load → build → publish
 
 Each step can run again at any time and ends in the same state. A window that fails does not stop the
-others: what can be done is done, and the failures are told in the report.
+others: all that can be done is done, and the report lists the failures.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ log = logging.getLogger(__name__)
 
 
 def run(settings: Settings, asked: Asked = EVERYTHING_DUE, progress: Progress = no_progress) -> Report:
-    """The whole line, for what is due or for the UTC days that are named.
+    """Run the whole line, for what is due or for the UTC days that `asked` names.
 
-    Named days are always fetched again; without an end they go up to now. Models, prices and credits
-    are read as of now, once. Nothing is raised that a scheduler could act upon: see the report.
+    Named days are always fetched again; without an end they go up to now. One snapshot of models, prices
+    and credits is extracted, as of now. Errors of single windows are in the report, not raised.
 
     Raises:
-        UsageError: settings that cannot mean anything; no key.
+        UsageError: the settings are not valid; there is no key.
     """
     report = Report(new_run_id())
     warehouse = open_warehouse(settings)
@@ -56,22 +56,22 @@ def run(settings: Settings, asked: Asked = EVERYTHING_DUE, progress: Progress = 
 def extract(
     settings: Settings, asked: Asked = EVERYTHING_DUE, progress: Progress = no_progress
 ) -> Report:
-    """Land and prove the windows that `run` would; load nothing. Raises UsageError, as `run`."""
+    """Land and prove the windows that `run` would load; load nothing. Raises UsageError, as `run`."""
     report = Report(new_run_id())
 
-    def take(batch: list[Staged]) -> None:
+    def record(batch: list[Staged]) -> None:
         report.outcomes.extend(result_of(staged, "landed") for staged in batch)
 
-    extract_all(settings, open_warehouse(settings), report, take, asked, progress)
+    extract_all(settings, open_warehouse(settings), report, record, asked, progress)
     return report
 
 
 def dry_run(settings: Settings, asked: Asked = EVERYTHING_DUE) -> list[Forecast]:
-    """What `run` would read now. Asks fal for the account's name at most, and writes nothing.
+    """Return what `run` would extract now. Asks fal at most for the account's name, and writes nothing.
 
     Raises:
-        UsageError: settings that cannot mean anything; no key.
-        ApiUnavailableError, ContractError: fal did not say whose the key is.
+        UsageError: the settings are not valid; there is no key.
+        ApiUnavailableError, ContractError: fal did not name the account of the key.
     """
     settings.require_key()
     warehouse = open_warehouse(settings)
@@ -84,7 +84,7 @@ def dry_run(settings: Settings, asked: Asked = EVERYTHING_DUE) -> list[Forecast]
 
 
 def load(settings: Settings, asked: Asked = EVERYTHING_DUE, progress: Progress = no_progress) -> Report:
-    """Stage, prove and load what has landed and is not loaded yet; asks fal nothing."""
+    """Stage, prove and load what has landed and is not loaded yet; sends no request to fal."""
     report = Report(new_run_id())
     load_waiting(settings, asked, report, progress)
     return report
@@ -93,7 +93,7 @@ def load(settings: Settings, asked: Asked = EVERYTHING_DUE, progress: Progress =
 def load_waiting(
     settings: Settings, asked: Asked, report: Report, progress: Progress = no_progress
 ) -> None:
-    """As `load`; what became of each window goes to the report."""
+    """Load as `load` does, and add the result of each window to the report."""
     waiting = [
         landed
         for landed in not_loaded(settings, open_warehouse(settings), report)

@@ -1,8 +1,8 @@
-"""The catalogue: one entry per collection of the fal API that we extract. Imports nothing heavy.
+"""The catalogue: one entry for each collection of the fal API that we extract. Imports nothing heavy.
 
-An entry says what fal sends (docs/fal-api.md) and what a row is. The check of fal's answers, the raw
-table with its comments, staging, proof, load, the command line's choices and the shared tests all
-follow from it.
+An entry describes what fal sends (docs/fal-api.md) and what a row is. The check of fal's answers, the
+raw table with its comments, staging, proof, load, the choices of the command line and the shared tests
+all follow from it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from faletl.money import PRODUCT_TYPE, product_of
 
 
 class Kind(StrEnum):
-    """What a column holds: decides its JSON type, its checks and its database type."""
+    """The kind of a column's values: it decides the JSON type, the checks and the database type."""
 
     TEXT = "text"
     AMOUNT = "amount"  # a JSON number >= 0, kept exactly: money and quantities (faletl/money.py)
@@ -33,12 +33,12 @@ class Column:
 
     `path` leads to it inside the record (default: its own name). A column that is not `required`
     may be absent or null. `fallback` names an older field that carries the same value, times
-    `fallback_scale`. `is_outer` says that the field stands beside the record list (a bucket), not in
-    each record; `is_asked`, that it is in no answer but a parameter of the question; `is_sparse`, that
-    fal may leave it out of every record, which is news for any other field at the top of a record.
-    `longest` is how many bytes a text may have: ids go into questions, labels into keys and reports.
-    `is_level` says that an amount may be negative, as a balance is; `may_be_text`, that a number is
-    taken from a JSON text as well; `zero_is_none`, that 0 and null mean the same.
+    `fallback_scale`. `is_outer`: the field is next to the record list (in a bucket), not in each
+    record. `is_asked`: the field is a parameter of the question and in no answer. `is_sparse`: fal may
+    leave it out of every record; any other field at the top of a record that is always absent is
+    recorded as drift. `longest` is the largest number of bytes of a text: ids go into questions, labels
+    into keys and reports. `is_level`: an amount may be negative, as a balance is. `may_be_text`: a
+    number is accepted as a JSON text as well. `zero_is_none`: 0 and null mean the same.
     """
 
     name: str
@@ -65,19 +65,20 @@ class Column:
 
 
 WHOLE_SINCE = date(2026, 9, 1)
-"""Since that day fal's records have all the fields that are catalogued (docs/fal-api.md, "Versions")."""
+"""Since this day fal's records have all the fields of the catalogue (docs/fal-api.md, "Versions")."""
 
 Question = Mapping[str, str | tuple[str, ...]]
-"""Query parameters; the bounds of the window, ids and cursors come on top."""
+"""Query parameters. The bounds of the window, ids and cursors are added to them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Proof:
     """A control total: fal's own sums over the same window, from a question of its own.
 
-    `columns` are those of an answer's records; sums of the `sums` per `key` must be ours, over those
-    records of which `only` (SQL) holds. Where `two_walks_suffice`, the totals come from another ledger
-    of fal's: rows that differ from it are accepted when a second walk finds the very same ones.
+    `columns` are those of the answer's records. Per `key`, the sums of the columns in `sums` must equal
+    ours, over the records for which `only` (SQL) is true. Where `two_walks_suffice`, the totals come
+    from another ledger of fal's: rows that differ from it are accepted if a second walk finds the very
+    same rows.
     """
 
     path: str
@@ -92,35 +93,35 @@ class Proof:
 
 @dataclass(frozen=True, slots=True)
 class Resource:
-    """A collection of the fal API: where it is, what its records hold, what a row is.
+    """A collection of the fal API: where it is, what its records contain, what a row is.
 
-    A window is complete when each question of `params` is answered. `older_params` are asked instead
-    where fal refuses these (400), as it did before it knew all of their values.
+    A window is complete when each question of `params` is answered. Where fal refuses these (400), as it
+    did before it knew all of their values, `older_params` are asked instead.
     """
 
     name: str
     comment: str
     path: str
-    rows_path: tuple[str, ...]  # to the record list; scalars of a list on the way go onto its records
+    rows_path: tuple[str, ...]  # to the record list; scalars around an inner list go onto its records
     columns: tuple[Column, ...]
-    key: tuple[str, ...]  # what tells rows of one window apart
+    key: tuple[str, ...]  # what distinguishes the rows of one window
     window: Literal["day", "snapshot"]
-    every_run: bool = False  # a snapshot of each run; else of each UTC day
+    every_run: bool = False  # a snapshot for each run; else one for each UTC day
     params: tuple[Question, ...] = ({},)
     older_params: tuple[Question, ...] = ()
     time: str | None = None  # the column that places a row inside its window
-    ids_per_call: int | None = None  # asked by endpoint ids, so many a call
-    repeats: bool = True  # whether rows with the same key are separate rows, or one seen twice
-    identity: tuple[str, ...] = ()  # fal gives rows no id: these are hashed into one, twins numbered
-    not_kept: tuple[str, ...] = ()  # fields that fal is known to send and that are not loaded
+    ids_per_call: int | None = None  # asked by endpoint ids, at most this many a call
+    repeats: bool = True  # whether rows with the same key are separate rows, or one row seen twice
+    identity: tuple[str, ...] = ()  # fal gives rows no id: their hash is one, and twins are numbered
+    not_kept: tuple[str, ...] = ()  # fields that fal is known to send and that we do not load
     proof: Proof | None = None
-    nothing_without: str | None = None  # the column in whose absence a record says nothing: no row of it
-    # What rows are expected to be, each with SQL for those that are not; these are kept, with a warning.
+    nothing_without: str | None = None  # a record without this column gives no row
+    # What is expected of rows, each with SQL for the rows that fail it; these are kept, with a warning.
     expected: Mapping[str, str] = field(default_factory=dict)
     uses_metrics_key: bool = False
-    smallest_part: timedelta = timedelta(hours=1)  # to which a window is halved where pages lose rows
-    is_optional: bool = False  # a key that may not read it leaves it out, unless it is asked for by name
-    permission: str = ""  # as fal writes several: comma-separated, without blanks
+    smallest_part: timedelta = timedelta(hours=1)  # the shortest half of a window whose pages lose rows
+    is_optional: bool = False  # skipped where the key may not read it, unless named
+    permission: str = ""  # several as fal writes them: comma-separated, without blanks
     presets: str = ""
 
     @property
@@ -130,29 +131,29 @@ class Resource:
 
     @property
     def has_endpoints(self) -> bool:
-        """Whether a row is of one endpoint."""
+        """Whether each row belongs to one endpoint."""
         return any(column.name == "endpoint_id" for column in self.columns)
 
     @property
     def identifying(self) -> tuple[str, ...]:
-        """The columns that say when and for what a row was charged or counted: no amount, no label."""
+        """The columns of when and for what a row was charged or counted: no amount, no label."""
         names = ("request_id", "endpoint_id", "unit", "timeframe", self.time)
         return tuple(column.name for column in self.columns if column.name in names)
 
     @property
     def with_any_sign(self) -> Resource:
-        """The same resource, where a person accepted amounts that are negative."""
+        """This resource with negative amounts allowed, for rows that a person accepted."""
         proof = self.proof and replace(self.proof, columns=_with_any_sign(self.proof.columns))
         return replace(self, columns=_with_any_sign(self.columns), proof=proof)
 
     @property
     def needs(self) -> str:
-        """The permissions that a key needs to read it, and the presets that carry them."""
+        """The permissions that a key needs to read the resource, and the presets that include them."""
         permissions = self.permission.replace(",", ", ") or "no permission"
         return f"{permissions} (preset {self.presets})"
 
     def column(self, name: str) -> Column:
-        """The column of that name."""
+        """Return the column of that name."""
         return next(column for column in self.columns if column.name == name)
 
 
@@ -172,12 +173,12 @@ _COSTS = (
     Column(
         "percent_discount",
         Kind.AMOUNT,
-        "percentage taken off; null or 0 for none",
+        "percentage taken off; null or 0 for no discount",
         at_most=100,
         zero_is_none=True,
     ),
     Column("cost_subtotal", Kind.AMOUNT, "charge before discount; null before July 2026"),
-    Column("cost_discount", Kind.AMOUNT, "taken off by the discount; null before July 2026"),
+    Column("cost_discount", Kind.AMOUNT, "amount taken off by the discount; null before July 2026"),
 )
 _CREDENTIAL = (
     Column("auth_method", Kind.TEXT, "label of the credential used"),
@@ -230,14 +231,14 @@ MODELS = Resource(
     repeats=False,
     columns=(
         _ENDPOINT,
-        Column("display_name", Kind.TEXT, "name for people", ("metadata", "display_name")),
-        Column("category", Kind.TEXT, "what goes in and comes out", ("metadata", "category")),
+        Column("display_name", Kind.TEXT, "display name", ("metadata", "display_name")),
+        Column("category", Kind.TEXT, "kind of input and output", ("metadata", "category")),
         Column("description", Kind.TEXT, "one paragraph", ("metadata", "description"), longest=100_000),
         Column("status", Kind.TEXT, "active or deprecated", ("metadata", "status")),
-        Column("tags", Kind.LIST, "badges, as a JSON array", ("metadata", "tags")),
+        Column("tags", Kind.LIST, "tags, as a JSON array", ("metadata", "tags")),
         Column("updated_at", Kind.TEXT, "last change, as fal writes it", ("metadata", "updated_at")),
         Column("date", Kind.TEXT, "creation, as fal writes it", ("metadata", "date")),
-        Column("model_url", Kind.TEXT, "where it is called", ("metadata", "model_url")),
+        Column("model_url", Kind.TEXT, "URL at which the endpoint is called", ("metadata", "model_url")),
         Column("license_type", Kind.TEXT, "commercial, research, private", ("metadata", "license_type")),
         Column("group_key", Kind.TEXT, "id of the model family", ("metadata", "group", "key")),
         Column("group_label", Kind.TEXT, "name of the model family", ("metadata", "group", "label")),
@@ -282,7 +283,7 @@ _USAGE_COLUMNS = (
 )
 _USAGE_TOTALS = Proof(
     path="/models/usage",
-    params={**_BY_HOUR, "expand": ("summary",)},  # with auth expanded, fal would split the totals
+    params={**_BY_HOUR, "expand": ("summary",)},  # with auth in `expand`, fal would split the totals
     rows_path=("summary",),
     columns=_USAGE_COLUMNS,
     key=("endpoint_id", "unit", "unit_price", "percent_discount", "currency"),
@@ -317,7 +318,7 @@ USAGE = Resource(
         "currency is USD": "currency is distinct from 'USD'",
         **_COST_IDENTITY,
         "cost is cost_total": "abs(cost - cost_total) > 0.000000001",
-        # An hour's costs are sums of rounded ones, so this is told where it is more than rounding.
+        # An hour's costs are sums of rounded costs, so only more than rounding counts as a difference.
         "cost_total is quantity times unit_price, less percent_discount": (
             f"abs(cost_subtotal::{PRODUCT_TYPE} - {product_of('quantity', 'unit_price')}) "
             f"> (0.0001 + 0.001 * cost_subtotal)::{PRODUCT_TYPE} "
@@ -353,14 +354,14 @@ BILLING_EVENTS = Resource(
         Column("request_id", Kind.TEXT, "request that was charged", required=True),
         _ENDPOINT,
         Column("timestamp", Kind.INSTANT, "time of the request, not of the posting", required=True),
-        Column("quantity", Kind.AMOUNT, "units charged, where fal tells", fallback="output_units"),
+        Column("quantity", Kind.AMOUNT, "units charged; may be null", fallback="output_units"),
         Column("output_units", Kind.AMOUNT, "older name of quantity, as fal still sends it"),
         replace(_UNIT, required=False, comment="billing unit, exactly as fal writes it; may be null"),
         *_COSTS,
         Column(
             "cost_total",
             Kind.AMOUNT,
-            "what fal charged; before July 2026 its nano-dollars",
+            "what fal charged; before July 2026 from cost_estimate_nano_usd",
             required=True,
             fallback="cost_estimate_nano_usd",
             fallback_scale="0.000000001",
@@ -397,7 +398,7 @@ _LATER_COUNTS = {
     "connection_error_count": "failures to reach the runner",
     "timeout_error_count": "requests that ran out of time",
     "runtime_error_count": "failures while running",
-    "cold_boot_count": "requests that waited more than a second for a start",
+    "cold_boot_count": "requests that waited more than a second for a cold start",
 }
 _PERCENTILES = tuple(
     f"p{percent}_{of}" for of in ("prepare_duration", "duration") for percent in (50, 75, 90)
@@ -417,13 +418,13 @@ _DURATIONS = {
 }
 
 
-_MOST_REQUESTS = 10**15
-"""A count of more is refused: the models add up the hours of a day as whole numbers of 64 bits."""
+_MAX_REQUESTS = 10**15
+"""A larger count is refused: the models add up the hours of a day as whole numbers of 64 bits."""
 
 
 def _percentile(name: str) -> Column:
     percent, of = name.removeprefix("p").split("_", 1)
-    comment = f"{percent} % took at most so many seconds: {_DURATIONS[of]}"
+    comment = f"p{percent} of the {_DURATIONS[of]}, in seconds"
     return Column(name, Kind.SECONDS, comment, is_sparse=True)
 
 
@@ -432,7 +433,7 @@ ANALYTICS = Resource(
     comment="Requests by outcome per hour, percentiles of their durations per day; no money.",
     path="/models/analytics",
     rows_path=("time_series", "results"),
-    # Percentiles cannot be averaged: those of a day are asked as those of a day.
+    # Percentiles cannot be averaged, so those of a day are asked for by day.
     params=(
         {**_BY_HOUR, "expand": ("time_series", *_COUNTS, *_LATER_COUNTS, "total_billable_duration")},
         {**_BY_DAY, "expand": ("time_series", *_PERCENTILES, *_LATER_PERCENTILES)},
@@ -456,14 +457,14 @@ ANALYTICS = Resource(
                 Kind.WHOLE,
                 f"{comment}; per hour only",
                 is_sparse=name in _LATER_COUNTS,
-                at_most=_MOST_REQUESTS,
+                at_most=_MAX_REQUESTS,
             )
             for name, comment in (_COUNTS | _LATER_COUNTS).items()
         ),
         Column(
             "total_billable_duration",
             Kind.SECONDS,
-            "execution that counts for billing, in seconds",
+            "execution time that counts for billing, in seconds",
             is_sparse=True,
         ),
         *(_percentile(name) for name in (*_PERCENTILES, *_LATER_PERCENTILES)),
@@ -476,7 +477,7 @@ ANALYTICS = Resource(
 
 CREDITS = Resource(
     name="credits",
-    comment="The credit balance, each time it was read: a level, not a flow.",
+    comment="The credit balance, each time it was extracted: a level, not a flow.",
     path="/account/billing",
     rows_path=(),
     params=({"expand": ("credits",)},),
@@ -488,7 +489,7 @@ CREDITS = Resource(
         Column(
             "current_balance",
             Kind.AMOUNT,
-            "credit left; negative where more was used than paid for",
+            "credit left; negative if more was used than paid for",
             ("credits", "current_balance"),
             is_sparse=True,
             is_level=True,
@@ -518,10 +519,10 @@ _PERMISSIONS = dict.fromkeys(
 )
 
 KEY_COMMAND = f"fal keys create --permission {','.join(_PERMISSIONS)} --desc faletl"
-"""Makes the least key that reads every resource (docs/fal-api.md, "Base and keys")."""
+"""The command that makes the least key for all resources (docs/fal-api.md, "Base and keys")."""
 
 MAKE_A_KEY = (
     f"make one key with: {KEY_COMMAND} (where your organization cannot: a key of preset FULL, or two, "
     "BILLING as FAL_KEY and READONLY as FAL_METRICS_KEY)"
 )
-"""The cure wherever a key is missing, refused or may read too little."""
+"""The advice wherever a key is missing, refused or has too few permissions."""

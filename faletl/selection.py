@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a person or a scheduler asks for: the UTC days from `start` to before `end`, of `resources`.
+    """The days and resources that a command covers: UTC days from `start` to before `end`.
 
     Without `start`, what is due (before `end`); without `end`, up to now; without `resources`, all.
-    Days go from 2021-01-01 to tomorrow.
+    Days are from 2021-01-01 to tomorrow.
 
     Raises:
-        UsageError: dates or resources that cannot mean anything.
+        UsageError: the dates or resources are not valid.
     """
 
     start: date | None = None
@@ -34,7 +34,7 @@ class Asked:
         start, end = self.start, self.end
         if unknown := sorted(set(self.resources) - set(RESOURCES)):
             raise UsageError(
-                f"there is no resource {', '.join(map(repr, unknown))}; there are {', '.join(RESOURCES)}"
+                f"there is no resource {', '.join(map(repr, unknown))}; use {', '.join(RESOURCES)}"
             )
         for option, day in (("--start", start), ("--end", end)):
             if day is not None:
@@ -43,11 +43,11 @@ class Asked:
             raise UsageError(f"--end {end} is not after --start {start}; --end is exclusive")
 
     def includes(self, resource: str, window: Window) -> bool:
-        """Whether that window of that resource is meant."""
+        """Whether the selection covers this window of this resource."""
         if self.resources and resource not in self.resources:
             return False
         return (self.start or date.min) <= window.day < (self.end or date.max)
 
 
 EVERYTHING_DUE = Asked()
-"""What is due, of every resource."""
+"""Everything that is due, of every resource."""

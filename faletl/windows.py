@@ -1,4 +1,4 @@
-"""Windows: half-open spans of UTC time, and the rule that tells which of them are due."""
+"""Windows: half-open spans of UTC time, and the rule by which they are due."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ WEEK = timedelta(days=7)
 LONG_AGO = datetime.min.replace(tzinfo=UTC)
 
 FIRST_DAY = date(2021, 1, 1)
-"""The first day that can be named: fal sold nothing before."""
+"""The first day that a person can name: fal sold nothing before it."""
 
 SETTLE = timedelta(minutes=5)
-"""How far behind now an hour must have ended before we read it (docs/fal-api.md, "Arrival")."""
+"""How long ago an hour must have ended before we extract it (docs/fal-api.md, "Arrival")."""
 
 CLOCK_TOLERANCE = timedelta(minutes=5)
-"""How far two clocks may differ before one of them counts as wrong."""
+"""The largest difference of two clocks that are both taken as right."""
 
 WATCH = timedelta(days=90)
-"""For how long after its end a window is read again for late and restated data."""
+"""How long after its end a window is extracted again, for late and restated data."""
 
 
 SETTLED_AFTER = timedelta(hours=24)
-"""How long after a day's end its billing events and its usage may still differ."""
+"""How long after the end of a day its billing events and its usage may still differ."""
 
 
 @dataclass(frozen=True, order=True, slots=True)
 class Window:
-    """`[start, end)` in UTC. A snapshot is the empty window at its instant: start = end."""
+    """A span `[start, end)` in UTC. A snapshot is the empty window at its instant: start = end."""
 
     start: datetime
     end: datetime
@@ -48,13 +48,13 @@ class Window:
 
     @classmethod
     def of_day(cls, day: date) -> Window:
-        """The UTC day."""
+        """Return the window of a UTC day."""
         start = datetime.combine(day, time(), UTC)
         return cls(start, start + DAY)
 
     @classmethod
     def snapshot(cls, at: datetime) -> Window:
-        """The instant of a snapshot."""
+        """Return the window of a snapshot at this instant."""
         return cls(at, at)
 
     @property
@@ -69,22 +69,22 @@ class Window:
 
     @property
     def is_provisional(self) -> bool:
-        """Whether the window is a day that was cut because it had not ended yet."""
+        """Whether the window is the beginning of a day that had not ended yet."""
         return not self.is_snapshot and self.end < self.start + DAY
 
-    def has_settled(self, read_at: datetime) -> bool:
-        """Whether the window is a day whose figures should all be there in a read that began then."""
+    def has_settled(self, started_at: datetime) -> bool:
+        """Whether the window is a day that was settled when an extract started at this instant."""
         is_whole = not self.is_snapshot and not self.is_provisional
-        return is_whole and read_at - self.end >= SETTLED_AFTER
+        return is_whole and started_at - self.end >= SETTLED_AFTER
 
     def settled(self, now: datetime) -> Window | None:
-        """The part of the window up to the last full hour that ended `SETTLE` ago; None if empty."""
+        """Return the part up to the last full hour that ended `SETTLE` ago; None if it is empty."""
         last = (now - SETTLE).replace(minute=0, second=0, microsecond=0)
         end = min(self.end, last)
         return Window(self.start, end) if end > self.start else None
 
     def halves(self, unit: timedelta) -> tuple[Window, ...]:
-        """Two parts of about the same length, of whole units each; none where the window is one unit."""
+        """Return two parts of about equal length, in whole units; none where the window is one unit."""
         units = (self.end - self.start) // unit
         if units < 2:
             return ()
@@ -101,7 +101,7 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class WindowKey:
-    """The name of a window: of which account, of which resource, of which time."""
+    """The name of a window: its account, its resource and its time."""
 
     account: str
     resource: str
@@ -135,14 +135,14 @@ class ExtractRef:
 
 
 def instant(at: datetime) -> str:
-    """RFC 3339 in UTC with a Z, to the second where that is exact."""
+    """Return an instant as RFC 3339 in UTC with a Z, with a fraction only where it has one."""
     return at.astimezone(UTC).isoformat().replace("+00:00", "Z")
 
 
 def day_of(text: str) -> date:
     """Return the date that a person wrote as 2026-11-01; raises ValueError for anything else.
 
-    `date.fromisoformat` takes weeks and omitted hyphens, `strptime` takes digits of any script.
+    `date.fromisoformat` accepts weeks and omitted hyphens, `strptime` accepts digits of any script.
     """
     try:
         if re.fullmatch(r"\d{4}-\d{2}-\d{2}", text, re.ASCII):
@@ -153,7 +153,7 @@ def day_of(text: str) -> date:
 
 
 def refuse_odd_day(what: str, day: date) -> None:
-    """Raises UsageError for a day that fal cannot have data of: before 2021, or after tomorrow."""
+    """Raise UsageError for a day of which fal has no data: before 2021, or after tomorrow."""
     tomorrow = datetime.now(UTC).date() + DAY
     if not FIRST_DAY <= day <= tomorrow:
         raise UsageError(
@@ -163,14 +163,14 @@ def refuse_odd_day(what: str, day: date) -> None:
 
 
 def utc_days(first: date, end: date) -> Iterator[Window]:
-    """The UTC days from `first` to before `end`, in order."""
+    """Yield the UTC days from `first` to before `end`, in order."""
     for offset in range((end - first).days):
         yield Window.of_day(first + timedelta(days=offset))
 
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """Since when a window is held, when it was last extracted, and whether that is the end of it."""
+    """A hold on a window: its start, its last extract, and whether no further extract is due."""
 
     since: datetime
     last_extracted_at: datetime
@@ -179,10 +179,11 @@ class Hold:
 
 @dataclass(frozen=True, slots=True)
 class LastExtract:
-    """When a loaded window was last extracted, and whether it was still open then.
+    """The last extract of a loaded window: its start, and whether the window was still open then.
 
-    `whole_catalogue_at` is when all of fal's endpoints were last asked for, where only some are;
-    `changed_at` when the extract began that changed the window last after it had ended.
+    `whole_catalogue_at` is when all of fal's endpoints were last asked for, for a resource that is
+    usually asked for some. `changed_at` is the start of the last extract that changed the window after
+    its end.
     """
 
     read_at: datetime
@@ -192,10 +193,10 @@ class LastExtract:
     hold: Hold | None = None
 
     def as_of(self, now: datetime) -> LastExtract | None:
-        """Return what a clock at `now` makes of the extract; None where it knows nothing of it yet.
+        """Return the extract as known at `now`; None if it is in the future.
 
-        An extract of the future was made by a clock that was ahead. No instant that such a clock left
-        delays anything.
+        An extract in the future was made by a clock that was ahead. No instant of such a clock delays
+        the next extract.
         """
         if self.read_at > now or (self.hold is not None and self.hold.last_extracted_at > now):
             return None
@@ -207,8 +208,8 @@ class LastExtract:
         )
 
 
-def next_due(window: Window, read: LastExtract | None) -> datetime | None:
-    """When the window should be extracted (again); None when it has been watched long enough.
+def next_due(window: Window, extract: LastExtract | None) -> datetime | None:
+    """Return when the window is due; None when it has been watched long enough.
 
     A window never extracted, or extracted while it was open, is due at once. A closed one is due when
     its age since its end, or since the extract that last changed it, has doubled since the last extract,
@@ -216,41 +217,41 @@ def next_due(window: Window, read: LastExtract | None) -> datetime | None:
     number of calls. A held window is due 1, 2, 4 … hours after it was first held, unless fal may no
     longer serve it.
     """
-    if read is not None and read.hold is not None:
-        hold = read.hold
+    if extract is not None and extract.hold is not None:
+        hold = extract.hold
         return None if hold.is_final else _doubled(hold.since, hold.last_extracted_at)
-    if read is None or read.is_provisional:
+    if extract is None or extract.is_provisional:
         return window.start
-    last_look = window.end + WATCH
-    if read.read_at >= last_look:
+    watch_end = window.end + WATCH
+    if extract.read_at >= watch_end:
         return None
-    return min(_doubled(max(window.end, read.changed_at or window.end), read.read_at), last_look)
+    return min(_doubled(max(window.end, extract.changed_at or window.end), extract.read_at), watch_end)
 
 
 def _doubled(anchor: datetime, last: datetime) -> datetime:
-    """When as much time has gone since `anchor` twice as had gone by `last`; an hour at least."""
+    """Return when the time since `anchor` will be twice what it was at `last`; at least an hour."""
     return anchor + max(HOUR, 2 * (last - anchor))
 
 
-def asks_whole_catalogue(window: Window, read: LastExtract | None, now: datetime) -> bool:
-    """Whether a read of the window is to ask for all endpoints, not only for those that were used.
+def asks_whole_catalogue(window: Window, extract: LastExtract | None, now: datetime) -> bool:
+    """Whether an extract of the window must ask for all endpoints, not only for those that were used.
 
-    Requests that only fail leave no usage. So a closed day is asked for every endpoint at first, and
-    weekly as far as it is read again; days that were long past when they were first read, from their
-    second read on, to keep the first run short.
+    Requests that only fail leave no usage. So the first extract of a closed day asks for every endpoint,
+    and later extracts do so once a week. For a day that was more than a week past at its first extract,
+    this begins with its second extract, to keep the first run short.
     """
     if window.is_provisional or window.is_snapshot:
         return False
-    last = read.whole_catalogue_at if read else None
+    last = extract.whole_catalogue_at if extract else None
     if last is not None and last >= window.end:
         return now - last >= WEEK
-    return read is not None or now - window.end < WEEK
+    return extract is not None or now - window.end < WEEK
 
 
-def due_days(now: datetime, reads: Mapping[date, LastExtract], first_day: date) -> Iterable[Window]:
-    """The UTC days from `first_day` to today that are to be read now, in order."""
+def due_days(now: datetime, extracts: Mapping[date, LastExtract], first_day: date) -> Iterable[Window]:
+    """Yield the UTC days from `first_day` to today that are due now, in order."""
     for window in utc_days(first_day, now.date() + DAY):
-        read = reads.get(window.day)
-        due = next_due(window, read.as_of(now) if read is not None else None)
+        extract = extracts.get(window.day)
+        due = next_due(window, extract.as_of(now) if extract is not None else None)
         if due is not None and due <= now:
             yield window

@@ -11,13 +11,13 @@ Params = Mapping[str, str | tuple[str, ...]]
 
 
 class MalformedBodyError(Exception):
-    """Raised by a reader of bodies: this is no whole JSON document, so ask for it again."""
+    """A body is not a complete JSON document, so the request must be repeated."""
 
 
 _BOM = b"\xef\xbb\xbf"
 
 
-# A text without an end goes on to that of the body: to try again at each mark in it would take forever.
+# A text without an end matches up to the end of the body: a try at each of its quotes would be endless.
 TEXT = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?'
 
 
@@ -25,17 +25,17 @@ _TEXT_OR_NO_NUMBER = re.compile(TEXT + rb"|-?(?:NaN|Infinity)", re.DOTALL)
 
 
 UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-"""What msgspec raises for bytes that are not what they should be: even far from JSON, or too deep."""
+"""What msgspec raises for bytes of another form: also for what is far from JSON, or too deep."""
 
 
 def as_json(body: bytes) -> bytes:
-    """The body as JSON proper: without a byte order mark, NaN and Infinity as texts.
+    """Return the body as strict JSON: without a byte order mark, with NaN and Infinity as texts.
 
-    JSON has no such numbers, but Python's own encoder writes them: better one row that cannot be
-    right than a page that cannot be read.
+    JSON has no such numbers, but Python's own encoder writes them. A row that is quarantined is better
+    than a page that cannot be decoded.
     """
     body = body.removeprefix(_BOM)
-    # A byte that is not there is found missing much faster than a word.
+    # A search for a single byte that is absent is much faster than one for a word.
     if (b"N" in body and b"NaN" in body) or (b"I" in body and b"Infinity" in body):
         return _TEXT_OR_NO_NUMBER.sub(lambda m: m[0] if m[0][:1] == b'"' else b'"%s"' % m[0], body)
     return body
@@ -45,4 +45,4 @@ OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 LIST = msgspec.json.Decoder(list[msgspec.Raw])
-"""What they hold stays bytes."""
+"""Decoders of one level; the values in it stay bytes."""

@@ -43,13 +43,13 @@ class FalHook(BaseHook):
             SettingsError: a value cannot be right, or there is no such connection.
         """
         from faletl.config import Settings
-        from faletl.redaction import SHORTEST
+        from faletl.redaction import MIN_SECRET_CHARACTERS
 
         settings = Settings.load(**_given(self.fal_conn_id))
         for key in (settings.key_for(), settings.key_for(metrics=True)):
             # Airflow masks what the password holds, whole; fal could repeat half of a key.
             for half in key.split(":", 1) if key else ():
-                if len(half) >= SHORTEST:
+                if len(half) >= MIN_SECRET_CHARACTERS:
                     mask_secret(half)
         return settings
 

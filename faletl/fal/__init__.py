@@ -1,1 +1,1 @@
-"""Talking to fal: a request, a whole answer or a typed error, the walk over pages."""
+"""HTTP with fal: a request gives a complete answer or a typed error; a walk gives all pages."""

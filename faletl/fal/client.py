@@ -1,7 +1,7 @@
-"""HTTP with fal: the key, timeouts, one deadline a request, retries, size caps, errors.
+"""HTTP with fal: the key, timeouts, one deadline for each request, retries, size limits, errors.
 
 A request either returns the whole decoded body of a 200, proven complete as far as transport can
-prove it, or raises a typed error. What the body means is not decided here.
+prove it, or raises a typed error. This module does not interpret the body.
 """
 
 from __future__ import annotations
@@ -61,23 +61,23 @@ DEADLINE_SECONDS = 120.0
 TRIES = 6
 BACKOFF_SECONDS = 20.0  # the longest wait that we choose ourselves
 RETRY_AFTER_SECONDS = 120  # the longest wait that fal may ask for; beyond it the run stops asking
-GIVE_UP_SECONDS = 120.0  # how long fal may answer nothing before the run stops asking
+GIVE_UP_SECONDS = 120.0  # without any answer from fal, after which the run stops asking
 CLOCK_SKEW_SECONDS = 300.0
-LOCKED = "User is locked"  # how fal begins to say so (docs/fal-api.md, "Errors")
-QUOTED_CHARACTERS = 300  # of what fal says of an error
-SHOWN_CHARACTERS = 80  # of what may be data
-PIECE = 2**20  # bytes to which a packed body is unpacked at a time
-KEPT_OF_REFUSAL = 2**16  # bytes of the body of another status than 200; more of it is never shown
+LOCKED = "User is locked"  # how fal's message begins then (docs/fal-api.md, "Errors")
+QUOTED_CHARACTERS = 300  # of fal's message of an error
+SHOWN_CHARACTERS = 80  # of a text that may be data
+CHUNK_BYTES = 2**20  # a packed body is unpacked in chunks of at most this size
+KEPT_OF_REFUSAL = 2**16  # bytes of the body of a status other than 200; no more of it is ever shown
 
 _CHATTY = ("httpx", "httpcore.connection", "httpcore.http11", "httpcore.proxy")
-"""Loggers that tell all headers of an answer, in which fal may echo the key."""
+"""Loggers that log all headers of an answer, in which fal may echo the key."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A complete, decoded body that fal sent with status 200, without the key should fal echo it.
+    """A complete, decoded body that fal sent with status 200; a key that fal echoed is redacted.
 
-    `date` is fal's clock when it answered, where it said so.
+    `date` is the time of the answer by fal's clock, if fal sent it.
     """
 
     body: bytes
@@ -87,7 +87,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class _Question:
-    """What a request asks; whether it is one for the metrics key."""
+    """The content of a request, and whether it uses the metrics key."""
 
     method: str
     path: str
@@ -99,22 +99,22 @@ class _Question:
 class FalClient:
     """One keep-alive connection pool to fal, shared by all threads of a run, with one limiter.
 
-    It has as many connections as FALETL_PARALLEL says: a thread takes one of the `turns` before it asks
-    for the pages of a window.
+    It has FALETL_PARALLEL connections: a thread takes one of the `turns` before it asks for the pages of
+    a window.
 
     Raises from every request: KeyRefusedError (401, 403), AccountLockedError, NotFoundError (404),
-    ContractError (any other refusal, a redirect, an answer that is not what was asked),
-    ApiUnavailableError (network, 5xx, after `TRIES` tries, or those of a `patience` of one's own),
-    CircuitOpenError (fal answers nothing any more, or asks for too long a wait).
+    ContractError (any other refusal, a redirect, an answer that does not match the request),
+    ApiUnavailableError (network, 5xx, after `TRIES` tries, or those of the `patience` passed in),
+    CircuitOpenError (fal no longer answers, or asks for too long a wait).
     """
 
     clock_skew_seconds: float | None = None
-    """How far this machine's clock and fal's are apart, once that was too far."""
+    """The difference between this machine's clock and fal's; set once it is too large."""
 
     is_sandbox = False
-    """Whether the newest answer, or refusal, had the mark of a sandbox."""
+    """Whether the newest answer, or refusal, had the header of a sandbox."""
 
-    _has_told_label = False
+    _has_warned_of_label = False
 
     def __init__(self, settings: Settings, patience: Patience | None = None) -> None:
         self._settings = settings
@@ -124,7 +124,7 @@ class FalClient:
         self._limiter = Limiter(settings.rate, self._patience)
         self.turns = threading.BoundedSemaphore(settings.parallel)
         self._stop = threading.Event()
-        self._wake = threading.Event()  # set when no thread has a reason to sleep any more
+        self._wake = threading.Event()  # set when threads must not sleep any longer
         self._backend = DeadlineBackend(self._stop)
         self._http = httpx.Client(
             transport=transport(settings, self._backend),
@@ -150,13 +150,13 @@ class FalClient:
             logging.getLogger(name).removeFilter(self._hide)
 
     def stop(self) -> None:
-        """End every request under way, from another thread, now; none can begin any more."""
+        """End every running request at once, from another thread; no new one can begin."""
         self._stop.set()
         self._wake.set()
         self._backend.shut_down()
 
     def require_open(self) -> None:
-        """Raises StoppedError, or CircuitOpenError, where nothing may be asked any more."""
+        """Raise StoppedError or CircuitOpenError if no more requests may be sent."""
         if self._stop.is_set():
             raise StoppedError
         if circuit := self._limiter.circuit:
@@ -165,15 +165,15 @@ class FalClient:
     def get(
         self, path: str, params: Params, read: Callable[[bytes], T], *, metrics: bool = False
     ) -> tuple[Answer, T]:
-        """Ask until fal answers with a body that `read` accepts; return both.
+        """Ask until `read` accepts the body of an answer; return the answer and the result of `read`.
 
-        `read` raises MalformedBodyError for a body worth asking for again, ContractError for one
-        that would not get better.
+        `read` raises MalformedBodyError for a body that is worth asking for again, ContractError for one
+        that would be the same again.
         """
         return self._ask(_Question("GET", path, params, metrics), read)
 
     def post(self, path: str, body: bytes, read: Callable[[bytes], T]) -> tuple[Answer, T]:
-        """The same for a question in a JSON body: one that changes nothing, as it may be asked again."""
+        """Send a JSON body as `get` does. The request must change nothing, as it may be sent again."""
         return self._ask(_Question("POST", path, body=body), read)
 
     def _ask(self, question: _Question, read: Callable[[bytes], T]) -> tuple[Answer, T]:
@@ -191,7 +191,7 @@ class FalClient:
             return answer
 
     def _try(self, question: _Question, read: Callable[[bytes], T], tries: _Tries) -> tuple[Answer, T]:
-        """Ask once, when it is our turn, and report to the limiter what came of it."""
+        """Ask once, when it is our turn, and report the result to the limiter."""
         request = self._request(question)
         while wait := self._limiter.turn():
             self._sleep(wait)
@@ -199,18 +199,18 @@ class FalClient:
         sent_at = self._limiter.now()
         try:
             with passed_on():
-                found = self._send(question, request, read)
+                answer = self._send(question, request, read)
         except (ApiUnavailableError, MalformedAnswerError) as error:
             tries.is_first_failure = self._limiter.failed(sent_at, error)
             if self._limiter.circuit:
                 self._wake.set()
                 self.require_open()
             raise
-        except FaletlError:  # a refusal is an answer, too
+        except FaletlError:  # a refusal is an answer as well
             self._limiter.answered(sent_at)
             raise
         self._limiter.answered(sent_at)
-        return found
+        return answer
 
     def _request(self, question: _Question) -> httpx.Request:
         try:
@@ -223,8 +223,8 @@ class FalClient:
             )
         except httpx.InvalidURL:
             raise ContractError(
-                f"a question to {question.path} is too long for a URL: the cursor or the endpoint ids "
-                "that fal gave cannot be right"
+                f"the request to {question.path} is too long for a URL: the cursor or the endpoint ids "
+                "that fal gave are not valid"
             ) from None
 
     def _send(
@@ -246,7 +246,7 @@ class FalClient:
             if self._stop.is_set():
                 raise StoppedError from None
             reason = self._settings.redact(str(error)) or type(error).__name__
-            forget_frames(error)  # they hold the request as it was sent
+            forget_frames(error)  # they contain the request as it was sent
             raise ApiUnavailableError(
                 f"fal could not be reached ({reason})",
                 request_id=request_id,
@@ -255,12 +255,12 @@ class FalClient:
         finally:
             current_deadline.reset(deadline)
         date = _http_date(response.headers.get("date"))
-        self._watch_clock(date)
+        self._check_clock(date)
         self.is_sandbox = invented.HEADER in response.headers
         if response.status_code != httpx.codes.OK:
             raise self._refusal(question, response, body).at(request_id=request_id)
         try:
-            found = read(body)
+            result = read(body)
         except MalformedBodyError as error:
             kind = WebPageError if _is_html(body) else MalformedAnswerError
             raise kind(f"{error}; fal sent {self._quote(body, SHOWN_CHARACTERS)}").at(
@@ -268,11 +268,11 @@ class FalClient:
             ) from None
         except ContractError as error:
             raise error.at(request_id=request_id) from None
-        self._watch_label(question.path, response.headers.get("content-type", ""))
-        return Answer(body, request_id, date), found
+        self._check_label(question.path, response.headers.get("content-type", ""))
+        return Answer(body, request_id, date), result
 
     def _headers(self, question: _Question) -> dict[str, str]:
-        """Made where they are sent: a variable with the key would show in tracebacks with locals."""
+        """Return the headers of a request; in a variable, tracebacks with locals would show the key."""
         key = self._settings.key_for(metrics=question.metrics)
         headers = {"authorization": f"Key {key}"} if key else {}
         if question.body is not None:
@@ -280,9 +280,9 @@ class FalClient:
         return headers
 
     def _body(self, response: httpx.Response) -> bytes:
-        """The decoded body; its size is capped while it is read, a cut gzip stream is an error.
+        """Return the decoded body. Its size is limited as it arrives; a cut gzip stream is an error.
 
-        Of a refusal it is the beginning: only a sentence of it is ever shown.
+        Of a refusal only the beginning is kept, because only a sentence of it is ever shown.
         """
         cap = int(self._settings.max_body)
         kept = cap if response.status_code == httpx.codes.OK else KEPT_OF_REFUSAL
@@ -290,7 +290,7 @@ class FalClient:
         if coding not in ("identity", "", "gzip", "x-gzip"):
             raise ContractError("fal answered in an encoding that was not asked for")
         gunzip = zlib.decompressobj(wbits=31) if "gzip" in coding else None
-        body = BytesIO()  # one buffer: pieces of it would stay behind in the heap of each thread
+        body = BytesIO()  # one buffer: many small parts would stay in the heap of each thread
         size, is_empty = 0, True
         for received in response.iter_raw():
             is_empty = False
@@ -298,60 +298,61 @@ class FalClient:
                 size += len(part)
                 if size > cap:
                     raise ContractError(
-                        f"the answer is larger than {cap:,} bytes; if so meant, raise FALETL_MAX_BODY"
+                        f"the response is larger than {cap:,} bytes; if that is expected, "
+                        "raise FALETL_MAX_BODY"
                     )
                 if size - len(part) < kept:
                     extend_deadline(take_turn(min(size, kept)))
                     body.write(part[: kept - size + len(part)])
         if gunzip and not is_empty and not gunzip.eof:
-            raise MalformedAnswerError("the gzip body is not whole")
+            raise MalformedAnswerError("the gzip body is incomplete")
         return body.getvalue()
 
     def _refusal(self, question: _Question, response: httpx.Response, body: bytes) -> FaletlError:
-        """The error that an answer other than 200 means (docs/fal-api.md, "Errors")."""
+        """Return the error for an answer other than 200 (docs/fal-api.md, "Errors")."""
         path, status = question.path, response.status_code
-        said = self._quote(body)
+        quote = self._quote(body)
         facts: dict[str, Fact] = {"status": status, "path": path}
         is_gateway = status == 403 and _is_html(body)
         if status == TOO_MANY_REQUESTS or status >= 500 or is_gateway:
             wait = _retry_after(response.headers)
-            told = f"; it asks to come back in {wait} s" if wait else ""
+            delay = f"; it asks for a retry in {wait} s" if wait else ""
             return ApiUnavailableError(
-                f"fal answered {status} to {path}: {said}{told}", retry_after=wait, **facts
+                f"fal answered {status} to {path}: {quote}{delay}", retry_after=wait, **facts
             )
-        if status == 402 or (status in (401, 403) and said.startswith(LOCKED)):
+        if status == 402 or (status in (401, 403) and quote.startswith(LOCKED)):
             return AccountLockedError(
-                f"fal has locked the account, not the key ({status}: {said})", **facts
+                f"fal has locked the account, not the key ({status}: {quote})", **facts
             )
         if status in (401, 403):
-            return KeyRefusedError(f"fal refused the key for {path} ({status}: {said})", **facts)
+            return KeyRefusedError(f"fal refused the key for {path} ({status}: {quote})", **facts)
         if 300 <= status < 400:
             return ContractError(
                 f"fal answered {status}, a redirect, to {path}; faletl never follows one", **facts
             )
         if status == httpx.codes.NOT_FOUND:
-            return NotFoundError(f"fal answered 404 to {path}: {said}", **facts)
+            return NotFoundError(f"fal answered 404 to {path}: {quote}", **facts)
         if status == httpx.codes.BAD_REQUEST and "cursor" in question.params:
-            return CursorRefusedError(f"fal refused its own cursor (400: {said})", **facts)
+            return CursorRefusedError(f"fal refused its own cursor (400: {quote})", **facts)
         if 200 <= status < 300:
             return MalformedAnswerError(f"fal answered {status} without data to {path}", **facts)
-        return ContractError(f"fal answered {status} to {path}: {said}", **facts)
+        return ContractError(f"fal answered {status} to {path}: {quote}", **facts)
 
-    def _quote(self, body: bytes, most: int = QUOTED_CHARACTERS) -> str:
-        """What fal said, short, on one line, printable, without the key."""
+    def _quote(self, body: bytes, max_characters: int = QUOTED_CHARACTERS) -> str:
+        """Return fal's message: short, on one line, printable, without the key."""
         text = body[:10_000].decode("utf-8", "replace")
         try:
-            told = json.loads(text)
-            text = str(told["error"]["message"] if "error" in told else told["detail"])
+            answer = json.loads(text)
+            text = str(answer["error"]["message"] if "error" in answer else answer["detail"])
         except (ValueError, KeyError, TypeError, RecursionError):
             text = re.sub(r"<[^>]*>|\s+", " ", text)
-        text = self._settings.redact(text).strip()[:most]
+        text = self._settings.redact(text).strip()[:max_characters]
         return ascii(text)[1:-1] if text else "nothing"
 
     def _request_id(self, response: httpx.Response) -> str | None:
         headers = response.headers
-        found = headers.get("x-fal-request-id") or headers.get("x-request-id")
-        return ascii(self._settings.redact(found))[1:-1][:100] if found else None
+        request_id = headers.get("x-fal-request-id") or headers.get("x-request-id")
+        return ascii(self._settings.redact(request_id))[1:-1][:100] if request_id else None
 
     def _hide(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = self._settings.redact(record.getMessage()), ()
@@ -363,53 +364,53 @@ class FalClient:
         self.require_open()
 
     def _report_retry(self, path: str, tries: _Tries, state: tenacity.RetryCallState) -> None:
-        """Warn of the first failure in a row; what follows it is the same for all threads."""
+        """Warn of the first failure in a row; the next ones, of all threads, have the same cause."""
         error = state.outcome.exception() if state.outcome else None
-        which = f"try {tries.made} of {tries.most}" if tries.made else "more slowly"
+        progress = f"try {tries.count} of {tries.limit}" if tries.count else "more slowly"
         log.log(
             logging.WARNING if tries.is_first_failure else logging.DEBUG,
             "%s: %s; trying again in %.1f s (%s)",
-            path, error, max(state.upcoming_sleep, self._limiter.held()), which,
+            path, error, max(state.upcoming_sleep, self._limiter.seconds_to_wait()), progress,
         )  # fmt: skip
 
-    def _watch_label(self, path: str, said: str) -> None:
-        if said and "json" not in said.lower() and not self._has_told_label:
-            self._has_told_label = True
-            log.warning("fal calls its answer to %s %s, but it is JSON and taken", path,
-                        ascii(said[:SHOWN_CHARACTERS]))  # fmt: skip
+    def _check_label(self, path: str, label: str) -> None:
+        if label and "json" not in label.lower() and not self._has_warned_of_label:
+            self._has_warned_of_label = True
+            log.warning("fal labelled its response to %s as %s; it parses as JSON, so it was accepted",
+                        path, ascii(label[:SHOWN_CHARACTERS]))  # fmt: skip
 
-    def _watch_clock(self, at: datetime | None) -> None:
+    def _check_clock(self, at: datetime | None) -> None:
         if at is None or self.clock_skew_seconds is not None:
             return
         skew = abs((datetime.now(UTC) - at).total_seconds())
         if skew > CLOCK_SKEW_SECONDS:
             self.clock_skew_seconds = skew
-            log.warning("this machine's clock and fal's are %.0f s apart; which is right?", skew)
+            log.warning("this machine's clock differs from fal's by %.0f s; check NTP", skew)
 
 
 class _Tries:
-    """The tries of one request. A 429 is none of them: it ends by itself, or with the whole run."""
+    """The tries of one request. A 429 does not count: it ends by itself, or with the whole run."""
 
     def __init__(self, patience: Patience) -> None:
-        self.most = patience.tries
-        self.made = 0
+        self.limit = patience.tries
+        self.count = 0
         self.is_first_failure = False
         self._refused = 0
         self._longest_pause = patience.pause_seconds
 
     def are_over(self, state: tenacity.RetryCallState) -> bool:
-        """Count the try that has just failed; whether it was the last."""
+        """Count the try that has just failed; return whether it was the last."""
         error = state.outcome.exception() if state.outcome else None
         is_refused = isinstance(error, FaletlError) and error.facts.get("status") == TOO_MANY_REQUESTS
         self._refused += is_refused
-        self.made += not is_refused
-        return self.made >= self.most or self._refused >= MAX_FAILURES
+        self.count += not is_refused
+        return self.count >= self.limit or self._refused >= MAX_FAILURES
 
     def pause(self, _: tenacity.RetryCallState) -> float:
-        """Exponential back-off with full jitter; what fal asks for, the limiter waits for."""
-        if not self.made:
+        """Exponential back-off with full jitter. Where fal asks for a wait, the limiter waits."""
+        if not self.count:
             return 0
-        longest = min(self._longest_pause, 0.5 * 2**self.made)
+        longest = min(self._longest_pause, 0.5 * 2**self.count)
         return random.uniform(longest / 4, longest)  # noqa: S311  # spreading load, not secrecy
 
 
@@ -418,7 +419,7 @@ def _is_worth_a_retry(error: BaseException) -> bool:
     return is_passing and not isinstance(error, CircuitOpenError)
 
 
-# What is at the bottom of a transport error, most telling first; all others are a broken connection.
+# The root cause of a transport error, the most specific first; any other is a broken connection.
 _CAUSES: tuple[tuple[type[BaseException], str], ...] = (
     (socket.gaierror, "dns"),
     (ssl.SSLCertVerificationError, "certificate"),
@@ -430,32 +431,32 @@ _CAUSES: tuple[tuple[type[BaseException], str], ...] = (
 
 
 def _cause(error: BaseException) -> str:
-    """One word for why fal could not be reached: those above, or `connection`."""
-    found = chain(error)
+    """Return one word for why fal could not be reached: one of the above, or `connection`."""
+    causes = chain(error)
     for kind, word in _CAUSES:
-        if any(isinstance(one, kind) for one in found):
+        if any(isinstance(cause, kind) for cause in causes):
             return word
     return "connection"
 
 
 def _forget_location(response: httpx.Response) -> None:
-    """A redirect is refused; httpx would look at where it leads even if it is not to be followed."""
+    """Drop the target of a redirect, which httpx would parse even where it must not follow it."""
     response.headers.pop("location", None)
 
 
 def _unpacked(gunzip: zlib._Decompress, received: bytes) -> Iterator[bytes]:
-    """What came, unpacked in pieces: a byte may unpack to a thousand, so never all of it at once."""
-    more = True
-    while more:
+    """Unpack what was received, in chunks, because one byte may unpack to a thousand."""
+    has_more = True
+    while has_more:
         try:
-            part = gunzip.decompress(received, PIECE)
+            part = gunzip.decompress(received, CHUNK_BYTES)
         except zlib.error as error:
             raise MalformedAnswerError(f"the gzip body is damaged: {error}") from None
         if gunzip.unused_data:  # zlib would collect it, whatever its size
-            raise MalformedAnswerError("the gzip body has something behind it")
+            raise MalformedAnswerError("the gzip body is followed by other bytes")
         yield part
         received = gunzip.unconsumed_tail
-        more = bool(received) or len(part) == PIECE
+        has_more = bool(received) or len(part) == CHUNK_BYTES
 
 
 _HTML = re.compile(rb"\s*+<")
@@ -466,10 +467,10 @@ def _is_html(body: bytes) -> bool:
 
 
 def _retry_after(headers: httpx.Headers) -> int | None:
-    """Whole seconds to wait, rounded up, never negative; None when the header means nothing.
+    """Return the whole seconds to wait, rounded up, never negative; None where the header is not valid.
 
     The header is a number of seconds or an HTTP date in any of its three forms (RFC 9110, 10.2.3). A
-    date is one of fal's clock, which may not agree with ours: it counts from that of the answer.
+    date is by fal's clock, which may differ from ours, so it counts from the date of the answer.
     """
     value = headers.get("retry-after")
     if not value:

@@ -1,4 +1,4 @@
-"""The cursor walk: pages in order until fal says that there is no next one, and only then."""
+"""The cursor walk: pages in order until fal states that there is no next one, and only then."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ log = logging.getLogger(__name__)
 
 MAX_PAGES = 100_000
 MAX_BYTES = 32 * 2**30
-"""Of JSON in one walk: some hundred million charges."""
+"""Bytes of JSON in one walk: some hundred million charges."""
 
 MAX_EMPTY_PAGES = 100
-"""In a row: a walk that goes on beyond them would go on for ever."""
+"""Empty pages in a row: a walk that gives more of them would never end."""
 
 MAX_RECORDS = 100_000
-"""Of one page, ten times what fal documents. Lists around records (buckets) count like these."""
+"""Records of one page, ten times what fal documents. Lists around records (buckets) count as well."""
 
 MAX_FIELDS = 10_000
-"""Of one JSON object, a hundred times what fal sends."""
+"""Fields of one JSON object, a hundred times what fal sends."""
 
 MAX_CURSOR_BYTES = 16_384
-"""Of a cursor as it was sent: a longer one fits no URL."""
+"""Bytes of a cursor as fal sent it: a longer one fits no URL."""
 
 _MAX_WORDS = 1_000_000
 """Numbers of a page that JSON does not have (NaN, Infinity)."""
 
-_COUNTED_ABOVE = 400_000
-"""Commas in a page above which its records are counted before any becomes a Python object: that number
-of objects takes 28 MiB. A page of 10,000 charges has some 150,000 commas."""
+_MAX_UNCOUNTED_COMMAS = 400_000
+"""A page with more commas has its records counted before any becomes a Python object: this many objects
+take 28 MiB. A page of 10,000 charges has some 150,000 commas."""
 
-_DEEPEST = 10_000
-"""Levels of nesting that are counted in: a parser refuses far fewer."""
+_MAX_DEPTH = 10_000
+"""Levels of nesting up to which elements are counted; a parser refuses far fewer levels."""
 
 _NUL = re.compile(rb"(?<!\\)(?:\\\\)*+\\u0000")  # not an escaped backslash before u0000
 _TEXT_OR_MARK = re.compile(TEXT + rb"|[\[\]{},]", re.DOTALL)
@@ -51,9 +51,10 @@ _TEXT_OR_MARK = re.compile(TEXT + rb"|[\[\]{},]", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """One answer of a walk. `rows` counts its records, `number` counts from 1.
+    """One answer of a walk. `rows` is the number of its records, `number` counts from 1.
 
-    `date` is fal's clock when it answered; None where it did not say so, and for pages landed before.
+    `date` is the time of the answer by fal's clock; None where fal did not send it, and for pages that
+    landed before.
     """
 
     number: int
@@ -65,33 +66,35 @@ class Page:
 
 
 def read_envelope(body: bytes, rows_path: tuple[str, ...]) -> tuple[int, str | None]:
-    """How many records the body holds, and the cursor of the next page (None at the end).
+    """Return the number of records in the body, and the cursor of the next page (None at the end).
 
     Raises:
-        MalformedBodyError: no whole JSON document.
-        ContractError: another document: no record list, too many records, a cursor that cannot be
-            one, or one that `has_more` contradicts.
+        MalformedBodyError: the body is not a complete JSON document.
+        ContractError: the document has no record list, too many records, a cursor that is not valid,
+            or one that `has_more` contradicts.
     """
-    if body.count(b",") > (_COUNTED_ABOVE if rows_path else MAX_FIELDS):
+    if body.count(b",") > (_MAX_UNCOUNTED_COMMAS if rows_path else MAX_FIELDS):
         require_uncrowded(body)
     try:
         envelope = _envelope(rows_path).decode(as_json(body))
     except msgspec.ValidationError as error:
-        raise ContractError(f"fal's answer is not what was asked for: {error}") from None
+        raise ContractError(f"fal's answer does not have the documented form: {error}") from None
     except UNREADABLE as error:
-        raise MalformedBodyError(f"the answer is no whole JSON document ({error})") from None
+        raise MalformedBodyError(f"the answer is not a complete JSON document ({error})") from None
     if b"\\" in body and b"\\u0000" in body and _NUL.search(body):
-        raise ContractError("fal's answer holds a NUL character")
+        raise ContractError("fal's answer contains a NUL character")
     if not rows_path:
         return 1, None
     cursor = _cursor(envelope)
     if cursor == "" and not envelope.has_more:
-        cursor = None  # contract.py notes it as drift
+        cursor = None  # contract.py records this as drift
     if envelope.has_more is None:
-        log.warning("fal left has_more out; the cursor decides")
+        log.warning("fal left out has_more, so only the cursor decides whether there is a next page")
     elif envelope.has_more != (cursor is not None):
-        said = "a next page but gave no cursor" if envelope.has_more else "no next page but a cursor"
-        raise ContractError(f"fal announced {said}; the walk cannot be complete")
+        contradiction = (
+            "a next page but gave no cursor" if envelope.has_more else "no next page but a cursor"
+        )
+        raise ContractError(f"fal announced {contradiction}; the walk cannot be complete")
     return _count(envelope, rows_path), cursor
 
 
@@ -104,14 +107,14 @@ def walk(
     *,
     metrics: bool,
 ) -> Generator[tuple[Page, bool]]:
-    """Yield every page and whether it is new: first the `landed` ones, then what fal has behind them.
+    """Yield every page and whether it is new: first the `landed` ones, then those that follow from fal.
 
     Only a missing cursor ends the walk: not a short page, not an empty one.
 
     Raises:
-        AstrayError: a cursor came twice, or there are more pages, empty ones or bytes than can be meant.
+        AstrayError: a cursor came twice, or there are too many pages, empty pages or bytes.
     """
-    asked: set[str] = set()
+    seen_cursors: set[str] = set()
     cursor: str | None = None
     size = empty = 0
     for number in range(1, MAX_PAGES + 1):
@@ -120,23 +123,23 @@ def walk(
             is_new = page is None
             if page is None:
                 landed = iter(())  # ask fal from here on
-                more = params if cursor is None else {**params, "cursor": cursor}
-                page = _asked_page(client, path, more, rows_path, number, metrics=metrics)
+                question = params if cursor is None else {**params, "cursor": cursor}
+                page = _new_page(client, path, question, rows_path, number, metrics=metrics)
             yield page, is_new
             following, request_id = page.next_cursor, page.request_id
             size, empty = size + len(page.body), 0 if page.rows else empty + 1
-            del page  # before the next one is asked for
+            del page  # before the next page is requested
         if following is None:
             return
-        if why := _why_astray(empty, size, is_repeated=following in asked):
+        if why := _why_astray(empty, size, is_repeated=following in seen_cursors):
             raise AstrayError(why).at(page=number, request_id=request_id)
-        asked.add(following)
+        seen_cursors.add(following)
         cursor = following
     raise AstrayError(f"fal announced more than {MAX_PAGES:,} pages").at(page=MAX_PAGES)
 
 
 def _landed_page(number: int, landed: Iterator[bytes], rows_path: tuple[str, ...]) -> Page | None:
-    """The next page that landed before; None where there is none, or it cannot be one."""
+    """Return the next page that landed before; None where there is none, or it is not valid."""
     body = next(landed, None)
     if body is None:
         return None
@@ -147,7 +150,7 @@ def _landed_page(number: int, landed: Iterator[bytes], rows_path: tuple[str, ...
     return Page(number, body, None, rows, following)
 
 
-def _asked_page(
+def _new_page(
     client: FalClient,
     path: str,
     params: Params,
@@ -163,17 +166,17 @@ def _asked_page(
 
 
 def _why_astray(empty: int, size: int, *, is_repeated: bool) -> str:
-    """Why a walk that fal announced a next page of cannot go on; nothing where it can."""
+    """Return why a walk must stop although fal announced a next page; empty where it can continue."""
     if empty >= MAX_EMPTY_PAGES:
-        return f"fal sent {MAX_EMPTY_PAGES} empty pages in a row and announced still more"
+        return f"fal sent {MAX_EMPTY_PAGES} empty pages in a row and announced more"
     if size > MAX_BYTES:
-        return f"fal sent more than {MAX_BYTES:,} bytes and announced still more"
+        return f"fal sent more than {MAX_BYTES:,} bytes and announced more"
     return "fal gave the same cursor twice; the walk would never end" if is_repeated else ""
 
 
 @cache
 def _envelope(rows_path: tuple[str, ...]) -> msgspec.json.Decoder[Any]:
-    """A decoder of everything around the records; the records themselves stay unparsed bytes."""
+    """Return a decoder of everything around the records; the records themselves stay unparsed bytes."""
     if not rows_path:
         return msgspec.json.Decoder(dict[str, msgspec.Raw])
     inner: Any = msgspec.Raw
@@ -201,26 +204,28 @@ _CURSOR: msgspec.json.Decoder[str | None] = msgspec.json.Decoder(str | None)
 
 
 def _cursor(envelope: Any) -> str | None:
-    """The cursor; one that is too long is refused before it is decoded."""
+    """Return the cursor; one that is too long is refused before it is decoded."""
     if len(memoryview(envelope.next_cursor)) > MAX_CURSOR_BYTES:
         raise ContractError(f"fal gave a cursor of more than {MAX_CURSOR_BYTES:,} bytes")
     try:
         return _CURSOR.decode(envelope.next_cursor)
     except msgspec.ValidationError as error:
-        raise ContractError(f"fal's answer is not what was asked for: {error} at next_cursor") from None
+        raise ContractError(
+            f"fal's answer does not have the documented form: {error} at next_cursor"
+        ) from None
     except UNREADABLE as error:
-        raise MalformedBodyError(f"the answer is no whole JSON document ({error})") from None
+        raise MalformedBodyError(f"the answer is not a complete JSON document ({error})") from None
 
 
 def require_uncrowded(body: bytes) -> None:
-    """Count the elements of lists, and the fields of each object, without a Python object for any.
+    """Count the elements of lists, and the fields of each object, without a Python object for each.
 
     Raises:
-        ContractError: there are more records, or more fields in one object, than can be meant.
+        ContractError: there are too many records, or too many fields in one object.
     """
-    fields, elements = list[int](), 0  # of each object that is open its fields; -1 for a list
-    for found in _TEXT_OR_MARK.finditer(body):
-        match body[found.start()]:
+    fields, elements = list[int](), 0  # the number of fields of each open object; -1 for a list
+    for token in _TEXT_OR_MARK.finditer(body):
+        match body[token.start()]:
             case 0x2C if fields and fields[-1] < 0:  # a comma in a list
                 elements += 1
                 if elements >= MAX_RECORDS:
@@ -229,14 +234,14 @@ def require_uncrowded(body: bytes) -> None:
                 fields[-1] += 1
                 if fields[-1] >= MAX_FIELDS:
                     raise ContractError(
-                        f"fal's answer holds more than {MAX_FIELDS:,} fields in one object"
+                        f"fal's answer has more than {MAX_FIELDS:,} fields in one object"
                     )
             case 0x5B | 0x7B as opened:  # [ or {
                 fields.append(-1 if opened == 0x5B else 0)
-                if len(fields) > _DEEPEST:
+                if len(fields) > _MAX_DEPTH:
                     return
             case 0x5D | 0x7D if fields:  # ] or }
                 fields.pop()
 
 
-_CROWDED = f"fal's answer holds more than {MAX_RECORDS:,} records on one page"
+_CROWDED = f"fal's answer has more than {MAX_RECORDS:,} records on one page"

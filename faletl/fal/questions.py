@@ -1,4 +1,4 @@
-"""The questions of a resource: bounds, the older form, the first endpoint."""
+"""The questions that a resource asks fal: their bounds, their older form, the first endpoint."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ BAD_REQUEST = 400
 def ask_in_either_form(
     resource: Resource, number: int, ask: Callable[[Question], None], *, is_older: bool
 ) -> bool:
-    """Ask the resource's question of that number; where fal refuses it (400), in its older form.
+    """Ask the resource's question of this number; if fal refuses it (400), ask its older form.
 
-    `is_older` is whether fal took the older form of an earlier question; returned is whether it is the
-    form that fal takes.
+    `is_older` says whether fal accepted only the older form of an earlier question. Returns the same for
+    this question.
     """
     if is_older:
         ask(resource.older_params[number])
@@ -34,24 +34,24 @@ def ask_in_either_form(
         is_refused = error.facts.get("status") == BAD_REQUEST
         if not is_refused or isinstance(error, CursorRefusedError) or not resource.older_params:
             raise
-        log.info("%s: %s; asking as before fal had all of these values", resource.name, error)
+        log.info("%s: %s; faletl asks again in the older form of the question", resource.name, error)
         ask(resource.older_params[number])
         return True
     return False
 
 
 def bounds(window: Window) -> Params:
-    """The window as parameters of a question; a snapshot has none."""
+    """Return the window as parameters of a question; none for a snapshot."""
     if window.is_snapshot:
         return {}
     return {"start": instant(window.start), "end": instant(window.end)}
 
 
 def first_endpoint(body: bytes) -> list[str]:
-    """The id of the first endpoint on a page of the catalogue, where it has one."""
+    """Return the id of the first endpoint on a page of the catalogue; an empty list if it has none."""
     try:
         page = msgspec.json.decode(as_json(body), type=_Catalogue)
-    except UNREADABLE:  # what a record must hold is for staging to judge
+    except UNREADABLE:  # staging checks the records
         return []
     return [model.endpoint_id for model in page.models[:1]]
 

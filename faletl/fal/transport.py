@@ -1,4 +1,4 @@
-"""A deadline for a whole request, and a stop, below httpx."""
+"""A deadline for a whole request, and a way to stop it, below httpx."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from faletl.errors import SettingsError
 
 
 class StoppedError(Exception):
-    """The client was told to stop while it waited."""
+    """The client was stopped while it waited."""
 
 
 current_deadline: ContextVar[tuple[float, float]] = ContextVar("deadline")
-"""The moment (monotonic), and how many seconds it was away at first."""
+"""The moment at which the current request must end (monotonic), and the seconds that it was allowed."""
 
 
 def _left(timeout: float | None) -> float:
     at, seconds = current_deadline.get((math.inf, math.inf))
     left = at - time.monotonic()
     if left <= 0:
-        raise httpcore.ReadTimeout(f"no whole answer within {seconds:.0f} s")
+        raise httpcore.ReadTimeout(f"no complete answer within {seconds:.0f} s")
     return left if timeout is None else min(left, timeout)
 
 
 def extend_deadline(seconds: float) -> None:
-    """Move the deadline of the request under way: the time was ours, not fal's."""
+    """Move the deadline of the current request: we spent this time, not fal."""
     at, allowed = current_deadline.get((math.inf, math.inf))
     current_deadline.set((at + seconds, allowed))
 
@@ -71,7 +71,7 @@ class _DeadlineStream(httpcore.NetworkStream):
 
 
 class DeadlineBackend(httpcore.NetworkBackend):
-    """Sockets that know the deadline of the request under way, and can be shut from outside."""
+    """Sockets that keep to the deadline of the current request, and that another thread can shut."""
 
     def __init__(self, stop: threading.Event) -> None:
         self._stop = stop
@@ -91,7 +91,7 @@ class DeadlineBackend(httpcore.NetworkBackend):
         return _DeadlineStream(stream, self)
 
     def watch(self, stream: httpcore.NetworkStream) -> None:
-        """Keep the stream's socket, to be shut when the client stops; none opens after that."""
+        """Remember the stream's socket, to shut it when the client stops; no socket opens after that."""
         with self._lock:
             self._sockets.add(stream.get_extra_info("socket"))
         if self._stop.is_set():
@@ -99,7 +99,7 @@ class DeadlineBackend(httpcore.NetworkBackend):
             raise httpcore.ConnectError("stopped")
 
     def shut_down(self) -> None:
-        """Wake every thread that waits for a byte: its read ends with an error."""
+        """Wake every thread that waits for a byte: its read fails."""
         with self._lock:
             open_sockets = list(self._sockets)
         for open_socket in open_sockets:
@@ -110,11 +110,13 @@ class DeadlineBackend(httpcore.NetworkBackend):
 
 
 def transport(settings: Settings, backend: httpcore.NetworkBackend) -> httpx.HTTPTransport:
-    """Httpx's own transport over our sockets: TLS always verified, a proxy only when set."""
+    """Return httpx's own transport over our sockets: TLS always verified, a proxy only if set."""
     try:
         tls = ssl.create_default_context(cafile=str(settings.ca_file) if settings.ca_file else None)
     except OSError as error:  # an ssl.SSLError is one
-        raise SettingsError(f"FALETL_CA_FILE: no CA certificates there ({error.strerror})") from None
+        raise SettingsError(
+            f"FALETL_CA_FILE: the file has no CA certificates ({error.strerror})"
+        ) from None
     direct = httpx.HTTPTransport(verify=tls, trust_env=False)
     direct._pool.close()  # httpx 0.28 has no public way to name the network backend
     proxy = settings.proxy.get_secret_value() if settings.proxy else None

@@ -1,1 +1,1 @@
-"""What fal sent, on a disk or in an object store, exactly as it came."""
+"""Landing: pages exactly as fal sent them, on a disk or in an object store."""

@@ -1,9 +1,9 @@
-"""Decisions of people, as small files in the landing folder, next to the pages they are about.
+"""Decisions of people, as small files in the landing folder, next to the pages that they concern.
 
-    <landing>/.decisions/<instant>-<chance>.json
+    <landing>/.decisions/<instant>-<random>.json
 
-A file holds one decision and never changes. The warehouse holds the same decisions in its `ops` tables,
-where runs look them up; a lost warehouse gets them back from here (`faletl rebuild`).
+A file has one decision and never changes. The warehouse has the same decisions in its `ops` tables,
+where runs look them up; `faletl rebuild` restores them from here if the warehouse is lost.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _NAME = re.compile(r"\d{8}T\d{12}Z-[0-9a-f]{6}\.json", re.ASCII)
 
 
 class _Decision(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind"):
-    """What all decisions say: when, and who (the user of the operating system)."""
+    """The fields of all decisions: when, and by whom (the user of the operating system)."""
 
     decided_at: Instant
     decided_by: str = ""
@@ -46,14 +46,14 @@ class AccountBound(_Decision, frozen=True, tag="account_bound"):
 
 
 class AccountRenamed(_Decision, frozen=True, tag="account_renamed"):
-    """A label was renamed; it holds for all that was landed under the old one before."""
+    """A label was renamed, for all extracts that landed under the old label before."""
 
     account: str
     new_account: str
 
 
 class AccountForgotten(_Decision, frozen=True, tag="account_forgotten"):
-    """All that was landed under a label before is to be left out."""
+    """All extracts that landed under a label before must be left out."""
 
     account: str
 
@@ -90,10 +90,10 @@ Decision: TypeAlias = AccountBound | AccountRenamed | AccountForgotten | Horizon
 
 
 def next_instant(settings: Settings) -> datetime:
-    """Return the instant for a decision that is made now: after all that were recorded before.
+    """Return the instant for a decision that is made now: later than all recorded decisions.
 
-    The clocks of machines differ. Decisions are read in the order of their instants, so a clock that
-    is behind must not put a rename in front of the binding that it ends.
+    The clocks of machines differ. Decisions are applied in the order of their instants, so a clock that
+    is behind must not put a rename before the binding that it ends.
     """
     now, newest = datetime.now(UTC), max(_names(settings), default="")
     if not newest:
@@ -103,13 +103,13 @@ def next_instant(settings: Settings) -> datetime:
 
 
 def record(settings: Settings, decision: Decision) -> None:
-    """Write the decision for good.
+    """Write the decision durably.
 
-    Call it as the last step of the transaction that writes the same to `ops`: a decision is in the
-    warehouse only if it is here, too.
+    Call it as the last step of the transaction that writes the decision to `ops`: then a decision is in
+    the warehouse only if it is here as well.
 
     Raises:
-        StorageError: the landing folder takes no file.
+        StorageError: the landing folder cannot be written.
     """
     folder = extracts.root(settings) / extracts.DECISIONS
     path = folder / f"{decision.decided_at.strftime(_STAMP)}-{secrets.token_hex(3)}.json"
@@ -121,7 +121,7 @@ def record(settings: Settings, decision: Decision) -> None:
 
 
 def recorded(settings: Settings) -> Sequence[Decision]:
-    """Every decision, the oldest first.
+    """Return all decisions, the oldest first.
 
     Raises:
         TamperedError: a file is damaged.
@@ -155,18 +155,18 @@ def _decoded(path: str, content: bytes) -> Decision:
 
 
 def accept_command(manifest: Manifest) -> str:
-    """The command that accepts the window's extract, but for the reason."""
+    """Return the command that accepts the window's extract, without its reason."""
     return f"faletl accept {manifest.resource} {manifest.window.day} {account_option(manifest.account)}"
 
 
 def account_option(label: str) -> str:
-    """The option of a command that names the account."""
+    """Return the command line option that names the account."""
     return f"--account {label!r}"
 
 
 def user_name() -> str:
-    """Who decides: the user of the operating system; empty where the system has no name for it."""
+    """Return the user of the operating system, who decides; empty where it has no name."""
     try:
         return getpass.getuser()
-    except (OSError, KeyError):  # of a container
+    except (OSError, KeyError):  # in a container
         return ""

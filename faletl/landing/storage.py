@@ -1,8 +1,8 @@
-"""Places: a folder on a disk or a prefix in an object store, and all that is different between them.
+"""Storage backends for landed files: local disk and object store.
 
-A path of universal-pathlib stands for one of pathlib in all that concerns names. What reads and writes
-is asked of `at(path)`, never of the path: an object store has no renames, no flushing and no locks, and
-where it did not answer, universal-pathlib may say that nothing is there.
+A path of universal-pathlib replaces one of pathlib in all that concerns names. Files are read and
+written by the backend of a path, never by the path itself: an object store has no renames, no flushing
+and no locks, and where it does not answer, universal-pathlib may report that nothing is there.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from faletl.errors import SettingsError, StorageError, how_to_install
 from faletl.files import listing, storage_error, sync
 
 _OPTIONS: dict[str, dict[str, Any]] = {"s3": {"max_concurrency": 1}}
-"""Pages are small: s3fs would ask for the size of each first, to read a large one in parts."""
+"""Pages are small, but s3fs would first request the size of each, to read large ones in parts."""
 
 
 _WRITTEN_WITHIN = timedelta(days=1)
@@ -37,64 +37,64 @@ _opening = Lock()
 
 
 def parse_location(setting: str) -> Path:
-    """The folder or file of that path or URL; raises SettingsError where what reads it is missing."""
+    """Return the folder or file of a path or URL; raises SettingsError if its library is missing."""
     scheme, is_url, rest = setting.partition("://")
     if not is_url:
         return Path(setting)
     bucket, _, below = rest.partition("/")
     with _opening:
-        opened = _bucket(scheme, bucket, os.getpid())
-    return opened / below if below else opened
+        root = _bucket(scheme, bucket, os.getpid())
+    return root / below if below else root
 
 
-@cache  # a client for all threads; a forked process makes one of its own
+@cache  # one client for all threads; a forked process makes its own
 def _bucket(scheme: str, bucket: str, _process: int) -> Path:
-    # Listings that are kept would not show what other threads and processes wrote.
+    # A cached listing would not show what other threads and processes wrote.
     options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
     try:
         from upath import UPath
 
-        opened = UPath(f"{scheme}://{bucket}", **options, **_OPTIONS.get(scheme, {}))
-        _ = opened.fs  # all paths below share it
+        path = UPath(f"{scheme}://{bucket}", **options, **_OPTIONS.get(scheme, {}))
+        _ = path.fs  # all paths below share it
     except ImportError as error:
         raise SettingsError(
-            f"FALETL_LANDING: what reads {scheme}:// is not installed ({error.msg}); "
+            f"FALETL_LANDING: the library for {scheme}:// is not installed ({error.msg}); "
             + how_to_install("s3")
-            + f", and what fsspec names for {scheme}" * (scheme != "s3")
+            + f", and the package that fsspec needs for {scheme}" * (scheme != "s3")
         ) from None
     except ValueError as error:
-        raise SettingsError(f"FALETL_LANDING: {scheme}:// is no object store: {error}") from None
-    return cast(Path, opened)
+        raise SettingsError(f"FALETL_LANDING: {scheme}:// is not an object store: {error}") from None
+    return cast(Path, path)
 
 
 @cache
 def check_reachable(url: str) -> None:
-    """Raises StorageError where the store does not answer, refuses us, or has no such bucket.
+    """Raise StorageError if the store does not answer, refuses us, or has no such bucket.
 
-    It is asked once.
+    Each process asks once.
     """
     folder = parse_location(url)
     backend_for(folder).names(folder)
 
 
 class Disk:
-    """A folder on a disk: files are renamed into their place, and a lock tells who works in a folder."""
+    """A local disk: files are renamed into their place, and a lock protects a folder in use."""
 
     has_locks: ClassVar[bool] = True
     grace: ClassVar[timedelta] = timedelta(0)
-    """How long a folder that nobody finished is left alone, in case that somebody still works in it."""
+    """How long an unfinished folder is left alone, because another process may still use it."""
 
     @staticmethod
     def read(path: Path) -> bytes:
-        """The content of a regular file; of a pipe or device there is none; raises OSError."""
+        """Return the content of a regular file; a pipe or device has none; raises OSError."""
         with open(path, "rb", opener=_without_waiting) as file:  # Path.open has no opener
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise FileNotFoundError(errno.ENOENT, "it is no file", str(path))
+                raise FileNotFoundError(errno.ENOENT, "it is not a file", str(path))
             return file.read()
 
     @staticmethod
     def write(path: Path, content: bytes) -> None:
-        """Write a file so that it has its name only when it is whole and on the disk; raises OSError."""
+        """Write a file that gets its name only when it is complete and on the disk; raises OSError."""
         part = path.with_name(f".{path.name}.part")
         try:
             descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -105,7 +105,7 @@ class Disk:
             part.rename(path)
         except OSError:
             with suppress(OSError):
-                part.unlink()  # what a full disk took of it
+                part.unlink()  # the part that a full disk took
             raise
         sync(path.parent)
 
@@ -116,25 +116,26 @@ class Disk:
 
     @staticmethod
     def names(folder: Path) -> list[str]:
-        """What lies in the folder; nothing where there is none."""
+        """Return the names in the folder; empty if there is no such folder."""
         return [path.name for path in folder.iterdir()] if folder.is_dir() else []
 
     @staticmethod
     def matching(folder: Path, pattern: str) -> list[Path]:
-        """Files and folders below that match, in the order of their names; raises OSError.
+        """Return files and folders below that match, in the order of their names; raises OSError.
 
-        `Path.glob` takes a folder that cannot be listed for an empty one.
+        `Path.glob` would treat a folder that cannot be listed as empty.
         """
-        found = [folder]
+        matches = [folder]
         for part in PurePosixPath(pattern).parts:
-            found = [path for one in found for path in listing(one) if fnmatchcase(path.name, part)]
-        return sorted(found)
+            children = (path for parent in matches for path in listing(parent))
+            matches = [path for path in children if fnmatchcase(path.name, part)]
+        return sorted(matches)
 
     @staticmethod
     def make(folder: Path) -> None:
         """Make the folder and those above it, for this user only; raises OSError.
 
-        They survive a power cut, or what is flushed in them would be lost all the same.
+        They survive a power cut; otherwise the files that are flushed in them would be lost.
         """
         if folder.is_dir():
             return
@@ -144,7 +145,7 @@ class Disk:
 
     @staticmethod
     def move(folder: Path, names: Iterable[str], to: Path) -> None:
-        """Make these files ones of the other folder; raises OSError."""
+        """Move these files to the other folder; raises OSError."""
         for name in names:
             (folder / name).replace(to / name)
         sync(to)
@@ -156,7 +157,7 @@ class Disk:
 
     @staticmethod
     def drop(folder: Path) -> None:
-        """Delete the folder with all that is in it, of a link the link alone; raises OSError."""
+        """Delete the folder with all its contents, or only the link if it is one; raises OSError."""
         if folder.is_symlink():
             folder.unlink()
         else:
@@ -164,54 +165,54 @@ class Disk:
 
     @staticmethod
     def is_own_folder(path: Path) -> bool:
-        """Whether it is a folder itself, and no link to one."""
+        """Return whether the path is a folder itself, not a link to one."""
         return path.is_dir() and not path.is_symlink()
 
     @staticmethod
     def drop_empty(folder: Path) -> None:
-        """Delete the folder, if nothing is in it."""
+        """Delete the folder if it is empty."""
         with suppress(OSError):
             folder.rmdir()
 
     @staticmethod
     def size(path: Path) -> int:
-        """The bytes of a file; of one that is gone, none."""
+        """Return the bytes of a file; 0 if it is gone."""
         with suppress(FileNotFoundError):
             return path.stat().st_size
         return 0
 
     @staticmethod
     def sizes(folder: Path) -> list[int]:
-        """The bytes of each of its files; of files under way, about."""
-        found = []
-        with suppress(FileNotFoundError):  # a page gets its name, a read is dropped
+        """Return the bytes of each file in the folder; approximate for files that are being written."""
+        sizes = []
+        with suppress(FileNotFoundError):  # a page is renamed, an extract is deleted
             for path in folder.iterdir():
                 with suppress(FileNotFoundError):
-                    found.append(path.stat().st_size)
-        return found
+                    sizes.append(path.stat().st_size)
+        return sizes
 
     @staticmethod
     def unfinished(folder: Path) -> Iterator[Path]:
-        """Files that were never renamed into their place, by writers that were killed.
+        """Yield files that were never renamed into their place, because their writers were killed.
 
-        Writing one takes seconds, so one that is a day old has no writer any more.
+        Writing a file takes seconds, so one that is a day old has no writer any more.
         """
         for path in folder.glob(".*.part"):
-            with suppress(FileNotFoundError):  # it gets its name
+            with suppress(FileNotFoundError):  # it has just been renamed
                 if time.time() - path.stat().st_mtime > _WRITTEN_WITHIN.total_seconds():
                     yield path
 
     @staticmethod
     def lock(path: Path, timeout: float = -1) -> AbstractContextManager[object]:
-        """Hold that lock file, when it is free; raises filelock.Timeout."""
+        """Return a lock on this file, taken when it is free; raises filelock.Timeout."""
         return filelock.FileLock(path, timeout=timeout, mode=0o600, thread_local=False)
 
 
 class ObjectStore:
-    """A prefix in an object store: an object appears whole or not at all, and everybody sees it at once.
+    """An object store: an object appears complete or not at all, and all readers see it at once.
 
-    Who works under a prefix nobody can tell, so that each has one writer ever. Every method raises
-    StorageError where the store refuses or does not answer.
+    A prefix cannot be locked, so each has only one writer ever. Every method raises StorageError if the
+    store refuses or does not answer.
     """
 
     has_locks: ClassVar[bool] = False
@@ -219,14 +220,14 @@ class ObjectStore:
 
     @staticmethod
     def read(path: Path) -> bytes:
-        """The content of an object; raises FileNotFoundError."""
-        with _told(path):
+        """Return the content of an object; raises FileNotFoundError."""
+        with _translate_errors(path):
             return cast(bytes, _fs(path).cat_file(_key(path)))
 
     @staticmethod
     def write(path: Path, content: bytes) -> None:
         """Write an object."""
-        with _told(path, is_written=True):
+        with _translate_errors(path, is_written=True):
             _fs(path).pipe_file(_key(path), content)
 
     @staticmethod
@@ -236,14 +237,14 @@ class ObjectStore:
 
     @staticmethod
     def names(folder: Path) -> list[str]:
-        """What lies directly below the prefix."""
-        return [PurePosixPath(one["name"]).name for one in _listed(folder)]
+        """Return the names directly below the prefix."""
+        return [PurePosixPath(entry["name"]).name for entry in _listed(folder)]
 
     @staticmethod
     def matching(folder: Path, pattern: str) -> list[Path]:
-        """Objects and prefixes below that match, in the order of their names: of one listing of all."""
+        """Return objects and prefixes below that match, in order of their names, by one listing."""
         depth = len(PurePosixPath(pattern).parts)
-        with _told(folder):
+        with _translate_errors(folder):
             keys = _fs(folder).find(_key(folder))
         below = {PurePosixPath(key).relative_to(_key(folder)).parts for key in keys}
         names = {PurePosixPath(*parts[:depth]) for parts in below if len(parts) >= depth}
@@ -251,18 +252,18 @@ class ObjectStore:
 
     @staticmethod
     def make(folder: Path) -> None:
-        """Nothing: a prefix is there when something lies below it."""
+        """Do nothing: a prefix exists when an object is below it."""
 
     @staticmethod
     def delete(path: Path) -> None:
         """Delete the object, if it is there."""
-        with suppress(FileNotFoundError), _told(path):
+        with suppress(FileNotFoundError), _translate_errors(path):
             _fs(path).rm_file(_key(path))
 
     @staticmethod
     def drop(folder: Path) -> None:
-        """Delete all below the prefix."""
-        with suppress(FileNotFoundError), _told(folder):
+        """Delete all objects below the prefix."""
+        with suppress(FileNotFoundError), _translate_errors(folder):
             _fs(folder).rm(_key(folder), recursive=True)
 
     @staticmethod
@@ -272,38 +273,38 @@ class ObjectStore:
 
     @staticmethod
     def drop_empty(folder: Path) -> None:
-        """Nothing: a prefix is gone with the last object below it."""
+        """Do nothing: a prefix is gone with the last object below it."""
 
     @staticmethod
     def size(path: Path) -> int:
-        """The bytes of an object; of one that is gone, none."""
-        with suppress(FileNotFoundError), _told(path):
+        """Return the bytes of an object; 0 if it is gone."""
+        with suppress(FileNotFoundError), _translate_errors(path):
             return int(_fs(path).info(_key(path))["size"] or 0)
         return 0
 
     @staticmethod
     def sizes(folder: Path) -> list[int]:
-        """The bytes of each object directly below the prefix."""
-        return [one["size"] or 0 for one in _listed(folder)]
+        """Return the bytes of each object directly below the prefix."""
+        return [entry["size"] or 0 for entry in _listed(folder)]
 
     @staticmethod
     def unfinished(_folder: Path) -> Iterator[Path]:
-        """None: an object appears whole."""
+        """Yield nothing: an object appears complete."""
         return iter(())
 
     @staticmethod
     def lock(path: Path, timeout: float = -1) -> AbstractContextManager[object]:
-        """Nothing to hold."""
+        """Return a lock that locks nothing."""
         return nullcontext()
 
 
 def backend_for(path: Path) -> type[Disk] | type[ObjectStore]:
-    """What reads and writes there."""
+    """Return the backend that reads and writes this path."""
     return Disk if _fs(path) is None else ObjectStore
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Write a file so that it has its name only when it is whole and will last; raises StorageError."""
+    """Write a file that gets its name only when it is complete and durable; raises StorageError."""
     try:
         backend_for(path).write(path, content)
     except OSError as error:
@@ -316,7 +317,7 @@ def _without_waiting(path: str, flags: int) -> int:
 
 
 def _fs(path: Path) -> Any:
-    """The file system of fsspec that the path is of, None for one of pathlib."""
+    """Return the fsspec file system of a path; None for a path of pathlib."""
     return getattr(path, "fs", None)
 
 
@@ -325,14 +326,14 @@ def _key(path: Path) -> str:
 
 
 def _listed(folder: Path) -> list[dict[str, Any]]:
-    with suppress(FileNotFoundError), _told(folder):
+    with suppress(FileNotFoundError), _translate_errors(folder):
         return cast(list[dict[str, Any]], _fs(folder).ls(_key(folder), detail=True))
     return []
 
 
 @contextmanager
-def _told(path: Path, *, is_written: bool = False) -> Iterator[None]:
-    """Errors of the store as one sentence; that there is no such object is for the caller to judge."""
+def _translate_errors(path: Path, *, is_written: bool = False) -> Iterator[None]:
+    """Raise errors of the store as one sentence, except FileNotFoundError for a missing object."""
     try:
         yield
     except FileNotFoundError as error:
@@ -344,8 +345,8 @@ def _told(path: Path, *, is_written: bool = False) -> Iterator[None]:
         ) from None
     except Exception as error:  # noqa: BLE001  # each of fsspec's libraries raises errors of its own
         reason = re.sub(r"//[^/\s@]+@", "//", str(error).partition("\n")[0]) or type(error).__name__
-        refused = "; check the store's credentials and what they allow" * _is_refusal(error)
-        raise StorageError(f"cannot use {path}: {reason}{refused}", file=str(path)) from None
+        cure = "; check the store's credentials and permissions" * _is_refusal(error)
+        raise StorageError(f"cannot use {path}: {reason}{cure}", file=str(path)) from None
 
 
 def _is_bucket_missing(error: BaseException) -> bool:

@@ -1,1 +1,1 @@
-"""Landed pages become the typed, proven rows of one window."""
+"""Staging: landed pages become the typed, proven rows of one window."""

@@ -1,4 +1,4 @@
-"""SQL of one column: how its text is read, cast and judged."""
+"""SQL of one column: its text, its cast, and the reasons why it may be refused."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from faletl.resources import Column, Kind, Resource
 from faletl.staging.contract import Tree
 
 TOTALS = ("before", "proof")
-"""The walks that ask for fal's control total, in front of the rows and behind them."""
+"""The walks that ask for fal's control total, before the rows and after them."""
 
 
 def breach_expression(columns: tuple[Column, ...], more: Sequence[tuple[str, str]]) -> str:
-    """SQL for why a record cannot be taken, with `more` reasons; empty where it can."""
-    found = [*more, *(breach for column in columns for breach in breaches(column))]
-    is_breach = " or ".join(f"({predicate})" for predicate, _ in found)
-    told = ", ".join(f"case when {predicate} then {reason} end" for predicate, reason in found)
-    return f"case when {is_breach} then concat_ws('; ', {told}) else '' end"
+    """Return SQL for why a record violates fal's contract, with `more` reasons; empty if it does not."""
+    rules = [*more, *(breach for column in columns for breach in breaches(column))]
+    is_breach = " or ".join(f"({predicate})" for predicate, _ in rules)
+    reasons = ", ".join(f"case when {predicate} then {reason} end" for predicate, reason in rules)
+    return f"case when {is_breach} then concat_ws('; ', {reasons}) else '' end"
 
 
 def contradictions(resource: Resource, label: str) -> list[tuple[str, str]]:
-    """SQL for when rows with one key contradict each other, and for the sentence; nothing elsewhere.
+    """Return SQL for when rows with the same key contradict each other, and for the sentence.
 
-    An answer to ids names each once. In a list that is walked, a row may come twice on two pages, and
-    the later one counts; on one page it contradicts itself.
+    An answer to ids has each id once. In a list that is walked, a row may come again on another page,
+    and the later one counts; twice on one page is a contradiction. Rows that may repeat have no rule.
     """
     if resource.repeats or label in TOTALS:
         return []
@@ -39,51 +39,51 @@ def contradictions(resource: Resource, label: str) -> list[tuple[str, str]]:
 
 
 def unusable_expression(columns: tuple[Column, ...]) -> str:
-    """SQL for the measured values that are left empty though fal sent something; mostly empty."""
-    told = [
+    """Return SQL for measured values that stay empty although fal sent something; usually empty."""
+    descriptions = [
         f'case when "text of {name}" is not null and "{name}" is null '
         f"then '{name} ' || left(\"text of {name}\", 80) end"
         for name in (column.name for column in columns if column.kind is Kind.SECONDS)
     ]
-    return f"concat_ws('; ', {', '.join(told)})" if told else "''"
+    return f"concat_ws('; ', {', '.join(descriptions)})" if descriptions else "''"
 
 
 def read_type(tree: Column | Tree | None) -> str:
-    """The type in which DuckDB reads a JSON field: every scalar as its text."""
+    """Return the type in which DuckDB reads a JSON field: every scalar as its text."""
     if not isinstance(tree, dict):
         return "varchar"
     inner = ", ".join(f'"{name}" {read_type(child)}' for name, child in tree.items())
     return f"struct({inner})"
 
 
-# An instant without an offset could mean any zone, so it is not one. No clock is 15 hours off UTC.
+# A time without an offset could be of any zone, so it is refused. No zone is 15 hours off UTC.
 _INSTANT_TEXT = r"\d{4}-\d{2}-\d{2}[Tt ]\d{2}:\d{2}(:\d{2}(\.\d+)?)?([Zz]|[+-](0\d|1[0-4])(:?[0-5]\d)?)"
 
 
-_NEEDS = {
+_FLAWS = {
     Kind.AMOUNT: f"must be a number below 10^{len(str(LARGEST)) - 1} that does not round to zero",
-    Kind.WHOLE: "is no whole number",
-    Kind.INSTANT: "is no instant with an offset",
+    Kind.WHOLE: "is not a whole number",
+    Kind.INSTANT: "is not an instant with an offset",
 }
 
 
 def field(column: Column) -> str:
-    """The SQL for a field as it was read."""
+    """Return SQL for a field as DuckDB reads it."""
     steps = ".".join(f'"{step}"' for step in column.steps)
     return steps if column.is_outer or column.is_asked else f"record.{steps}"
 
 
 def original_text(column: Column) -> str:
-    """The SQL for the text of a field, or of the one that carried its value before."""
+    """Return SQL for the text of a field, or of the older field that had its value."""
     own = field(column)
     return f'coalesce({own}, record."{column.fallback}")' if column.fallback else own
 
 
 def _cast(text: str, column: Column, *, is_bounded: bool) -> str:
-    """The SQL for a field's text as its type; null where it cannot be kept whole.
+    """Return SQL for the text of a field as its type; null where the value would change.
 
-    A database rounds what has more decimals than fit, so these are counted where a text is long enough
-    to have them. `is_bounded`: see `decimal_of`.
+    A database rounds numbers with too many decimals, so the decimals of longer texts are counted.
+    `is_bounded`: see `decimal_of`.
     """
     point = f"strpos({text}, '.')"
     is_plain = f"{text} >= '0' and {text} < ':' and not contains({text}, 'e')"
@@ -96,7 +96,7 @@ def _cast(text: str, column: Column, *, is_bounded: bool) -> str:
             is_good = (
                 f"{is_plain} and ({is_short} or {point} = 0 or strlen({text}) - {point} <= {SCALE})"
             )
-            # What is below a ten-thousandth DuckDB writes as 1.5e-06: a digit, decimals, an exponent.
+            # DuckDB writes numbers below a ten-thousandth as 1.5e-06: a digit, decimals, an exponent.
             mantissa, exponent = (f"split_part({text}, 'e-', {part})" for part in (1, 2))
             decimals = f"greatest(strlen({mantissa}) - 2, 0) + try_cast({exponent} as integer)"
             is_tiny = f"{text} >= '0' and {text} < ':' and {decimals} <= {SCALE}"
@@ -110,7 +110,7 @@ def _cast(text: str, column: Column, *, is_bounded: bool) -> str:
                 f"case when {is_digits} then try_cast({text} as bigint) "
                 f"when {is_whole} then try_cast({before} as bigint) end"
             )
-        case Kind.INSTANT:  # DuckDB cuts what is behind the microsecond
+        case Kind.INSTANT:  # DuckDB cuts the digits after the microsecond
             is_good = f"regexp_full_match({text}, '{_INSTANT_TEXT}')"
             return f"case when {is_good} then try_cast({text} as timestamptz) end"
         case _:
@@ -118,6 +118,7 @@ def _cast(text: str, column: Column, *, is_bounded: bool) -> str:
 
 
 def typed_expression(column: Column, *, is_bounded: bool) -> str:
+    """Return SQL for the typed value of a column, from its own field or from its older one."""
     own = field(column)
     if not column.fallback:
         return _cast(own, column, is_bounded=is_bounded)
@@ -130,7 +131,7 @@ def typed_expression(column: Column, *, is_bounded: bool) -> str:
 
 
 def breaches(column: Column) -> Iterator[tuple[str, str]]:
-    """Why the field cannot be taken: SQL for when, and for the sentence. No two hold of one field."""
+    """Yield the rules of a field: SQL for a breach, and for its sentence. Only one is true at a time."""
     text, typed = f'"text of {column.name}"', f'"{column.name}"'
     shown = f"left({text}, 80)"
     if column.required:
@@ -138,9 +139,9 @@ def breaches(column: Column) -> Iterator[tuple[str, str]]:
     has_sign = column.kind in (Kind.AMOUNT, Kind.WHOLE) and not column.is_level
     if has_sign:
         yield f"{text} < '0'", f"'{column.name} is negative: ' || {shown}"
-    if column.kind in _NEEDS:
-        is_told = f"{text} >= '0'" if has_sign else f"{text} is not null"
-        yield f"{typed} is null and {is_told}", f"'{column.name} {_NEEDS[column.kind]}: ' || {shown}"
+    if column.kind in _FLAWS:
+        is_present = f"{text} >= '0'" if has_sign else f"{text} is not null"
+        yield f"{typed} is null and {is_present}", f"'{column.name} {_FLAWS[column.kind]}: ' || {shown}"
     if column.at_most is not None:
         yield (
             f"{typed} > {column.at_most}",
@@ -154,7 +155,7 @@ def breaches(column: Column) -> Iterator[tuple[str, str]]:
 
 
 def value(column: Column) -> str:
-    """SQL for a typed value whose text is the same in all time zones, and for any width of decimals."""
+    """Return SQL for a typed value whose text is the same in all time zones and decimal widths."""
     match column.kind:
         case Kind.AMOUNT | Kind.SECONDS:
             return text_of(f'"{column.name}"')

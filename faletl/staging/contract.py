@@ -1,8 +1,8 @@
-"""The contract of a page, from the catalogue: which records break it, and what fal changed of it.
+"""The contract of a page, from the catalogue: which records violate it, and what fal changed of it.
 
-A page is decoded once by a strict type made of the catalogue; what that decodes is thrown away (its
-numbers are floats), but it checks at the speed of C. Only a page that it refuses is looked at record
-by record: a field that is new is noted, a record that cannot be right is named.
+A page is decoded once by a strict type that is made from the catalogue. The result is thrown away (its
+numbers are floats), but it checks at the speed of C. Only a page that this type refuses is checked
+record by record: new fields are recorded, and records that violate the contract get their reason.
 """
 
 from __future__ import annotations
@@ -22,37 +22,37 @@ from faletl.resources import Column, Kind, Resource
 from faletl.wire import LIST, OBJECT, UNREADABLE, as_json
 
 Tree: TypeAlias = "dict[str, Column | Tree | None]"
-"""Columns as they are nested in a record; None for a field that is known and not kept."""
+"""Columns as they are nested in a record; None for a field that is known but not loaded."""
 
 Steps: TypeAlias = tuple[str, ...]
-"""Where a field stands in a record; around the records, behind a first step `$`."""
+"""The path of a field in a record; the path of a field around the records begins with `$`."""
 
 Json: TypeAlias = bytes | msgspec.Raw
-"""A JSON value as it was sent; a Raw is a part of the body, and no copy."""
+"""A JSON value as fal sent it; a Raw is a part of the body, not a copy."""
 
 _NULL = msgspec.Raw(b"null")
 
-_AROUND = frozenset({"next_cursor", "has_more", "ordering", "summary", "time_series"})
-"""Fields around the records that fal is known to send, beside the record list itself."""
+_ENVELOPE = frozenset({"next_cursor", "has_more", "ordering", "summary", "time_series"})
+"""Fields around the records that fal is known to send, in addition to the record list itself."""
 
 _NEXT_CURSOR = b'"next_cursor"'
 _EMPTY_CURSOR = re.compile(_NEXT_CURSOR + rb'\s*:\s*""')
 
 LARGEST_RECORD = 4 * 2**20
-"""Bytes of JSON in one record, or around records; DuckDB reserves buffers for twice as much on each
+"""Bytes of JSON in one record, or around records; DuckDB reserves buffers of twice this size on each
 thread."""
 
-_SAMPLE = 80  # characters of a value in a drift
-_MOST_NEW = 100  # fields that may be new at once: more are no records of fal's any more
+_MAX_SAMPLE_CHARACTERS = 80  # of a value in a drift
+_MAX_NEW_FIELDS = 100  # at once: with more of them, the records are not fal's any more
 
 
 @dataclass(slots=True)
 class Contract:
-    """What the pages of one walk showed, page after page.
+    """The contract of one walk, and what its pages have shown so far.
 
-    `new` are fields that the catalogue does not know, `retyped` those with a value of another type,
-    each with a sample; `missing` (once all pages were looked at) those that fal sends in every record,
-    by its contract, and that none had. `known` are fields of the contract that are not kept.
+    `new` are fields that the catalogue does not know, `retyped` fields with a value of another type,
+    each with a sample. `missing` (complete after the last page) are fields that fal should send in
+    every record, but that no record had. `known` are fields of the contract that are not loaded.
     """
 
     rows_path: tuple[str, ...]
@@ -65,27 +65,27 @@ class Contract:
 
     @property
     def missing(self) -> list[Steps]:
-        """Fields that no record had; none where there were no records."""
+        """Fields that no record had; empty if there were no records."""
         expected = _attributes_to_find(self.columns) if self._rows else ()
         return [(name,) for name in expected if name not in self._present]
 
     def breaches(self, body: bytes) -> dict[int, str]:
-        """Why rows of the page (numbered from 1) cannot be right; a later check finds more.
+        """Return why rows of the page (numbered from 1) violate the contract; a later check finds more.
 
-        A large page is looked at record by record, so that only one of them is decoded at a time.
+        A large page is checked record by record, so that only one record is decoded at a time.
 
         Raises:
-            ContractError: what is around the records is not what was asked for, or too large.
+            ContractError: the JSON around the records does not have the expected form, or is too large.
             DataRefusedError: a record is too large.
         """
-        if _EMPTY_CURSOR.match(body, body.rfind(_NEXT_CURSOR)):  # null is fal's way to say so
+        if _EMPTY_CURSOR.match(body, body.rfind(_NEXT_CURSOR)):  # fal sends null for no cursor
             self.retyped.setdefault(("$", "next_cursor"), '""')
         if len(body) > LARGE_BODY:
-            return self._look_closer(body)
+            return self._check_each_record(body)
         try:
             page = _page(self.rows_path, self.columns, self.known.union(self.new)).decode(body)
         except msgspec.ValidationError:
-            return self._look_closer(body)
+            return self._check_each_record(body)
         except UNREADABLE as error:
             raise _unreadable(error) from None
         rows = list(_inner(page, len(self.rows_path)))
@@ -97,13 +97,13 @@ class Contract:
                 self._present.add(name)
         return {}
 
-    def _look_closer(self, body: bytes) -> dict[int, str]:
+    def _check_each_record(self, body: bytes) -> dict[int, str]:
         if body.count(b",") > MAX_FIELDS:
             require_uncrowded(body)
         tree = tree_of(_inside(self.columns), self.known)
         usable, as_promised = _record(self.columns), _record(self.columns, is_strict=True)
         around_decoder = _around(self.columns)
-        found, row = dict[int, str](), 0
+        breaches, row = dict[int, str](), 0
         for around, records in self._levels(body):
             reason = _reason(around_decoder, around)
             why_around = reason[0] if reason else None
@@ -113,33 +113,33 @@ class Contract:
                 self._note_fields(record, tree, ())
                 self._note_type(record, _reason(as_promised, record))
                 if why := why_around or self._note_type(record, _reason(usable, record)):
-                    found[row] = why
+                    breaches[row] = why
         self._rows += row
-        return found
+        return breaches
 
     def _levels(self, body: bytes) -> Iterator[tuple[Json, list[Json]]]:
-        """What stands around each list of records, and the records; new fields around are noted."""
+        """Yield the JSON around each list of records, and the records; record new fields around them."""
         if not self.rows_path:
             yield b"{}", [body]
             return
-        around: list[Json] = [body]
+        objects: list[Json] = [body]
         place: Steps = ("$",)
         for step in self.rows_path:
             is_first, is_last = len(place) == 1, len(place) == len(self.rows_path)
-            known = {step} | (_AROUND if is_first else set())
+            known = {step} | (_ENVELOPE if is_first else set())
             known |= {c.name for c in self.columns if c.is_outer} if is_last else set()
             inner: list[Json] = []
-            for one in around:
-                fields = _decoded(OBJECT, one)
+            for around in objects:
+                fields = _decoded(OBJECT, around)
                 rows = fields.get(step, b"null")
-                require_small_around(one, rows)
+                require_small_around(around, rows)
                 for name in sorted(fields.keys() - known):
                     self._note_new((*place, name), fields[name])
-                listed = _decoded(LIST, rows)
+                items = _decoded(LIST, rows)
                 if is_last:
-                    yield one, listed
-                inner += listed
-            around, place = inner, (*place, step)
+                    yield around, items
+                inner += items
+            objects, place = inner, (*place, step)
 
     def _note_fields(self, record: Json, tree: Tree, place: Steps) -> None:
         for name, value in _fields_of(record).items():
@@ -153,24 +153,24 @@ class Contract:
 
     def _note_new(self, path: Steps, value: Json) -> None:
         self.new.setdefault(path, _sample(value))
-        if len(self.new) > _MOST_NEW:
-            raise ContractError(f"fal's records have more than {_MOST_NEW} fields that are not known")
+        if len(self.new) > _MAX_NEW_FIELDS:
+            raise ContractError(f"fal's records have more than {_MAX_NEW_FIELDS} unknown fields")
 
     def _note_type(self, record: Json, reason: tuple[str, Steps | None] | None) -> str | None:
-        """The reason's sentence; a value of another type is noted."""
+        """Record a value of another type, and return the sentence of the reason."""
         if reason is None:
             return None
         sentence, retyped = reason
         if retyped is not None:
             value = record
-            for step in retyped:  # of a name that comes twice the last is taken, which may be right
+            for step in retyped:  # the last of two equal names counts, which may be of the right type
                 value = _fields_of(value).get(step, b"null")
             self.retyped.setdefault(retyped, _sample(value))
         return sentence
 
 
 def require_small(record: Json) -> None:
-    """Raise DataRefusedError for a record that is larger than one can be meant to be."""
+    """Raise DataRefusedError for a record that is too large."""
     if len(memoryview(record)) > LARGEST_RECORD:
         raise DataRefusedError(TOO_LARGE)
 
@@ -182,18 +182,18 @@ TOO_LARGE = (
 
 
 def require_small_around(whole: Json, rows: Json) -> None:
-    """Raise ContractError where an object holds that much besides its records."""
+    """Raise ContractError where the JSON around the records is too large."""
     if len(memoryview(whole)) - len(memoryview(rows)) > LARGEST_RECORD:
-        raise ContractError(f"fal's answer holds more than {LARGEST_RECORD:,} bytes around its records")
+        raise ContractError(f"fal's answer has more than {LARGEST_RECORD:,} bytes around its records")
 
 
 def records_of(body: bytes, rows_path: tuple[str, ...]) -> list[Json]:
-    """The records of a page as they were sent, in order; raises ContractError where there are none."""
+    """Return the records of a page as fal sent them, in order; raises ContractError without any."""
     return [record for _, records in Contract(rows_path, ())._levels(body) for record in records]
 
 
 def has_value(body: bytes, resource: Resource, name: str) -> bool:
-    """Whether the first record of a page has something in the column of that name."""
+    """Whether the first record of a page has a value in the column of this name."""
     value = next(iter(records_of(as_json(body), resource.rows_path)), b"null")
     for step in resource.column(name).steps:
         value = _fields_of(value).get(step, b"null")
@@ -201,7 +201,7 @@ def has_value(body: bytes, resource: Resource, name: str) -> bool:
 
 
 def _fields_of(text: Json) -> Mapping[str, msgspec.Raw]:
-    """The fields of an object, unread; of anything else none, as that is another breach."""
+    """Return the undecoded fields of an object; none for another value, which is another breach."""
     try:
         return OBJECT.decode(text)
     except msgspec.ValidationError:
@@ -232,7 +232,7 @@ def _inner(page: Any, depth: int) -> Iterator[Any]:
 
 
 def tree_of(columns: tuple[Column, ...], known: frozenset[Steps] = frozenset()) -> Tree:
-    """The columns as they are nested in a record; a fallback field is one more field."""
+    """Return the columns as they are nested in a record; a fallback is a field of its own."""
     tree: Tree = {}
     for column in columns:
         level = _level(tree, column.steps)
@@ -261,23 +261,23 @@ def _inside(columns: tuple[Column, ...]) -> tuple[Column, ...]:
 def _page(
     rows_path: tuple[str, ...], columns: tuple[Column, ...], known: frozenset[Steps]
 ) -> msgspec.json.Decoder[Any]:
-    """A strict decoder of the whole page: names, types and nullability of every field.
+    """Return a strict decoder of the whole page: names, types and nullability of every field.
 
-    A page with a name that msgspec does not take is looked at record by record, each time.
+    A page with a name that msgspec does not accept is always checked record by record.
     """
-    sayable = frozenset(steps for steps in known if not _UNSAYABLE.search("".join(steps)))
-    within = _struct(tree_of(_inside(columns), sayable))
+    named = frozenset(steps for steps in known if not _NOT_A_NAME.search("".join(steps)))
+    within = _struct(tree_of(_inside(columns), named))
     for depth in reversed(range(len(rows_path))):
         place = ("$", *rows_path[:depth])
-        around = {steps[-1] for steps in sayable if steps[:-1] == place}
-        around |= _AROUND if depth == 0 else frozenset()
+        around = {steps[-1] for steps in named if steps[:-1] == place}
+        around |= _ENVELOPE if depth == 0 else frozenset()
         outer = {c.name: c for c in columns if c.is_outer and depth + 1 == len(rows_path)}
         others: Tree = dict.fromkeys(sorted(around - {rows_path[depth]}))
         within = _struct({rows_path[depth]: _list_of(within), **others, **outer})
     return msgspec.json.Decoder(within)
 
 
-_UNSAYABLE = re.compile(r'[\\"\x00-\x1f]')
+_NOT_A_NAME = re.compile(r'[\\"\x00-\x1f]')
 
 
 def _list_of(kind: Any) -> Any:
@@ -286,7 +286,7 @@ def _list_of(kind: Any) -> Any:
 
 @cache
 def _record(columns: tuple[Column, ...], *, is_strict: bool = False) -> msgspec.json.Decoder[Any]:
-    """A decoder of a record that can be used; a strict one takes only the types that fal promises."""
+    """Return a decoder of usable records; a strict one accepts only the types that fal promises."""
     types = _JSON_TYPES if is_strict else _USABLE_TYPES
     return msgspec.json.Decoder(_struct(tree_of(_inside(columns)), types, is_open=True))
 
@@ -298,9 +298,9 @@ def _around(columns: tuple[Column, ...]) -> msgspec.json.Decoder[Any]:
 
 @cache
 def _attributes_to_find(columns: tuple[Column, ...]) -> Mapping[str, str]:
-    """For each field that some record must have, the attribute of a decoded record that holds it.
+    """Return the fields that some record must have, each with its attribute in a decoded record.
 
-    An object of which we keep parts is one, too.
+    An object of which we load parts counts as a field as well.
     """
     return {
         name: f"f{number}"
@@ -329,13 +329,13 @@ _JSON_TYPES: Mapping[Kind, Any] = {
 _USABLE_TYPES: Mapping[Kind, Any] = {
     kind: type_ for kind, type_ in _JSON_TYPES.items() if kind is not Kind.SECONDS
 }
-"""What a record must hold to be used: staging leaves a measured value empty that is none."""
+"""The types that make a record usable: staging leaves a measured value of another type empty."""
 
 
 def _struct(
     fields: Mapping[str, Any], types: Mapping[Kind, Any] = _JSON_TYPES, *, is_open: bool = False
 ) -> Any:
-    """A msgspec type for a JSON object; a value that is a type already is required."""
+    """Return a msgspec type for a JSON object; a field whose value is already a type is required."""
     specs: list[Any] = []
     names = {f"f{number}": name for number, name in enumerate(fields)}
     for name, node in zip(names, fields.values(), strict=True):
@@ -371,17 +371,17 @@ _AT = r"( - at `\$\.?(?P<path>.*)`)?"
 _MISMATCH = re.compile(r"Expected `(?P<type>.*)`, got `(?P<got>\w+)`" + _AT)
 _MISSING = re.compile(r"Object missing required field `(?P<name>.*?)`" + _AT)
 _RANGE = re.compile(r"Number out of range" + _AT)
-_SAID = {
+_TYPE_NAMES = {
     "float": "a number", "int": "a number", "str": "text", "bool": "true or false",
     "object": "an object", "array": "a list",
 }  # fmt: skip
 
 
 def _reason(decoder: msgspec.json.Decoder[Any], text: Json) -> tuple[str, Steps | None] | None:
-    """Why the object is not of that type, in the words that people use; and which field has another.
+    """Return why the object does not have the type, in plain words, and the field with another type.
 
     Raises:
-        ContractError: it cannot be read at all.
+        ContractError: it is not JSON.
     """
     try:
         decoder.decode(text)
@@ -391,19 +391,22 @@ def _reason(decoder: msgspec.json.Decoder[Any], text: Json) -> tuple[str, Steps 
         raise _unreadable(error) from None
     else:
         return None
-    if found := _MISSING.fullmatch(message):
-        return f"{'.'.join(filter(None, (found['path'], found['name'])))} is missing", None
-    if found := _RANGE.fullmatch(message):
-        return f"{found['path']} is out of range", None
-    if found := _MISMATCH.fullmatch(message):
-        path, got = found["path"] or "", found["got"]
+    if match := _MISSING.fullmatch(message):
+        return f"{'.'.join(filter(None, (match['path'], match['name'])))} is missing", None
+    if match := _RANGE.fullmatch(message):
+        return f"{match['path']} is out of range", None
+    if match := _MISMATCH.fullmatch(message):
+        path, got = match["path"] or "", match["got"]
         if got == "null":
             return f"{path or 'the row'} is null", None
-        wanted = found["type"].split(" | ")[0]
-        said = f"{path or 'the row'} is {_SAID.get(got, got)} where {_SAID.get(wanted, wanted)} belongs"
-        return said, tuple(path.split("[")[0].split(".")) if path else None
+        wanted = match["type"].split(" | ")[0]
+        is_kind, must_be = _TYPE_NAMES.get(got, got), _TYPE_NAMES.get(wanted, wanted)
+        sentence = f"{path or 'the row'} is {is_kind} where {must_be} belongs"
+        return sentence, tuple(path.split("[")[0].split(".")) if path else None
     return message, None
 
 
 def _sample(value: Json) -> str:
-    return bytes(memoryview(value)[: 4 * _SAMPLE]).decode("utf-8", "replace")[:_SAMPLE]
+    return bytes(memoryview(value)[: 4 * _MAX_SAMPLE_CHARACTERS]).decode("utf-8", "replace")[
+        :_MAX_SAMPLE_CHARACTERS
+    ]

@@ -1,4 +1,4 @@
-"""Digests of rows, and the numbers that tell twins apart."""
+"""Digests of rows, and the numbers that distinguish exact twins."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from faletl.resources import Kind, Resource
 from faletl.staging.columns import value
 
 DIGEST_FORM = "-2"
-"""How a digest ends that is made as it is now. One of another form is never equal to it: such a window
-is loaded once more when it is read again."""
+"""The end of a digest, which names its form. Digests of two forms are never equal: a window with an
+older form is loaded again when it is next extracted."""
 
 
 _TEXTS = (Kind.TEXT, Kind.LIST)
 
 
 def hash_expression(account: str, resource: Resource) -> str:
-    """SQL of DuckDB for what tells a row from others where fal gives it no id; with the label in it."""
+    """Return DuckDB SQL for the hash that identifies a row without an id; it includes the account."""
     values = [quoted(account), *(value(resource.column(name)) for name in resource.identity)]
-    return f"md5(concat({', chr(31), '.join(values)}))"  # to concat, null is an empty text
+    return f"md5(concat({', chr(31), '.join(values)}))"  # concat takes null as an empty text
 
 
 _OWN = "_is_inside, _breach, _unusable"
@@ -34,9 +34,9 @@ _OWN = "_is_inside, _breach, _unusable"
 def rows_source(
     connection: duckdb.DuckDBPyConnection, resource: Resource, path: Path
 ) -> tuple[str, tuple[Path, ...]]:
-    """The SQL of DuckDB for the rows that the window holds (see `Staged`), and the files it reads.
+    """Return DuckDB SQL for the rows of the window (see `Staged`), and the files that it reads.
 
-    Where a key comes twice (a shifted page), that is the later row.
+    Where a key comes twice (because pages shifted), the later row counts.
     """
     twins, files = path.with_suffix(".twins.parquet"), [path]
     columns, rows, latest = f"* exclude ({_OWN})", f"{quoted(path)} as rows", ""
@@ -54,9 +54,9 @@ def rows_source(
 def number_twins(
     connection: duckdb.DuckDBPyConnection, resource: Resource, path: Path, twins: Path
 ) -> bool:
-    """Number the rows of the same `_hash` in a file, whatever order they came in; false without any.
+    """Number the rows with the same `_hash` in a file, in any order of rows; false if there are none.
 
-    Only twins are numbered: a window over millions of rows would have to sort them all.
+    Only twins are numbered, because a window function over millions of rows would sort them all.
     """
     rows = f"from {quoted(path)} where _is_inside and _breach = ''"
     connection.execute(
@@ -75,16 +75,16 @@ def number_twins(
 
 
 def rows_digest(connection: duckdb.DuckDBPyConnection, resource: Resource, source: str) -> str:
-    """A fingerprint of the multiset of rows: the same in whatever order and pages they came."""
+    """Return a fingerprint of the multiset of rows: the same for any order and any cut into pages."""
     sums = connection.execute(f"select {digest_sums(resource)} from {source}").fetchone()
     return digest_of(sums)
 
 
 def digest_sums(resource: Resource) -> str:
-    """SQL for the sums over all rows from which `digest_of` makes the digest; in DuckDB's dialect.
+    """Return DuckDB SQL for the sums over all rows from which `digest_of` makes the digest.
 
-    Of each row that is 64 bits of the MD5 of its values, of which no other row has the same text: first
-    the numbers, then the lengths of texts, then these.
+    Each row counts with 64 bits of the MD5 of its values. Their text is different for different rows:
+    first the numbers, then the lengths of the texts, then the texts.
     """
     numbers = ["_hash", "_ordinal"] if resource.identity else []
     numbers += [value(column) for column in resource.columns if column.kind not in _TEXTS]
@@ -95,5 +95,5 @@ def digest_sums(resource: Resource) -> str:
 
 
 def digest_of(sums: Sequence[Any] | None) -> str:
-    """The digest of rows whose sums are these, with its form at the end."""
+    """Return the digest of the rows with these sums, with its form at the end."""
     return hashlib.sha256(repr(tuple(sums or ())).encode()).hexdigest() + DIGEST_FORM

@@ -1,4 +1,4 @@
-"""Our sums against fal's own."""
+"""The proof of a window: our sums compared with fal's control totals."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 def _refused(
     landed: SealedExtract, label: str, typed: Typed, because: str, cure: str = ""
 ) -> DataRefusedError:
-    """The error for a window whose rows cannot all be taken."""
+    """Return the error for a window with rows that violate fal's contract."""
     page = typed.quarantined[0].page
     return DataRefusedError(
         f"{describe_breaches(typed, because)}; the window is not loaded{cure}",
@@ -37,21 +37,21 @@ def _refused(
 
 
 def describe_breaches(typed: Typed, because: str) -> str:
-    shown = typed.quarantined[:MAX_NAMED_ROWS]
-    told = "; ".join(
-        f"page {one.page} row {one.row}{of_endpoint(one.endpoint_id)}: {ascii(one.reason)[1:-1]}"
-        for one in shown
+    """Return a sentence with the number of rows that violate fal's contract, and the first of them."""
+    reasons = "; ".join(
+        f"page {row.page} row {row.row}{of_endpoint(row.endpoint_id)}: {ascii(row.reason)[1:-1]}"
+        for row in typed.quarantined[:MAX_NAMED_ROWS]
     )
-    rows = f"{typed.breaches:,} of fal's rows cannot be right"
-    return f"{rows} ({told}{'; …' * (typed.breaches > MAX_NAMED_ROWS)}); {because}"
+    rows = "1 row violates" if typed.breaches == 1 else f"{typed.breaches:,} rows violate"
+    return f"{rows} fal's contract ({reasons}{'; …' * (typed.breaches > MAX_NAMED_ROWS)}); {because}"
 
 
 @dataclass(frozen=True, slots=True)
 class UnprovenPart:
     """A part of a window that is not proven.
 
-    `has_lost` says that rows may be lost (or come twice) at an edge of its pages, so that its halves may
-    add up; `has_moved`, that rows changed places between pages, or between two walks.
+    `has_lost`: rows may be lost (or come twice) at an edge of its pages, so its halves may add up.
+    `has_moved`: rows moved between pages, or between two walks.
     """
 
     part: Part
@@ -61,7 +61,7 @@ class UnprovenPart:
 
 @dataclass(frozen=True, slots=True)
 class PartProof:
-    """How a part was proven, and fal's total; or, with a sentence, why it is not."""
+    """The proof of a part and fal's total; or the reason why the part is not proven, as a sentence."""
 
     proof: str
     total: str | None
@@ -80,13 +80,14 @@ def prove(
     *,
     is_accepted: bool,
 ) -> tuple[str, str | None]:
-    """Show that the rows are all there; returns how, and fal's total. docs/fal-api.md, "Control totals".
+    """Prove that the rows are complete; return the kind of proof, and fal's total.
 
-    Fal's own sums do, part by part, and where there are none or those of another ledger, two equal
-    walks. Quarantined rows may be missing only where fal's sums say that they are of no value.
+    Each part is compared with fal's own sums. Where there are none, or those of another ledger, two
+    equal walks prove it (docs/fal-api.md, "Control totals"). Quarantined rows may be missing only where
+    fal's sums show that they have no value.
     """
     manifest, parts = landed.manifest, landed.manifest.parts
-    if resource.proof is None:  # a row that cannot be right decides for itself alone
+    if resource.proof is None:  # a quarantined row concerns no other row
         return "none", None
     _require_whole(landed)
     verdicts, first = list[PartProof](), 1
@@ -101,7 +102,9 @@ def prove(
         first = last + 1
     total = _sum(verdict.total for verdict in verdicts)
     proofs = {verdict.proof for verdict in verdicts}
-    if proofs == {"summary"} and (why := _moved_between(connection, landed, resource, source, scratch)):
+    if proofs == {"summary"} and (
+        why := _moved_between_parts(connection, landed, resource, source, scratch)
+    ):
         verdicts = [PartProof("differs", total, why, UnprovenPart(part, False, True)) for part in parts]
     unproven = [verdict for verdict in verdicts if verdict.unproven]
     if not unproven:
@@ -109,54 +112,55 @@ def prove(
     if is_accepted:
         return "differs", total
     if manifest.window.is_provisional:
-        log.warning("%s, window %s: the day is still open and does not add up to fal's control total "
-                    "yet (%s)", resource.name, manifest.window, unproven[0].why)  # fmt: skip
+        log.warning("%s, window %s: the day is still open, and its rows do not yet add up to fal's "
+                    "control total (%s)", resource.name, manifest.window, unproven[0].why)  # fmt: skip
         return "differs", total
     error = UnprovenError(
-        f"{unproven[0].why}; the next run reads the window again",
+        f"{unproven[0].why}; the next run fetches the window again",
         request_id=next((page.request_id for page in manifest.pages("proof")), None),
     )
     error.unproven = [verdict.unproven for verdict in unproven if verdict.unproven]
     raise error
 
 
-def _moved_between(
+def _moved_between_parts(
     connection: duckdb.DuckDBPyConnection,
     landed: SealedExtract,
     resource: Resource,
     source: str,
     scratch: Path,
 ) -> str:
-    """What shows that rows moved between the parts of a window, of which each adds up; else nothing."""
+    """Return the evidence that rows moved between parts of a window that each add up; else empty."""
     whole, proof = landed.manifest.whole, resource.proof
     if whole is None or proof is None:
         return ""
     of_whole = SealedExtract(landed.folder, landed.manifest.of(whole))
-    compared = _compared(connection, of_whole, resource, proof, "proof", source, scratch)
-    return f"the rows moved meanwhile ({compared.told})" if compared.differs else ""
+    comparison = _compare_totals(connection, of_whole, resource, proof, "proof", source, scratch)
+    return f"{_ROWS_MOVED} ({comparison.summary})" if comparison.differences else ""
 
+
+_ROWS_MOVED = "rows moved between pages while the window was fetched"
 
 _NO_TOTAL = (
-    "no control total of fal's says that nothing of value is missing without them "
-    "(faletl quarantine list shows them)"
+    "fal gave no control total that shows that they have no value (faletl quarantine list shows them)"
 )
 
 
 def _sum(totals: Iterable[str | None]) -> str | None:
-    """The exact sum of what fal said; None where it said nothing."""
-    told = [Decimal(total) for total in totals if total is not None]
+    """Return the exact sum of fal's totals; None where fal gave none."""
+    known = [Decimal(total) for total in totals if total is not None]
     with localcontext(prec=60):
-        return plain(sum(told, Decimal(0))) if told else None
+        return plain(sum(known, Decimal(0))) if known else None
 
 
 def _require_whole(landed: SealedExtract) -> None:
-    """Raises TamperedError where the parts of the window leave some of it out, or overlap."""
+    """Raise TamperedError where the parts of the window leave some of it out, or overlap."""
     window, parts = landed.manifest.window, landed.manifest.parts
     starts, ends = [part.window.start for part in parts], [part.window.end for part in parts]
     has_rows = all(part.has("rows") for part in parts)
     if not has_rows or [*starts, window.end] != [window.start, *ends]:
         raise TamperedError(
-            f"the manifest in {landed.folder} does not cover its window; read the window again with "
+            f"the manifest in {landed.folder} does not cover its window; fetch the window again with "
             "faletl run --start … --end …",
             file=str(landed.folder / MANIFEST),
         )
@@ -164,7 +168,7 @@ def _require_whole(landed: SealedExtract) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """The rows of a part: SQL for them, their digest, and the pages that they came on."""
+    """The rows of a part: SQL for them, their digest, and the pages that they came from."""
 
     source: str
     digest: str
@@ -175,11 +179,11 @@ class _Rows:
 
     @property
     def breaches(self) -> int:
-        """How many rows of these pages are quarantined, as far as known, and not accepted."""
+        """The number of rows of these pages that are quarantined, as far as known, and not accepted."""
         if self.is_accepted:
             return 0
-        aside = self.typed.quarantined
-        of_others = sum(not self.first_page <= one.page <= self.last_page for one in aside)
+        rows = self.typed.quarantined
+        of_others = sum(not self.first_page <= row.page <= self.last_page for row in rows)
         return self.typed.breaches - of_others
 
 
@@ -191,53 +195,54 @@ def _prove_part(
     rows: _Rows,
     scratch: Path,
 ) -> PartProof:
-    """Compare the rows of a part with fal's total of it, or with those of its other walk.
+    """Compare the rows of a part with fal's total of it, or with the rows of its other walk.
 
     Raises:
-        DataRefusedError: rows of the part are quarantined that are of value, as far as fal's sums show.
+        DataRefusedError: rows of the part are quarantined, and fal's sums do not show that they have no
+            value.
     """
     landed = SealedExtract(whole.folder, whole.manifest.of(part))
-    proof, compared, moved = resource.proof, _Compared(), ""
-    assert proof is not None  # noqa: S101  # who asks has looked
+    proof, comparison, moved = resource.proof, _Comparison(), ""
+    assert proof is not None  # noqa: S101  # the caller has checked it
     has_total = part.has("proof")
     if has_total:
-        compared = _compared(connection, landed, resource, proof, "proof", rows.source, scratch)
-        if not compared.differs and part.has("before"):
-            moved = _moved(connection, landed, resource, proof, rows.source, scratch)
-        if not compared.differs and not moved:
-            return PartProof("summary", compared.total)
-    has_lost = part.pages > 1 and bool(compared.differs) and (
-        compared.is_less or _is_cut_badly(connection, resource, rows.source)
+        comparison = _compare_totals(connection, landed, resource, proof, "proof", rows.source, scratch)
+        if not comparison.differences and part.has("before"):
+            moved = _rows_moved(connection, landed, resource, proof, rows.source, scratch)
+        if not comparison.differences and not moved:
+            return PartProof("summary", comparison.total)
+    has_lost = part.pages > 1 and bool(comparison.differences) and (
+        comparison.is_less or _is_cut_badly(connection, resource, rows.source)
     )  # fmt: skip
-    unproven = UnprovenPart(part, has_lost, not compared.differs)
+    unproven = UnprovenPart(part, has_lost, not comparison.differences)
     if rows.breaches and not moved:
-        because = _NO_TOTAL if not compared.differs else (
-            "fal's control total says that they are of value (faletl quarantine list shows them)"
+        because = _NO_TOTAL if not comparison.differences else (
+            "fal's control total shows that they have a value (faletl quarantine list shows them)"
         )  # fmt: skip
         cure = f"; to load it all the same: {accept_command(whole.manifest)} --reason TEXT"
         error = _refused(whole, "rows", rows.typed, because, cure)
         if has_lost and part.window.halves(resource.smallest_part):
-            error.unproven = [unproven]  # what is missing may be lost between pages
+            error.unproven = [unproven]  # the missing rows may be lost between pages
         raise error
-    can_stand_in = part.has("again") and (proof.two_walks_suffice or not compared.differs)
-    is_equal = can_stand_in and (
+    can_replace_total = part.has("again") and (proof.two_walks_suffice or not comparison.differences)
+    is_equal = can_replace_total and (
         _digest_again(connection, landed, resource, rows.typed, scratch) == rows.digest
     )
     if is_equal:
-        if compared.differs:
+        if comparison.differences:
             is_settled = whole.manifest.window.has_settled(whole.manifest.started_at)
             log.log(logging.WARNING if is_settled else logging.INFO,
-                    "%s, window %s: two walks agree, but fal's usage says otherwise (%s)",
-                    resource.name, part.window, compared.told)  # fmt: skip
-        return PartProof("two walks", compared.total)
-    if compared.differs:
-        why = f"the rows do not add up to fal's control total ({compared.told})"
+                    "%s, window %s: two walks agree with each other, but not with fal's usage (%s)",
+                    resource.name, part.window, comparison.summary)  # fmt: skip
+        return PartProof("two walks", comparison.total)
+    if comparison.differences:
+        why = f"the rows do not add up to fal's control total ({comparison.summary})"
     else:
-        why = f"the rows moved meanwhile ({moved or 'two walks one after the other gave other rows'})"
-    return PartProof("differs", compared.total, why, unproven)
+        why = f"{_ROWS_MOVED} ({moved or 'a second walk gave other rows'})"
+    return PartProof("differs", comparison.total, why, unproven)
 
 
-def _moved(
+def _rows_moved(
     connection: duckdb.DuckDBPyConnection,
     landed: SealedExtract,
     resource: Resource,
@@ -245,22 +250,22 @@ def _moved(
     source: str,
     scratch: Path,
 ) -> str:
-    """What shows that rows moved between the pages of a walk, though their sum is right; else nothing.
+    """Return the evidence that rows moved between the pages of a walk whose sum is right; else empty.
 
-    One row may have been lost at a page's edge and another, of the same amounts, seen twice. So the
-    total was asked for in front of the rows as well, and no row comes on two pages: but for charges
-    that are exact twins, and a second walk tells these.
+    A row may be lost at the edge of a page while another, with the same amounts, comes twice. So the
+    total was asked for before the rows as well, and no row may come on two pages. Charges that are
+    exact twins may; a second walk decides about them.
     """
-    compared = _compared(connection, landed, resource, proof, "before", source, scratch)
-    if compared.differs:
-        told = "; ".join(compared.differs[:MAX_NAMED_ROWS])
-        return f"fal's control total was another one before they were read: {told}"
+    comparison = _compare_totals(connection, landed, resource, proof, "before", source, scratch)
+    if comparison.differences:
+        lines = "; ".join(comparison.differences[:MAX_NAMED_ROWS])
+        return f"fal's control total was different before they were fetched: {lines}"
     rows = _on_two_pages(connection, resource, source)
     return f"{rows:,} of them came on two pages" if rows else ""
 
 
 def _on_two_pages(connection: duckdb.DuckDBPyConnection, resource: Resource, source: str) -> int:
-    """How many rows come on more than one page, exactly the same."""
+    """Return the number of rows that come, exactly equal, on more than one page."""
     among = f"from {source}"
     if resource.identity:
         key, among = "_hash", f"{among} where _hash in (select _hash {among} where _ordinal > 1)"
@@ -274,7 +279,7 @@ def _on_two_pages(connection: duckdb.DuckDBPyConnection, resource: Resource, sou
 def _is_cut_badly(connection: duckdb.DuckDBPyConnection, resource: Resource, source: str) -> bool:
     """Whether a page ends and the next begins with rows of one instant, or a row is on two pages.
 
-    A cursor that is an instant loses or repeats rows there, the same ones on every walk.
+    A cursor that is an instant loses or repeats rows there, the same rows on every walk.
     """
     time = f'"{resource.time}"'
     edges = (
@@ -290,20 +295,21 @@ def _is_cut_badly(connection: duckdb.DuckDBPyConnection, resource: Resource, sou
 
 
 @dataclass(frozen=True, slots=True)
-class _Compared:
-    """Where our sums are not fal's, as sentences; whether one is less; and fal's sum of all costs."""
+class _Comparison:
+    """Our sums against fal's: the differences as sentences, whether one of ours is less, fal's total."""
 
-    differs: Sequence[str] = ()
+    differences: Sequence[str] = ()
     is_less: bool = False
     total: str | None = None
 
     @property
-    def told(self) -> str:
-        """The first of the differences, and how many there are."""
-        return f"{len(self.differs)} lines differ: {'; '.join(self.differs[:MAX_NAMED_ROWS])}"
+    def summary(self) -> str:
+        """The number of differences, and the first of them."""
+        lines = "; ".join(self.differences[:MAX_NAMED_ROWS])
+        return f"{len(self.differences)} lines differ: {lines}"
 
 
-def _compared(
+def _compare_totals(
     connection: duckdb.DuckDBPyConnection,
     landed: SealedExtract,
     resource: Resource,
@@ -311,23 +317,23 @@ def _compared(
     label: str,
     source: str,
     scratch: Path,
-) -> _Compared:
-    """Compare the sums of the rows with those of the total of that label."""
+) -> _Comparison:
+    """Compare the sums of the rows with those of the total that has this label."""
     totals = scratch / f"{landed.manifest.load_id}.{label}.parquet"
     typed = typed_records(connection, landed, resource, label, totals)
     if typed.breaches:
-        raise _refused(landed, label, typed, "they are of fal's control total")
+        raise _refused(landed, label, typed, "they belong to fal's control total")
     total = connection.execute(
         f"select coalesce(sum(cost_total), 0)::varchar from {quoted(totals)} where {proof.only}"
     ).fetchone()
-    differs = _differences(connection, proof, source, totals)
-    is_less = bool(differs) and _is_less(connection, proof, source, totals)
+    differences = _differences(connection, proof, source, totals)
+    is_less = bool(differences) and _is_less(connection, proof, source, totals)
     totals.unlink()
-    return _Compared(differs, is_less, str(total[0]) if total else "0")
+    return _Comparison(differences, is_less, str(total[0]) if total else "0")
 
 
 def _is_less(connection: duckdb.DuckDBPyConnection, proof: Proof, source: str, totals: Path) -> bool:
-    """Whether we hold less of something than fal says, by more than what fal may have rounded."""
+    """Whether one of our sums is less than fal's, by more than fal may have rounded."""
     less = " or ".join(
         f"coalesce(fals.{name}, 0) - coalesce(ours.{name}, 0) > {_tolerance(name)}"
         for name in proof.sums
@@ -344,11 +350,11 @@ def _digest_again(
     typed: Typed,
     scratch: Path,
 ) -> str:
-    """The digest of the rows of the other walk; of this one `typed` is what became of them."""
+    """Return the digest of the rows of the other walk; `typed` describes the rows of the first."""
     again = scratch / f"{landed.manifest.load_id}.again.parquet"
-    found = typed_records(connection, landed, resource, "again", again)
-    if found.breaches > typed.breaches:
-        raise _refused(landed, "again", found, "the other walk had no such rows")
+    other = typed_records(connection, landed, resource, "again", again)
+    if other.breaches > typed.breaches:
+        raise _refused(landed, "again", other, "the first walk had no such rows")
     source, files = rows_source(connection, resource, again)
     digest = rows_digest(connection, resource, source)
     for file in files:
@@ -359,26 +365,27 @@ def _digest_again(
 def _differences(
     connection: duckdb.DuckDBPyConnection, proof: Proof, source: str, totals: Path
 ) -> list[str]:
-    """Where our sums per key are not fal's, as sentences.
+    """Return the differences of our sums per key from fal's, as sentences.
 
-    A sum may differ by half a nano for each amount added up, ours and fal's, as fal rounds each to a
-    nano-dollar. A quantity may also differ by one part in 10^12, as fal may have summed it in doubles.
+    A sum may differ by half a nano-dollar for each amount in it, ours and fal's, because fal rounds each
+    amount to a nano-dollar. A quantity may also differ by one part in 10^12, because fal may have
+    summed it in doubles.
     """
-    off = " or ".join(
+    is_different = " or ".join(
         f"abs(coalesce(ours.{name}, 0) - coalesce(fals.{name}, 0)) > {_tolerance(name)}"
         for name in proof.sums
     )
     figures = ", ".join(f"coalesce(ours.{name}, 0), coalesce(fals.{name}, 0)" for name in proof.sums)
-    whose = ", ".join(f"coalesce(ours.{name}, fals.{name})" for name in proof.key)
+    key = ", ".join(f"coalesce(ours.{name}, fals.{name})" for name in proof.key)
     both = _both_sums(proof, source, totals)
-    found = connection.execute(
-        f"select {whose}, {figures} from {both} where {off} order by all"
+    rows = connection.execute(
+        f"select {key}, {figures} from {both} where {is_different} order by all"
     ).fetchall()
-    return [_difference(proof, row[: len(proof.key)], row[len(proof.key) :]) for row in found]
+    return [_difference(proof, row[: len(proof.key)], row[len(proof.key) :]) for row in rows]
 
 
 def _both_sums(proof: Proof, source: str, totals: Path) -> str:
-    """SQL for the sums per key, `ours` and `fals`, next to each other; with `n` amounts in each."""
+    """Return SQL for the sums per key, `ours` next to `fals`, each with `n`, the number of amounts."""
     none = {column.name for column in proof.columns if column.zero_is_none}
     keys = ", ".join(f"nullif({name}, 0) as {name}" if name in none else name for name in proof.key)
     sums = ", ".join(f"sum({name}) as {name}" for name in proof.sums)
@@ -392,23 +399,23 @@ def _both_sums(proof: Proof, source: str, totals: Path) -> str:
 
 
 def _difference(proof: Proof, key: tuple[Any, ...], figures: tuple[Decimal, ...]) -> str:
-    """One line that differs, as a sentence: which it is, what we hold, what fal says."""
-    which = ", ".join(
+    """Return a sentence for one line that differs: its key, our sums and fal's."""
+    line = ", ".join(
         f"{name} {plain(value) if isinstance(value, Decimal) else ascii(value)}"
         for name, value in zip(proof.key, key, strict=True)
         if value is not None
     )
     ours, fals = figures[::2], figures[1::2]
     sums = ", ".join(
-        f"{name} {plain(held)} held, {plain(said)} by fal"
-        for name, held, said in zip(proof.sums, ours, fals, strict=True)
-        if held != said
+        f"{name} {plain(our_sum)} fetched, {plain(fal_sum)} by fal's total"
+        for name, our_sum, fal_sum in zip(proof.sums, ours, fals, strict=True)
+        if our_sum != fal_sum
     )
-    return f"{which}: {sums}"
+    return f"{line}: {sums}"
 
 
 def _tolerance(name: str) -> str:
-    """SQL for what our sum of the amounts may differ from fal's."""
+    """Return SQL for the largest difference of our sum from fal's that is rounding."""
     each = HALF_NANO
     if name == "quantity":
         in_doubles = "cast(coalesce(fals.quantity, 0) as decimal(26,0)) * 0.000000000001"

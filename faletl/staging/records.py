@@ -1,4 +1,4 @@
-"""Landed pages become one Parquet file of typed records."""
+"""Typed records: landed pages become one Parquet file."""
 
 from __future__ import annotations
 
@@ -45,42 +45,42 @@ from faletl.wire import LIST, OBJECT, as_json
 log = logging.getLogger(__name__)
 
 _ROW_GROUP = 20_480
-"""Rows of a group in a file, of which each thread holds one in memory. An insert of groups larger than
-the 122,880 rows of DuckDB's own takes twice as long."""
+"""Rows of a group in a file; each thread has one group in memory. An insert takes twice as long from
+groups that are larger than DuckDB's own of 122,880 rows."""
 
 
-_KEEP = 1000  # so many are kept in ops.quarantine of one read; the landed pages have all
+_MAX_QUARANTINED_ROWS = 1000  # of one extract in ops.quarantine; the landed pages have all
 
 
-_KEEP_CHARACTERS = 2**21  # of the texts of these rows
+_MAX_QUARANTINED_CHARACTERS = 2**21  # of the texts of these rows
 
 
-_TOGETHER = 2**20  # bytes of records whose numbers are looked at together
+_CHUNK_BYTES = 2**20  # of records whose numbers are converted together
 
 
-_ENOUGH = 200  # bytes of a list, to find where in its object it stands
+_PROBE_BYTES = 200  # of a list, to find its place in its object
 
 
 Level: TypeAlias = tuple[Mapping[str, msgspec.Raw], list[msgspec.Raw]]
-"""An object of a page that holds records, and these, as bytes."""
+"""An object of a page that contains records, and these records, as bytes."""
 
 
 MAX_NAMED_ROWS = 3
-"""Of rows with the same flaw this many are named in a sentence."""
+"""The number of rows with the same flaw that a sentence names."""
 
 
 @dataclass(slots=True)
 class Typed:
-    """What became of the records of one walk: those that broke their contract were set aside.
+    """The result of typing the records of one walk; those that violate the contract are quarantined.
 
-    `breaches` counts all of them, `set_aside` holds the first ones. `unusable` counts the rows with a
-    value that was left empty, `unusable_values` describes the first ones.
+    `breaches` counts these, `quarantined` has the first of them. `unusable` counts the rows with a value
+    that stays empty, `unusable_values` describes the first of them.
     """
 
     contract: Contract
     rounded: int = 0
     breaches: int = 0
-    set_aside: tuple[QuarantinedRow, ...] = ()
+    quarantined: tuple[QuarantinedRow, ...] = ()
     unusable: int = 0
     unusable_values: tuple[str, ...] = ()
 
@@ -94,9 +94,9 @@ def typed_records(
 ) -> Typed:
     """Write the records of the `label` calls as the columns of their raw table.
 
-    Beside them stand `_is_inside` (the window), `_breach` (why the record cannot be taken, else empty)
-    and `_unusable` (values that were left empty). Every `_ordinal` is 1 yet. Records that are not even
-    of the right JSON types are left out.
+    The file also has `_is_inside` (whether the row is in the window), `_breach` (why the record violates
+    the contract, else empty) and `_unusable` (values that stay empty). Every `_ordinal` is still 1.
+    Records without the right JSON types are left out.
     """
     lines = path.with_suffix(".ndjson")
     odd = f"select count(*) from {quoted(path)} where _breach <> '' or _unusable <> ''"
@@ -110,32 +110,32 @@ def typed_records(
         log.debug("%s: the records are typed number by number", resource.name)
         typed = _write_lines(landed, resource, label, lines, is_each=True)
         _write_typed(connection, landed, resource, label, lines, path)
-        _set_breaches_aside(connection, landed, resource, label, path, typed)
-        _note_unusable(connection, resource, path, typed)
+        _quarantine_breaches(connection, landed, resource, label, path, typed)
+        _describe_unusable(connection, resource, path, typed)
     lines.unlink()
     return typed
 
 
-def _note_unusable(
+def _describe_unusable(
     connection: duckdb.DuckDBPyConnection, resource: Resource, path: Path, typed: Typed
 ) -> None:
-    """Note the rows of which a value was left empty."""
+    """Describe the rows with a value that stays empty."""
     unusable = f"from {quoted(path)} where _unusable <> '' and _breach = ''"
     typed.unusable = count(connection, f"select count(*) {unusable}")
     if not typed.unusable:
         return
     endpoint_id = "endpoint_id" if resource.has_endpoints else "null"
-    found = connection.execute(
+    rows = connection.execute(
         f"select _page, _row, {endpoint_id}, _unusable {unusable} "
         f"order by _page, _row limit {MAX_NAMED_ROWS}"
     ).fetchall()
     typed.unusable_values = tuple(
         f"page {page} row {row}{of_endpoint(endpoint)}: {ascii(values)[1:-1]}"
-        for page, row, endpoint, values in found
+        for page, row, endpoint, values in rows
     )
 
 
-def _set_breaches_aside(
+def _quarantine_breaches(
     connection: duckdb.DuckDBPyConnection,
     landed: SealedExtract,
     resource: Resource,
@@ -143,27 +143,29 @@ def _set_breaches_aside(
     path: Path,
     typed: Typed,
 ) -> None:
-    """Set the rows aside whose values cannot be taken; their text is in the landed page."""
+    """Quarantine the rows whose values violate the contract; their text is in the landed page."""
     breached = f"from {quoted(path)} where _breach <> ''"
     typed.breaches += count(connection, f"select count(*) {breached}")
-    found = connection.execute(
-        f"select _page, _row, _breach {breached} order by _page, _row limit {_KEEP}"
+    breaches = connection.execute(
+        f"select _page, _row, _breach {breached} order by _page, _row limit {_MAX_QUARANTINED_ROWS}"
     ).fetchall()
     rows_path, pages = _rows_path(resource, label), landed.manifest.pages(label)
-    for page, rows in groupby(found, key=lambda one: int(one[0])):
+    for page, rows in groupby(breaches, key=lambda breach: int(breach[0])):
         with one_body():
             records = records_of(as_json(landed.body(pages[page - 1])), rows_path)
             typed.quarantined += tuple(
                 QuarantinedRow.of(page, row, why, bytes(records[row - 1])) for _, row, why in rows
             )
             del records
-    typed.quarantined = _kept(sorted(typed.quarantined, key=lambda one: (one.page, one.row)))
+    typed.quarantined = _first(sorted(typed.quarantined, key=lambda row: (row.page, row.row)))
 
 
-def _kept(set_aside: Sequence[QuarantinedRow]) -> tuple[QuarantinedRow, ...]:
-    """The first of these rows, as many as are kept."""
-    sizes = accumulate(len(one.raw_json) for one in set_aside[:_KEEP])
-    return tuple(one for one, size in zip(set_aside, sizes, strict=False) if size <= _KEEP_CHARACTERS)
+def _first(rows: Sequence[QuarantinedRow]) -> tuple[QuarantinedRow, ...]:
+    """Return the first of these rows, as many as the quarantine takes."""
+    sizes = accumulate(len(row.raw_json) for row in rows[:_MAX_QUARANTINED_ROWS])
+    return tuple(
+        row for row, size in zip(rows, sizes, strict=False) if size <= _MAX_QUARANTINED_CHARACTERS
+    )
 
 
 def _rows_path(resource: Resource, label: str) -> tuple[str, ...]:
@@ -173,18 +175,18 @@ def _rows_path(resource: Resource, label: str) -> tuple[str, ...]:
 def _write_lines(
     landed: SealedExtract, resource: Resource, label: str, lines: Path, *, is_each: bool
 ) -> Typed:
-    """Write each record on a line, behind its page, row, and what stood around it.
+    """Write each record on a line, after its page, its row and the fields around it.
 
-    `is_each` says that each number is to be looked at, and each record for a key that comes twice.
+    With `is_each`, every number is converted, and every record is checked for a key that comes twice.
     """
     rows_path, columns = _rows_path(resource, label), _columns(resource, label)
     known = frozenset(tuple(path.split(".")) for path in resource.not_kept)
-    if label in TOTALS and resource.proof:  # of a total only what is compared is looked at
+    if label in TOTALS and resource.proof:  # of a total only the compared fields are checked
         known |= {(column.name,) for column in resource.proof.columns}
     typed = Typed(Contract(rows_path, columns, known))
-    asked = [column.name for column in columns if column.is_asked]
+    parameter_names = [column.name for column in columns if column.is_asked]
     pages = [
-        (page, {name: call.query[name][0] for name in asked})
+        (page, {name: call.query[name][0] for name in parameter_names})
         for call in landed.manifest.calls
         if call.label == label
         for page in call.pages
@@ -203,7 +205,7 @@ def _write_lines(
 def _write_page(
     file: BinaryIO, body: bytes, outer: Mapping[str, Any], typed: Typed, *, is_each: bool
 ) -> None:
-    """Write the records of a page, and note what became of them; `outer` has its number."""
+    """Write the records of a page and quarantine those of other types; `outer` has its number."""
     columns = typed.contract.columns
     names = _names_of_numbers(columns)
     body = as_json(body)
@@ -212,23 +214,23 @@ def _write_page(
     if is_each:
         breaches = {**_rows_with_a_key_twice(levels), **breaches}
     is_one_line = b"\n" not in body and b"\r" not in body
-    for sent in _raw_lines(levels, columns, outer, breaches, is_one_line=is_one_line):
-        text = _with_texts_as_numbers(sent, columns, typed.contract)
+    for lines in _raw_lines(levels, columns, outer, breaches, is_one_line=is_one_line):
+        text = _with_texts_as_numbers(lines, columns, typed.contract)
         text, rounded = with_exact_numbers(text, names, is_each=is_each)
         typed.rounded += rounded
         file.write(text)
-    _set_untyped_aside(typed, outer["_page"], breaches, levels)
+    _quarantine_untyped(typed, outer["_page"], breaches, levels)
 
 
-def _set_untyped_aside(
+def _quarantine_untyped(
     typed: Typed, page: int, breaches: Mapping[int, str], levels: Sequence[Level]
 ) -> None:
     typed.breaches += len(breaches)
-    if breaches and len(typed.quarantined) < _KEEP:
+    if breaches and len(typed.quarantined) < _MAX_QUARANTINED_ROWS:
         records = [record for _, records in levels for record in records]
-        first = list(breaches.items())[: _KEEP - len(typed.quarantined)]
+        first = list(breaches.items())[: _MAX_QUARANTINED_ROWS - len(typed.quarantined)]
         more = [QuarantinedRow.of(page, row, why, bytes(records[row - 1])) for row, why in first]
-        typed.quarantined = _kept([*typed.quarantined, *more])
+        typed.quarantined = _first([*typed.quarantined, *more])
 
 
 def _write_typed(
@@ -249,7 +251,7 @@ def _write_typed(
         f"read_json({quoted(lines)}, format = 'newline_delimited', columns = {{{types}}}, "
         f"maximum_object_size = {LARGEST_RECORD})"
     )
-    is_bounded = label not in TOTALS  # a sum of amounts may be larger than one
+    is_bounded = label not in TOTALS  # a sum may be larger than any amount
     fields = ", ".join(
         f'{original_text(column)} as "text of {column.name}", '
         f'{typed_expression(column, is_bounded=is_bounded)} as "{column.name}"'
@@ -270,7 +272,7 @@ def _write_typed(
 
 
 def _more_columns(landed: SealedExtract, resource: Resource, label: str) -> Iterator[str]:
-    """SQL for what stands beside the fields of a record."""
+    """Yield SQL for the columns of the file that are not fields of a record."""
     window = landed.manifest.window
     if resource.nothing_without:
         yield f'"text of {resource.nothing_without}" is not null as _is_inside'
@@ -289,20 +291,20 @@ def _more_columns(landed: SealedExtract, resource: Resource, label: str) -> Iter
 
 
 def _asked_bounds(manifest: Manifest, label: str) -> tuple[str, str]:
-    """SQL for the start and the end that a record's page was asked for: those of its part."""
-    asked = [
+    """Return SQL for the bounds of the question that a record's page answers: those of its part."""
+    windows = [
         call.bounds or manifest.window
         for call in manifest.calls
         if call.label == label
         for _ in call.pages
     ]
-    if set(asked) <= {manifest.window}:
-        asked = [manifest.window]
+    if set(windows) <= {manifest.window}:
+        windows = [manifest.window]
     start, end = (
         [f"timestamptz '{instant(at)}'" for at in edge]
-        for edge in zip(*((window.start, window.end) for window in asked), strict=True)
+        for edge in zip(*((window.start, window.end) for window in windows), strict=True)
     )
-    if len(asked) == 1:
+    if len(windows) == 1:
         return start[0], end[0]
     return f"([{', '.join(start)}])[_page]", f"([{', '.join(end)}])[_page]"
 
@@ -315,14 +317,14 @@ _NUMBER_IN_TEXT = rb'("%b"\s*:\s*)"(-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?)
 
 
 def _names_of_numbers(columns: tuple[Column, ...]) -> frozenset[bytes]:
-    """The names of the JSON fields that hold amounts, as `with_exact_numbers` takes them."""
+    """Return the names of the JSON fields with numbers, as `with_exact_numbers` expects them."""
     numbers = [c for c in columns if c.kind in (Kind.AMOUNT, Kind.WHOLE, Kind.SECONDS)]
     names = {column.steps[-1] for column in numbers} | {c.fallback for c in numbers if c.fallback}
     return frozenset(b'"%b"' % name.encode() for name in names)
 
 
 def _with_texts_as_numbers(body: bytes, columns: tuple[Column, ...], contract: Contract) -> bytes:
-    """Return the page with numbers in place of numeric texts, in columns that may have these."""
+    """Return the lines with numbers in place of numeric texts, in columns that may have these."""
     for column in columns:
         is_lenient = column.may_be_text or column.kind is Kind.SECONDS
         if is_lenient and column.steps in contract.retyped:
@@ -331,11 +333,11 @@ def _with_texts_as_numbers(body: bytes, columns: tuple[Column, ...], contract: C
 
 
 def _levels(body: bytes, rows_path: tuple[str, ...]) -> list[Level]:
-    """The objects that hold records, and their records.
+    """Return the objects that contain records, and their records.
 
     Raises:
-        ContractError: an object around the records has a key twice (in records DuckDB sees to it), or
-            holds much besides them.
+        ContractError: an object around the records has a key twice (DuckDB finds this in records), or
+            is too large.
         DataRefusedError: a record is too large.
     """
     if not rows_path:
@@ -343,11 +345,11 @@ def _levels(body: bytes, rows_path: tuple[str, ...]) -> list[Level]:
         return [({}, [msgspec.Raw(body.strip())])]
     objects: list[bytes | msgspec.Raw] = [body]
     for step in rows_path:
-        fields = [OBJECT.decode(one) for one in objects]
-        for one, known in zip(objects, fields, strict=True):
-            require_small_around(one, known[step])
-            _require_keys_once(_without(one, known[step]))
-        lists = [LIST.decode(one[step]) for one in fields]
+        fields = [OBJECT.decode(text) for text in objects]
+        for text, decoded in zip(objects, fields, strict=True):
+            require_small_around(text, decoded[step])
+            _require_keys_once(_without(text, decoded[step]))
+        lists = [LIST.decode(decoded[step]) for decoded in fields]
         objects = [inner for rows in lists for inner in rows]
     for record in objects:
         require_small(record)
@@ -355,15 +357,15 @@ def _levels(body: bytes, rows_path: tuple[str, ...]) -> list[Level]:
 
 
 def _without(text: bytes | msgspec.Raw, rows: msgspec.Raw) -> bytes:
-    """The JSON object with an empty list in place of its records; as it is where these are not found."""
-    body = bytes(text)  # a page may be large: it is not copied
-    start, end = body.find(memoryview(rows)[:_ENOUGH]), len(memoryview(rows))
-    is_there = start >= 0 and memoryview(body)[start : start + end] == memoryview(rows)
-    return body[:start] + b"[]" + body[start + end :] if is_there else body
+    """Return the JSON object with an empty list in place of its records; unchanged if it has none."""
+    body = bytes(text)  # a large page is not copied
+    start, end = body.find(memoryview(rows)[:_PROBE_BYTES]), len(memoryview(rows))
+    is_found = start >= 0 and memoryview(body)[start : start + end] == memoryview(rows)
+    return body[:start] + b"[]" + body[start + end :] if is_found else body
 
 
 def _require_keys_once(text: bytes) -> None:
-    """Raise ContractError where an object has a key twice: which of the values would be meant?"""
+    """Raise ContractError where an object has a key twice, because either value could be right."""
     try:
         json.loads(text, object_pairs_hook=_once, parse_int=str, parse_float=str, strict=False)
     except (RecursionError, ValueError) as error:
@@ -378,14 +380,15 @@ def _once(pairs: list[tuple[str, Any]]) -> None:
 
 
 def _rows_with_a_key_twice(levels: Sequence[Level]) -> dict[int, str]:
-    """Why records of a page cannot be taken that have a key twice, by their rows."""
-    found: dict[int, str] = {}
-    for row, record in enumerate((one for _, records in levels for one in records), start=1):
+    """Return the rows of a page whose records have a key twice, each with its reason."""
+    breaches: dict[int, str] = {}
+    all_records = (record for _, records in levels for record in records)
+    for row, record in enumerate(all_records, start=1):
         try:
             _require_keys_once(bytes(record))
         except ContractError as error:
-            found[row] = error.message
-    return found
+            breaches[row] = error.message
+    return breaches
 
 
 def _raw_lines(
@@ -396,9 +399,9 @@ def _raw_lines(
     *,
     is_one_line: bool,
 ) -> Iterator[bytes]:
-    """The records of a page as they are, one a line, each behind its page, row and outer fields.
+    """Yield the records of a page unchanged, one on each line, after its page, row and outer fields.
 
-    They come some at a time, so that a large page is not held twice.
+    They come in chunks, so that a large page is not in memory twice.
     """
     names = [column.name for column in columns if column.is_outer]
     lead, lines, size, row = msgspec.json.encode(outer)[:-1], list[bytes](), 0, 0
@@ -414,14 +417,14 @@ def _raw_lines(
             text = record if is_one_line else _one_line(record)
             lines.append(b'%b%d,"record":%b}\n' % (head, row, text))
             size += len(lines[-1])
-            if size > _TOGETHER:
+            if size > _CHUNK_BYTES:
                 yield b"".join(lines)
                 lines, size = [], 0
     yield b"".join(lines)
 
 
 def _one_line(record: msgspec.Raw) -> bytes:
-    """A JSON object without line breaks, which can only stand between its tokens."""
+    """Return a JSON object without its line breaks, which can only be between its tokens."""
     return bytes(record).replace(b"\n", b" ").replace(b"\r", b" ")
 
 
@@ -432,4 +435,5 @@ def _proof_columns(resource: Resource) -> tuple[Column, ...]:
 
 
 def of_endpoint(endpoint_id: str | None) -> str:
+    """Return the endpoint in parentheses, to follow the number of a row; empty where it is unknown."""
     return f" ({ascii(endpoint_id)[1:-1][:80]})" if endpoint_id else ""

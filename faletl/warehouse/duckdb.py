@@ -671,7 +671,8 @@ def _raise_typed(path: Path, context: sa.engine.ExceptionContext) -> None:
     reason = _reason_of(error)
     if any(words in reason for words in _REFUSALS):
         raise StorageError(
-            f"the warehouse {path} cannot be used: {reason} ({free_space(path)}); no partial change was kept",
+            f"the warehouse {path} cannot be used: {reason} ({free_space(path)}); no partial "
+            "change was kept",
             file=str(path),
         )
     if isinstance(error, duckdb.OutOfMemoryException):

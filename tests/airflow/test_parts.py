@@ -258,7 +258,7 @@ print([decided(error) for error in (
         ("default", None, None),
         ("default", None, None),
         ("default", None, None),
-        ("fail", None, "locked; another key will not help; do what fal says, then run again"),
+        ("fail", None, "locked; another key will not help; follow fal's message, then run again"),
         ("retry", 300, "gone; try again later"),
         ("default", None, None),
     ]

@@ -376,7 +376,7 @@ def check_dates(header: bytes) -> bool:
     text = header.decode("latin-1")
     headers = httpx.Headers([(b"retry-after", header), (b"date", header)])
     wait, at = _retry_after(headers), _http_date(text)
-    client()._watch_clock(at)
+    client()._check_clock(at)
     assert wait is None or (isinstance(wait, int) and wait >= 0)
     assert at is None or at.utcoffset() is not None
     if re.fullmatch(r"[0-9]{1,15}", text):

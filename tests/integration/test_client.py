@@ -432,7 +432,7 @@ def test_a_client_has_the_patience_that_it_is_given() -> None:
 @pytest.mark.parametrize(("tries", "longest"), [(1, 1), (2, 2), (5, 16), (6, 20), (9, 20)])
 def test_waits_of_our_own_grow_and_differ(tries: int, longest: float) -> None:
     counted = client_module._Tries(Patience(tries=9, deadline_seconds=1, retry_after_seconds=1))
-    counted.made = tries
+    counted.count = tries
     state = tenacity.RetryCallState(tenacity.Retrying(), None, (), {})
     waits = [counted.pause(state) for _ in range(500)]
     assert longest / 4 <= min(waits) < longest / 2
@@ -652,7 +652,7 @@ def test_a_wait_that_means_nothing_is_taken_for_none(
         assert ask(sandbox.url)[0].body == BODY
         assert len(sandbox.requests) == 3
     assert "trying again in 0.0 s" in caplog.text
-    assert "come back" not in caplog.text
+    assert "asks for a retry" not in caplog.text
 
 
 def test_an_empty_retry_after_is_taken_for_none() -> None:
@@ -912,7 +912,7 @@ def garbage() -> bytes:
 
 @pytest.mark.parametrize(
     ("body", "said"),
-    [(bomb, "larger than 67,108,864 bytes"), (garbage, "something behind it")],
+    [(bomb, "larger than 67,108,864 bytes"), (garbage, "followed by other bytes")],
 )
 def test_a_huge_body_is_refused_in_little_more_memory_than_the_largest_takes(
     body: Callable[[], bytes], said: str
@@ -999,7 +999,7 @@ def test_a_drip_is_ended_by_the_deadline_of_the_whole_request(
     monkeypatch.setattr(client_module, "TRIES", 2)
     with RawServer(speak) as server:
         begun = time.monotonic()
-        with pytest.raises(ApiUnavailableError, match=r"no whole answer within 0 s|timed out"):
+        with pytest.raises(ApiUnavailableError, match=r"no complete answer within 0 s|timed out"):
             ask(server.url)
         assert time.monotonic() - begun < LONG
         assert len(server.heads) == 2
@@ -1182,7 +1182,7 @@ def test_an_answer_with_a_wrong_label_is_taken_and_told_once(
         for _ in range(2):
             assert client.get("/models", {}, read)[1] == 1
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert f"calls its answer to /models {label!a}, but it is JSON" in caplog.text
+    assert f"labelled its response to /models as {label!a}; it parses as JSON" in caplog.text
 
 
 @pytest.mark.parametrize("label", ["", "application/json; charset=utf-8", "application/problem+JSON"])

@@ -57,9 +57,9 @@ def test_verify_counts_damaged_extracts_in_one_sentence(
     damage(Path(loaded.landing))
     [sentence] = verify(loaded).findings
     assert "the landed pages of 4 extracts are damaged or gone" in sentence
-    assert "is FALETL_LANDING right" in sentence
+    assert "check FALETL_LANDING" in sentence
     assert "The first: " in sentence
-    assert "restore it, or read the window again with faletl run --start" in sentence
+    assert "restore it, or fetch the window again with faletl run --start" in sentence
 
 
 @pytest.mark.parametrize("damage", [damage_pages, damage_manifests])

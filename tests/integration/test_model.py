@@ -144,7 +144,7 @@ def test_charges_that_differ_from_usage_are_loaded_after_two_equal_walks(
     assert pipeline.run(settings, Asked(start=truth.day(21), end=truth.day(23))).exit_code == 0
     assert Counter(ask(settings, HELD_CHARGES)) == charge_rows(account)
     assert proofs(settings) == [("summary",)]  # of the 22nd; the missing ones are of the 21st
-    assert "two walks agree, but fal's usage says otherwise" in caplog.text
+    assert "two walks agree with each other, but not with fal's usage" in caplog.text
     walks = [r for r in sandbox.requests if r.path == "/models/billing-events"]
     days = Counter(r.query["start"][0][:10] for r in walks if "cursor" not in r.query)
     # The first of several pages comes twice. A day that lacks a charge is asked for in halves.
@@ -198,7 +198,7 @@ def test_charges_are_proven_by_usage_in_dollars_alone(
     clock.shift(timedelta(days=3))
     pipeline.run(settings)
     assert proofs(settings) == [("two walks",)]
-    assert "two walks agree, but fal's usage says otherwise" in caplog.text
+    assert "two walks agree with each other, but not with fal's usage" in caplog.text
 
 
 def test_one_tiny_charge_among_many_is_missed(

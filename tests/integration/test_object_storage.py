@@ -291,7 +291,7 @@ def test_an_interrupted_read_is_dropped_a_day_later_and_cannot_be_sealed_then(
     assert attempt.folder in prune(stored)[0]
     complete = list(extracts.complete_reads(stored))
     manifest = msgspec.structs.replace(extracts.open_read(complete[0]).manifest, calls=[call])
-    with pytest.raises(StorageError, match="was deleted while the window was read"):
+    with pytest.raises(StorageError, match="was deleted while the window was fetched"):
         attempt.seal(manifest)
     assert list(extracts.complete_reads(stored)) == complete
 
@@ -378,7 +378,8 @@ def test_what_is_not_installed_is_named(url: str, monkeypatch: pytest.MonkeyPatc
     if url.startswith("s3"):
         monkeypatch.setitem(sys.modules, "upath", None)
     with pytest.raises(
-        SettingsError, match=r"FALETL_LANDING: .* (pip install '/path/to/faletl\[s3\]'|no object store)"
+        SettingsError,
+        match=r"FALETL_LANDING: .* (pip install '/path/to/faletl\[s3\]'|not an object store)",
     ):
         parse_location(url)
 

@@ -147,7 +147,7 @@ def readers_copy(settings: Settings) -> object:
 
 
 ADVICE = re.compile(
-    "try again later|run again|check FAL_KEY|quarantine list|is not loaded|reads the window again"
+    "try again later|run again|check FAL_KEY|quarantine list|is not loaded|fetches the window again"
 )
 
 
@@ -220,7 +220,7 @@ def test_a_failure_of_many_windows_is_one_line_with_their_number_the_first_and_t
         "faletl: 5 windows, usage 2026-11-15 to usage 2026-11-19: faletl stopped asking fal: the last "
         "try failed; fal answered 429 to /models/usage: "
     )
-    assert re.search(r"it asks to come back in 9999 s \(20\d\d-\d\d-\d\dT[\d:]+Z\)", line)
+    assert re.search(r"it asks for a retry in 9999 s \(20\d\d-\d\d-\d\dT[\d:]+Z\)", line)
     last = json.loads(told.stderr.splitlines()[-1])
     assert (last["error"], last["windows"], last["first"], last["last"], last["retry_after"]) == (
         "CircuitOpenError", 5, "usage 2026-11-15", "usage 2026-11-19", 9999,

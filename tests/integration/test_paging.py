@@ -208,7 +208,7 @@ def test_a_walk_of_more_bytes_than_can_be_meant_comes_to_an_end_and_leaves_none(
     endless = Script({cursor: page(cursor=str(n) * 1000) for n, cursor in enumerate([None, "0" * 1000])})
     endless.pages["1" * 1000] = body
     with Sandbox(truth.Account(), fault=endless) as sandbox:
-        with pytest.raises(ContractError, match="announced still more") as caught:
+        with pytest.raises(ContractError, match="and announced more") as caught:
             fetch(settings_for(sandbox.url, tmp_path))
         assert len(sandbox.requests) == caught.value.facts["page"] == 3
     assert list(tmp_path.rglob("*.zst")) == []
@@ -351,9 +351,9 @@ def test_a_page_is_counted_by_its_records() -> None:
     assert read_envelope(b"{}", CREDITS.rows_path) == (1, None)
     backslash = page([{"endpoint_id": "\\u0000"}])  # no NUL, but the text of one
     assert read_envelope(backslash, ("models",)) == (1, None)
-    with pytest.raises(ContractError, match="fal's answer holds a NUL"):
+    with pytest.raises(ContractError, match="fal's answer contains a NUL"):
         read_envelope(page([{"endpoint_id": "\\\0"}]), ("models",))
-    with pytest.raises(MalformedBodyError, match="is no whole JSON document"):
+    with pytest.raises(MalformedBodyError, match="is not a complete JSON document"):
         read_envelope(nested[:-1], USAGE.rows_path)
 
 

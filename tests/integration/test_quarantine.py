@@ -83,7 +83,7 @@ def test_a_row_of_no_value_is_set_aside_and_the_rest_is_loaded(
     assert report.exit_code == 0
     assert total(settings) == Decimal("0.025")
     of = "" if field == "endpoint_id" else f" ({truth.VIDEO})"
-    assert f"1 of fal's rows cannot be right (page 1 row 2{of}: " in caplog.text
+    assert f"1 row violates fal's contract (page 1 row 2{of}: " in caplog.text
     assert "they are quarantined and the others are loaded" in caplog.text
     [(page, row, why, raw, landing_path, resolved_at)] = ask(
         settings, "select page, row, reason, raw_json, landing_path, resolved_at from ops.quarantine"
@@ -110,8 +110,8 @@ def test_a_row_that_may_be_of_value_refuses_its_window_and_no_other(
     assert report.exit_code == 3
     [(_, error)] = report.failures
     assert reason in str(error)
-    assert "of value" in str(error)
-    assert str(error).startswith("usage, window 2026-11-22, page 1: 1 of fal's rows cannot be right")
+    assert "have a value" in str(error)
+    assert str(error).startswith("usage, window 2026-11-22, page 1: 1 row violates fal's contract")
     assert total(settings) == 0
     assert ask(settings, "select window_start::date::varchar from ops.loads order by 1") == [
         ("2026-11-21",), ("2026-11-23",)

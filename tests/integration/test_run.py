@@ -431,7 +431,7 @@ def test_rows_that_do_not_add_up_are_read_once_more_and_then_refused(
     assert [type(error) for _, error in report.failures] == [UnprovenError]
     told = str(report.failures[0][1])
     assert told.startswith("usage, window 2026-11-22: ")
-    assert "cost_total 0.025 held, " in told
+    assert "cost_total 0.025 fetched, " in told
     assert sum(is_summary(request) for request in server.requests) == 2
     assert total(settings) == 0
     assert ask(settings, "select count(*) from ops.loads where resource = 'usage'") == [(2,)]

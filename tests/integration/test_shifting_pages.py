@@ -247,7 +247,7 @@ def test_a_day_that_never_holds_still_is_refused_and_says_so(
     with pytest.raises(UnprovenError) as caught:
         taken(client, server, resource, tmp_path)
     assert str(caught.value).startswith(f"{resource.name}, window 2026-11-21: the rows ")
-    assert "the next run reads the window again (fal request " in str(caught.value)
+    assert "the next run fetches the window again (fal request " in str(caught.value)
     assert caught.value.exit_code == 3
     sealed = map(extracts.open_read, extracts.complete_reads(given(server, tmp_path)))
     folder = tmp_path / "landing/acme" / resource.name / "2026-11-21"
@@ -354,14 +354,14 @@ def test_rows_cut_off_the_only_page_are_missed(
     edit(server, account, 1, lambda records: records.pop(), walks=9)
     server.page_size = 100
     if resource is USAGE:
-        with pytest.raises(UnprovenError, match=r"quantity 7 held, 8 by fal"):
+        with pytest.raises(UnprovenError, match=r"quantity 7 fetched, 8 by fal"):
             taken(client, server, resource, tmp_path)
         return
     staged = taken(client, server, resource, tmp_path)
     assert (told(resource, account.lines) - held(staged)).total() == 1
     # Usage is another ledger: charges that are the same twice are taken, and the difference is told.
     assert staged.proof == "two walks"
-    assert "but fal's usage says otherwise" in caplog.text
+    assert "but not with fal's usage" in caplog.text
 
 
 @pytest.mark.parametrize("page_size", [1, 3, 100])
@@ -402,7 +402,7 @@ def test_an_open_day_that_grows_while_it_is_walked_is_taken_as_it_is_and_closed_
     usage = Asked(truth.day(23), resources=["usage"])
     serve(server, account, 3, on_page(2, lambda: account.lines.append(line(today, quantity="5"))))
     assert pipeline.run(mine, usage).exit_code == 0
-    assert "the day is still open and does not add up" in caplog.text
+    assert "the day is still open, and its rows do not yet add up" in caplog.text
     loads = "select proof, is_provisional from ops.loads where is_current"
     assert ask(mine, loads) == [("differs", True)]
 

@@ -191,8 +191,8 @@ def test_a_folder_that_another_run_took_up_first_is_left_to_it(
     sealed(read(settings))
     theirs = read(settings)
     ids = iter([theirs.load_id, extracts.new_extract_id(NOW)])
-    monkeypatch.setattr(extracts, "new_load_id", lambda _: next(ids))
-    monkeypatch.setattr(extracts, "_beside", lambda _: theirs.folder)
+    monkeypatch.setattr(extracts, "new_extract_id", lambda _: next(ids))
+    monkeypatch.setattr(extracts, "_folder_next_to", lambda _: theirs.folder)
 
     assert extracts.resume(settings, "acme", "usage", DAY, NOW) is None
     ours = extracts.begin(settings, "acme", "usage", DAY, NOW)
@@ -288,7 +288,7 @@ def test_a_read_whose_pages_were_deleted_is_never_complete(settings: Settings) -
     record = attempt.describe_existing("rows", ASKED, page(1))
     (attempt.folder / record.file).unlink()
 
-    with pytest.raises(StorageError, match=f"{record.file} was deleted while the window was read"):
+    with pytest.raises(StorageError, match=f"{record.file} was deleted while the window was fetched"):
         attempt.seal(manifest_of(attempt, record))
     assert not extracts.is_complete(attempt.folder)
 
@@ -396,7 +396,7 @@ def test_a_page_that_was_changed_is_told_with_what_to_do(settings: Settings) -> 
     (kept,) = done.manifest.pages("rows")
     (done.folder / kept.file).write_bytes(b"")
 
-    told = "is not the one that fal sent; restore it, or read the window again with faletl run --start"
+    told = "is not the one that fal sent; restore it, or fetch the window again with faletl run --start"
     with pytest.raises(TamperedError, match=f"{kept.file} {told}"):
         done.body(kept)
 

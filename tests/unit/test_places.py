@@ -15,7 +15,7 @@ from faletl.files import copy_file
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file of several chunks."""
-    monkeypatch.setattr(files, "_CHUNK", 4096)
+    monkeypatch.setattr(files, "_CHUNK_BYTES", 4096)
     path = tmp_path / "source"
     path.write_bytes(os.urandom(3 * 4096 + 1))
     return path

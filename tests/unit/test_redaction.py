@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from faletl.redaction import REDACTED, SHORTEST, without
+from faletl.redaction import MIN_SECRET_CHARACTERS, REDACTED, without
 
 SECRET = "9f5ec7e70f5e/c7e77e+577e577e577e99"  # noqa: S105  # of nobody
 
@@ -38,7 +38,9 @@ ESCAPES: dict[str, Callable[[str], str]] = {
     ),
 }
 
-TEXTS = st.text(string.ascii_letters + string.digits + "-_+/=.:", min_size=SHORTEST, max_size=60)
+TEXTS = st.text(
+    string.ascii_letters + string.digits + "-_+/=.:", min_size=MIN_SECRET_CHARACTERS, max_size=60
+)
 """What fal's keys are made of, and more."""
 
 
@@ -92,5 +94,5 @@ def readable(body: bytes, secret: str) -> bool:
     coded = [base64.b64encode(b"\0" * lead + secret.encode()).rstrip(b"=")[4:-4] for lead in range(3)]
     coded += [one.replace(b"+", b"-").replace(b"/", b"_") for one in coded]
     return any(one in folded for one in shown) or any(
-        len(one) >= SHORTEST and one in b"\n".join(texts) for one in coded
+        len(one) >= MIN_SECRET_CHARACTERS and one in b"\n".join(texts) for one in coded
     )

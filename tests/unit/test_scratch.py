@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from faletl.files import _delete_what_the_dead_left, scratch_folder
+from faletl.files import _delete_abandoned, scratch_folder
 from tests.forked import fork, suffer
 
 
@@ -35,11 +35,11 @@ def test_what_a_killed_process_left_goes_with_the_next_and_what_is_held_stays(
     os.utime(never_held, (0, 0))
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    _delete_what_the_dead_left.cache_clear()
+    _delete_abandoned.cache_clear()
     stays = {about_to_be_held, of_others}
     with scratch_folder() as mine:
         assert set(tmp_path.iterdir()) == {mine, *stays}
-        _delete_what_the_dead_left.cache_clear()
+        _delete_abandoned.cache_clear()
         with scratch_folder() as another:
             assert set(tmp_path.iterdir()) == {mine, another, *stays}
     assert set(tmp_path.iterdir()) == stays
