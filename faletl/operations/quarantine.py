@@ -22,7 +22,7 @@ from faletl.warehouse.tables import QUARANTINE
 from faletl.windows import DAY
 
 
-def rows_set_aside(
+def quarantined_rows(
     settings: Settings, load_id: str | None = None, *, is_open: bool = True
 ) -> Sequence[sa.RowMapping]:
     """The rows in ops.quarantine, the newest reads first: of one read, or all, resolved ones or not.
@@ -54,7 +54,7 @@ def retry(settings: Settings, load_ids: Sequence[str] = (), progress: Progress =
         TamperedError: their landed pages are gone, or are not those that were landed.
     """
     report = Report(new_run_id())
-    found = rows_set_aside(settings)
+    found = quarantined_rows(settings)
     if gone := sorted(set(load_ids) - {row["load_id"] for row in found}):
         raise UsageError(f"nothing is open of a read {gone[0]!a}; see faletl quarantine list --all")
     rows = {row["load_id"]: row for row in found if not load_ids or row["load_id"] in load_ids}

@@ -228,7 +228,7 @@ def test_before_the_first_run_there_is_fals_figure_alone(settings: Settings, tmp
     done = faletl("estimate", f"{truth.FLUX}=100", settings=settings, folder=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert re.search(r"^fal-ai/flux/dev +100 +2.5 +USD +no history *$", done.stdout, re.MULTILINE)
-    assert "Nothing charged to this account is published yet" in done.stdout
+    assert "No charges of this account are published yet" in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 
