@@ -34,10 +34,10 @@ from faletl.warehouse.tables import LOADS
 
 if TYPE_CHECKING:  # client and models take a second to import, and status needs neither
     from faletl.line.plan import Forecast
-    from faletl.operations.check import Checked
+    from faletl.operations.check import CheckReport
     from faletl.operations.estimate import Estimates
     from faletl.operations.maintain import Freed
-    from faletl.operations.validate import Verdict
+    from faletl.operations.validate import GateReport
 
 
 Format = Literal["table", "csv", "json", "parquet"]
@@ -367,16 +367,16 @@ def _print_table(names: Sequence[str], lines: Sequence[Sequence[str]], left: int
 # --- faletl validate, faletl quarantine -----------------------------------------------------------
 
 
-def print_validations(verdict: Verdict) -> None:
+def print_validations(report: GateReport) -> None:
     """Print per resource how many windows were validated, and how many expectations failed."""
-    if not verdict.judged:
+    if not report.judged:
         sys.stdout.write("nothing to validate: no such window is loaded\n")
         return
     severities = ("critical", "warning", "info")
     names = ("resource", "windows", "rows", "expectations", *severities)
     lines = []
     for name in RESOURCES:
-        if windows := [window for window in verdict.judged if window.resource == name]:
+        if windows := [window for window in report.judged if window.resource == name]:
             rows = sum(window.rows for window in windows)
             sums = (len(windows), rows, sum(len(window.validations) for window in windows))
             failed = [sum(window.failures(level) for window in windows) for level in severities]
@@ -411,7 +411,7 @@ def print_quarantined_rows(rows: Sequence[sa.RowMapping]) -> None:
 # --- faletl check ---------------------------------------------------------------------------------
 
 
-def print_check(settings: Settings, report: Checked) -> None:
+def print_check(settings: Settings, report: CheckReport) -> None:
     """Print the account, and per resource whether it can be read (and the key, if there are two).
 
     Print nothing if the check learned nothing.

@@ -518,7 +518,7 @@ def test_what_landed_is_pruned_verified_and_rebuilt_from_a_terminal(tmp_path: Pa
     lost = settings.model_copy(update={"warehouse": f"duckdb:///{tmp_path / 'typo.duckdb'}"})
     du = faletl("landing", "du", settings=lost)
     assert du.returncode == 0
-    assert "so none is dropped; is FALETL_WAREHOUSE right?" in du.stdout
+    assert "so none is deleted; check FALETL_WAREHOUSE" in du.stdout
     assert faletl("landing", "prune", settings=lost).returncode == 2
     assert faletl("maintain", settings=lost).returncode == 2
     for options, heading in ((("--dry-run",), "would be deleted"), ((), "deleted")):

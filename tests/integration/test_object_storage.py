@@ -324,7 +324,7 @@ def test_maintain_frees_there_what_it_frees_in_a_folder(
 
     freed = {one.kind: one for one in maintain(settings).freed}
 
-    assert freed["snapshots like the one before"].files == 2 * 3  # of four readings two
+    assert freed["snapshots equal to the one before"].files == 2 * 3  # of four readings two
     assert freed["superseded extracts"].files == 4 * 4  # of five of that day four
     assert len(objects(settings)) == landed - 2 * 3 - 4 * 4
     again = [one for one in maintain(settings).freed if one.kind != "abandoned temporary folders"]
