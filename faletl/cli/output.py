@@ -325,7 +325,10 @@ def print_landing(settings: Settings) -> None:
 
 def print_freed(freed: Sequence[Freed], *, is_dry: bool) -> None:
     """Print rows, files and bytes of each kind that was deleted, or would be."""
-    lines = [(kind.kind, *map("{:,}".format, (kind.rows, kind.files, kind.bytes))) for kind in freed]
+    lines = [
+        (deleted.kind, *map("{:,}".format, (deleted.rows, deleted.files, deleted.bytes)))
+        for deleted in freed
+    ]
     _print_table(("would be deleted" if is_dry else "deleted", "rows", "files", "bytes"), lines, left=1)
 
 
