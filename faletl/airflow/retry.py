@@ -1,4 +1,4 @@
-"""When Airflow is to run a failed task again: as the error says, not as often as it may."""
+"""The retry policy of failed tasks: it follows the error, not the number of tries alone."""
 
 from __future__ import annotations
 

@@ -453,7 +453,7 @@ def test_a_demo_leaves_a_folder_in_use_as_it_is(tmp_path: Path) -> None:
         (folder / "owners.csv").write_bytes(b"mine, too")
         done = faletl("demo", "--folder", str(folder))
         assert done.returncode == 2
-        assert "no demo made" in done.stderr
+        assert "not of a demo" in done.stderr
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
             name: b"mine", "owners.csv": b"mine, too",
         }  # fmt: skip
@@ -483,7 +483,7 @@ def test_the_folder_of_an_older_demo_is_taken_over_and_a_real_warehouse_is_not(
                 assert not (folder / "warehouse.duckdb").exists()
                 assert (folder / "faletl.duckdb").exists()
             else:
-                with pytest.raises(UsageError, match="no demo made"):
+                with pytest.raises(UsageError, match="not of a demo"):
                     demo.run(folder, silent)
                 assert (folder / "warehouse.duckdb").read_bytes() == before
 
