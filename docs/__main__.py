@@ -1,4 +1,4 @@
-"""`python -m docs`: write the documents that are made of the code."""
+"""`python -m docs`: write the documents that are generated from the code."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from docs import dictionary, examples, star_schema, suites
 
-MADE: Mapping[str, Callable[[], str]] = {
+DOCUMENTS: Mapping[str, Callable[[], str]] = {
     "data-dictionary.md": dictionary.document,
     "star-schema.svg": star_schema.picture,
     "queries.md": examples.queries,
@@ -15,8 +15,8 @@ MADE: Mapping[str, Callable[[], str]] = {
     "validation.md": lambda: examples.outputs(suites.document()),
     "../README.md": examples.readme,
 }
-"""Each document, seen from this folder, that the code makes or fills with what it really prints."""
+"""Documents, relative to this folder, that are generated or filled with real output."""
 
 if __name__ == "__main__":
-    for name, make in MADE.items():
+    for name, make in DOCUMENTS.items():
         (Path(__file__).parent / name).write_text(make(), "utf-8")

@@ -1,7 +1,7 @@
-"""The data dictionary: what a warehouse says of itself, asked of an empty one that was really built.
+"""The data dictionary, read from an empty warehouse that is really built.
 
-Names, types and comments are those in the database; what it cannot hold is the grain, and in DuckDB what
-a schema is for.
+Names, types and comments come from the database. It cannot store the grain of a table and, in DuckDB,
+the purpose of a schema.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ INTRODUCTION = """\
 
 <!-- Made by `make docs` from the comments in sql/, faletl/resources.py, faletl/warehouse/tables.py. -->
 
-Every schema, table, view and column, in reading order. The descriptions are those that the database has
-as comments, the types are DuckDB's. The grain is what tells rows apart: the columns of which no two rows
-hold the same values; none where there are no such columns. Instants of `raw` and `ops` carry their zone,
-those of the models are in UTC. How facts and dimensions join: [the star schema](star-schema.svg).
+Every schema, table, view and column, in reading order. The descriptions are the comments in the
+database, the types are DuckDB's. The grain of a table is the set of columns that identifies a row; it
+is none if no set of columns does. Instants in `raw` and `ops` have a time zone, those in the models are
+in UTC. How facts and dimensions join: [the star schema](star-schema.svg).
 """
 
 RELATIONS = """
@@ -43,7 +43,7 @@ COLUMNS = """
 
 
 def document() -> str:
-    """The dictionary, in Markdown."""
+    """Return the dictionary, in Markdown."""
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings.isolated(warehouse=f"duckdb:///{Path(folder) / 'empty.duckdb'}")
         warehouse = open_warehouse(settings)
@@ -53,32 +53,32 @@ def document() -> str:
 
 
 def _contents(connection: sa.Connection) -> Iterator[str]:
-    found = connection.execute(sa.text(RELATIONS)).all()
+    relations = connection.execute(sa.text(RELATIONS)).all()
     for schema in SCHEMAS:
-        links = [f"[{row.name}](#{schema}{row.name})" for row in found if row.schema_name == schema]
+        links = [f"[{row.name}](#{schema}{row.name})" for row in relations if row.schema_name == schema]
         yield f"- [**{schema}**](#{schema}): {' · '.join(links)}"
     yield ""
 
 
 def _schemas(connection: sa.Connection) -> Iterator[str]:
-    found = connection.execute(sa.text(RELATIONS)).all()
+    relations = connection.execute(sa.text(RELATIONS)).all()
     grains = {table.fullname: table.info["grain"] for table in METADATA.tables.values()}
     grains |= {model.table: model.grain for model in models()}
     for schema, purpose in SCHEMAS.items():
         yield f"## {schema}\n\n{purpose}\n"
-        for row in found:
+        for row in relations:
             if row.schema_name != schema:
                 continue
             grain = ", ".join(f"`{column}`" for column in grains[f"{schema}.{row.name}"])
             yield f"### {schema}.{row.name}\n\n{_text(row.comment)}\n"
             yield f"{row.kind}. Grain: {grain or 'none'}.\n"
-            yield "| column | type | holds |\n| --- | --- | --- |"
-            asked = sa.text(COLUMNS).bindparams(schema=schema, name=row.name)
-            for column in connection.execute(asked):
+            yield "| column | type | meaning |\n| --- | --- | --- |"
+            query = sa.text(COLUMNS).bindparams(schema=schema, name=row.name)
+            for column in connection.execute(query):
                 yield f"| `{column.column_name}` | {column.data_type} | {_text(column.comment)} |"
             yield ""
 
 
 def _text(comment: str) -> str:
-    """The comment, with nothing in it that Markdown would take for its own."""
+    """Escape the characters of a comment that have a meaning in Markdown."""
     return re.sub(r"([|*<>`\[\]])", r"\\\1", comment)

@@ -1,4 +1,4 @@
-"""Outputs in the documents: what they show is run against the demo, at a time that stands still."""
+"""Outputs in the documents: commands and queries are run against the demo, at a fixed time."""
 
 from __future__ import annotations
 
@@ -33,41 +33,41 @@ _SHOWN_ROWS = 2
 
 
 def queries() -> str:
-    """docs/queries.md with the output of each query."""
+    """Return docs/queries.md with the output of each query."""
     page = (FOLDER / "queries.md").read_text("utf-8")
     return _QUERY.sub(
-        lambda found: f"```sql\n{found['sql']}```\n\n```text\n{_rows(found['sql'])}```\n", page
+        lambda match: f"```sql\n{match['sql']}```\n\n```text\n{_rows(match['sql'])}```\n", page
     )
 
 
 def bi() -> str:
-    """docs/bi.md with the output of each script that shows one."""
+    """Return docs/bi.md with the output of each script that has one."""
     page = (FOLDER / "bi.md").read_text("utf-8")
     return _SCRIPT.sub(
-        lambda found: f"{found['script']}\n```text\n{_script_output(found['code'])}```\n", page
+        lambda match: f"{match['script']}\n```text\n{_script_output(match['code'])}```\n", page
     )
 
 
 def readme() -> str:
-    """README.md with the end of the demo, and the output of each query."""
+    """Return README.md with the first answers of the demo, and the output of each query."""
     page = (FOLDER.parent / "README.md").read_text("utf-8")
     return outputs(_FIRST_ANSWERS.sub(lambda _: "".join(_excerpt(_first_answers())), page))
 
 
 def outputs(page: str) -> str:
-    """The page with the output of each `faletl sql` in it."""
-    return _COMMAND.sub(lambda found: found["line"] + _rows(found["sql"]), page)
+    """Return the page with the output of each `faletl sql` in it."""
+    return _COMMAND.sub(lambda match: match["line"] + _rows(match["sql"]), page)
 
 
 def _rows(sql: str) -> str:
-    """What `faletl sql` prints."""
+    """Return the output of `faletl sql`."""
     return _printed(lambda: print_query(warehouse(), sql, "table"))
 
 
 def _script_output(code: str) -> str:
-    """What Python prints in the folder of the warehouse and its published copy."""
+    """Return the output of the Python code, run in the folder of the warehouse."""
     with contextlib.chdir(Path(warehouse().warehouse.removeprefix("duckdb:///")).parent):
-        return _printed(lambda: exec(code, {}))  # noqa: S102  # it is ours, and what is to be tried
+        return _printed(lambda: exec(code, {}))  # noqa: S102  # the code is from our own document
 
 
 def _first_answers() -> str:
@@ -75,8 +75,8 @@ def _first_answers() -> str:
 
 
 def _excerpt(output: str) -> Iterator[str]:
-    """The total, the last days, and of each answer the first rows."""
-    total, days, *tables, _where_to_go_on = output.strip("\n").split("\n\n")
+    """Yield the total, the last days, and the first rows of each answer."""
+    total, days, *tables, _try_next = output.strip("\n").split("\n\n")
     yield f"{total}\n\n"
     yield "\n".join(days.splitlines()[-_SHOWN_DAYS:]) + "\n"
     for table in tables:
@@ -93,10 +93,10 @@ def _printed(show: Callable[[], None]) -> str:
 
 @cache
 def warehouse() -> Settings:
-    """The demo's, made once."""
+    """Return settings of the demo's warehouse, which is made once."""
     folder = Path(tempfile.mkdtemp(prefix="faletl-docs-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    with time_machine.travel(SHOWN_AT, tick=True):  # one price list comes after the other
+    with time_machine.travel(SHOWN_AT, tick=True):  # two price lists need two instants
         settings, report = demo.run(folder, silent)
     if report.exit_code:
         raise RuntimeError(report.failures)

@@ -21,18 +21,21 @@ _MARKED = re.compile(r"(?<=<!-- made by `make docs` -->\n).*?(?=<!-- end -->)", 
 
 
 def document() -> str:
-    """docs/validation.md with the table of what is expected."""
+    """Return docs/validation.md with the table of expectations."""
     page = (Path(__file__).parent / "validation.md").read_text("utf-8")
     return _MARKED.sub(lambda _: _table(), page)
 
 
 def _table() -> str:
-    """Each expectation with the resources whose suites have it, in the order of the suites."""
-    known: dict[tuple[str, str], list[str]] = {}
+    """Return a table of expectations and the resources that have them, in the order of the suites."""
+    resources_by_expectation: dict[tuple[str, str], list[str]] = {}
     for name, resource in RESOURCES.items():
-        for told in _suite(resource):
-            known.setdefault(told, []).append(name)
-    lines = (f"| {what} | {severity} | {_of(names)} |" for (what, severity), names in known.items())
+        for expectation in _suite(resource):
+            resources_by_expectation.setdefault(expectation, []).append(name)
+    lines = (
+        f"| {description} | {severity} | {_of(names)} |"
+        for (description, severity), names in resources_by_expectation.items()
+    )
     return _HEAD + "\n".join(lines) + "\n"
 
 
@@ -41,9 +44,9 @@ def _of(names: list[str]) -> str:
 
 
 def _suite(resource: Resource) -> Iterator[tuple[str, str]]:
-    """Descriptions and severities, for a settled window of which all is known that can be."""
+    """Yield descriptions and severities of the suite for a settled window with all optional facts."""
     with tempfile.TemporaryDirectory() as scratch:
-        Gate(Settings.isolated(), Path(scratch))  # imports Great Expectations, and quietly
+        Gate(Settings.isolated(), Path(scratch))  # imports Great Expectations without its output
         from faletl.gate.expectations import PRICED, Facts, suite_of
 
         day = Window.of_day(date(2026, 11, 22))
