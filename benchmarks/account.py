@@ -1,4 +1,4 @@
-"""A large account for benchmarks: its pages in a folder, and a server that sends them."""
+"""A large account for benchmarks: pages in a folder, and a server that sends them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NOTHING = {
 
 
 def write_pages(feed: Feed, folder: Path) -> None:
-    """All answers: <day>/page-0.json and so on, <day>/usage.json."""
+    """Write all answers: <day>/page-0.json and so on, <day>/usage.json."""
     for number in range(feed.days):
         day = folder / str(feed.day(number))
         day.mkdir(parents=True)
@@ -32,28 +32,28 @@ def write_pages(feed: Feed, folder: Path) -> None:
             (day / f"page-{page}.json").write_bytes(feed.page(number, page))
 
 
-def total(feed: Feed) -> tuple[int, str]:
-    """How many charges are served, and their sum."""
-    charges = [one.nano for number in range(feed.days) for one in feed.events(number)]
+def served_total(feed: Feed) -> tuple[int, str]:
+    """Return the number of served charges, and their sum."""
+    charges = [event.nano for number in range(feed.days) for event in feed.events(number)]
     return len(charges), money(sum(charges))
 
 
-def held(database: Path, table: str) -> tuple[int, str]:
-    """How many charges a table of a DuckDB file has, and their sum."""
+def loaded_total(database: Path, table: str) -> tuple[int, str]:
+    """Return the number of charges in a table of a DuckDB file, and their sum."""
     with duckdb.connect(str(database), read_only=True) as connection:
-        found = connection.execute(
+        row = connection.execute(
             f"select count(*), cast(cast(sum(cost_total) as decimal(38, 9)) as varchar) from {table}"
         ).fetchone()
-    assert found is not None
-    return found[0], found[1]
+    assert row is not None
+    return row[0], row[1]
 
 
 @contextmanager
 def serving(folder: Path, latency_s: float = 0) -> Iterator[str]:
-    """Serve the folder from another process, each answer after so many seconds; the URL."""
+    """Serve the folder from another process, each answer after `latency_s` seconds; yield the URL."""
     context = multiprocessing.get_context("fork")
-    ready, told = context.Pipe()
-    process = context.Process(target=_serve, args=(folder, latency_s, told), daemon=True)
+    ready, sender = context.Pipe()
+    process = context.Process(target=_serve, args=(folder, latency_s, sender), daemon=True)
     process.start()
     try:
         yield f"http://127.0.0.1:{ready.recv()}/v1"
@@ -62,10 +62,11 @@ def serving(folder: Path, latency_s: float = 0) -> Iterator[str]:
         process.join()
 
 
-def _serve(folder: Path, latency_s: float, told: Any) -> None:
+def _serve(folder: Path, latency_s: float, sender: Any) -> None:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True  # or a body waits 40 ms for the acknowledgement of its headers
+        # Otherwise a body waits 40 ms for the acknowledgement of its headers.
+        disable_nagle_algorithm = True
 
         def do_GET(self) -> None:
             time.sleep(latency_s)
@@ -80,18 +81,18 @@ def _serve(folder: Path, latency_s: float, told: Any) -> None:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    told.send(server.server_address[1])
+    sender.send(server.server_address[1])
     server.serve_forever()
 
 
 def _answer(folder: Path, path: str) -> bytes:
     url = urlsplit(path)
     query = parse_qs(url.query)
-    what = url.path.rpartition("/")[2]
-    if what == "billing":
+    resource = url.path.rpartition("/")[2]
+    if resource == "billing":
         return b'{"username":"bench"}'
     day = date.fromisoformat(query["start"][0][:10])
     first = ["summary", "usage"] if query.get("expand") == ["summary"] else ["usage"]
-    names = query.get("cursor", first if what == "usage" else ["page-0"])
+    names = query.get("cursor", first if resource == "usage" else ["page-0"])
     pages = (folder / str(day) / f"{name}.json" for name in names)
-    return next((page.read_bytes() for page in pages if page.exists()), NOTHING[what])
+    return next((page.read_bytes() for page in pages if page.exists()), NOTHING[resource])

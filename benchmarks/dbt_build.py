@@ -1,11 +1,11 @@
-"""The models of sql/, built by faletl and by dbt: in full, and one more day of them.
+"""The models of sql/, built by faletl and by dbt: in full, and one more day.
 
     python -m benchmarks.dbt_build 1000000 5000000
 
-The same warehouse twice, filled by SQL (benchmarks/history.py). What dbt gets are these very selects: a
-model by day is an incremental one (delete+insert of the days), whose select is restricted to the day as
-faletl restricts it; views are views, all others tables. Both may use the same memory and two threads.
-Ours also runs its checks, dbt no tests. Medians of three rounds.
+There are two copies of one warehouse, filled by SQL (benchmarks/history.py). dbt gets the same
+selects: a model by day is incremental (delete+insert of the days), with the select restricted to
+the day as in faletl; views are views, all others tables. Both may use the same memory and two
+threads. faletl also runs its checks, dbt runs no tests. Medians of three rounds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import duckdb
 
 from benchmarks import ours
 from benchmarks.history import A_DAY, NEXT, fill
-from benchmarks.measure import Spent, environment_of, faletl, figures, median, spent, tell
+from benchmarks.measure import Spent, environment_of, faletl, figures, median, print_results, spent
 from faletl.config import Settings
 from faletl.models.catalogue import Model, models
 from faletl.models.days import Span, is_by_day, restricted
@@ -54,7 +54,7 @@ SCHEMAS = "{% macro generate_schema_name(name, node) %}{{ name or target.schema 
 
 
 def write_project(folder: Path, database: Path) -> None:
-    """A dbt project of our models over that database."""
+    """Write a dbt project of our models for the database."""
     (folder / "models").mkdir(parents=True)
     (folder / "macros").mkdir()
     (folder / "dbt_project.yml").write_text(PROJECT)
@@ -90,8 +90,8 @@ def _without_models(database: Path) -> None:
             connection.execute(f"drop {'view' if model.is_view else 'table'} {model.table}")
 
 
-def held(database: Path) -> dict[str, Any]:
-    """How many rows each model has."""
+def row_counts(database: Path) -> dict[str, Any]:
+    """Return the number of rows of each model."""
     with duckdb.connect(str(database), read_only=True) as connection:
         connection.execute("set TimeZone = 'UTC'")
         return {
@@ -101,51 +101,53 @@ def held(database: Path) -> dict[str, Any]:
 
 
 def measured(rows: int, python: Path) -> Iterator[dict[str, Any]]:
-    """The lines about a history of that many charges."""
+    """Yield the results for a history of `rows` charges."""
     with tempfile.TemporaryDirectory(prefix="faletl-bench-") as name:
         folder = Path(name)
         environment = ours.environment("http://127.0.0.1:1/v1", folder)
-        mine, theirs = folder / "warehouse.duckdb", folder / "dbt.duckdb"
+        ours_file, dbt_file = folder / "warehouse.duckdb", folder / "dbt.duckdb"
         account, days = environment["FALETL_ACCOUNT"], rows // A_DAY
 
-        def more(first: date, count: int) -> None:
-            for database in (mine, theirs) if theirs.exists() else (mine,):
+        def add_days(first: date, count: int) -> None:
+            for database in (ours_file, dbt_file) if dbt_file.exists() else (ours_file,):
                 fill(Settings.isolated(warehouse=f"duckdb:///{database}"), account, first, count, A_DAY)
 
         def by_dbt(*words: str) -> Spent:
             where = ["--project-dir", str(project), "--profiles-dir", str(project)]
             return spent([python.with_name("dbt"), "run", *words, *where], {"HOME": str(folder)})
 
-        more(NEXT - timedelta(days=days), days)
+        add_days(NEXT - timedelta(days=days), days)
         spent(faletl("build", "--full"), environment)
-        shutil.copyfile(mine, theirs)
-        _without_models(theirs)
+        shutil.copyfile(ours_file, dbt_file)
+        _without_models(dbt_file)
         project = folder / "project"
-        write_project(project, theirs)
-        found: dict[tuple[str, str], list[Spent]] = {}
+        write_project(project, dbt_file)
+        results: dict[tuple[str, str], list[Spent]] = {}
         for number in range(ROUNDS):
             full = spent(faletl("build", "--full"), environment)
-            found.setdefault(("full build", "faletl"), []).append(full)
-            found.setdefault(("full build", "dbt"), []).append(by_dbt("--full-refresh"))
+            results.setdefault(("full build", "faletl"), []).append(full)
+            results.setdefault(("full build", "dbt"), []).append(by_dbt("--full-refresh"))
             day = NEXT + timedelta(days=number)
-            more(day, 1)
-            found.setdefault(("one more day", "faletl"), []).append(spent(faletl("build"), environment))
+            add_days(day, 1)
+            results.setdefault(("one more day", "faletl"), []).append(
+                spent(faletl("build"), environment)
+            )
             vars_ = json.dumps({"day": f"{day}", "next": f"{day + timedelta(days=1)}"})
-            found.setdefault(("one more day", "dbt"), []).append(by_dbt("--vars", vars_))
-            assert held(mine) == held(theirs)
-        for (work, tool), those in found.items():
-            yield {"work": work, "charges": rows, "tool": tool, **figures(median(those))}
+            results.setdefault(("one more day", "dbt"), []).append(by_dbt("--vars", vars_))
+            assert row_counts(ours_file) == row_counts(dbt_file)
+        for (work, tool), runs in results.items():
+            yield {"work": work, "charges": rows, "tool": tool, **figures(median(runs))}
 
 
 def main() -> None:
-    """See the module."""
+    """Run the benchmark that the module describes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("rows", type=int, nargs="+", help="charges that are there before")
-    parser.add_argument("--python", type=Path, help="of an environment that has dbt already")
-    asked = parser.parse_args()
+    parser.add_argument("rows", type=int, nargs="+", help="charges in the history")
+    parser.add_argument("--python", type=Path, help="Python of an environment with dbt")
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="faletl-dbt-") as name:
-        python = asked.python or environment_of(Path(name) / "dbt", PACKAGES)
-        tell([line for rows in asked.rows for line in measured(rows, python)])
+        python = arguments.python or environment_of(Path(name) / "dbt", PACKAGES)
+        print_results([line for rows in arguments.rows for line in measured(rows, python)])
 
 
 if __name__ == "__main__":

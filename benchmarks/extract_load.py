@@ -1,10 +1,10 @@
-"""A day of billing events, extracted and loaded: ours beside DuckDB alone, dlt and pandas.
+"""Extract and load a day of billing events: faletl, DuckDB alone, dlt and pandas.
 
     python -m benchmarks.extract_load --events 1000000
 
-Ours is `faletl run` without its build: all pages landed compressed, every amount exact, the day proven
-against fal's usage, one transaction. DuckDB alone reads the same records from the disk, without any of
-that: what no tool on DuckDB can beat. The peers ask the same server (benchmarks/peers). CPU counts;
+faletl is `faletl run` without its build: all pages landed compressed, every amount exact, the day proven
+against fal's usage, one transaction. DuckDB alone reads the same records from disk, without any of that:
+no tool on DuckDB can be faster. The peers call the same server (benchmarks/peers). The figure is CPU;
 medians of five rounds.
 """
 
@@ -21,8 +21,8 @@ import duckdb
 import msgspec
 
 from benchmarks import ours
-from benchmarks.account import held, serving, total, write_pages
-from benchmarks.measure import ROUNDS, Spent, environment_of, figures, side_by_side, spent, tell
+from benchmarks.account import loaded_total, served_total, serving, write_pages
+from benchmarks.measure import ROUNDS, Spent, environment_of, figures, print_results, side_by_side, spent
 from tests.feed import Feed
 
 DAY = date(2026, 11, 1)
@@ -34,38 +34,44 @@ PACKAGES = (
 
 
 def main() -> None:
-    """See the module."""
+    """Run the benchmark that the module describes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--events", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--python", type=Path, help="of an environment that has the peers already")
+    parser.add_argument("--python", type=Path, help="Python of an environment with the peers")
     parser.add_argument("--without", nargs="*", default=[], help="peers to leave out")
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="faletl-bench-") as name:
         root = Path(name)
-        python = asked.python or environment_of(root / "peers", PACKAGES)
-        feed = Feed(DAY, 1, asked.events)
+        python = arguments.python or environment_of(root / "peers", PACKAGES)
+        feed = Feed(DAY, 1, arguments.events)
         write_pages(feed, root / "pages")
         for page in (root / "pages").glob("*/page-*.json"):
             records = msgspec.json.decode(page.read_bytes(), type=dict[str, msgspec.Raw])
             page.with_name(f"records-{page.stem}.json").write_bytes(records["billing_events"])
-        served = total(feed)
+        served = served_total(feed)
         with serving(root / "pages") as url:
 
             def fresh(run: Callable[[Path], Spent], table: str) -> Callable[[], Spent]:
                 def once() -> Spent:
                     folder = root / "run"
                     folder.mkdir()
-                    found = run(folder)
-                    assert held(folder / "warehouse.duckdb", table) == served, table
+                    results = run(folder)
+                    assert loaded_total(folder / "warehouse.duckdb", table) == served, table
                     shutil.rmtree(folder)
-                    return found
+                    return results
 
                 return once
 
-            def peer(script: str, *given: str) -> Callable[[Path], Spent]:
+            def peer(script: str, *options: str) -> Callable[[Path], Spent]:
                 def run(folder: Path) -> Spent:
-                    words = [python, PEERS / script, *given[:1], folder / "warehouse.duckdb", *given[1:]]
+                    words = [
+                        python,
+                        PEERS / script,
+                        *options[:1],
+                        folder / "warehouse.duckdb",
+                        *options[1:],
+                    ]
                     return spent(words, {"HOME": str(folder)})
 
                 return run
@@ -80,13 +86,13 @@ def main() -> None:
                 "dlt arrow": fresh(peer("dlt_arrow_events.py", url, str(DAY)), "fal.billing_events"),
                 "dlt rest": fresh(peer("dlt_events.py", url, str(DAY), "1"), "fal.billing_events"),
             }
-            chosen = {name: run for name, run in variants.items() if name not in asked.without}
-            found = side_by_side(chosen, asked.rounds)
-    limit = found["duckdb"].cpu_s
-    tell(
-        {"work": "extract and load", "events": asked.events, "tool": name, **figures(one),
-         "times_duckdb": round(one.cpu_s / limit, 2)}
-        for name, one in found.items()
+            chosen = {name: run for name, run in variants.items() if name not in arguments.without}
+            results = side_by_side(chosen, arguments.rounds)
+    limit = results["duckdb"].cpu_s
+    print_results(
+        {"work": "extract and load", "events": arguments.events, "tool": name, **figures(result),
+         "times_duckdb": round(result.cpu_s / limit, 2)}
+        for name, result in results.items()
     )  # fmt: skip
 
 

@@ -1,11 +1,11 @@
-"""What a long history costs: one more day, the same day again, builds, and a dashboard's queries.
+"""The cost of a long history: one more day, the same day again, builds, and a dashboard's queries.
 
     python -m benchmarks.history 5000000 50000000
 
-The warehouse is filled by SQL with charges and usage as loads leave them, 100,000 of each day, and built
-once in full; beside that stands a plain copy of charges and usage. Then five more days come from a
-server, a run for each; each is read once more, unchanged; a hundred queries are put to the published
-copy. Commands are processes of their own, with the memory that is set by default.
+SQL fills the warehouse with charges and usage as loads do, 100,000 charges per day, and it is built
+once in full; a plain copy of charges and usage is measured for comparison. Then five more days come
+from a server, one run each; each day is fetched again, unchanged; a hundred queries run on the
+published copy. Each command is its own process, with the default memory limit.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import sqlalchemy as sa
 
 from benchmarks import ours
 from benchmarks.account import serving, write_pages
-from benchmarks.measure import ROUNDS, Spent, faletl, figures, median, spent, tell
+from benchmarks.measure import ROUNDS, Spent, faletl, figures, median, print_results, spent
 from faletl.config import Settings
 from faletl.warehouse import open_warehouse
 from faletl.warehouse.protocol import Lease
@@ -36,7 +36,7 @@ ENDPOINTS = 50
 A_DAY = 100_000
 NEXT = date(2026, 11, 1)
 
-# Each over many ranges of days; what they begin with is what dashboards group by.
+# Each runs over many ranges of days; their first columns are what dashboards group by.
 QUERIES = (
     (
         "select usage_date, sum(cost_total) from reports.rpt_spend_daily "
@@ -59,7 +59,7 @@ QUERIES = (
         "where usage_month >= date '{since}' order by usage_month, cost_total desc"
     ),
 )
-LOOKS = 100
+QUERY_COUNT = 100
 
 _EVENTS = """
     with numbers as (select unnest(range({rows})) as i)
@@ -102,7 +102,7 @@ with duckdb.connect({copy!r}, config={{"memory_limit": {memory!r}}}) as connecti
 
 
 def fill(settings: Settings, account: str, first: date, days: int, rows: int) -> None:
-    """So many charges on each of so many days, their usage by hour, and their lines in the ledger."""
+    """Add `rows` charges on each of `days` days, their usage by hour, and their rows in the ledger."""
     with open_warehouse(settings).lease("a benchmark") as lease:
         for number in range(days):
             _fill_day(lease, account, first + timedelta(days=number), rows)
@@ -123,10 +123,10 @@ def _fill_day(lease: Lease, account: str, day: date, rows: int) -> None:
                 endpoints=ENDPOINTS, keys=KEYS,
             )  # fmt: skip
             connection.exec_driver_sql(f"insert into raw.{resource} by name {select}")
-            held = sa.select(sa.func.count(), sa.func.sum(RAW[resource].c.cost_total)).where(
+            totals = sa.select(sa.func.count(), sa.func.sum(RAW[resource].c.cost_total)).where(
                 RAW[resource].c["_load_id"] == load_id
             )
-            count, cost = connection.execute(held).one()
+            count, cost = connection.execute(totals).one()
             read_at = start + timedelta(days=2)
             connection.execute(
                 sa.insert(LOADS).values(
@@ -161,7 +161,7 @@ def _fill_day(lease: Lease, account: str, day: date, rows: int) -> None:
 
 
 def measured(rows: int) -> list[dict[str, Any]]:
-    """The lines about a history of that many charges."""
+    """Return the results for a history of `rows` charges."""
     days = rows // A_DAY
     feed = Feed(NEXT, ROUNDS, A_DAY)
     with tempfile.TemporaryDirectory(prefix="faletl-bench-") as name:
@@ -173,17 +173,17 @@ def measured(rows: int) -> list[dict[str, Any]]:
             fill(settings, environment["FALETL_ACCOUNT"], NEXT - timedelta(days=days), days, A_DAY)
             copy = {"copy": f"{folder / 'copy.duckdb'}", "memory": settings.memory}
             code = _COPY.format(warehouse=f"{folder / 'warehouse.duckdb'}", **copy)
-            found = {
+            results = {
                 "build --full": [spent(faletl("build", "--full"), environment)],
                 "plain copy": [spent([sys.executable, "-c", code])],
             }
             Path(copy["copy"]).unlink()
             spent(faletl("publish"), environment)
             for number in range(ROUNDS):
-                one = _one_more_day(feed.day(number), environment)
-                for work, figure in one.items():
-                    found.setdefault(work, []).append(figure)
-        lines = [{"work": work, **figures(median(those))} for work, those in found.items()]
+                day_results = _one_more_day(feed.day(number), environment)
+                for work, figure in day_results.items():
+                    results.setdefault(work, []).append(figure)
+        lines = [{"work": work, **figures(median(runs))} for work, runs in results.items()]
         lines.append(dashboard(folder / "spend.duckdb"))
         return [{"charges": rows, **line} for line in lines]
 
@@ -193,7 +193,7 @@ def _one_more_day(day: date, environment: dict[str, str]) -> dict[str, Spent]:
     before = _version(environment)
     built, published = (spent(faletl(step), environment) for step in ("build", "publish"))
     again = ours.run(day, environment)
-    assert before == _version(environment), "an unchanged day made a new version"
+    assert before == _version(environment), "an unchanged day changed the data version"
     return {
         "one more day": loaded + built + published, "its load": loaded, "its build": built,
         "its publishing": published, "the day again": again,
@@ -203,34 +203,34 @@ def _one_more_day(day: date, environment: dict[str, str]) -> dict[str, Spent]:
 def _version(environment: dict[str, str]) -> int:
     url = environment["FALETL_WAREHOUSE"].removeprefix("duckdb:///")
     with duckdb.connect(url, read_only=True) as connection:
-        found = connection.execute("select data_version from ops.warehouse").fetchone()
-    assert found is not None
-    return int(found[0])
+        row = connection.execute("select data_version from ops.warehouse").fetchone()
+    assert row is not None
+    return int(row[0])
 
 
 def dashboard(path: Path) -> dict[str, Any]:
-    """A hundred queries, the warm ones of a tool that keeps its connection."""
+    """Measure a hundred queries on a warm connection, as of a tool that keeps it open."""
     taken = []
     with duckdb.connect(str(path), read_only=True) as connection:
-        for look in range(-len(QUERIES), LOOKS):
-            since = NEXT - timedelta(days=7 * max(look, 0))
+        for number in range(-len(QUERIES), QUERY_COUNT):
+            since = NEXT - timedelta(days=7 * max(number, 0))
             began = time.perf_counter()
-            connection.execute(QUERIES[look % len(QUERIES)].format(since=since)).fetchall()
-            if look >= 0:
+            connection.execute(QUERIES[number % len(QUERIES)].format(since=since)).fetchall()
+            if number >= 0:
                 taken.append(1000 * (time.perf_counter() - began))
     cuts = statistics.quantiles(taken, n=20)
     return {
-        "work": f"{LOOKS} queries", "p50_ms": round(statistics.median(taken), 1),
+        "work": f"{QUERY_COUNT} queries", "p50_ms": round(statistics.median(taken), 1),
         "p95_ms": round(cuts[-1], 1), "most_ms": round(max(taken), 1),
     }  # fmt: skip
 
 
 def main() -> None:
-    """See the module."""
+    """Run the benchmark that the module describes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("rows", type=int, nargs="+", help="charges that are there before")
-    asked = parser.parse_args()
-    tell([line for rows in asked.rows for line in measured(rows)])
+    parser.add_argument("rows", type=int, nargs="+", help="charges in the history")
+    arguments = parser.parse_args()
+    print_results([line for rows in arguments.rows for line in measured(rows)])
 
 
 if __name__ == "__main__":

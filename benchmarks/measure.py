@@ -1,4 +1,4 @@
-"""Measure commands side by side: processes of their own, interleaved; medians as JSON and a table."""
+"""Measure commands in processes of their own, interleaved; print medians as JSON and a table."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ ROUNDS = 5
 
 @dataclass(frozen=True)
 class Spent:
-    """Wall and CPU (user and system) seconds, and the most memory that was resident, in MiB."""
+    """Wall and CPU (user and system) seconds, and the peak of resident memory, in MiB."""
 
     wall_s: float
     cpu_s: float
     peak_mib: int
 
     def __add__(self, other: Spent) -> Spent:
-        """One after the other."""
+        """Return the cost of both, one after the other."""
         seconds = (self.wall_s + other.wall_s, self.cpu_s + other.cpu_s)
         return Spent(*seconds, max(self.peak_mib, other.peak_mib))
 
 
 def spent(command: Sequence[str | Path], environment: Mapping[str, str] | None = None) -> Spent:
-    """Run the command, with nothing of our environment but PATH; it must do."""
+    """Run the command with only PATH of our environment; exit if it fails."""
     began = time.monotonic()
     child = subprocess.Popen(
         [str(word) for word in command],
@@ -40,49 +40,49 @@ def spent(command: Sequence[str | Path], environment: Mapping[str, str] | None =
         stderr=subprocess.STDOUT,
     )
     assert child.stdout is not None
-    said = child.stdout.read()
-    _, status, used = os.wait4(child.pid, 0)
+    output = child.stdout.read()
+    _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
-        raise SystemExit(f"{command} ended with {child.returncode}:\n{said.decode()[-4000:]}")
-    return Spent(time.monotonic() - began, used.ru_utime + used.ru_stime, used.ru_maxrss // 1024)
+        raise SystemExit(f"{command} ended with {child.returncode}:\n{output.decode()[-4000:]}")
+    return Spent(time.monotonic() - began, usage.ru_utime + usage.ru_stime, usage.ru_maxrss // 1024)
 
 
 def faletl(*words: str) -> list[str]:
-    """Our command line."""
+    """Return the command line of faletl with these arguments."""
     return [sys.executable, "-m", "faletl", *words]
 
 
 def side_by_side(variants: Mapping[str, Callable[[], Spent]], rounds: int = ROUNDS) -> dict[str, Spent]:
-    """The median of each; all have their turn in each round."""
-    found: dict[str, list[Spent]] = {name: [] for name in variants}
+    """Return the median of each variant; every round runs all of them once."""
+    results: dict[str, list[Spent]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, run in variants.items():
-            found[name].append(run())
-    return {name: median(spents) for name, spents in found.items()}
+            results[name].append(run())
+    return {name: median(spents) for name, spents in results.items()}
 
 
 def median(spents: Sequence[Spent]) -> Spent:
-    """Of each figure by itself."""
+    """Return the median of each figure by itself."""
     return Spent(
-        statistics.median(one.wall_s for one in spents),
-        statistics.median(one.cpu_s for one in spents),
-        int(statistics.median(one.peak_mib for one in spents)),
+        statistics.median(run.wall_s for run in spents),
+        statistics.median(run.cpu_s for run in spents),
+        int(statistics.median(run.peak_mib for run in spents)),
     )
 
 
-def figures(one: Spent) -> dict[str, Any]:
-    """For a line: seconds to the hundredth."""
-    return {name: round(value, 2) for name, value in asdict(one).items()}
+def figures(result: Spent) -> dict[str, Any]:
+    """Return the figures for a result line, rounded to hundredths."""
+    return {name: round(value, 2) for name, value in asdict(result).items()}
 
 
-def tell(lines: Iterable[Mapping[str, Any]]) -> None:
-    """A JSON line each, then a small table."""
-    told = list(lines)
-    for line in told:
+def print_results(lines: Iterable[Mapping[str, Any]]) -> None:
+    """Print each result as a JSON line, then all as a small table."""
+    results = list(lines)
+    for line in results:
         print(json.dumps(line), flush=True)
-    names = list(dict.fromkeys(name for line in told for name in line))
-    rows = [names, *([_shown(line.get(name)) for name in names] for line in told)]
+    names = list(dict.fromkeys(name for line in results for name in line))
+    rows = [names, *([_cell(line.get(name)) for name in names] for line in results)]
     widths = [max(len(row[n]) for row in rows) for n in range(len(names))]
     print()
     for row in rows:
@@ -90,14 +90,14 @@ def tell(lines: Iterable[Mapping[str, Any]]) -> None:
     print(flush=True)
 
 
-def _shown(value: Any) -> str:
+def _cell(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:,}" if isinstance(value, (int, float)) else str(value)
 
 
 def environment_of(folder: Path, packages: Sequence[str]) -> Path:
-    """Make a throw-away environment with these packages; its Python."""
+    """Create a throw-away environment with these packages; return its Python."""
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     python = folder / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)

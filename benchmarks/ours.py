@@ -1,4 +1,4 @@
-"""Our command line, over days of a large account that is served from a folder."""
+"""Run faletl over days of a large account that is served from a folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ cli.main()
 
 
 def environment(url: str, folder: Path, **more: str) -> dict[str, str]:
-    """Settings of a warehouse in the folder; `more` are others, without their prefix."""
+    """Return settings of a warehouse in the folder; `more` are others, without their prefix."""
     return {
         "FAL_KEY": "bench:not-a-secret",
         "FALETL_ACCOUNT": "bench",
@@ -37,7 +37,7 @@ def run(
     builds: bool = True,
     resources: Sequence[str] = ("usage", "billing_events"),
 ) -> Spent:
-    """`faletl run` of the days; without `builds` it ends when they are loaded."""
+    """Run `faletl run` for the days; without `builds` it stops after the load."""
     start = ["-m", "faletl"] if builds else ["-c", WITHOUT_BUILD]
     words = ["run", "--start", f"{first}", "--end", f"{first + timedelta(days=days)}"]
     words += [f"--resource={name}" for name in resources]

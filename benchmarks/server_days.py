@@ -1,10 +1,11 @@
-"""What one more day costs on PostgreSQL, by how many are there before; and beside SQLAlchemy's own way.
+"""The cost of one more day on PostgreSQL, by the length of the history; COPY and SQLAlchemy's insert.
 
     python -m benchmarks.server_days --rows 100000 --days 50 500
 
-A private server. For each number of days a table of charges is filled; then the last day is replaced as
-a load does it (delete, COPY), five times. Beside it, the same rows by SQLAlchemy's bulk insert. With
---indexes, each kind of index over days. Wall seconds, as most of the work is the server's; medians.
+On a private server, a table of charges is filled for each number of days; then the last day is
+replaced as a load does it (delete, COPY), five times. For comparison, SQLAlchemy's bulk insert adds
+the same rows. With --indexes, each kind of index over days is measured. The figures are wall
+seconds, as most of the work is the server's; medians.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import duckdb
 import psycopg
 import sqlalchemy as sa
 
-from benchmarks.measure import ROUNDS, tell
+from benchmarks.measure import ROUNDS, print_results
 from faletl.config import Settings
 from faletl.duck import quoted
 from faletl.warehouse import open_warehouse
@@ -39,7 +40,7 @@ LAST = date(2026, 11, 1)
 
 
 def measured(days: int, rows: int, indexes: list[str], folder: Path) -> Iterator[dict[str, Any]]:
-    """The lines about a table of so many days."""
+    """Yield the results for a table of `days` days."""
     settings = Settings.isolated(warehouse=shared_postgres().new_database(f"days_{days}"))
     day, warehouse = folder / "day.parquet", open_warehouse(settings)
     with warehouse.lease("a benchmark") as lease:
@@ -78,8 +79,8 @@ def measured(days: int, rows: int, indexes: list[str], folder: Path) -> Iterator
 
 
 def replaced(connection: sa.Connection, fill: Callable[[], None]) -> dict[str, float]:
-    """Seconds that it takes to delete the last day and to fill it, and to fill it alone: medians."""
-    taken, of_that = [], []
+    """Return the seconds to delete and fill the last day, and to fill it only: medians."""
+    seconds, fill_seconds = [], []
     for _ in range(ROUNDS):
         began = time.perf_counter()
         with connection.begin():
@@ -87,15 +88,16 @@ def replaced(connection: sa.Connection, fill: Callable[[], None]) -> dict[str, f
             connection.execute(sa.delete(TABLE).where(TABLE.c.timestamp >= since))
             deleted = time.perf_counter()
             fill()
-            of_that.append(time.perf_counter() - deleted)
-        taken.append(time.perf_counter() - began)
+            fill_seconds.append(time.perf_counter() - deleted)
+        seconds.append(time.perf_counter() - began)
     return {
-        "wall_s": round(statistics.median(taken), 2), "fill_s": round(statistics.median(of_that), 2)
+        "wall_s": round(statistics.median(seconds), 2),
+        "fill_s": round(statistics.median(fill_seconds), 2),
     }  # fmt: skip
 
 
 def write_day(path: Path, day: date, rows: int) -> None:
-    """Charges of a day, as staging would leave them."""
+    """Write the charges of a day, as staging writes them."""
     values = {
         "_account": "'acme'",
         "_load_id": f"'{day}'",
@@ -118,22 +120,26 @@ def write_day(path: Path, day: date, rows: int) -> None:
 
 def _read(path: Path) -> Iterator[dict[str, Any]]:
     with duckdb.connect() as engine:
-        found = engine.execute(f"from '{path}'")
-        names = [column[0] for column in found.description or ()]
-        yield from (dict(zip(names, row, strict=True)) for row in found.fetchall())
+        result = engine.execute(f"from '{path}'")
+        names = [column[0] for column in result.description or ()]
+        yield from (dict(zip(names, row, strict=True)) for row in result.fetchall())
 
 
 def main() -> None:
-    """See the module."""
+    """Run the benchmark that the module describes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rows", type=int, default=100_000, help="charges of a day")
-    parser.add_argument("--days", type=int, nargs="+", default=[50, 500], help="that are there before")
+    parser.add_argument("--rows", type=int, default=100_000, help="charges per day")
+    parser.add_argument(
+        "--days", type=int, nargs="+", default=[50, 500], help="days in the table before"
+    )
     parser.add_argument("--indexes", action="store_true", help="try each kind of index over days")
-    asked = parser.parse_args()
-    indexes = list(INDEXES) if asked.indexes else ["ours"]
+    arguments = parser.parse_args()
+    indexes = list(INDEXES) if arguments.indexes else ["ours"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tell([line for days in asked.days for line in measured(days, asked.rows, indexes, folder)])
+        print_results(
+            [line for days in arguments.days for line in measured(days, arguments.rows, indexes, folder)]
+        )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""What a command, and Airflow's parsing of `dags/`, cost before any work: beside what cannot be avoided.
+"""The start time of commands and of Airflow's parsing of `dags/`, compared with unavoidable imports.
 
     python -m benchmarks.start
 
-Each line is a process of its own; medians of seven rounds, byte-code cached. What cannot be avoided: for
-`--help` the library of the command line; for `status` also SQLAlchemy with DuckDB and the settings;
-for DAGs Airflow's SDK, which the processor has imported before it parses a file.
+Each line is its own process; medians of seven rounds, with cached byte code. Unavoidable are, for
+`--help`, the command-line library; for `status` also SQLAlchemy with DuckDB and the settings; for
+DAGs Airflow's SDK, which the processor has imported before it parses a file.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.measure import Spent, faletl, figures, side_by_side, spent, tell
+from benchmarks.measure import Spent, faletl, figures, print_results, side_by_side, spent
 
 ROUNDS = 7
 DAGS = Path(__file__).parents[1] / "dags"
@@ -37,24 +37,26 @@ for path in sorted(Path({str(DAGS)!r}).glob("*.py")):
 
 
 def main() -> None:
-    """See the module."""
+    """Run the benchmark that the module describes."""
     with tempfile.TemporaryDirectory(prefix="faletl-bench-") as folder:
         environment = {"HOME": folder, "FALETL_WAREHOUSE": f"duckdb:///{folder}/warehouse.duckdb"}
 
         def python(code: str) -> Spent:
             return spent([sys.executable, "-c", code], environment)
 
-        made = "from faletl.config import Settings; from faletl.warehouse import open_warehouse as o\n"
-        python(f"{made}with o(Settings()).lease('bench'): pass")
+        imports = (
+            "from faletl.config import Settings; from faletl.warehouse import open_warehouse as o\n"
+        )
+        python(f"{imports}with o(Settings()).lease('bench'): pass")
         variants = {name: (lambda code=code: python(code)) for name, code in CODE.items()}
         variants["faletl --help"] = lambda: spent(faletl("--help"), environment)
         variants["faletl status"] = lambda: spent(faletl("status"), environment)
-        found = side_by_side(variants, ROUNDS)
+        results = side_by_side(variants, ROUNDS)
     order = [
         "python", "import typer, rich", "faletl --help", "import what status needs", "faletl status",
         "import airflow.sdk", "parse dags/",
     ]  # fmt: skip
-    tell({"work": name, **figures(found[name])} for name in order)
+    print_results({"work": name, **figures(results[name])} for name in order)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a day of charges costs from page to published table, for growing numbers of charges.
+"""The cost of a day of charges from page to published table, for growing numbers of charges.
 
     python -m benchmarks.whole_run 1000000 5000000
 
@@ -15,35 +15,35 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import ours
-from benchmarks.account import held, serving, total, write_pages
-from benchmarks.measure import figures, tell
+from benchmarks.account import loaded_total, served_total, serving, write_pages
+from benchmarks.measure import figures, print_results
 from tests.feed import Feed
 
 DAY = date(2026, 11, 1)
 
 
 def measured(events: int, memory: str) -> dict[str, Any]:
-    """Serve and load that many charges in a fresh folder; the figures of the run."""
+    """Serve and load `events` charges in a new folder; return the figures of the run."""
     with tempfile.TemporaryDirectory(prefix="faletl-bench-") as name:
         folder, feed = Path(name), Feed(DAY, 1, events)
         write_pages(feed, folder / "pages")
         with serving(folder / "pages") as url:
             spent = ours.run(DAY, ours.environment(url, folder, MEMORY=memory))
-        assert held(folder / "spend.duckdb", "marts.fct_billing_event") == total(feed)
+        assert loaded_total(folder / "spend.duckdb", "marts.fct_billing_event") == served_total(feed)
         return {
             "work": "run", "events": events, "memory": memory, **figures(spent),
-            "landed_mib": sum(f.stat().st_size for f in (folder / "landing").rglob("*.zst")) >> 20,
+            "landed_mib": sum(page.stat().st_size for page in (folder / "landing").rglob("*.zst")) >> 20,
             "warehouse_mib": (folder / "warehouse.duckdb").stat().st_size >> 20,
         }  # fmt: skip
 
 
 def main() -> None:
-    """See the module."""
+    """Run the benchmark that the module describes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("events", type=int, nargs="+", help="how many charges the day has")
+    parser.add_argument("events", type=int, nargs="+", help="number of charges of the day")
     parser.add_argument("--memory", default="256MB", help="FALETL_MEMORY of the run")
-    asked = parser.parse_args()
-    tell([measured(events, asked.memory) for events in asked.events])
+    arguments = parser.parse_args()
+    print_results([measured(events, arguments.memory) for events in arguments.events])
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""### Fetch days anew, by hand
+"""### Fetch days again, by hand
 
-Trigger it and fill in the form: the first day, the day after the last, which resources. A dry run tells
-in the log of each `plan` which windows would be read in how many calls, and reads nothing.
+Trigger it and fill in the form: the first day, the day after the last, the resources. A dry run fetches
+nothing; the log of each `plan` shows the windows and the number of calls.
 
-Moves the raw tables' assets, so that `fal_spend` builds what changed.
+Updates the assets of the raw tables, so that `fal_spend` builds the changed days.
 """
 
 from airflow.sdk import DAG

@@ -1,7 +1,7 @@
 """### Yesterday is modelled by 06:00 UTC
 
-One run a day, which ends when readers see the whole day before. One that takes until after 06:00 UTC
-raises an alert: see the connection `fal_notify`.
+One run a day, which ends when readers see the whole day before. If it is still running at 06:00 UTC,
+people get an alert: see the connection `fal_notify`.
 """
 
 from datetime import timedelta
@@ -11,7 +11,7 @@ from airflow.sdk import DAG, AsyncCallback, DeadlineAlert, DeadlineReference
 from faletl.airflow.notifier import FalNotifier
 from faletl.airflow.tasks import DAG_ARGS, DAILY, connections, is_modelled
 
-# The logical date is the start of the day that the run stands for.
+# The logical date is the start of the day that the run waits for.
 BY_SIX = DeadlineAlert(
     reference=DeadlineReference.DAGRUN_LOGICAL_DATE,
     interval=timedelta(days=1, hours=6),

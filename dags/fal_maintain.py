@@ -1,10 +1,10 @@
-"""### Delete what has served its time, weekly
+"""### Delete obsolete data, weekly
 
-Deletes superseded landed pages older than FALETL_KEEP_DAYS, snapshots that say what the one before
-said, rows about runs that ended FALETL_KEEP_OPS_DAYS ago, and what killed tasks left. Where snapshots
-went, marts are built and published. Reports and a rebuild give the same as before.
+Deletes superseded landed pages older than FALETL_KEEP_DAYS, snapshots that equal the one before, rows
+about runs that ended FALETL_KEEP_OPS_DAYS ago, and files that killed tasks left. If snapshots were
+deleted, marts are built and published. Reports and a rebuild give the same as before.
 
-Moves `faletl://warehouse/marts`, `.../reports` and `.../published`, if there is a new build.
+Updates `faletl://warehouse/marts`, `.../reports` and `.../published` if there is a new build.
 """
 
 from airflow.sdk import DAG

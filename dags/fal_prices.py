@@ -1,10 +1,10 @@
 """### List prices and the catalogue, daily
 
-Reads fal's catalogue of models, then the list price of every endpoint in it or in your usage, as of now:
-one snapshot a day, and another only if something changed. A run that is started by hand, or belongs to a
-backfill, takes a snapshot in any case; the past cannot be asked for.
+Fetches fal's catalogue of models, then the list price of every endpoint in it or in your usage, as of
+now: one snapshot a day, and another only if something changed. A manual or backfill run always takes a
+snapshot of now, because fal does not serve past prices.
 
-Moves `faletl://warehouse/raw/models` and `.../raw/prices`.
+Updates `faletl://warehouse/raw/models` and `.../raw/prices`.
 """
 
 from airflow.sdk import DAG

@@ -1,9 +1,9 @@
-"""### Spend per endpoint and unit, whenever something was loaded
+"""### Spend per endpoint and unit, after every load
 
 Builds staging, marts and reports for the days that changed and checks them in the same transaction, then
-shows them to readers in one step. Runs when any raw table moved.
+shows them to readers in one step. Runs when any raw table was updated.
 
-Moves `faletl://warehouse/marts`, `.../reports` and `.../published`; schedule DAGs of your own on
+Updates `faletl://warehouse/marts`, `.../reports` and `.../published`; schedule your own DAGs on
 the last.
 """
 

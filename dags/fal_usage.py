@@ -1,10 +1,10 @@
 """### Usage, billing events and credits, hourly
 
-Reads what is due: days never read, today up to its last full hour, and loaded days again at growing
-distances for 90 days, so that late and restated data is found. A run that is started by hand, or belongs
-to a backfill, fetches every UTC day anew that its interval touches; a day once a backfill.
+Fetches what is due: missing days, today up to its last full hour, and loaded days again at growing
+intervals for 90 days, so that late and restated data is found. A manual or backfill run fetches again
+every UTC day that its interval touches, each day once per backfill.
 
-Moves `faletl://warehouse/raw/usage`, `.../raw/billing_events` and `.../raw/credits`.
+Updates `faletl://warehouse/raw/usage`, `.../raw/billing_events` and `.../raw/credits`.
 """
 
 from airflow.sdk import DAG

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from docs import dictionary, examples, star_schema, suites
 
-MADE: Mapping[str, Callable[[], str]] = {
+DOCUMENTS: Mapping[str, Callable[[], str]] = {
     "data-dictionary.md": dictionary.document,
     "star-schema.svg": star_schema.picture,
     "queries.md": examples.queries,
@@ -15,8 +15,8 @@ MADE: Mapping[str, Callable[[], str]] = {
     "validation.md": lambda: examples.outputs(suites.document()),
     "../README.md": examples.readme,
 }
-"""Generated documents, by path relative to this folder, with the function that returns their text."""
+"""Documents, relative to this folder, that are generated or filled with real output."""
 
 if __name__ == "__main__":
-    for name, make in MADE.items():
+    for name, make in DOCUMENTS.items():
         (Path(__file__).parent / name).write_text(make(), "utf-8")

@@ -1,7 +1,7 @@
-"""The data dictionary, generated from an empty warehouse that is really built.
+"""The data dictionary, read from an empty warehouse that is really built.
 
-Names, types and comments come from the database. It cannot store grains, nor, in DuckDB, the purposes of
-schemas: these come from the code.
+Names, types and comments come from the database. It cannot store the grain of a table and, in DuckDB,
+the purpose of a schema.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ INTRODUCTION = """\
 
 <!-- Made by `make docs` from the comments in sql/, faletl/resources.py, faletl/warehouse/tables.py. -->
 
-This page lists every schema, table, view and column, in reading order. The descriptions are also
-comments in the database; the types are DuckDB's. The grain is the set of columns in which no two rows
-agree; a table without such columns has no grain. Instants of `raw` and `ops` have a time zone; those of
-`staging`, `marts` and `reports` are in UTC. [The star schema](star-schema.svg) shows how facts and
-dimensions join, and the [glossary](glossary.md) explains the terms.
+Every schema, table, view and column, in reading order. The descriptions are the comments in the
+database, the types are DuckDB's. The grain of a table is the set of columns that identifies a row; it
+is none if no set of columns does. Instants in `raw` and `ops` have a time zone, those in the models are
+in UTC. How facts and dimensions join: [the star schema](star-schema.svg).
 """
 
 RELATIONS = """
@@ -44,7 +43,7 @@ COLUMNS = """
 
 
 def document() -> str:
-    """Return the data dictionary in Markdown."""
+    """Return the dictionary, in Markdown."""
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings.isolated(warehouse=f"duckdb:///{Path(folder) / 'empty.duckdb'}")
         warehouse = open_warehouse(settings)
@@ -81,5 +80,5 @@ def _schemas(connection: sa.Connection) -> Iterator[str]:
 
 
 def _text(comment: str) -> str:
-    """Return the comment with Markdown's special characters escaped."""
+    """Escape the characters of a comment that have a meaning in Markdown."""
     return re.sub(r"([|*<>`\[\]])", r"\\\1", comment)

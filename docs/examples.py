@@ -1,4 +1,4 @@
-"""Outputs in the documents, produced by running their examples against the demo at a fixed time."""
+"""Outputs in the documents: commands and queries are run against the demo, at a fixed time."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def bi() -> str:
 
 
 def readme() -> str:
-    """Return README.md with the end of the demo's output, and the output of each query."""
+    """Return README.md with the first answers of the demo, and the output of each query."""
     page = (FOLDER.parent / "README.md").read_text("utf-8")
     return outputs(_FIRST_ANSWERS.sub(lambda _: "".join(_excerpt(_first_answers())), page))
 
@@ -65,9 +65,9 @@ def _rows(sql: str) -> str:
 
 
 def _script_output(code: str) -> str:
-    """Return the output of a script that runs in the folder of the warehouse and its published copy."""
+    """Return the output of the Python code, run in the folder of the warehouse."""
     with contextlib.chdir(Path(warehouse().warehouse.removeprefix("duckdb:///")).parent):
-        return _printed(lambda: exec(code, {}))  # noqa: S102  # our own script: the example to try
+        return _printed(lambda: exec(code, {}))  # noqa: S102  # the code is from our own document
 
 
 def _first_answers() -> str:
@@ -76,7 +76,7 @@ def _first_answers() -> str:
 
 def _excerpt(output: str) -> Iterator[str]:
     """Yield the total, the last days, and the first rows of each answer."""
-    total, days, *tables, _where_to_go_on = output.strip("\n").split("\n\n")
+    total, days, *tables, _try_next = output.strip("\n").split("\n\n")
     yield f"{total}\n\n"
     yield "\n".join(days.splitlines()[-_SHOWN_DAYS:]) + "\n"
     for table in tables:
@@ -93,10 +93,10 @@ def _printed(show: Callable[[], None]) -> str:
 
 @cache
 def warehouse() -> Settings:
-    """Return the settings of the demo's warehouse, which is created once."""
+    """Return settings of the demo's warehouse, which is made once."""
     folder = Path(tempfile.mkdtemp(prefix="faletl-docs-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    with time_machine.travel(SHOWN_AT, tick=True):  # one price list comes after the other
+    with time_machine.travel(SHOWN_AT, tick=True):  # two price lists need two instants
         settings, report = demo.run(folder, no_progress)
     if report.exit_code:
         raise RuntimeError(report.failures)

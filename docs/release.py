@@ -19,28 +19,28 @@ def notes(tag: str, version: str, changelog: str) -> str:
     """Return the section of the changelog for that version, without its heading.
 
     Raises:
-        ValueError: the tag is not the version with a `v` in front, or the changelog has no dated section
-            of that version, or nothing in it.
+        ValueError: the tag is not `v` and the version, or the changelog has no dated section of that
+            version, or an empty one.
     """
     if tag != f"v{version}":
-        raise ValueError(f"the tag is {tag!r}, but faletl/__init__.py says {version}: tag v{version}")
+        raise ValueError(f"the tag is {tag!r}, but faletl/__init__.py has {version}: tag v{version}")
     heading = rf"^## {re.escape(version)} - \d{{4}}-\d\d-\d\d$"
-    found = re.search(heading + r"\n(.*?)(?=^## |\Z)", changelog, re.MULTILINE | re.DOTALL)
-    if found is None or not found[1].strip():
-        raise ValueError(f"CHANGELOG.md says nothing below a heading '## {version} - YYYY-MM-DD'")
-    return found[1].strip() + "\n"
+    section = re.search(heading + r"\n(.*?)(?=^## |\Z)", changelog, re.MULTILINE | re.DOTALL)
+    if section is None or not section[1].strip():
+        raise ValueError(f"CHANGELOG.md needs a heading '## {version} - YYYY-MM-DD' with text below")
+    return section[1].strip() + "\n"
 
 
 def require_publishable(folder: Path, version: str) -> None:
-    """Check that the folder holds a source archive and a wheel of that version, and nothing else.
+    """Check that the folder has exactly a source archive and a wheel of that version.
 
     Raises:
-        ValueError: it does not, or an index would refuse the metadata of one of them.
+        ValueError: it has not, or an index would refuse the metadata of one of them.
     """
     names = sorted(path.name for path in folder.iterdir())
     expected = [f"faletl-{version}-py3-none-any.whl", f"faletl-{version}.tar.gz"]
     if names != expected:
-        raise ValueError(f"{folder} holds {names}, not {expected}")
+        raise ValueError(f"{folder} has {names}, not {expected}")
     wheel, archive = (folder / name for name in names)
     with zipfile.ZipFile(wheel) as packed:
         described = {wheel.name: packed.read(f"faletl-{version}.dist-info/METADATA")}
@@ -54,7 +54,7 @@ def require_publishable(folder: Path, version: str) -> None:
             reasons = "; ".join(str(e) for e in group.exceptions if isinstance(e, InvalidMetadata))
             raise ValueError(f"an index would refuse the metadata of {name}: {reasons}") from None
         if (metadata.name, str(metadata.version)) != ("faletl", version):
-            raise ValueError(f"{name} says that it is {metadata.name} {metadata.version}")
+            raise ValueError(f"the metadata of {name} are of {metadata.name} {metadata.version}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The picture of marts: facts in the middle, dimensions around them, joined by keys that builds check.
 
-What is drawn is read from the SQL: tables and columns from the models, primary keys from their grain,
-edges from the joins of the check `keys_resolve`. Where it is drawn follows from that.
+The contents come from the SQL: tables and columns from the models, primary keys from their grain, edges
+from the joins of the check `keys_resolve`. The layout follows from them.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from sqlglot import exp
 from faletl.models.catalogue import SOURCE_DIALECT, Model, checks, column_comments, models
 
 RANGES: Mapping[tuple[str, str], str] = {("fct_usage", "dim_price"): "rpt_spend_daily"}
-"""Joins that no check can demand, as what is used may have no list price; the report that makes each."""
+"""Joins that no check can require, as usage may have no list price; and the report that makes each."""
 
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """A fact's way to a dimension: pairs of columns that are equal, and what lies in which range."""
+    """A join of a fact to a dimension: pairs of equal columns, and a column within a range of others."""
 
     fact: str
     dimension: str
@@ -32,7 +32,7 @@ class Edge:
 
     @property
     def label(self) -> list[str]:
-        """The key columns, in lines; that of the fact first where two names differ."""
+        """The key columns, in lines; if two names differ, that of the fact comes first."""
         keys = [ours if ours == theirs else f"{ours} = {theirs}" for ours, theirs in self.equal]
         lines = textwrap.wrap(", ".join(keys), LABEL)
         if self.within:
@@ -41,30 +41,30 @@ class Edge:
         return lines
 
 
-# --- What the SQL defines -------------------------------------------------------------------------
+# --- Joins in the SQL ----------------------------------------------------------------------------
 
 
 def edges() -> list[Edge]:
-    """Every join of a fact to a dimension, in the order of the SQL."""
+    """Return every join of a fact to a dimension, in the order of the SQL."""
     return [*_checked_edges(), *(_range_edge(*pair, report) for pair, report in RANGES.items())]
 
 
 def _checked_edges() -> Iterator[Edge]:
-    """Each fact to the dimensions of which it has all key columns, and no null in their place."""
+    """Yield the joins of each fact to the dimensions whose key columns it has."""
     (sql,) = (check.sql for check in checks() if check.name == "keys_resolve")
     check = sqlglot.parse_one(sql, read=SOURCE_DIALECT, into=exp.Select)
     for fact in check.ctes[0].find_all(exp.Select):
         columns = (s for s in fact.selects if isinstance(s.unalias(), exp.Column))
-        given = {column.alias_or_name: column.unalias().name for column in columns}
+        columns_by_name = {column.alias_or_name: column.unalias().name for column in columns}
         for join in check.args["joins"]:
             equal = tuple(_equal(join))
-            if all(ours in given for ours, _ in equal):
+            if all(ours in columns_by_name for ours, _ in equal):
                 table = next(fact.find_all(exp.Table))
-                yield Edge(table.name, join.this.name, tuple((given[a], b) for a, b in equal))
+                yield Edge(table.name, join.this.name, tuple((columns_by_name[a], b) for a, b in equal))
 
 
 def _range_edge(fact: str, dimension: str, report: str) -> Edge:
-    """The join of a report to what it selects from the dimension."""
+    """Return the join of a report to its rows of the dimension."""
     (sql,) = (model.sql for model in models() if model.name == report)
     tree = sqlglot.parse_one(sql, read=SOURCE_DIALECT)
     steps = {c.alias: {table.name for table in c.find_all(exp.Table)} for c in tree.find_all(exp.CTE)}
@@ -73,15 +73,15 @@ def _range_edge(fact: str, dimension: str, report: str) -> Edge:
     compared = [
         column
         for kind in (exp.LT, exp.LTE, exp.GT, exp.GTE)
-        for one in join.args["on"].find_all(kind)
-        for column in one.find_all(exp.Column)
+        for comparison in join.args["on"].find_all(kind)
+        for column in comparison.find_all(exp.Column)
     ]
     inside = {column.name: column.table == join.this.alias_or_name for column in compared}
     return Edge(fact, dimension, tuple(_equal(join)), tuple(sorted(inside, key=lambda c: inside[c])))
 
 
 def _equal(join: exp.Join) -> Iterator[tuple[str, str]]:
-    """The columns that a join has equal: ours, and that of the joined table."""
+    """Yield the pairs of equal columns of a join: ours, and that of the joined table."""
     for one in join.args["on"].find_all(exp.EQ):
         pair = sorted(one.find_all(exp.Column), key=lambda c: c.table == join.this.alias_or_name)
         if len(pair) == 2:
@@ -102,7 +102,7 @@ COLOURS = ("#0b6bb0", "#a8450a", "#00735a", "#8a3a78", "#77590a", "#5b50b5")  # 
 
 @dataclass(slots=True)
 class Box:
-    """A table and its place. A row is a column, whether it is in the grain, and a key of a dimension."""
+    """A table and its position. A row: a column, whether in the grain, and whether a dimension key."""
 
     name: str
     rows: list[tuple[str, bool, bool]]
@@ -113,12 +113,12 @@ class Box:
 
     @property
     def height(self) -> float:
-        """Of title and rows."""
+        """The height of title and rows."""
         return HEAD + ROW * len(self.rows) + 6
 
 
 def _boxes(found: Sequence[Edge]) -> tuple[list[Box], list[Box]]:
-    """Facts and dimensions in their places; facts with the most joins first.
+    """Return facts and dimensions with positions; facts with the most joins first.
 
     Dimensions are at the height of the facts that use them, alternating left and right: few edges cross.
     """
@@ -146,7 +146,7 @@ def _boxes(found: Sequence[Edge]) -> tuple[list[Box], list[Box]]:
 
 
 def _box(model: Model, found: Sequence[Edge]) -> Box:
-    """Keys first; of the other columns of a fact only some, when they are many."""
+    """Yield keys first; of many other columns of a fact only some."""
     foreign = {ours for edge in found if edge.fact == model.name for ours, _ in edge.equal}
     columns = [(c, c in model.grain, c in foreign) for c in column_comments()[model.table]]
     keys = [row for row in columns if row[1] or row[2]]
@@ -168,7 +168,7 @@ text { fill: #1e293b } .title { font-weight: 700; fill: #ffffff } .grain { font-
 
 
 def picture() -> str:
-    """The star, as SVG."""
+    """Return the star schema as SVG."""
     found = edges()
     facts, dimensions = _boxes(found)
     boxes = [*facts, *dimensions]
@@ -211,7 +211,7 @@ def _table(box: Box) -> Iterator[str]:
 
 
 def _edges(found: Sequence[Edge], facts: Sequence[Box], dimensions: Sequence[Box]) -> Iterator[str]:
-    """Each edge leaves its fact and reaches its dimension at a place of its own."""
+    """Give each edge its own start at the fact and its own end at the dimension."""
     box = {one.name: one for one in (*facts, *dimensions)}
     ends: dict[Edge, float] = {}
     for dimension in dimensions:
@@ -234,7 +234,7 @@ def _edges(found: Sequence[Edge], facts: Sequence[Box], dimensions: Sequence[Box
 
 
 def _edge(edge: Edge, side: int, fact: Box, y: float, dimension: Box, end: float) -> Iterator[str]:
-    """Level below its label, then bent; a crow's foot where rows are many, a bar where there is one."""
+    """Draw an edge: level below its label, then bent; a crow's foot for many rows, a bar for one."""
     x = fact.x + (fact.width if side > 0 else 0)
     to = dimension.x + (dimension.width if side < 0 else 0)
     stub, bar, anchor = x + side * STUB, to - side * 6, "start" if side > 0 else "end"

@@ -27,12 +27,15 @@ def document() -> str:
 
 
 def _table() -> str:
-    """Return each expectation with the resources whose suites have it, in the order of the suites."""
-    resources: dict[tuple[str, str], list[str]] = {}
+    """Return a table of expectations and the resources that have them, in the order of the suites."""
+    resources_by_expectation: dict[tuple[str, str], list[str]] = {}
     for name, resource in RESOURCES.items():
         for expectation in _suite(resource):
-            resources.setdefault(expectation, []).append(name)
-    lines = (f"| {what} | {severity} | {_of(names)} |" for (what, severity), names in resources.items())
+            resources_by_expectation.setdefault(expectation, []).append(name)
+    lines = (
+        f"| {description} | {severity} | {_of(names)} |"
+        for (description, severity), names in resources_by_expectation.items()
+    )
     return _HEAD + "\n".join(lines) + "\n"
 
 
@@ -41,7 +44,7 @@ def _of(names: list[str]) -> str:
 
 
 def _suite(resource: Resource) -> Iterator[tuple[str, str]]:
-    """Yield descriptions and severities, for a settled window with a history and a control total."""
+    """Yield descriptions and severities of the suite for a settled window with all optional facts."""
     with tempfile.TemporaryDirectory() as scratch:
         Gate(Settings.isolated(), Path(scratch))  # imports Great Expectations without its output
         from faletl.gate.expectations import PRICED, Facts, suite_of

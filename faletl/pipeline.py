@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
 
 from faletl.config import Settings
 from faletl.errors import FaletlError
@@ -24,9 +23,6 @@ from faletl.line.report import Progress, Report, new_run_id, no_progress, result
 from faletl.selection import EVERYTHING_DUE, Asked
 from faletl.staging.window import Staged
 from faletl.warehouse import open_warehouse
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 

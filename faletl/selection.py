@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import date
-from typing import TYPE_CHECKING
 
 from faletl.errors import UsageError
 from faletl.resources import RESOURCES
 from faletl.windows import Window, refuse_odd_day
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""A day of billing events by dlt in an expert's hands: own requests, Arrow tables, Parquet files, merge.
+"""A day of billing events with dlt, tuned by an expert: own requests, Arrow, Parquet files, merge.
 
 dlt_arrow_events.py URL DATABASE DAY
 """
@@ -35,7 +35,7 @@ SCHEMA = pa.schema(
     merge_key="day",
 )
 def events_of(url, day):
-    """The pages of the day as Arrow tables."""
+    """Yield the pages of the day as Arrow tables."""
     params = {"start": f"{day}T00:00:00Z", "end": f"{day + timedelta(days=1)}T00:00:00Z", "limit": 10000}
     with httpx.Client(headers={"Authorization": "Key bench:not-a-secret"}, timeout=60) as client:
         while True:

@@ -1,7 +1,7 @@
 """Billing events by dlt, as its documentation advises: REST source, cursor paginator, a day at a time.
 
 Each day is one load package that replaces the day (merge by delete-insert); Parquet files; amounts with
-a decimal hint; dlt's own retries, quicker than by default. Days that are loaded are not asked for again.
+a decimal hint; dlt's own retries, quicker than by default. Loaded days are not fetched again.
 
     dlt_events.py URL DATABASE FIRST_DAY DAYS
 """
@@ -18,7 +18,7 @@ AMOUNTS = (
 
 
 def events_of(url, day):
-    """The source of one day."""
+    """Return the source of one day."""
 
     def with_day(row):
         row["day"] = str(day)
@@ -30,15 +30,15 @@ def events_of(url, day):
 
 
 def main():
-    """Load what is not loaded yet."""
+    """Load the missing days."""
     url, database, first, days = sys.argv[1:]
     pipeline = pipeline_to(database)
-    pipeline.run()  # what an earlier process left
+    pipeline.run()  # finish the work of an earlier process
     loaded = set()
     if pipeline.default_schema_name and "billing_events" in pipeline.default_schema.tables:
         with pipeline.sql_client() as client:
-            found = client.execute_sql("select distinct day from billing_events")
-            loaded = {row[0] for row in found}
+            result = client.execute_sql("select distinct day from billing_events")
+            loaded = {row[0] for row in result}
     for number in range(int(days)):
         day = date.fromisoformat(first) + timedelta(days=number)
         if str(day) not in loaded:

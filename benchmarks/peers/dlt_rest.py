@@ -19,7 +19,7 @@ from dlt.sources.rest_api import rest_api_source
 
 
 def day_of(url, day, table, selector, amounts, params, steps):
-    """The source of one day of a resource, which replaces that day."""
+    """Return the source of one day of a resource, which replaces that day."""
     return rest_api_source(
         {
             "client": {
@@ -58,7 +58,7 @@ def day_of(url, day, table, selector, amounts, params, steps):
 
 
 def pipeline_to(database):
-    """Into a DuckDB file."""
+    """Return a pipeline into a DuckDB file."""
     return dlt.pipeline(
         "fal",
         destination=dlt.destinations.duckdb(database),

@@ -14,7 +14,7 @@ AMOUNTS = (
 
 
 def usage_of(url, day):
-    """The source of one day."""
+    """Return the source of one day."""
 
     def rows_of(bucket):
         for row in bucket["results"]:
@@ -26,8 +26,8 @@ def usage_of(url, day):
                 "api_key_id": structured["api_key_id"],
             }
 
-    asked = {"timeframe": "hour", "expand": "time_series"}
-    return day_of(url, day, "usage", "time_series", AMOUNTS, asked, {"yield_map": rows_of})
+    params = {"timeframe": "hour", "expand": "time_series"}
+    return day_of(url, day, "usage", "time_series", AMOUNTS, params, {"yield_map": rows_of})
 
 
 url, database, first, days = sys.argv[1:]

@@ -1,9 +1,9 @@
-"""The practical limit: DuckDB alone, one table made of record lists that lie on the disk.
+"""The practical limit: DuckDB alone, which makes one table of record lists on disk.
 
     duckdb_pages.py FOLDER DATABASE
 
-Amounts as DECIMAL(18,9), which its JSON reader fills exactly as long as they have fifteen digits; nobody
-looks whether they do, whether a page is missing, or whether the sum is fal's.
+Amounts are DECIMAL(18,9), which its JSON reader fills exactly for up to fifteen digits. Nothing checks
+the digits, missing pages, or the sum against fal's.
 """
 
 import sys

@@ -1,8 +1,7 @@
-"""Billing events by a careful script of one's own: httpx, retries, exact amounts, a transaction a day.
+"""Billing events with a careful script: httpx, retries, exact amounts, a transaction per day.
 
-It tries a request again after errors of the network, 429 and 5xx, follows cursors for as long as fal
-says that there is more, and replaces a day in one transaction. Days that are loaded are not asked for
-again.
+It tries a request again after network errors, 429 and 5xx, follows cursors while fal sends has_more, and
+replaces a day in one transaction. Loaded days are not fetched again.
 
     httpx_events.py URL DATABASE FIRST_DAY DAYS
 """
@@ -27,7 +26,7 @@ SCHEMA = pa.schema(
 
 
 def page(client, params):
-    """One page, tried up to six times."""
+    """Return one page, after at most six attempts."""
     for attempt in range(6):
         try:
             answer = client.get("/models/billing-events", params=params)
@@ -42,7 +41,7 @@ def page(client, params):
 
 
 def rows_of(client, day):
-    """All charges of a day."""
+    """Return all charges of a day."""
     params = {
         "start": f"{day}T00:00:00Z",
         "end": f"{day + timedelta(days=1)}T00:00:00Z",
@@ -58,7 +57,7 @@ def rows_of(client, day):
 
 
 def main():
-    """Load what is not loaded yet."""
+    """Load the missing days."""
     url, database, first, days = sys.argv[1:]
     names = ", ".join(SCHEMA.names)
     headers = {"Authorization": "Key sandbox-full:not-a-secret"}
@@ -70,8 +69,8 @@ def main():
             "create table if not exists billing_events (day varchar, request_id varchar, endpoint_id "
             "varchar, timestamp varchar, quantity decimal(38, 12), cost_total decimal(38, 12))"
         )
-        found = warehouse.execute("select distinct day from billing_events").fetchall()
-        loaded = {row[0] for row in found}
+        rows_loaded = warehouse.execute("select distinct day from billing_events").fetchall()
+        loaded = {row[0] for row in rows_loaded}
         for number in range(int(days)):
             day = date.fromisoformat(first) + timedelta(days=number)
             if str(day) in loaded:

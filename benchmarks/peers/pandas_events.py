@@ -1,4 +1,4 @@
-"""A day of billing events by a good script of pandas: exact amounts, one transaction.
+"""A day of billing events with a good pandas script: exact amounts, one transaction.
 
 pandas_events.py URL DATABASE DAY
 """
@@ -24,7 +24,9 @@ with httpx.Client(headers={"Authorization": "Key bench:not-a-secret"}, timeout=6
         answer = client.get(f"{url}/models/billing-events", params=params).raise_for_status()
         body = json.loads(answer.content, parse_float=Decimal)
         frame = pd.DataFrame.from_records(body["billing_events"])
-        frame["api_key_id"] = [one.get("api_key_id") for one in frame.pop("auth_method_structured")]
+        frame["api_key_id"] = [
+            method.get("api_key_id") for method in frame.pop("auth_method_structured")
+        ]
         frames.append(frame.astype(dict.fromkeys(AMOUNTS, str)))
         if not body["has_more"]:
             break

@@ -1,7 +1,7 @@
-"""What faletl adds to Airflow 3: connection type, tasks, retry policy, notifier. Alone imports Airflow.
+"""faletl in Airflow 3: connection type, tasks, retry policy, notifier. Only this folder imports Airflow.
 
-`tasks.py` is what the DAGs in `dags/` are put together from; nothing here is heavy to import, since
-Airflow parses DAGs all day: the work is imported when a task runs.
+The DAGs in `dags/` consist of the tasks in `tasks.py`. Airflow parses DAGs all the time, so these
+modules are light: a task imports its work when it runs.
 """
 
 from __future__ import annotations
@@ -10,6 +10,6 @@ from pathlib import Path
 
 
 def dags_folder() -> Path:
-    """The DAGs: beside the package in a checkout, inside it when installed."""
+    """Return the folder of the DAGs: inside the installed package, next to it in a checkout."""
     installed = Path(__file__).parents[1] / "dags"
     return installed if installed.is_dir() else Path(__file__).parents[2] / "dags"

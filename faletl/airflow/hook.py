@@ -1,4 +1,4 @@
-"""Settings from Airflow's connections: the only place that reads them."""
+"""Settings from Airflow's connections. No other module reads connections to fal or the warehouse."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ WAREHOUSE_CONNECTION = "fal_warehouse"
 
 
 class FalHook(BaseHook):
-    """What a connection of type `fal` stands for; without one, the environment (README, "Settings").
+    """The hook of a connection of type `fal`; without one, settings come from the environment.
 
-    The warehouse comes from a connection `fal_warehouse` of type duckdb or postgres, if there is one.
+    The warehouse comes from a connection `fal_warehouse` of type duckdb or postgres, if there is one
+    (README, "Settings").
     """
 
     conn_name_attr = "fal_conn_id"
@@ -37,50 +38,52 @@ class FalHook(BaseHook):
         self.fal_conn_id = fal_conn_id
 
     def settings(self) -> Settings:
-        """Settings from the connection, and for what it leaves open from the environment.
+        """Return settings from the connection; those that it leaves empty come from the environment.
 
         Raises:
-            SettingsError: a value cannot be right, or there is no such connection.
+            SettingsError: a value is invalid, or there is no such connection.
         """
         from faletl.config import Settings
         from faletl.redaction import MIN_SECRET_CHARACTERS
 
-        settings = Settings.load(**_given(self.fal_conn_id))
+        settings = Settings.load(**_connection_settings(self.fal_conn_id))
         for key in (settings.key_for(), settings.key_for(metrics=True)):
-            # Airflow masks what the password holds, whole; fal could repeat half of a key.
+            # Airflow masks the whole password only; an answer of fal could repeat half of a key.
             for half in key.split(":", 1) if key else ():
                 if len(half) >= MIN_SECRET_CHARACTERS:
                     mask_secret(half)
         return settings
 
     def get_conn(self) -> FalClient:
-        """A client of fal's API; close it, or use it in a `with`."""
+        """Return a client of fal's API; close it, or use it in a `with`."""
         from faletl.fal.client import FalClient
 
         return FalClient(self.settings())
 
     def test_connection(self) -> tuple[bool, str]:
-        """What `faletl check` says, for the button Test of the connection's form."""
+        """Run `faletl check` for the Test button of the connection form."""
         from faletl.operations.check import check
 
         try:
-            checked = check(self.settings())
+            report = check(self.settings())
         except FaletlError as error:
             return False, str(error)
-        sentences = [problem.sentence for problem in checked.problems]
-        sentences += [f"{one.resource}: {one.sentence}" for one in checked.findings if one.sentence]
-        readable = [one.resource for one in checked.findings if one.is_readable]
+        sentences = [problem.sentence for problem in report.problems]
+        sentences += [
+            f"{access.resource}: {access.sentence}" for access in report.findings if access.sentence
+        ]
+        readable = [access.resource for access in report.findings if access.is_readable]
         if readable:
-            whose = f"account {checked.account}: " if checked.account else ""
-            sentences.insert(0, f"{whose}{', '.join(readable)} can be read")
-        return checked.exit_code == 0, "; ".join(sentences)
+            account = f"account {report.account}: " if report.account else ""
+            sentences.insert(0, f"{account}{', '.join(readable)} can be read")
+        return report.exit_code == 0, "; ".join(sentences)
 
 
 def _connection(conn_id: str) -> Connection | None:
-    """The connection, or None if there is none.
+    """Return the connection, or None if there is none.
 
     Raises:
-        SettingsError: the environment names one that Airflow cannot read, and so takes for none.
+        SettingsError: the environment has the connection, but Airflow cannot read it and ignores it.
     """
     try:
         return BaseHook.get_connection(conn_id)
@@ -94,30 +97,30 @@ def _connection(conn_id: str) -> Connection | None:
         ) from None
 
 
-def _given(conn_id: str) -> dict[str, object]:
-    """The settings that the connections name; an empty field names none."""
-    given: dict[str, object] = {}
+def _connection_settings(conn_id: str) -> dict[str, object]:
+    """Return the settings in the connections; empty fields are left out."""
+    settings: dict[str, object] = {}
     connection = _connection(conn_id)
     if connection is not None:
-        given = _fields(connection)
+        settings = _fal_settings(connection)
     elif conn_id != DEFAULT_CONNECTION:
-        raise SettingsError(f"there is no connection {conn_id!r}; make one of type fal")
+        raise SettingsError(f"there is no connection {conn_id!r}; create one of type fal")
     warehouse = _connection(WAREHOUSE_CONNECTION)
     if warehouse is not None:
-        given["warehouse"] = _warehouse_url(warehouse)
-    return given
+        settings["warehouse"] = _warehouse_url(warehouse)
+    return settings
 
 
-def _fields(connection: Connection) -> dict[str, object]:
+def _fal_settings(connection: Connection) -> dict[str, object]:
     extra = connection.extra_dejson
     if connection.conn_type != "fal":
         raise SettingsError(
             f"the connection {connection.conn_id!r} is of type {connection.conn_type!r}, not fal"
         )
     fields = {
-        "key": _hidden(_key(connection)),
+        "key": _as_secret(_key(connection)),
         "api_url": connection.host,
-        "metrics_key": _hidden(extra.get("metrics_api_key")),
+        "metrics_key": _as_secret(extra.get("metrics_api_key")),
         "account": extra.get("account"),
         "rate": extra.get("rate"),
     }
@@ -125,10 +128,10 @@ def _fields(connection: Connection) -> dict[str, object]:
 
 
 def _key(connection: Connection) -> str:
-    """The key: all of it is the password, or its id is the login and its secret the password.
+    """Return the key: the password is the whole key, or the login its id and the password its secret.
 
     Raises:
-        SettingsError: login and password do not make a key.
+        SettingsError: login and password are not a key.
     """
     login, password = ((text or "").strip() for text in (connection.login, connection.password))
     if not login or password.startswith(f"{login}:"):
@@ -141,17 +144,17 @@ def _key(connection: Connection) -> str:
     return f"{login}:{password}"
 
 
-def _hidden(key: object) -> object:
-    """The key so that no traceback with locals shows it, should a setting be wrong."""
+def _as_secret(key: object) -> object:
+    """Wrap the key, so that no traceback with local variables shows it if a setting is wrong."""
     from pydantic import SecretStr
 
     return SecretStr(key) if isinstance(key, str) and key else key
 
 
 def _warehouse_url(connection: Connection) -> str:
-    """The SQLAlchemy URL of a warehouse's connection.
+    """Return the SQLAlchemy URL of a warehouse connection.
 
-    A file is the host or, in a URI, the path. Of the extra fields of a server those for TLS are taken.
+    A file is the host or, in a URI, the path. For a server, the TLS options of the extra field are used.
     """
     if connection.conn_type == "postgres":
         import sqlalchemy as sa

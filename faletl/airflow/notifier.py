@@ -1,4 +1,4 @@
-"""Tell people: a failed task, refused data, a charge that ran away, a day that is late."""
+"""Notify people of a failed task, refused data, a runaway charge, or a late day."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ NOTIFY_CONNECTION = "fal_notify"
 
 
 class FalNotifier(BaseNotifier):
-    """Posts `{"text": message}`, as Slack, Mattermost and others take it, to a webhook.
+    """Posts `{"text": message}` to a webhook, in the format of Slack, Mattermost and others.
 
-    Its URL is the password of a connection `fal_notify`, of any type. Without one the message is in the
-    log alone. The message is a template: what fal sent goes through `announce`, which renders nothing.
+    The URL is the password of a connection `fal_notify`, of any type. Without it, the message is only
+    logged. The message is a template, so texts from fal go through `announce`, which renders nothing.
     """
 
     template_fields: Sequence[str] = ("message",)
@@ -34,14 +34,14 @@ class FalNotifier(BaseNotifier):
         self.message = message
 
     def notify(self, context: Context) -> None:
-        """Send it from a task; what failed because a newer run does the work is for the log alone."""
+        """Send the message from a task; if a newer run took over the work, only log it."""
         if isinstance(context.get("exception"), LeaseLostError):
             log.warning("%s", self.message)
             return
         _send(self.message)
 
     async def async_notify(self, context: Context) -> None:
-        """Send it from the triggerer, as a missed deadline does."""
+        """Send the message from the triggerer, for a missed deadline."""
         del context
         try:
             url = (await Connection.async_get(NOTIFY_CONNECTION)).password
@@ -51,7 +51,7 @@ class FalNotifier(BaseNotifier):
 
 
 def announce(kind: str, detail: str) -> None:
-    """Send an alert from a task: what kind it is, and a sentence, exactly as it is written."""
+    """Send an alert from a task: its kind and a sentence, which is not rendered as a template."""
     _send(f"{kind}: {detail}")
 
 
@@ -72,6 +72,6 @@ def _post(url: str | None, message: str) -> None:
     try:
         httpx.post(url, json={"text": message}, timeout=10).raise_for_status()
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        # Its text and its traceback would show the URL, which is a secret.
+        # The text and traceback of the error contain the URL, which is a secret.
         kind = type(error).__name__
-        log.error("the webhook of %s did not take it: %s", NOTIFY_CONNECTION, kind)  # noqa: TRY400
+        log.error("the webhook of %s did not accept the message: %s", NOTIFY_CONNECTION, kind)  # noqa: TRY400

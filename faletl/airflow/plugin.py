@@ -1,4 +1,4 @@
-"""What Airflow loads: the timetable, and a listener that makes the pool of load and build."""
+"""The Airflow plugin: the timetable, and a listener that creates the pool of load and build tasks."""
 
 from __future__ import annotations
 
@@ -18,23 +18,25 @@ POOL_HELP = "One writer to faletl's warehouse at a time: its load and build task
 
 @hookimpl
 def on_starting(component: object) -> None:
-    """Make the pool when a scheduler (or alike) starts. A pool that is there stays as it is."""
+    """Create the pool when a scheduler or a similar component starts; keep an existing pool."""
     if type(component).__name__ == "TaskRunnerMarker":
-        return  # a task starts: it cannot ask the metadata database
+        return  # a task starts, and tasks cannot query the metadata database
     from airflow.models.pool import Pool
 
     try:
         if Pool.get_pool(POOL) is None:
             Pool.create_or_update_pool(POOL, 1, POOL_HELP, include_deferred=False)
-            log.info("made the pool %s", POOL)
+            log.info("created the pool %s", POOL)
     except Exception:
-        # A scheduler must start whatever happens here; tasks that wait for the pool say so.
-        log.exception('make it with: airflow pools set %s 1 "%s"', POOL, POOL_HELP)
+        # A scheduler must start in any case; tasks that need the pool report that it is missing.
+        log.exception(
+            'cannot create the pool; create it with: airflow pools set %s 1 "%s"', POOL, POOL_HELP
+        )
 
 
 class FaletlPlugin(AirflowPlugin):
-    """See the module."""
+    """The plugin that Airflow loads."""
 
     name = "faletl"
-    listeners = [sys.modules[__name__]]  # noqa: RUF012  # Airflow's way to say it
+    listeners = [sys.modules[__name__]]  # noqa: RUF012  # Airflow expects a list
     timetables = [FullHoursTimetable]  # noqa: RUF012

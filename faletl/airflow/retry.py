@@ -1,4 +1,4 @@
-"""When Airflow is to run a failed task again: as the error says, not as often as it may."""
+"""The retry policy of failed tasks: it follows the error, not the number of tries alone."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ if TYPE_CHECKING:
     from airflow.sdk import Context
 
 FAILED = 1
-"""The exit code of what may be tried again (README, "Exit codes")."""
+"""The exit code of errors that may be tried again (README, "Exit codes")."""
 
 LONGEST = timedelta(days=1)
-"""The longest wait before fal is asked again, whatever it says."""
+"""The longest wait before the next attempt, even if fal asks for a longer one."""
 
 
 class FalRetryPolicy(RetryPolicy):
-    """A refused key, refused data and wrong settings fail at once; 429 waits for as long as fal asks.
+    """Refused keys, refused data and wrong settings fail at once; 429 waits as long as fal asks.
 
-    Who lost the warehouse to a newer run fails at once, too: that run is at it.
+    A task that lost the warehouse to a newer run fails at once too: that run does the work.
     """
 
     def evaluate(
@@ -32,7 +32,7 @@ class FalRetryPolicy(RetryPolicy):
         max_tries: int,
         context: Context | None = None,
     ) -> RetryDecision:
-        """See `RetryPolicy`; what is no error of ours is retried as the task says."""
+        """See `RetryPolicy`; errors that are not faletl's are retried as the task is configured."""
         if not isinstance(exception, FaletlError):
             return RetryDecision.default()
         if exception.exit_code != FAILED or isinstance(exception, LeaseLostError):

@@ -1,4 +1,4 @@
-"""What a DAG run means: which UTC days it is to fetch, or that it does what is due."""
+"""The selection of a DAG run: the UTC days that it fetches, or what is due."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SAME_BACKFILL = timedelta(hours=1)
-"""Runs of a backfill that touch the same day follow one another within so long."""
+"""The longest time between two runs of one backfill that touch the same day."""
 
 
-def asked(settings: Settings, dag_run: Any, resource: str) -> Asked | None:
-    """What the run asks for, of a resource; None if an earlier run of its backfill did already.
+def selection_of(settings: Settings, dag_run: Any, resource: str) -> Asked | None:
+    """Return what the run fetches of a resource; None if an earlier run of its backfill fetched it.
 
-    A scheduled run, and one without a data interval, does what is due. One that was started by hand or
-    belongs to a backfill fetches every UTC day anew that its interval touches; of the many runs of a
-    backfill that touch a day, the first does it. Models, prices and credits are read as of now.
+    A scheduled run, and one without a data interval, fetches what is due. A manual or backfill run
+    fetches again every UTC day that its interval touches; if several runs of a backfill touch a day, the
+    first one fetches it. Models, prices and credits are always fetched as of now.
     """
     from faletl.resources import RESOURCES
     from faletl.selection import Asked
@@ -32,22 +32,22 @@ def asked(settings: Settings, dag_run: Any, resource: str) -> Asked | None:
         return Asked(resources=[resource])
     first, end = days
     if dag_run.run_type == "backfill":
-        what = f"{dag_run.dag_id}.{resource}"
+        backfill = f"{dag_run.dag_id}.{resource}"
         touched = [first + timedelta(n) for n in range((end - first).days)]
-        if RESOURCES[resource].window == "snapshot":  # of now, whatever day is meant
+        if RESOURCES[resource].window == "snapshot":  # always as of now
             touched = [datetime.now(UTC).date()]
-        mine = [day for day in touched if _is_first(settings, what, day, dag_run.run_id)]
-        if not mine:
+        days_to_fetch = [day for day in touched if _is_first(settings, backfill, day, dag_run.run_id)]
+        if not days_to_fetch:
             return None
-        first, end = mine[0], mine[-1] + timedelta(days=1)
+        first, end = days_to_fetch[0], days_to_fetch[-1] + timedelta(days=1)
     return Asked(first, end, [resource])
 
 
 def days_of(dag_run: Any) -> tuple[date, date] | None:
-    """The first UTC day that the run's data interval touches, and the day after the last.
+    """Return the first UTC day that the run's data interval touches, and the day after the last.
 
-    The command line gives a run by hand the interval before now, whatever its logical date: an earlier
-    one is meant.
+    The command line gives a manual run the interval before now, even if its logical date is
+    earlier; then the logical date counts.
     """
     start, end = dag_run.data_interval_start, dag_run.data_interval_end
     if start is None or end is None:
@@ -58,20 +58,20 @@ def days_of(dag_run: Any) -> tuple[date, date] | None:
     return start.astimezone(UTC).date(), last.astimezone(UTC).date() + timedelta(days=1)
 
 
-def _is_first(settings: Settings, what: str, day: date, run: str) -> bool:
-    """Whether the run is to fetch the day: no other run of its backfill did.
+def _is_first(settings: Settings, backfill: str, day: date, run: str) -> bool:
+    """Whether the run must fetch the day, because no other run of its backfill did.
 
-    Airflow does not tell a run which backfill it belongs to. So each day has a note of the run that
-    fetched it last and of those that were spared thereby: each is spared once, and not for long. A run
-    that comes again (another backfill, a retry) fetches. Where nothing can be locked, two that ask in
-    the same instant both do, which costs calls and changes nothing.
+    Airflow does not show a run which backfill it belongs to. So each day has a note with the run that
+    fetched it last and the runs that skipped it since. A run skips a day only once, and only within
+    `SAME_BACKFILL`; a run that comes again (another backfill, a retry) fetches. If the
+    landing folder has no locks, two runs at the same instant both fetch, which costs calls only.
     """
     from faletl.landing.extracts import root
     from faletl.landing.storage import backend_for, write_durably
 
     folder = root(settings) / ".backfills"
     backend_for(folder).make(folder)
-    path, now = folder / f"{what}-{day}.json", datetime.now(UTC)
+    path, now = folder / f"{backfill}-{day}.json", datetime.now(UTC)
     with backend_for(folder).lock(path.with_suffix(".lock")):
         is_there = backend_for(path).exists(path)
         note = json.loads(backend_for(path).read(path)) if is_there else {"runs": [], "at": None}
@@ -80,5 +80,7 @@ def _is_first(settings: Settings, what: str, day: date, run: str) -> bool:
         runs = [run] if is_first else [*note["runs"], run]
         write_durably(path, json.dumps({"runs": runs, "at": now.isoformat()}).encode())
     if not is_first:
-        log.info("%s of %s: the run %s of this backfill fetches it", what, day, runs[0])
+        log.info(
+            "%s of %s: skipped, because the run %s of this backfill fetches it", backfill, day, runs[0]
+        )
     return is_first

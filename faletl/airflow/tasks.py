@@ -1,12 +1,12 @@
-"""Tasks and task groups that the DAGs are put together from.
+"""Tasks and task groups of the DAGs.
 
-A resource takes the same way in every DAG:
+Every DAG processes a resource in the same way:
 
     plan → (ask_ahead, mapped over batches of ids) → extract, mapped over windows → load → all_loaded
 
-What passes between tasks is the path of a plan and which of its windows are meant; pages lie in the
-landing folder, which all workers see. A window that fails does not stop the others: `load` takes what
-has landed, and `all_loaded` fails the run.
+Tasks pass on only the path of a plan and the windows to process; pages are in the landing folder, which
+all workers share. A window that fails does not stop the others: `load` loads what has landed, and
+`all_loaded` fails the run.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ RAW = {
     name: Asset(f"faletl://warehouse/raw/{name}", group="faletl", extra={"table": resource.table})
     for name, resource in RESOURCES.items()
 }
-"""The raw tables; an event tells what was loaded into one, of which account and windows."""
+"""The raw tables; an asset event has the account, windows and row count that were loaded."""
 
 MARTS = Asset("faletl://warehouse/marts", group="faletl")
 REPORTS = Asset("faletl://warehouse/reports", group="faletl")
@@ -51,33 +51,33 @@ EVERY_HOUR = [
     for name, resource in RESOURCES.items()
     if resource.ids_per_call is None and (resource.window == "day" or resource.every_run)
 ]
-"""What a DAG reads by itself: usage, charges, the balance."""
+"""Resources that are fetched without other resources: usage, charges, the balance."""
 
 EVERY_DAY = [
     name
     for name, resource in RESOURCES.items()
     if resource.window == "snapshot" and not resource.every_run
 ]
-"""Snapshots, each in need of the one before: the catalogue, its prices."""
+"""Snapshots, each of which needs the one before: the catalogue, then its prices."""
 
 AFTER_USAGE = [
     name
     for name, resource in RESOURCES.items()
     if resource.window == "day" and resource.ids_per_call is not None
 ]
-"""What is asked by the ids of endpoints that were used: analytics."""
+"""Resources that are requested by the ids of used endpoints: analytics."""
 
 HOURLY = FullHoursTimetable("6 * * * *", timezone="UTC")
-"""When the hour that just ended can be read: 5 minutes after its end at the earliest.
+"""Hourly, when the hour that ended can be fetched: at the earliest 5 minutes after its end.
 
 Each interval is a full hour, so none touches two days.
 """
 
 DAILY = FullHoursTimetable("10 0 * * *", timezone="UTC")
-"""After the first hourly run of the day, which brings the last hour of the day before."""
+"""Daily, after the first hourly run, which fetches the last hour of the day before."""
 
 WEEKLY = FullHoursTimetable("40 3 * * 0", timezone="UTC")
-"""On Sundays, behind the daily runs and in front of the next hourly one."""
+"""On Sundays, after the daily runs and before the next hourly one."""
 
 DAG_ARGS: dict[str, Any] = {
     "start_date": datetime(2026, 1, 1, tzinfo=UTC),
@@ -99,20 +99,20 @@ DAG_ARGS: dict[str, Any] = {
 }
 
 AT_ONCE = 4
-"""So many extracting tasks of a resource at a time: fal limits an account, not a worker."""
+"""Maximum number of concurrent extract tasks per resource: fal limits accounts, not workers."""
 
 FIRST = 100
-"""Build and publish go before loads that wait for the pool: in between would be something not built."""
+"""Priority of build and publish over waiting loads: a build is published before the next load."""
 
 
 def connections() -> list[str]:
-    """The ids of the connections to fal, each of which has DAGs of its own (FALETL_CONNECTIONS)."""
-    given = os.environ.get("FALETL_CONNECTIONS", "")
-    return [name.strip() for name in given.split(",") if name.strip()] or ["fal_default"]
+    """Return the ids of the connections to fal; each has its own DAGs (FALETL_CONNECTIONS)."""
+    names = os.environ.get("FALETL_CONNECTIONS", "")
+    return [name.strip() for name in names.split(",") if name.strip()] or ["fal_default"]
 
 
 def dag_id(name: str, connection: str) -> str:
-    """The DAG's name; with that of the connection where it is not `fal_default`."""
+    """Return the name of the DAG, with that of the connection unless it is `fal_default`."""
     return name if connection == "fal_default" else f"{name}__{connection.removeprefix('fal_')}"
 
 
@@ -120,10 +120,10 @@ def dag_id(name: str, connection: str) -> str:
 
 
 def load_resource(name: str, connection: str, after: Sequence[Any] = ()) -> Any:
-    """The tasks of one resource, as a task group of its name, `after` other loads; returns its load.
+    """Make the task group of one resource, to run `after` other loads; return its load task.
 
-    It goes on whatever became of those: that they failed is for their `all_loaded` to say, which has to
-    stay a last task of the DAG for that.
+    It runs even if the other loads failed: their `all_loaded` tasks report that, and must stay last
+    tasks of the DAG to fail the run.
     """
     resource = RESOURCES[name]
 
@@ -143,49 +143,49 @@ def load_resource(name: str, connection: str, after: Sequence[Any] = ()) -> Any:
 
 @task(trigger_rule="all_done")
 def plan(name: str, connection: str) -> list[Chunk]:
-    """Which windows are to be read: those that are due, or the days that the run stands for.
+    """Plan the windows to fetch: those that are due, or the days of the run's interval.
 
-    Returns the path of the plan, which lies with the landed pages, cut into pieces.
+    Returns the path of the plan, which is stored with the landed pages, cut into chunks.
     """
-    from faletl.airflow.runs import asked
+    from faletl.airflow.runs import selection_of
     from faletl.line import distributed
 
     context = get_current_context()
     with _settings(connection, RESOURCES[name]) as settings:
         form = context["params"]
         run = context["dag_run"]
-        # Of the DAG, not of the run: any run may be given parameters of somebody's own, of any content.
+        # Check the DAG, not the run: a user may pass any parameters to any run.
         has_form = "resources" in context["dag"].params
-        meant = _meant_by(form, name) if has_form else asked(settings, run, name)
-        if meant is None:
+        selection = _selection_of_form(form, name) if has_form else selection_of(settings, run, name)
+        if selection is None:
             return []
         if has_form and form["dry_run"]:
-            _tell_forecast(settings, meant)
+            _log_forecast(settings, selection)
             return []
-        # Whoever tries a new DAG by hand would else get the hour before, and from there on.
-        by_hand = not has_form and run.run_type == "manual"
-        path = distributed.write_plan(settings, meant, is_first_due=by_hand)
+        # Otherwise the first manual run of a new DAG would start the history at the hour before.
+        is_manual = not has_form and run.run_type == "manual"
+        path = distributed.write_plan(settings, selection, is_first_due=is_manual)
         return distributed.chunks(path) if path else []
 
 
 @task
 def id_batches(planned: Sequence[Chunk]) -> list[Batch]:
-    """The batches of endpoint ids to ask for, where a window asks for more than one call takes."""
+    """Return batches of endpoint ids, if a window needs more ids than one call accepts."""
     from faletl.line import distributed
 
     return distributed.batches(planned[0]["plan"]) if planned else []
 
 
 @task(
-    doc_md="Land what fal answers for a batch of endpoint ids, for `extract` to find.",
+    doc_md="Land fal's answer for a batch of endpoint ids, which `extract` uses.",
     max_active_tis_per_dagrun=AT_ONCE,
     map_index_template="{{ task.op_kwargs['batch']['ids'] }}",
 )
 def ask_ahead(batch: Batch, connection: str, name: str) -> int:
-    """Land what fal answers for one batch of endpoint ids; returns 1 if it did.
+    """Land fal's answer for one batch of endpoint ids; return 1 on success.
 
-    What fails is for `extract` to ask again, and to judge; but a refused key or a locked account ends it
-    here.
+    After a failure `extract` makes the call again and handles its errors, but a refused key or a locked
+    account fails this task.
     """
     from faletl.line import distributed
 
@@ -195,7 +195,7 @@ def ask_ahead(batch: Batch, connection: str, name: str) -> int:
         except FaletlError as error:
             if error.exit_code == KeyRefusedError.exit_code:
                 raise
-            log.warning("%s; extract asks again", error)
+            log.warning("%s; extract will make this call again", error)
             return 0
 
 
@@ -206,11 +206,11 @@ def ask_ahead(batch: Batch, connection: str, name: str) -> int:
     map_index_template="{{ task.op_kwargs['piece']['windows'] }}",
 )
 def extract(piece: Chunk, connection: str, name: str) -> list[str]:
-    """Fetch the windows of a piece, land their pages as fal sent them, prove them complete.
+    """Fetch the windows of a chunk, land their pages as fal sent them, prove them complete.
 
-    Returns the folders of what landed. A window of them that fails fails the task when the others are
-    done; a retry takes what has landed as read. It fails with what no retry can help (a locked account),
-    else with what one can, else with what is refused.
+    Returns the folders of the extracts. If a window fails, the task fails after the others are done; a
+    retry does not fetch landed windows again. The task fails with an error that no retry can help (a
+    locked account) if there is one, else with one that a retry can help, else with refused data.
     """
     from faletl.line import distributed
 
@@ -225,16 +225,16 @@ def extract(piece: Chunk, connection: str, name: str) -> list[str]:
 
 @task(pool=POOL, weight_rule="absolute", trigger_rule="all_done")
 def load(name: str, connection: str, planned: Sequence[Chunk]) -> dict[str, int]:
-    """Load what has landed, window by window, each exactly once; the only writer meanwhile.
+    """Load what has landed, window by window, each exactly once, as the only writer.
 
-    Returns counts of windows. Updates the asset of the raw table if that is news to the models; what is
-    refused or held is announced and left for `all_loaded`.
+    Returns counts of windows. Updates the asset of the raw table if models need a build. Refused and
+    held windows are announced, and `all_loaded` fails for refused ones.
     """
     from faletl.line import distributed
     from faletl.line.release import announce_alerts, is_news
 
     if not planned:
-        raise AirflowSkipException("no window is to be read")
+        raise AirflowSkipException("no window is planned")
     with _settings(connection, RESOURCES[name]) as settings:
         report = distributed.load_plan(settings, planned[0]["plan"])
         announce_alerts(settings, announce)
@@ -248,12 +248,12 @@ def load(name: str, connection: str, planned: Sequence[Chunk]) -> dict[str, int]
         if not report.outcomes and not report.failures:
             raise AirflowSkipException("nothing has landed")
         if not report.failures and not is_news(settings, name):
-            raise AirflowSkipException(f"nothing moved: {counts['unchanged']} windows are as they were")
-        moved = [outcome for outcome in report.outcomes if outcome.outcome == "loaded"]
+            raise AirflowSkipException(f"nothing changed in {counts['unchanged']} windows")
+        loaded = [outcome for outcome in report.outcomes if outcome.outcome == "loaded"]
         get_current_context()["outlet_events"][RAW[name]].extra = {
             "account": report.account,
-            "rows": sum(outcome.rows for outcome in moved),
-            "windows": [str(outcome.window) for outcome in moved],
+            "rows": sum(outcome.rows for outcome in loaded),
+            "windows": [str(outcome.window) for outcome in loaded],
             **counts,
         }
         return {**counts, "refused": len(report.failures)}
@@ -264,7 +264,7 @@ def all_loaded(counts: Mapping[str, int] | None) -> None:
     """Fail the run if a window was refused, or could not be extracted."""
     if counts and counts["refused"]:
         raise DataRefusedError(
-            f"{counts['refused']} windows were not loaded; the log of load and faletl status say why"
+            f"{counts['refused']} windows were not loaded; see the log of load, or faletl status"
         )
 
 
@@ -275,7 +275,7 @@ def all_loaded(counts: Mapping[str, int] | None) -> None:
 def build(connection: str) -> int:
     """Build staging, marts and reports for the days that changed, and check them, in one transaction.
 
-    Returns how many days. What fails a check is undone, and readers keep what they had.
+    Returns the number of days. If a check fails, the build is undone, and readers keep the last one.
     """
     from faletl import pipeline
     from faletl.line.release import announce_alerts
@@ -284,12 +284,12 @@ def build(connection: str) -> int:
     for asset, events in context.get("triggering_asset_events", {}).items():
         for event in events:
             windows = ", ".join(event.extra.get("windows", []))
-            log.info("%s moved: %s", asset.uri, windows or "as the event does not tell")
+            log.info("%s changed: %s", asset.uri, windows or "the event names no windows")
     with _settings(connection) as settings:
         built = pipeline.build(settings).build
         announce_alerts(settings, announce)
     if built is None:
-        raise AirflowSkipException("nothing to build: nothing new is loaded")
+        raise AirflowSkipException("nothing to build: no new rows are loaded")
     for asset in (MARTS, REPORTS):
         context["outlet_events"][asset].extra = {"days": built.days, "checks": built.checks}
     return built.days
@@ -303,13 +303,15 @@ def build(connection: str) -> int:
     trigger_rule="none_failed",
 )
 def publish(connection: str) -> str:
-    """Show the newest build to readers in one step: returns what they open."""
+    """Show readers the newest build, in one step; return what they open."""
     from faletl import pipeline
     from faletl.line.release import is_behind
 
     with _settings(connection) as settings:
         if is_behind(settings):
-            raise AirflowSkipException("something was loaded meanwhile: the run it sets off shows both")
+            raise AirflowSkipException(
+                "newer rows were loaded meanwhile; the run that they trigger publishes both"
+            )
         published = pipeline.publish(settings).published
     if published is None:
         raise AirflowSkipException("nothing to publish: readers have the newest build")
@@ -318,29 +320,35 @@ def publish(connection: str) -> str:
 
 @task(pool=POOL, weight_rule="absolute")
 def maintain(connection: str) -> str | None:
-    """Delete superseded landed pages, snapshots without news, old rows of ops, and leftovers.
+    """Delete superseded landed pages, snapshots that changed nothing, old ops rows, and leftovers.
 
-    Returns what readers open, if there is a new build to see. How much was deleted is in the log.
+    Returns what readers open if there is a new build, else None. The log has the deleted amounts.
     """
-    from faletl.operations.maintain import maintain as maintained
+    from faletl.operations.maintain import maintain as run_maintenance
 
     with _settings(connection) as settings:
-        done = maintained(settings)
-    for one in done.freed:
-        log.info("deleted: %s, %d rows, %d files, %d bytes", one.kind, one.rows, one.files, one.bytes)
-    return done.report.published
+        maintenance = run_maintenance(settings)
+    for deleted in maintenance.freed:
+        log.info(
+            "deleted: %s, %d rows, %d files, %d bytes",
+            deleted.kind,
+            deleted.rows,
+            deleted.files,
+            deleted.bytes,
+        )
+    return maintenance.report.published
 
 
 @task(outlets=[MARTS, REPORTS, PUBLISHED])
 def shown(published: str | None) -> None:
-    """Update the assets, if there is a new build to see."""
+    """Update the assets if a new build was published."""
     if published is None:
-        raise AirflowSkipException("nothing was built: the tables are as they were")
+        raise AirflowSkipException("nothing was built: the tables are unchanged")
 
 
 @task.sensor(mode="reschedule", poke_interval=600, timeout=timedelta(days=1).total_seconds())
 def is_modelled(connection: str) -> bool:
-    """Wait until readers can see the whole of the day that this run stands for."""
+    """Wait until readers see the whole day of this run's interval."""
     from faletl.line.release import is_published
 
     start = get_current_context().get("data_interval_start")
@@ -353,12 +361,12 @@ def is_modelled(connection: str) -> bool:
 
 
 def backfill_params() -> dict[str, Param]:
-    """The form of `fal_backfill`."""
+    """Return the form fields of `fal_backfill`."""
     names = list(RESOURCES)
     return {
         "start": Param(
             None, type=["string", "null"], format="date", title="First day",
-            description="UTC. Named days are fetched anew. Empty: what is due.",
+            description="UTC. Days you name are fetched again. Empty: what is due.",
         ),
         "end": Param(
             None, type=["string", "null"], format="date", title="Day after the last",
@@ -366,22 +374,22 @@ def backfill_params() -> dict[str, Param]:
         ),
         "resources": Param(
             names, type="array", items={"type": "string", "enum": names}, examples=names,
-            title="Resources", description="Which collections of fal's API.",
+            title="Resources", description="The collections of fal's API to fetch.",
         ),
         "dry_run": Param(
             False, type="boolean", title="Dry run",
-            description="Only tell, in the log of plan, which windows in how many calls.",
+            description="Only write the windows and the number of calls to the log of plan.",
         ),
     }  # fmt: skip
 
 
-def _meant_by(form: Mapping[str, Any], name: str) -> Asked:
-    """What the form asks for, of one resource."""
+def _selection_of_form(form: Mapping[str, Any], name: str) -> Asked:
+    """Return the selection of the form for one resource."""
     from faletl.selection import Asked
     from faletl.windows import day_of
 
     if name not in form["resources"]:
-        raise AirflowSkipException(f"{name} is not among the resources that the form names")
+        raise AirflowSkipException(f"{name} is not selected in the form")
     try:
         start, end = (day_of(day) if (day := form[key]) else None for key in ("start", "end"))
     except ValueError as error:
@@ -389,11 +397,11 @@ def _meant_by(form: Mapping[str, Any], name: str) -> Asked:
     return Asked(start, end, [name])
 
 
-# --- What tasks have in common --------------------------------------------------------------------
+# --- Shared by tasks ------------------------------------------------------------------------------
 
 
 def _rank(error: FaletlError) -> tuple[bool, int]:
-    """Which of several errors a task ends with, the lowest first: it decides on the retry."""
+    """Sort key of several errors: the task fails with the lowest, which decides on the retry."""
     return error.exit_code != KeyRefusedError.exit_code, error.exit_code
 
 
@@ -401,8 +409,8 @@ def _rank(error: FaletlError) -> tuple[bool, int]:
 def _settings(connection: str, resource: Resource | None = None) -> Iterator[Settings]:
     """Settings from the connection; a refused key fails the task with the sentence of `faletl check`.
 
-    What an account may go without (analytics) is left out where its key is fine but may not read it.
-    An error that knows more than that fal refused the key (a locked account) is raised as it is.
+    An optional resource (analytics) is skipped if the key is valid but may not read it. A more specific
+    error, such as a locked account, is raised unchanged.
     """
     from faletl.airflow.hook import FalHook
     from faletl.operations.check import check
@@ -413,21 +421,25 @@ def _settings(connection: str, resource: Resource | None = None) -> Iterator[Set
     except KeyRefusedError as error:
         if type(error) is not KeyRefusedError:
             raise
-        checked = check(settings)
-        mine = [one.sentence for one in checked.findings if resource and one.resource == resource.name]
-        sentence = checked.why_refused or next(iter(mine), "") or error.message
-        if resource is not None and resource.is_optional and not checked.why_refused:
+        report = check(settings)
+        sentences = [
+            access.sentence
+            for access in report.findings
+            if resource and access.resource == resource.name
+        ]
+        sentence = report.why_refused or next(iter(sentences), "") or error.message
+        if resource is not None and resource.is_optional and not report.why_refused:
             raise AirflowSkipException(sentence) from None
         raise KeyRefusedError(sentence, **error.facts) from None
 
 
-def _tell_forecast(settings: Settings, asked: Asked) -> None:
+def _log_forecast(settings: Settings, selection: Asked) -> None:
     from faletl import pipeline
 
-    for one in pipeline.dry_run(settings, asked):
-        first, last = one.windows[0], one.windows[-1]
-        about = "perhaps" if one.is_guess else "about"
+    for forecast in pipeline.dry_run(settings, selection):
+        first, last = forecast.windows[0], forecast.windows[-1]
+        about = "perhaps" if forecast.is_guess else "about"
         log.info(
             "%s: %d windows, %s to %s, in %s %d calls",
-            one.resource, len(one.windows), first, last, about, one.calls,
+            forecast.resource, len(forecast.windows), first, last, about, forecast.calls,
         )  # fmt: skip

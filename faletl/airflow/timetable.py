@@ -1,4 +1,4 @@
-"""The timetable of the DAGs that run by the clock; Airflow knows it by the plugin."""
+"""The timetable of the scheduled DAGs; the plugin registers it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 class FullHoursTimetable(CronDataIntervalTimetable):
-    """Runs start some minutes past an hour, as a cron expression says; data intervals are full hours.
+    """Runs start at the times of a cron expression; their data intervals are full hours.
 
     `6 * * * *` starts the run of 09:00 to 10:00 at 10:06, `10 0 * * *` that of a day at 00:10 of the day
-    after. The cron expression alone would give intervals such as 09:06 to 10:06, so what goes into it
-    is moved by these minutes, and what comes out is moved back.
+    after. The cron expression alone would give intervals such as 09:06 to 10:06, so times are moved by
+    these minutes before the cron timetable sees them, and moved back afterwards.
     """
 
     @property

@@ -1,7 +1,7 @@
-"""The `faletl` command: a thin skin on `faletl.pipeline`.
+"""The `faletl` command: a thin skin on `faletl.pipeline` and `faletl.operations`.
 
-Results go to stdout, progress and sentences to stderr, the designed exit code to the shell. Nothing
-heavy is imported before a command needs it: `faletl --help` answers at once.
+Results go to stdout, progress and sentences to stderr, the designed exit code to the shell. A command
+imports its heavy modules when it runs, so `faletl --help` answers at once.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from contextlib import suppress
 from datetime import date
 from pathlib import Path
 from resource import RLIMIT_CORE, getrlimit, setrlimit
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
 from faletl.cli.runtime import (
     Options,
     Stopped,
-    finish,
     on_signal,
+    print_stderr,
     print_version,
     progress_bar,
+    report_and_exit,
     run_command,
-    say,
     set_up_logging,
     signals,
 )
@@ -33,15 +33,12 @@ from faletl.errors import UsageError
 from faletl.resources import RESOURCES
 from faletl.windows import day_of
 
-if TYPE_CHECKING:
-    pass
-
 app = typer.Typer(
     name="faletl",
-    help="Know what you spend on fal.ai: extract, prove, load and model what fal's APIs tell.",
-    epilog="Settings are environment variables; the first is FAL_KEY. Exit codes: 0 done, 1 failed "
-    "and may be tried again, 2 wrong use, settings or key, 3 refused by a check, 4 changed behind our "
-    "back.",
+    help="Know what you spend on fal.ai: extract, prove, load and model its billing data.",
+    epilog="Settings are environment variables; FAL_KEY is the one you need first. Exit codes: 0 done, "
+    "1 failed, may be tried again, 2 wrong use, settings or key, 3 refused by a check, 4 stored data "
+    "were changed by something else.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -50,7 +47,7 @@ app = typer.Typer(
 
 
 landing_app = typer.Typer(
-    help="Landed pages: how much they take, dropping those that nothing stands on, scrubbing one.",
+    help="Landed pages: show their size, delete those that nothing depends on, scrub one to share it.",
     epilog="Example: faletl landing du",
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -58,7 +55,7 @@ landing_app = typer.Typer(
 app.add_typer(landing_app, name="landing")
 
 quarantine_app = typer.Typer(
-    help="Rows that broke their contract: look at them, and replay them from the landed pages.",
+    help="Rows that violate fal's contract: list them, show them, load them again from landed pages.",
     epilog="Example: faletl quarantine list",
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -66,7 +63,7 @@ quarantine_app = typer.Typer(
 app.add_typer(quarantine_app, name="quarantine")
 
 accounts_app = typer.Typer(
-    help="Accounts: list them, rename one, or forget one, which takes all of it out of the tables.",
+    help="Accounts: list them, rename one, or forget one, which deletes its rows from all tables.",
     epilog="Example: faletl accounts rename acme acme-emea",
     invoke_without_command=True,
     rich_markup_mode=None,
@@ -83,17 +80,19 @@ def _day(text: str) -> date:
 
 def _resource(name: str) -> str:
     if name not in RESOURCES:
-        raise typer.BadParameter(f"{name!r} is none of {', '.join(RESOURCES)}")
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(RESOURCES)}")
     return name
 
 
 Start = Annotated[
     date | None,
-    typer.Option(parser=_day, metavar="DATE", help="First UTC day. Named days are fetched again."),
+    typer.Option(parser=_day, metavar="DATE", help="First UTC day. Days you name are fetched again."),
 ]
 End = Annotated[
     date | None,
-    typer.Option(parser=_day, metavar="DATE", help="Day after the last, exclusive. Default: up to now."),
+    typer.Option(
+        parser=_day, metavar="DATE", help="Day after the last (exclusive). Default: up to now."
+    ),
 ]
 Resources = Annotated[
     list[str] | None,
@@ -101,35 +100,35 @@ Resources = Annotated[
         "--resource",
         parser=_resource,
         metavar="NAME",
-        help=f"Only this one: {', '.join(RESOURCES)}. Repeatable.",
+        help=f"Only this resource: {', '.join(RESOURCES)}. Repeatable.",
     ),
 ]
 
 
 @app.callback()
 def options(
-    debug: Annotated[bool, typer.Option(help="Show tracebacks and every step.")] = False,
+    debug: Annotated[bool, typer.Option(help="Log every step, and tracebacks of errors.")] = False,
     log_format: Annotated[
-        Literal["text", "json"], typer.Option(help="How to write what goes to stderr.")
+        Literal["text", "json"], typer.Option(help="Format of log lines and errors on stderr.")
     ] = "text",
     _version: Annotated[
         bool,
         typer.Option(
             "--version",
-            help="Show the version.",
+            help="Print the version and exit.",
             callback=lambda on: print_version(on),
             is_eager=True,
         ),
     ] = False,
 ) -> None:
-    """Remember what holds for every command."""
+    """Set up logging for the command, and warn of unknown FALETL_ variables."""
     from faletl.config import unknown_variables
 
     Options.debug, Options.log_format = debug, log_format
     set_up_logging()
-    for name, meant in unknown_variables().items():
+    for name, likely in unknown_variables().items():
         logging.getLogger("faletl").warning(
-            "%s is no setting of faletl%s", name, f"; is {meant} meant?" if meant else ""
+            "%s is not a setting of faletl%s", name, f"; did you mean {likely}?" if likely else ""
         )
 
 
@@ -139,10 +138,10 @@ def run(
     end: End = None,
     resource: Resources = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only tell which windows, in how many calls and minutes.")
+        bool, typer.Option("--dry-run", help="Only print the due windows, calls and minutes.")
     ] = False,
 ) -> None:
-    """The whole line: extract, prove, load, build and publish what is due, or the days given."""
+    """Extract, prove, load, build and publish what is due, or the days you name."""
     from faletl import pipeline
     from faletl.cli.output import print_forecasts
     from faletl.config import Settings
@@ -155,51 +154,57 @@ def run(
         return
     with progress_bar() as progress:
         report = pipeline.run(Settings.load(), Asked(start, end, resource or ()), progress)
-    finish(report)
+    report_and_exit(report)
 
 
 @app.command(epilog="Example: faletl extract --start 2026-11-01 --resource usage")
 def extract(start: Start = None, end: End = None, resource: Resources = None) -> None:
-    """Land and prove pages of what is due, or of the days given; load nothing."""
+    """Land and prove the pages of what is due, or of the days you name; load nothing."""
     from faletl import pipeline
     from faletl.config import Settings
     from faletl.selection import Asked
 
     with progress_bar() as progress:
         report = pipeline.extract(Settings.load(), Asked(start, end, resource or ()), progress)
-    finish(report)
+    report_and_exit(report)
 
 
 @app.command(epilog="Example: faletl load --resource usage")
 def load(start: Start = None, end: End = None, resource: Resources = None) -> None:
-    """Load what has landed and is not loaded yet; asks fal nothing."""
+    """Load landed extracts that are not loaded yet; fal is not called."""
     from faletl import pipeline
     from faletl.config import Settings
     from faletl.selection import Asked
 
     with progress_bar() as progress:
         report = pipeline.load(Settings.load(), Asked(start, end, resource or ()), progress)
-    finish(report, nothing="nothing to load: all that has landed is loaded")
+    report_and_exit(report, nothing="nothing to load: every landed extract is loaded")
 
 
 @app.command(epilog="Example: faletl build --full")
 def build(
-    full: Annotated[bool, typer.Option("--full", help="Even if nothing changed.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Build all days, even if nothing changed.")
+    ] = False,
 ) -> None:
-    """Build marts and reports from what is loaded, and check them."""
+    """Build marts and reports from loaded rows, and check them."""
     from faletl import pipeline
     from faletl.config import Settings
 
-    finish(pipeline.build(Settings.load(), full=full), nothing="nothing to build: nothing new is loaded")
+    report_and_exit(
+        pipeline.build(Settings.load(), full=full), nothing="nothing to build: no new rows are loaded"
+    )
 
 
 @app.command(epilog="Example: faletl publish")
 def publish() -> None:
-    """Show the newest build to readers, in one step."""
+    """Show readers the newest build, in one step."""
     from faletl import pipeline
     from faletl.config import Settings
 
-    finish(pipeline.publish(Settings.load()), nothing="nothing to publish: no newer build is there")
+    report_and_exit(
+        pipeline.publish(Settings.load()), nothing="nothing to publish: readers have the newest build"
+    )
 
 
 @app.command(epilog="Example: faletl rebuild --window 2026-11-01")
@@ -209,31 +214,33 @@ def rebuild(
         typer.Option(parser=_day, metavar="DATE", help="Only this UTC day. Default: everything."),
     ] = None,
 ) -> None:
-    """Make the warehouse anew from the landed pages alone; asks fal nothing."""
+    """Rebuild the warehouse from landed pages alone; fal is not called."""
     from faletl.config import Settings
     from faletl.operations.rebuild import rebuild as rebuild_warehouse
 
     with progress_bar() as progress:
         report = rebuild_warehouse(Settings.load(), window, progress)
-    finish(report, nothing="nothing to rebuild: nothing was ever loaded from landed pages")
+    report_and_exit(report, nothing="nothing to rebuild: no landed page was ever loaded")
 
 
 @app.command(epilog="Example: faletl verify")
 def verify() -> None:
-    """Look whether loaded rows, their landed pages, sums and models are as they were left."""
+    """Check that loaded rows, landed pages, sums and models are unchanged."""
     from faletl.config import Settings
     from faletl.errors import TamperedError
-    from faletl.operations.verify import verify as verdict_on
+    from faletl.operations.verify import verify as verify_warehouse
 
-    verdict = verdict_on(Settings.load())
-    for sentence in verdict.findings:
-        say(sentence)
-    if not verdict.is_complete:
-        say("sums and models were not looked at: something is not built yet; run faletl build")
-    if verdict.findings:
+    verification = verify_warehouse(Settings.load())
+    for sentence in verification.findings:
+        print_stderr(sentence)
+    if not verification.is_complete:
+        print_stderr(
+            "sums and models were not verified: loaded rows are not built yet; run faletl build"
+        )
+    if verification.findings:
         raise typer.Exit(TamperedError.exit_code)
-    more = ", sums and models" if verdict.is_complete else ""
-    typer.echo(f"all that was looked at is as it was left: ledger, rows, landed pages{more}")
+    verified = "ledger, rows, landed pages" + ", sums and models" * verification.is_complete
+    typer.echo(f"verified: {verified} are unchanged")
 
 
 @app.command(epilog="Example: faletl validate --resource usage --start 2026-11-01 --docs validation")
@@ -243,55 +250,55 @@ def validate(
     resource: Resources = None,
     docs: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Also write what was found as pages for a browser."),
+        typer.Option(metavar="DIR", help="Also write the results as HTML pages."),
     ] = None,
 ) -> None:
-    """The gate once more, over what is loaded: all of it, or the days and resources given."""
+    """Run the gate again over loaded windows: all, or the days and resources you name."""
     from faletl.cli.output import print_validations
     from faletl.config import Settings
-    from faletl.operations.validate import validate as verdict_on
+    from faletl.operations.validate import validate as run_gate
     from faletl.selection import Asked
 
     with progress_bar() as progress:
-        verdict = verdict_on(Settings.load(), Asked(start, end, resource or ()), progress)
-    print_validations(verdict)
+        gate_report = run_gate(Settings.load(), Asked(start, end, resource or ()), progress)
+    print_validations(gate_report)
     if docs is not None:
         from faletl.operations.validation_html import write_docs
 
-        typer.echo(f"wrote {write_docs(docs, verdict)}")
-    raise typer.Exit(verdict.exit_code)
+        typer.echo(f"wrote {write_docs(docs, gate_report)}")
+    raise typer.Exit(gate_report.exit_code)
 
 
 @app.command(epilog="Example: faletl stage --out handover --start 2026-11-01 --resource usage")
 def stage(
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the files go.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the files.")],
     start: Start = None,
     end: End = None,
     resource: Resources = None,
 ) -> None:
-    """Loaded days as typed Parquet, a file each, for another engine; only what is new since."""
+    """Write loaded days as typed Parquet files for another engine; unchanged days are skipped."""
     from faletl.config import Settings
     from faletl.operations.handover import hand_over
     from faletl.selection import Asked
 
     with progress_bar() as progress:
-        handed = hand_over(Settings.load(), out, Asked(start, end, resource or ()), progress)
+        handover = hand_over(Settings.load(), out, Asked(start, end, resource or ()), progress)
     typer.echo(
-        f"{out}: {len(handed.written):,} files written, {handed.unchanged:,} there already, "
-        f"{len(handed.deleted):,} deleted"
+        f"{out}: {len(handover.written):,} files written, {handover.unchanged:,} unchanged, "
+        f"{len(handover.deleted):,} deleted"
     )
 
 
 @app.command(epilog="Example: faletl grant --reader analysts")
 def grant(
-    reader: Annotated[str, typer.Option(metavar="ROLE", help="A role of the database.")],
+    reader: Annotated[str, typer.Option(metavar="ROLE", help="A role of the database server.")],
 ) -> None:
     """Let a role of a server warehouse read marts and reports, and nothing else."""
     from faletl.config import Settings
     from faletl.warehouse import open_warehouse
 
     open_warehouse(Settings.load()).grant(reader)
-    typer.echo(f"{reader} reads marts and reports now, and after every build")
+    typer.echo(f"{reader} may read marts and reports now, and after every build")
 
 
 @app.command(epilog='Example: faletl accept usage 2026-11-20 --reason "fal confirmed it in ticket 4711"')
@@ -300,72 +307,76 @@ def accept(
         str, typer.Argument(parser=_resource, metavar="RESOURCE", help=f"One of {', '.join(RESOURCES)}.")
     ],
     day: Annotated[date, typer.Argument(parser=_day, metavar="DAY", help="The UTC day.")],
-    reason: Annotated[str, typer.Option(metavar="TEXT", help="Why; kept in ops.acceptances.")],
+    reason: Annotated[
+        str, typer.Option(metavar="TEXT", help="Why you accept it; stored in ops.acceptances.")
+    ],
     account: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Account label, where several have such a day.")
+        str | None, typer.Option(metavar="NAME", help="Account label, if several have such a day.")
     ] = None,
     keep: Annotated[
-        bool, typer.Option("--keep", help="Confirm what is loaded instead of the held extract.")
+        bool, typer.Option("--keep", help="Confirm the loaded rows instead of the held extract.")
     ] = False,
 ) -> None:
-    """Load a held extract, or a day that a contract rule refused; --keep confirms what is loaded."""
+    """Load a held extract, or a day that a contract rule refused; --keep confirms the loaded rows."""
     from faletl.config import Settings
-    from faletl.operations.accept import accept as accepted
+    from faletl.operations.accept import accept as accept_window
 
-    finish(accepted(Settings.load(), resource, day, reason=reason, account=account, is_kept=keep))
+    report_and_exit(
+        accept_window(Settings.load(), resource, day, reason=reason, account=account, is_kept=keep)
+    )
 
 
 @quarantine_app.command("list", epilog="Example: faletl quarantine list --all")
 def list_quarantine(
     with_resolved: Annotated[
-        bool, typer.Option("--all", help="Also rows whose window was loaded since.")
+        bool, typer.Option("--all", help="Also resolved rows: their window was loaded since.")
     ] = False,
 ) -> None:
-    """The rows set aside: where each stands, and what is wrong with it."""
+    """List the quarantined rows: where each is, and what is wrong with it."""
     from faletl.cli.output import print_quarantine
     from faletl.config import Settings
-    from faletl.operations.quarantine import rows_set_aside
+    from faletl.operations.quarantine import quarantined_rows
 
-    print_quarantine(rows_set_aside(Settings.load(), is_open=not with_resolved))
+    print_quarantine(quarantined_rows(Settings.load(), is_open=not with_resolved))
 
 
 @quarantine_app.command(epilog="Example: faletl quarantine show 20261123T103000000000Z-a1b2c3")
 def show(
-    load_id: Annotated[str, typer.Argument(metavar="LOAD_ID", help="A read, from the list.")],
+    load_id: Annotated[str, typer.Argument(metavar="LOAD_ID", help="Id of an extract, from the list.")],
 ) -> None:
-    """The rows of one read as fal sent them, with the page where each was landed."""
-    from faletl.cli.output import print_rows_set_aside
+    """Show the quarantined rows of one extract as fal sent them, with the landed page of each."""
+    from faletl.cli.output import print_quarantined_rows
     from faletl.config import Settings
-    from faletl.operations.quarantine import rows_set_aside
+    from faletl.operations.quarantine import quarantined_rows
 
-    print_rows_set_aside(rows_set_aside(Settings.load(), load_id))
+    print_quarantined_rows(quarantined_rows(Settings.load(), load_id))
 
 
 @quarantine_app.command(epilog="Example: faletl quarantine retry")
 def retry(
     load_ids: Annotated[
-        list[str] | None, typer.Argument(metavar="[LOAD_ID…]", help="Only these reads.")
+        list[str] | None, typer.Argument(metavar="[LOAD_ID…]", help="Only these extracts.")
     ] = None,
 ) -> None:
-    """Take the pages of open rows through the line once more, after an upgrade; asks fal nothing."""
+    """Load the pages of quarantined rows again, after an upgrade of faletl; fal is not called."""
     from faletl.config import Settings
-    from faletl.operations.quarantine import retry as retried
+    from faletl.operations.quarantine import retry as retry_rows
 
     with progress_bar() as progress:
-        report = retried(Settings.load(), load_ids or (), progress)
-    finish(report, nothing="nothing to retry: no row is set aside")
+        report = retry_rows(Settings.load(), load_ids or (), progress)
+    report_and_exit(report, nothing="nothing to retry: no row is quarantined")
 
 
 @accounts_app.callback()
 def accounts(context: typer.Context) -> None:
-    """List the accounts where nothing else is asked for."""
+    """List the accounts unless a subcommand is named."""
     if context.invoked_subcommand is None:
         list_accounts()
 
 
 @accounts_app.command("list", epilog="Example: faletl accounts list")
 def list_accounts() -> None:
-    """Each account: its label, fal's usernames of it, how many keys were seen, and what is loaded."""
+    """List each account: label, usernames at fal, number of keys seen, first and last loaded day."""
     from faletl.cli.output import print_accounts
     from faletl.config import Settings
 
@@ -374,60 +385,62 @@ def list_accounts() -> None:
 
 @accounts_app.command("rename", epilog="Example: faletl accounts rename acme acme-emea")
 def rename_account(
-    old: Annotated[str, typer.Argument(metavar="OLD", help="Its label, from the list.")],
-    new: Annotated[str, typer.Argument(metavar="NEW", help="Its new label, which no account has.")],
+    old: Annotated[str, typer.Argument(metavar="OLD", help="Label of the account, from the list.")],
+    new: Annotated[str, typer.Argument(metavar="NEW", help="New label; no other account may have it.")],
 ) -> None:
-    """Rename an account in all tables, also for a later rebuild; then build and publish."""
+    """Rename an account in all tables, also for later rebuilds; then build and publish."""
     from faletl.config import Settings
     from faletl.operations.rename import rename
 
     report = rename(Settings.load(), old, new)
-    typer.echo(f"account {old} is now {new}; say so in FALETL_ACCOUNT and FALETL_OWNERS, where set")
-    finish(report)
+    typer.echo(
+        f"account {old} is now {new}; change FALETL_ACCOUNT and FALETL_OWNERS too, if they name it"
+    )
+    report_and_exit(report)
 
 
 @accounts_app.command("forget", epilog="Example: faletl accounts forget trial --yes")
 def forget_account(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Its label, from the list.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Label of the account, from the list.")],
     yes: Annotated[
-        bool, typer.Option("--yes", help="Do it; without it, only say what would go.")
+        bool, typer.Option("--yes", help="Delete; without it, only print what would be deleted.")
     ] = False,
 ) -> None:
-    """Delete all of an account from the tables, also for a later rebuild; then build and publish.
+    """Delete an account's rows from all tables, also for later rebuilds; then build and publish.
 
-    Its landed pages stay until faletl landing prune, and are not loaded again.
+    Its landed pages stay until faletl landing prune deletes them; they are not loaded again.
     """
     from faletl.config import Settings
     from faletl.operations.rename import extent, forget
 
     settings = Settings.load()
-    found = extent(settings, name)
-    told = f"{found.rows:,} rows of {found.days:,} days"
-    if found.days:
-        told += f", {found.first_day} to {found.last_day}"
+    loaded = extent(settings, name)
+    extent_text = f"{loaded.rows:,} rows of {loaded.days:,} days"
+    if loaded.days:
+        extent_text += f", {loaded.first_day} to {loaded.last_day}"
     if not yes:
-        raise UsageError(f"this would delete account {name!a}: {told}; if you mean it, add --yes")
+        raise UsageError(f"this would delete account {name!a}: {extent_text}; add --yes to delete it")
     report = forget(settings, name)
-    typer.echo(f"account {name} is forgotten: {told} deleted")
-    finish(report)
+    typer.echo(f"account {name} is forgotten: {extent_text} deleted")
+    report_and_exit(report)
 
 
 @app.command(epilog="Example: faletl horizon --set 2026-01-01 --resource usage")
 def horizon(
     set_: Annotated[
         date | None,
-        typer.Option("--set", parser=_day, metavar="DATE", help="Load days from this one on."),
+        typer.Option("--set", parser=_day, metavar="DATE", help="The new first day."),
     ] = None,
     resource: Resources = None,
     account: Annotated[
         str | None,
-        typer.Option(metavar="LABEL", help="Whose; by default that of FALETL_ACCOUNT or FAL_KEY."),
+        typer.Option(metavar="LABEL", help="Account; default: that of FALETL_ACCOUNT or FAL_KEY."),
     ] = None,
 ) -> None:
-    """The first UTC day that runs keep complete, per account and resource; --set moves it.
+    """Show the first UTC day that runs keep complete, per account and resource; --set moves it.
 
-    Moved back, the days in between are due. Moved on, nothing is deleted, and loaded days before it are
-    not extracted again.
+    After a move to an earlier day, the days in between are due. After a move to a later day, nothing is
+    deleted, and loaded days before it are not extracted again.
     """
     from faletl.cli.output import print_horizons
     from faletl.config import Settings
@@ -442,7 +455,7 @@ def horizon(
 
 @landing_app.command(epilog="Example: faletl landing du")
 def du() -> None:
-    """How much the landed pages take, per resource, and how much of it prune would free."""
+    """Show the size of landed pages per resource, and how much of it prune would free."""
     from faletl.cli.output import print_landing
     from faletl.config import Settings
 
@@ -451,17 +464,19 @@ def du() -> None:
 
 @landing_app.command(epilog="Example: faletl landing prune --dry-run")
 def prune(
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Delete nothing, only tell.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Delete nothing, only print the sums.")
+    ] = False,
 ) -> None:
-    """Delete landed pages that nothing depends on, however young; rebuild gives the same as before.
+    """Delete landed pages that nothing depends on, of any age; a rebuild gives the same as before.
 
-    faletl maintain does it with those older than FALETL_KEEP_DAYS, and deletes what else is over.
+    faletl maintain deletes only those older than FALETL_KEEP_DAYS, and other obsolete data too.
     """
     from faletl.config import Settings
     from faletl.operations.rebuild import prune as prune_landing
 
-    reads, size = prune_landing(Settings.load(), is_dry=dry_run)
-    typer.echo(f"{len(reads):,} reads, {size:,} bytes {'would be ' * dry_run}deleted")
+    folders, size = prune_landing(Settings.load(), is_dry=dry_run)
+    typer.echo(f"{len(folders):,} extracts, {size:,} bytes {'would be ' * dry_run}deleted")
 
 
 @landing_app.command(
@@ -469,10 +484,10 @@ def prune(
 )
 def scrub(
     page: Annotated[
-        str, typer.Argument(metavar="PAGE", help="A page of the landing folder, or a file of JSON.")
+        str, typer.Argument(metavar="PAGE", help="A page of the landing folder, or a JSON file.")
     ],
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A new file for it; by default stdout.")
+        Path | None, typer.Option(metavar="FILE", help="A new file to write to. Default: stdout.")
     ] = None,
     keep_amounts: Annotated[
         bool, typer.Option("--keep-amounts", help="Keep amounts, quantities, counts and durations.")
@@ -480,8 +495,8 @@ def scrub(
 ) -> None:
     """Replace names, ids, texts and amounts of a page, so that it can be published in an issue.
 
-    Names of fields, times, fal-ai/… endpoint ids, known units, currencies and the number of rows stay
-    readable, and of each number its length, sign and zeros. The same text gets the same stand-in.
+    Field names, times, fal-ai/… endpoint ids, known units, currencies and the number of rows stay
+    readable, as do the length, sign and zeros of each number. Equal texts get the same replacement.
     """
     from faletl.operations.scrub import READABLE, read_page, scrubbed, write_page
 
@@ -490,35 +505,37 @@ def scrub(
         typer.echo(clean)
     else:
         write_page(clean, out)
-    say(READABLE + "; all amounts, too" * keep_amounts + ": look at the page before you publish it")
+    print_stderr(
+        READABLE + "; all amounts, too" * keep_amounts + ": look at the page before you publish it"
+    )
 
 
 @app.command(epilog="Example: faletl maintain --dry-run")
 def maintain(
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Delete nothing, only show what would go.")
+        bool, typer.Option("--dry-run", help="Delete nothing, only print what would be deleted.")
     ] = False,
 ) -> None:
-    """Delete what FALETL_KEEP_DAYS and FALETL_KEEP_OPS_DAYS let go; then build and publish.
+    """Delete data older than FALETL_KEEP_DAYS and FALETL_KEEP_OPS_DAYS; then build and publish.
 
-    These are superseded landed pages, snapshots that say what the one before said, rows about runs that
-    are over, and what killed commands left. Reports and faletl rebuild give the same as before.
+    Deleted are superseded landed pages, snapshots that equal the one before, ops rows about past runs,
+    and files that killed commands left. Reports and faletl rebuild give the same as before.
     """
     from faletl.cli.output import print_freed
     from faletl.config import Settings
-    from faletl.operations.maintain import maintain as maintained
+    from faletl.operations.maintain import maintain as run_maintenance
 
-    done = maintained(Settings.load(), is_dry=dry_run)
-    print_freed(done.freed, is_dry=dry_run)
+    maintained = run_maintenance(Settings.load(), is_dry=dry_run)
+    print_freed(maintained.freed, is_dry=dry_run)
     if not dry_run:
-        finish(done.report, nothing="nothing to build: the tables are as they were")
+        report_and_exit(maintained.report, nothing="nothing to build: the tables are unchanged")
 
 
 @app.command(epilog="Example: faletl status --json")
 def status(
-    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Per resource: newest window, lag, rows, open failures; the last build and publication."""
+    """Show per resource the newest window, lag, rows and open failures; and the last build."""
     from faletl.cli.output import print_status
     from faletl.config import Settings
 
@@ -527,39 +544,39 @@ def status(
 
 @app.command(epilog="Example: FAL_KEY=id:secret faletl check")
 def check() -> None:
-    """Whether the key can read each resource, and what to do if not; a few tiny questions to fal."""
+    """Check that the key can read each resource; if not, print what to do. Makes a few tiny calls."""
     from faletl.cli.output import print_check
     from faletl.config import Settings
-    from faletl.operations.check import check as checked_by
+    from faletl.operations.check import check as check_keys
 
-    if not Options.debug:  # what is told below says it better than the client's log
+    if not Options.debug:  # the sentences below explain more than the client's log
         logging.getLogger("faletl.fal.client").setLevel(logging.ERROR)
     settings = Settings.load()
-    checked = checked_by(settings)
-    print_check(settings, checked)
-    for problem in checked.problems:
-        say(problem.sentence)
-    raise typer.Exit(checked.exit_code)
+    report = check_keys(settings)
+    print_check(settings, report)
+    for problem in report.problems:
+        print_stderr(problem.sentence)
+    raise typer.Exit(report.exit_code)
 
 
 @app.command(epilog="Example: FAL_KEY=id:secret faletl estimate fal-ai/flux/dev=1000 --calls")
 def estimate(
     plans: Annotated[
-        list[str], typer.Argument(metavar="ENDPOINT=QUANTITY…", help="How many units of which endpoint.")
+        list[str], typer.Argument(metavar="ENDPOINT=QUANTITY…", help="Endpoint, and number of units.")
     ],
     calls: Annotated[bool, typer.Option("--calls", help="Quantities are calls, not units.")] = False,
 ) -> None:
-    """What fal says that units or calls would cost, beside what was really charged for them of late."""
+    """Show fal's cost estimate for units or calls, next to what was charged in the last 30 days."""
     from faletl.cli.output import print_estimates
     from faletl.config import Settings
-    from faletl.operations.estimate import estimate as estimated
+    from faletl.operations.estimate import estimate as ask_estimates
     from faletl.operations.estimate import planned
 
-    planned_ones = [planned(text, by_calls=calls) for text in plans]
-    estimates = estimated(Settings.load(), planned_ones, by_calls=calls)
+    planned_uses = [planned(text, by_calls=calls) for text in plans]
+    estimates = ask_estimates(Settings.load(), planned_uses, by_calls=calls)
     print_estimates(estimates, by_calls=calls)
     for endpoint_id in estimates.unknown:
-        say(f"fal knows no endpoint {endpoint_id!r}; look it up on fal.ai/models")
+        print_stderr(f"fal knows no endpoint {endpoint_id!r}; look it up on fal.ai/models")
     raise typer.Exit(UsageError.exit_code if estimates.unknown else 0)
 
 
@@ -567,13 +584,13 @@ def estimate(
     epilog='Example: faletl sql "select sum(cost_total) from reports.rpt_spend_daily" --format csv'
 )
 def sql(
-    query: Annotated[str, typer.Argument(help="One select.")],
+    query: Annotated[str, typer.Argument(help="One select statement.")],
     output: Annotated[
         Literal["table", "csv", "json", "parquet"],
-        typer.Option("--format", help="How to write rows."),
+        typer.Option("--format", help="Output format."),
     ] = "table",
 ) -> None:
-    """Ask what is published; never blocks a run, never changes anything."""
+    """Query the published tables; never blocks a run, never changes anything."""
     from faletl.cli.output import print_query
     from faletl.config import Settings
 
@@ -588,11 +605,11 @@ def sandbox(
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8787,
     as_of: Annotated[
         date | None,
-        typer.Option(parser=_day, metavar="DATE", help="Speak the API as it was on that day of 2026."),
+        typer.Option(parser=_day, metavar="DATE", help="Serve the API as it was on that day of 2026."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Another number invents other usage and charges.")] = 7,
+    seed: Annotated[int, typer.Option(help="Seed of the invented usage and charges.")] = 7,
 ) -> None:
-    """A fal Platform API with invented data since 2025, until Ctrl-C; on loopback by default.
+    """Serve a fal Platform API with invented data since 2025, until Ctrl-C; on loopback by default.
 
     The same seed and dates always give the same figures.
     """
@@ -602,42 +619,44 @@ def sandbox(
         server = Sandbox(invented_world(seed, late=True), port, host=host, as_of=as_of)
     except OSError as error:
         raise UsageError(
-            f"{host}:{port} cannot be had ({error.strerror}); name another with --host or --port"
+            f"cannot listen on {host}:{port} ({error.strerror}); choose another with --host or --port"
         ) from None
     with server:
         typer.echo(f"Serving invented data on {server.url}; stop with Ctrl-C. To load it:")
         allowed = "" if server.url.startswith("http://127.") else "FALETL_ALLOW_HTTP=1 "
         typer.echo(f"  {allowed}FALETL_API_URL={server.url} FAL_KEY={FULL_KEY} faletl run")
-        with suppress(Stopped):  # the way it is meant to end
+        with suppress(Stopped):  # Ctrl-C is how it ends
             server.serve_forever()
     signals.clear()
 
 
 @app.command(epilog="Example: faletl demo")
 def demo(
-    folder: Annotated[Path, typer.Option(help="Where the demo keeps its files.")] = Path("faletl-demo"),
+    folder: Annotated[Path, typer.Option(help="Folder for the files of the demo.")] = Path(
+        "faletl-demo"
+    ),
 ) -> None:
-    """Sandbox, a run over this month and the last, and the first answers, in one go."""
+    """Try faletl: load two months of invented data from a sandbox, and print the first answers."""
     from faletl.cli import demo
 
     with progress_bar() as progress:
         settings, report = demo.run(folder, progress)
     if report.exit_code == 0:
         demo.print_first_answers(settings)
-    finish(report, quiet=True)
+    report_and_exit(report, quiet=True)
 
 
-# --- How results, progress and errors are told ----------------------------------------------------
+# --- The entry point ----------------------------------------------------
 
 
 def main() -> NoReturn:
-    """Run the command line; always ends the process with a designed exit code."""
+    """Run the command line; always end the process with a designed exit code."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
-    # A crash of a library must not leave the memory, and so the key, in a file.
+    # No core dumps: a crashing library must not write the memory, and the key in it, to a file.
     setrlimit(RLIMIT_CORE, (0, getrlimit(RLIMIT_CORE)[1]))
     code = run_command(app)
     if signals:
-        say("interrupted; what was loaded stays, the same command goes on from here")
+        print_stderr("interrupted; loaded windows stay; run the same command again to continue")
         code = 128 + signals[0]
     sys.exit(code)

@@ -1,7 +1,7 @@
-"""The demo: an invented team's last two months, and the first answers that the tables give.
+"""The demo: the last two months of an invented team, and the first answers from the tables.
 
-It keeps to a folder of its own and takes no setting from the environment: invented spend must never
-meet a real warehouse. The files in it have the default names, so that other commands work there.
+It uses its own folder and ignores the environment, so that invented spend never reaches a real
+warehouse. The files in the folder have the default names, so that other commands work there.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ _OLDER_WAREHOUSE, _OLDER_OWNERS = "warehouse.duckdb", "owners.csv"
 
 
 class _Demo(msgspec.Struct, frozen=True):
-    """What the mark of a demo's folder says: its first day, and whether all was loaded once."""
+    """The mark in a demo's folder: its first day, and whether everything was loaded once."""
 
     first_day: date
     is_loaded: bool = False
 
 
 def run(folder: Path, progress: Progress) -> tuple[Settings, Report]:
-    """Load last month and this one into the folder; when called again, what is due.
+    """Load last month and this one into the folder; when called again, load what is due.
 
-    Fal tells no history of its price list. So that there are changes to be seen, it is read twice at
-    first: as it was when these months began, and as it is now. What was interrupted is done again.
+    Fal serves no history of its price list. To have price changes to show, the first call extracts it
+    twice: as of the first day, and as of now. A call after an interruption continues.
 
     Raises:
-        UsageError: the folder is neither new nor empty nor a demo's.
-        StorageError: nothing can be written there.
+        UsageError: the folder exists, is not empty, and is not a demo's.
+        StorageError: the folder cannot be written.
     """
     demo = _opened(folder)
     then = datetime.combine(demo.first_day, time(), UTC)
@@ -63,8 +63,8 @@ def run(folder: Path, progress: Progress) -> tuple[Settings, Report]:
         settings, report = _load(folder, lambda: then, snapshots, progress)
         if report.exit_code:
             return settings, report
-    asked = Asked() if demo.is_loaded else Asked(demo.first_day)
-    settings, report = _load(folder, _now, asked, progress)
+    selection = Asked() if demo.is_loaded else Asked(demo.first_day)
+    settings, report = _load(folder, _now, selection, progress)
     if not report.exit_code and not demo.is_loaded:
         _write_mark(folder, _Demo(demo.first_day, is_loaded=True))
     return settings, report
@@ -75,26 +75,26 @@ def _now() -> datetime:
 
 
 def _load(
-    folder: Path, served_at: Callable[[], datetime], asked: Asked, progress: Progress
+    folder: Path, served_at: Callable[[], datetime], selection: Asked, progress: Progress
 ) -> tuple[Settings, Report]:
     with Sandbox(invented_world(late=True, now=served_at)) as server:
         settings = _settings(folder, api_url=server.url)
-        return settings, pipeline.run(settings, asked, progress)
+        return settings, pipeline.run(settings, selection, progress)
 
 
-def _settings(folder: Path, **given: object) -> Settings:
+def _settings(folder: Path, **options: object) -> Settings:
     return Settings.isolated(
         key=FULL_KEY,
         warehouse=f"duckdb:///{folder / _WAREHOUSE}",
         landing=str(folder / "landing"),
-        first_days=0,  # the mark says from when on
+        first_days=0,  # the mark has the first day
         rate=0,
-        **given,
+        **options,
     )
 
 
 def _has_prices(folder: Path) -> bool:
-    """Whether the first of the price lists is loaded."""
+    """Whether the first price list is loaded."""
     with open_warehouse(_settings(folder)).reading() as connection:
         if connection is None:
             return False
@@ -102,22 +102,22 @@ def _has_prices(folder: Path) -> bool:
         return bool(connection.execute(sa.select(prices)).scalar_one())
 
 
-# --- Its folder -----------------------------------------------------------------------------------
+# --- The folder ----------------------------------------------------------------------------------
 
 
 def _opened(folder: Path) -> _Demo:
-    """The demo of the folder, a new one where there is none; raises UsageError for a folder in use."""
+    """Open or create the demo of the folder; raises UsageError for a folder in other use."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        held = {path.name for path in folder.iterdir()}
+        names = {path.name for path in folder.iterdir()}
     except (FileExistsError, NotADirectoryError):
         raise UsageError(f"{folder} is not a folder; name another with --folder") from None
     except OSError as error:
         raise storage_error(error, folder) from None
-    is_older = _OLDER_WAREHOUSE in held and _WAREHOUSE not in held
-    if invented.DEMO_MARK in held:
+    is_older = _OLDER_WAREHOUSE in names and _WAREHOUSE not in names
+    if invented.DEMO_MARK in names:
         demo = _read_mark(folder)
-    elif held - {f".{invented.DEMO_MARK}.part"} and not (is_older and _OLDER_OWNERS in held):
+    elif names - {f".{invented.DEMO_MARK}.part"} and not (is_older and _OLDER_OWNERS in names):
         raise _in_use(folder)
     else:
         first_of_month = _now().date().replace(day=1)
@@ -132,32 +132,32 @@ def _opened(folder: Path) -> _Demo:
 
 def _in_use(folder: Path) -> UsageError:
     return UsageError(
-        f"{folder} holds files that no demo made, and invented spend must not join them; name a new or "
-        "an empty folder with --folder"
+        f"{folder} has files that are not of a demo, and invented spend must not mix with them; name a "
+        "new or empty folder with --folder"
     )
 
 
 def _first_day_of_older(folder: Path) -> date | None:
-    """The first day that the demo of an older faletl loaded; raises UsageError if it was none."""
+    """Return the first day that an older faletl's demo loaded; raises UsageError if it is not a demo."""
     file = folder / _OLDER_WAREHOUSE
     try:
         with duckdb.connect(
             str(file), read_only=True, config=duck.config(Settings.isolated().memory, None)
         ) as connection:
-            found = connection.execute(
+            loads = connection.execute(
                 "select account, min(case when resource = 'usage' then window_start end)::date "
                 "from ops.loads group by account"
             ).fetchall()
     except duckdb.Error:
         raise _in_use(folder) from None
-    if {account for account, _ in found} != {invented.ACCOUNT}:
+    if {account for account, _ in loads} != {invented.ACCOUNT}:
         raise _in_use(folder)
-    first_day: date | None = found[0][1]
+    first_day: date | None = loads[0][1]
     return first_day
 
 
 def _take_over_older(folder: Path) -> None:
-    """Give the warehouse of an older demo its name of today; its .wal first, which it needs."""
+    """Rename the warehouse of an older demo; its .wal first, because the warehouse needs it."""
     try:
         for end in (".wal", ""):
             older = folder / f"{_OLDER_WAREHOUSE}{end}"
@@ -277,7 +277,7 @@ ANSWERS = (
         """,
     ),
 )  # fmt: skip
-"""Questions that people ask of a bill, each with its query. Amounts are rounded for the eye."""
+"""Questions about a bill, each with its query. Amounts are rounded for display."""
 
 TRY_NEXT = (
     "select usage_date, endpoint_id, quantity, unit, cost_total "
@@ -286,7 +286,7 @@ TRY_NEXT = (
 
 
 def print_first_answers(settings: Settings) -> None:
-    """Total spend, spend per day, the answers to `ANSWERS`, and where to go on."""
+    """Print total spend, spend per day, the answers to `ANSWERS`, and a command to try next."""
     terminal = console()
     with published(settings) as connection:
         for total in connection.exec_driver_sql(_TOTAL).mappings():

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
@@ -34,8 +33,10 @@ from faletl.landing import extracts
 from faletl.landing.extracts import Part, SealedExtract
 from faletl.line import accounts, holds
 from faletl.line.fetch import Retry, RunContext, fetch_window
+from faletl.line.load import warn_of_other_landing
 from faletl.line.overlap import charges_first
 from faletl.line.plan import Task, first_planned, plan, with_ids
+from faletl.line.report import Progress, Report
 from faletl.resources import MODELS, RESOURCES, USAGE, Resource
 from faletl.selection import Asked
 from faletl.staging.proof import UnprovenPart
@@ -43,11 +44,6 @@ from faletl.staging.window import Staged, stage_window
 from faletl.warehouse.protocol import Warehouse
 from faletl.warehouse.tables import WAREHOUSE
 from faletl.windows import Window
-
-if TYPE_CHECKING:
-    pass
-from faletl.line.load import warn_of_other_landing
-from faletl.line.report import Progress, Report
 
 log = logging.getLogger(__name__)
 

@@ -26,6 +26,7 @@ from faletl.line.replace import (
     snapshots_taken_out,
     take_out_the_future,
 )
+from faletl.line.report import Progress, Report, no_progress, note_outcome
 from faletl.resources import RESOURCES, USAGE
 from faletl.staging.window import Staged, stage_window
 from faletl.warehouse import open_warehouse
@@ -37,7 +38,6 @@ from faletl.windows import CLOCK_TOLERANCE, Window
 
 if TYPE_CHECKING:
     from faletl.gate.gate import Gate
-from faletl.line.report import Progress, Report, no_progress, note_outcome
 
 log = logging.getLogger(__name__)
 

@@ -5,20 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from datetime import UTC, date, datetime, time, timedelta
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import sqlalchemy as sa
 
 from faletl.config import Settings
+from faletl.line.report import Report
 from faletl.models.build import Build, build_models, has_unbuilt_rows, needs_build, resources_changed
 from faletl.resources import USAGE
 from faletl.warehouse import alerts, open_warehouse
 from faletl.warehouse.ledger import fence
 from faletl.warehouse.tables import BUILDS, LOADS
-
-if TYPE_CHECKING:
-    pass
-from faletl.line.report import Report
 
 log = logging.getLogger(__name__)
 

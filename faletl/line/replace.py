@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import sqlalchemy as sa
 
@@ -40,9 +40,6 @@ from faletl.warehouse.tables import (
     WAREHOUSE,
 )
 from faletl.windows import CLOCK_TOLERANCE, DAY, Window
-
-if TYPE_CHECKING:
-    pass
 
 Outcome = Literal["loaded", "unchanged", "superseded", "held"]
 """The outcome for a window: loaded; unchanged (the extract has the same rows); superseded (a later run

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from faletl.errors import FaletlError, HeldError
 from faletl.line import holds
@@ -18,9 +17,6 @@ from faletl.models.build import Build
 from faletl.resources import RESOURCES
 from faletl.staging.window import Staged
 from faletl.windows import Window
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 

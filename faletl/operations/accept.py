@@ -1,4 +1,4 @@
-"""Accept: a person decides about a window that is held, or that a contract rule refused."""
+"""Accept: load a window that is held or was refused, because a person decides so."""
 
 from __future__ import annotations
 
@@ -41,40 +41,41 @@ def accept(
 ) -> Report:
     """Load the newest extract of a UTC day that is held or refused; build and publish the change.
 
-    With `is_kept` what is loaded is confirmed instead, and the day is not held any longer. What is
-    accepted holds for later extracts that lack, or have, the very same rows.
+    With `is_kept`, confirm the loaded rows instead; the day is then no longer held. The decision also
+    applies to later extracts with exactly the same rows missing or present.
 
     Raises:
-        UsageError: nothing of that day is held or refused, or that of several accounts is.
+        UsageError: no such day is held or refused, or it is for several accounts.
         TamperedError: the landed pages of the extract are not those that were landed.
         SharedChargesError, UnknownOverlapError: it is, or may be, loaded under another label.
     """
     if not reason.strip() or not reason.isprintable():
-        raise UsageError("--reason needs a text that says why, on one line")
+        raise UsageError("--reason must be a text on one line that gives the reason")
     report = Report(new_run_id())
-    held = _one_of(settings, HOLDS, resource, day, account)
-    refused = None if is_kept else _one_of(settings, QUARANTINE, resource, day, account)
-    # The newest extract is meant: its id begins with when it began.
-    is_held_newest = refused is None or (held is not None and held["load_id"] > refused["load_id"])
-    if held is not None and is_kept:
-        _keep(settings, report, held, reason)
-    elif held is not None and is_held_newest:
-        _load_held(settings, report, held, reason)
-    elif refused is not None:
-        _load_refused(settings, report, refused, reason)
+    hold = _newest_row(settings, HOLDS, resource, day, account)
+    quarantined = None if is_kept else _newest_row(settings, QUARANTINE, resource, day, account)
+    # Take the newer of the two: the id of an extract begins with its start time.
+    is_held_newest = quarantined is None or (
+        hold is not None and hold["load_id"] > quarantined["load_id"]
+    )
+    if hold is not None and is_kept:
+        _keep(settings, report, hold, reason)
+    elif hold is not None and is_held_newest:
+        _load_held(settings, report, hold, reason)
+    elif quarantined is not None:
+        _load_refused(settings, report, quarantined, reason)
     if not report.outcomes and not report.failures:
         raise UsageError(
-            f"nothing of {resource} {day} is held{'' if is_kept else ' or quarantined'}; faletl status "
-            "shows what is"
+            f"{resource} {day} is not held{'' if is_kept else ' or quarantined'}; see faletl status"
         )
     build_and_publish(settings, report)
     return report
 
 
-def _one_of(
+def _newest_row(
     settings: Settings, table: sa.Table, resource: str, day: date, account: str | None
 ) -> sa.RowMapping | None:
-    """The newest row about that day; None if there is none."""
+    """Return the newest row about that day, or None."""
     window = Window.of_day(day)
     query = sa.select(table).where(
         table.c.resource == resource,
@@ -86,35 +87,37 @@ def _one_of(
     if table is QUARANTINE:
         query = query.where(table.c.resolved_at.is_(None)).order_by(table.c.load_id)
     with open_warehouse(settings).reading() as connection:
-        found = connection.execute(query).mappings().all() if connection is not None else []
-    if len(accounts := sorted({row["account"] for row in found})) > 1:
+        rows = connection.execute(query).mappings().all() if connection is not None else []
+    if len(accounts := sorted({row["account"] for row in rows})) > 1:
         names = ", ".join(map(repr, accounts))
         raise UsageError(
             f"several accounts have {resource} {day} held or quarantined; add --account: {names}"
         )
-    return found[-1] if found else None
+    return rows[-1] if rows else None
 
 
 def _opened(settings: Settings, row: sa.RowMapping) -> SealedExtract:
-    """The extract that the row is about."""
+    """Open the extract that the row is about."""
     with open_warehouse(settings).reading() as connection:
         landed = relabel.opener(settings, connection)(extracts.root(settings) / row["landing_path"])
     if landed is None:
-        raise UsageError(f"the account {row['account']!a} was forgotten meanwhile (faletl accounts)")
+        raise UsageError(
+            f"the account {row['account']!a} was forgotten in the meantime (faletl accounts)"
+        )
     return landed
 
 
-def _load_held(settings: Settings, report: Report, held: sa.RowMapping, reason: str) -> None:
-    landed = _opened(settings, held)
+def _load_held(settings: Settings, report: Report, hold: sa.RowMapping, reason: str) -> None:
+    landed = _opened(settings, hold)
     with open_warehouse(settings).reading() as connection:
         accepted = holds.accepted_rows(connection)
     with scratch_folder() as scratch:
         staged = stage_window(settings, landed, scratch, accepted)
-        _load(settings, report, staged, _acceptance(held, "held", reason))
+        _load(settings, report, staged, _acceptance(hold, "held", reason))
 
 
 def _load_refused(settings: Settings, report: Report, refused: sa.RowMapping, reason: str) -> None:
-    """Load an extract whose rows break a contract rule; one that does not any longer needs no word."""
+    """Load an extract whose rows violate a contract rule; raises UsageError if none refuses it now."""
     landed = _opened(settings, refused)
     with scratch_folder() as scratch:
         try:
@@ -123,8 +126,7 @@ def _load_refused(settings: Settings, report: Report, refused: sa.RowMapping, re
             digest = error.findings.rows_digest if isinstance(error.findings, Findings) else ""
         else:
             raise UsageError(
-                "the quarantined rows do not keep their window from being loaded; load them with "
-                "faletl quarantine retry"
+                "this window loads without a decision; load it with faletl quarantine retry"
             )
         accepted = {acceptance_key(landed.manifest.account, digest)}
         staged = stage_window(settings, landed, scratch, accepted)
@@ -145,24 +147,24 @@ def _load_refused(settings: Settings, report: Report, refused: sa.RowMapping, re
 
 
 def _loaded_figures(settings: Settings, manifest: Manifest) -> holds.Figures:
-    """What is loaded of the window now."""
+    """Return the row count and cost that are loaded for the window now."""
     loaded = sa.select(LOADS.c.rows, LOADS.c.cost_total).where(
         of_window(LOADS, manifest.account, manifest.resource, manifest.window.day),
         LOADS.c.is_current,
     )
     with open_warehouse(settings).reading() as connection:
-        found = connection.execute(loaded).first() if connection is not None else None
-    return holds.Figures(found.rows, found.cost_total) if found else holds.Figures(0, None)
+        row = connection.execute(loaded).first() if connection is not None else None
+    return holds.Figures(row.rows, row.cost_total) if row else holds.Figures(0, None)
 
 
-def _keep(settings: Settings, report: Report, held: sa.RowMapping, reason: str) -> None:
-    acceptance = _acceptance(held, "kept", reason)
+def _keep(settings: Settings, report: Report, hold: sa.RowMapping, reason: str) -> None:
+    acceptance = _acceptance(hold, "kept", reason)
     with open_warehouse(settings).lease(f"faletl accept, run {report.run_id}") as lease:
-        confirm_window(settings, lease, acceptance, held["last_extracted_at"])
-    window = Window.of_day(held["window_start"].astimezone(UTC).date())
-    folder = extracts.root(settings) / held["landing_path"]
-    kept = WindowResult(held["resource"], window, "kept", held["rows_loaded"], folder)
-    report.outcomes.append(kept)
+        confirm_window(settings, lease, acceptance, hold["last_extracted_at"])
+    window = Window.of_day(hold["window_start"].astimezone(UTC).date())
+    folder = extracts.root(settings) / hold["landing_path"]
+    outcome = WindowResult(hold["resource"], window, "kept", hold["rows_loaded"], folder)
+    report.outcomes.append(outcome)
 
 
 def _load(settings: Settings, report: Report, staged: Staged, acceptance: WindowAccepted) -> None:
@@ -175,21 +177,21 @@ def _load(settings: Settings, report: Report, staged: Staged, acceptance: Window
 
 
 def _acceptance(
-    held: Mapping[Any, Any], accepted: Literal["held", "kept", "refused"], reason: str
+    row: Mapping[Any, Any], accepted: Literal["held", "kept", "refused"], reason: str
 ) -> WindowAccepted:
     return WindowAccepted(
         decided_at=datetime.now(UTC),
         decided_by=decisions.user_name(),
         acceptance_id=secrets.token_hex(8),
-        account=held["account"],
-        resource=held["resource"],
-        window_start=held["window_start"].astimezone(UTC),
-        load_id=held["load_id"],
+        account=row["account"],
+        resource=row["resource"],
+        window_start=row["window_start"].astimezone(UTC),
+        load_id=row["load_id"],
         accepted=accepted,
-        rows_digest=held["rows_digest"],
+        rows_digest=row["rows_digest"],
         reason=reason,
-        rows_before=held["rows_loaded"],
-        rows_after=held["rows_extracted"],
-        cost_total_before=plain(held["cost_total_loaded"] or Decimal(0)),
-        cost_total_after=plain(held["cost_total_extracted"] or Decimal(0)),
+        rows_before=row["rows_loaded"],
+        rows_after=row["rows_extracted"],
+        cost_total_before=plain(row["cost_total_loaded"] or Decimal(0)),
+        cost_total_after=plain(row["cost_total_extracted"] or Decimal(0)),
     )

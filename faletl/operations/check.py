@@ -1,6 +1,6 @@
-"""Check: whether the keys can read each resource, and what a person has to do where they cannot.
+"""Check: find out whether the keys can read each resource, and what to do if they cannot.
 
-It asks for as little as fal's API allows, soon gives up, writes nothing and needs no warehouse.
+It makes the smallest calls that fal's API allows, gives up soon, writes nothing and needs no warehouse.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from faletl.wire import Params
 PATIENCE = Patience(tries=2, deadline_seconds=10, retry_after_seconds=5, give_up_seconds=5)
 
 KNOWN_ENDPOINT = "fal-ai/flux/dev"
-"""Asked for where the catalogue names no endpoint: one of the oldest and most used."""
+"""An endpoint to ask for if the catalogue lists none: one of the oldest and most used."""
 
 LIMITED = frozenset({"/models", "/models/usage", "/models/analytics", "/models/billing-events"})
 """The paths that document `limit`."""
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
-    """Whether one resource can be read, with the key of which setting; None where that is not known.
+class ResourceAccess:
+    """Whether the key of one setting can read one resource; None if that is not known.
 
-    `sentence` says what to do, or what to know. It is empty when all is well.
+    `sentence` gives advice or a remark. It is empty when all is well.
     """
 
     resource: str
@@ -53,42 +53,44 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What concerns more than one resource: account, network, host, a whole key, the clock."""
+    """A problem of more than one resource: account, network, host, a whole key, the clock."""
 
     sentence: str
     exit_code: int
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
-    """A finding for each resource of the catalogue, in its order, and what concerns several of them.
+class CheckReport:
+    """The access to each resource, in the order of the catalogue, and problems of several of them.
 
-    `account` is fal's name of the account, where fal told it.
+    `account` is fal's name of the account, if fal sent it.
     """
 
     account: str | None
-    findings: Sequence[Finding]
+    findings: Sequence[ResourceAccess]
     problems: Sequence[Problem]
 
     @property
     def exit_code(self) -> int:
-        """The highest of all; 0 when everything can be read (README, "Exit codes")."""
-        codes = [one.exit_code for one in self.findings] + [one.exit_code for one in self.problems]
+        """The highest exit code; 0 when everything can be read (README, "Exit codes")."""
+        codes = [item.exit_code for item in self.findings] + [item.exit_code for item in self.problems]
         return max(codes, default=0)
 
     @property
     def why_refused(self) -> str | None:
-        """What is wrong with a whole key or with the settings, if anything is."""
-        wrong = (one.sentence for one in self.problems if one.exit_code == KEY_OR_SETTINGS)
-        return next(wrong, None)
+        """The sentence about a refused key or wrong settings, if there is one."""
+        sentences = (
+            problem.sentence for problem in self.problems if problem.exit_code == KEY_OR_SETTINGS
+        )
+        return next(sentences, None)
 
 
-def check(settings: Settings) -> Checked:
-    """Ask, in its smallest form, each question that a run asks, and tell what the answers mean.
+def check(settings: Settings) -> CheckReport:
+    """Make each call that a run makes, in its smallest form, and explain the answers.
 
     Raises:
-        SettingsError: FAL_KEY is not set, or FALETL_CA_FILE holds no certificates. All else is told in
-            what is returned.
+        SettingsError: FAL_KEY is not set, or FALETL_CA_FILE has no certificates. The report contains
+            every other problem.
     """
     settings.require_key()
     results: dict[str, FaletlError | None] = {}
@@ -96,8 +98,8 @@ def check(settings: Settings) -> Checked:
     bad_keys: set[str] = set()
     with FalClient(settings, PATIENCE) as client:
         probe = _Probe(client)
-        # The catalogue first: it needs no permission, so it shows whether this is fal at all.
-        for resource in sorted(RESOURCES.values(), key=lambda one: one is not MODELS):
+        # The catalogue first: it needs no permission, so it shows whether the host is fal at all.
+        for resource in sorted(RESOURCES.values(), key=lambda resource: resource is not MODELS):
             key_name = settings.key_name(metrics=resource.uses_metrics_key)
             if key_name in bad_keys:
                 continue
@@ -106,7 +108,7 @@ def check(settings: Settings) -> Checked:
             is_of_all = resource is MODELS or isinstance(error, AccountLockedError)
             if error and problem and (is_of_all or error.facts.get("cause")):
                 problems.append(problem)
-                break  # the others would fail alike, and only take their time
+                break  # the others would fail in the same way, after the same wait
             results[resource.name] = error
             if isinstance(error, KeyRefusedError) and not probe.is_accepted(resource.uses_metrics_key):
                 problems.append(Problem(_BAD_KEY.format(name=key_name), KEY_OR_SETTINGS))
@@ -117,13 +119,13 @@ def check(settings: Settings) -> Checked:
         _finding(settings, resource, results, bad_keys, probe.note(resource))
         for resource in RESOURCES.values()
     ]
-    return Checked(probe.account, findings, problems)
+    return CheckReport(probe.account, findings, problems)
 
 
 def problem_of(settings: Settings, error: FaletlError) -> Problem | None:
-    """What an error of the client says about account, network or host; None when it is about none.
+    """Explain an error of the client that comes from account, network or host; None for other errors.
 
-    For failing tasks, too: its sentence tells what to look at.
+    Failing tasks use it too: the sentence names what to look at.
     """
     if isinstance(error, AccountLockedError):
         return Problem(error.sentence, error.exit_code)
@@ -148,30 +150,30 @@ FAILED, KEY_OR_SETTINGS = ApiUnavailableError.exit_code, KeyRefusedError.exit_co
 
 # By `cause` of an ApiUnavailableError.
 _CAUSES = {
-    "dns": "the host of {url} has no address here; is this machine online, does its DNS work?",
-    "refused": "{url} refuses connections: nothing listens there, or a firewall; try again later",
-    "timeout": "{url} does not answer in time; is this machine online? Try again later",
-    "connection": "the connection to {url} broke off; try again later",
-    "proxy": "the proxy lets nothing through to {url}; set FALETL_PROXY right",
-    "certificate": "this machine does not trust the certificate of {url}; where a proxy has one of its "
-    "own, set FALETL_CA_FILE, else set FALETL_API_URL right",
+    "dns": "the host of {url} has no address here; check that this machine is online and its DNS works",
+    "refused": "{url} refuses connections: no server listens, or a firewall blocks it; try again later",
+    "timeout": "{url} does not answer in time; check that this machine is online, and try again later",
+    "connection": "the connection to {url} broke; try again later",
+    "proxy": "the proxy does not connect to {url}; correct FALETL_PROXY",
+    "certificate": "this machine does not trust the certificate of {url}; if a proxy uses its own "
+    "certificate, set FALETL_CA_FILE, else correct FALETL_API_URL",
 }
 _IS_IT_FAL = (
-    "set FALETL_API_URL to https://api.fal.ai/v1; where it is that, a proxy or a portal answers instead"
+    "set FALETL_API_URL to https://api.fal.ai/v1; if it is already, a proxy or portal answers instead"
 )
-_REDIRECT = f"{{url}} sends elsewhere, where a key must not follow; {_IS_IT_FAL}"
-_WEB_PAGE = f"{{url}} answers with a web page, not as fal's API does; {_IS_IT_FAL}"
+_REDIRECT = f"{{url}} redirects to another host, which must not receive a key; {_IS_IT_FAL}"
+_WEB_PAGE = f"{{url}} answers with a web page, which fal's API never does; {_IS_IT_FAL}"
 _NO_CATALOGUE = f"{{url}} has no catalogue of models (404), so it is not fal's API; {_IS_IT_FAL}"
 _BAD_KEY = (
     "fal does not accept {name} for anything: it is mistyped or revoked; "
     f"correct it, or {MAKE_A_KEY}, and set {{name}}=key_id:secret"
 )
 _SKEW = (
-    "this machine's clock and fal's are {minutes:,.0f} minutes apart; if it is this one that is wrong, "
-    "set it right: it decides which hours are over"
+    "this machine's clock differs from fal's by {minutes:,.0f} minutes; check NTP: the clock decides "
+    "which hours are over"
 )
-_SAYS_NOTHING = "fal sends no {column} for this account, so nothing is loaded; that is not an error"
-_TOTAL_REFUSED = "fal refuses the control total to this key; two equal walks stand in for it"
+_SENDS_NOTHING = "fal sends no {column} for this account, so nothing is loaded; that is not an error"
+_TOTAL_REFUSED = "this key may not read the control total; two identical fetches prove the pages instead"
 
 
 def _finding(
@@ -180,11 +182,11 @@ def _finding(
     results: Mapping[str, FaletlError | None],
     bad_keys: set[str],
     note: str,
-) -> Finding:
+) -> ResourceAccess:
     key_name = settings.key_name(metrics=resource.uses_metrics_key)
 
-    def finding(is_readable: bool | None, sentence: str = "", exit_code: int = 0) -> Finding:
-        return Finding(resource.name, key_name, is_readable, sentence, exit_code)
+    def finding(is_readable: bool | None, sentence: str = "", exit_code: int = 0) -> ResourceAccess:
+        return ResourceAccess(resource.name, key_name, is_readable, sentence, exit_code)
 
     error = results.get(resource.name)
     if resource.name in results and error is None:
@@ -192,11 +194,11 @@ def _finding(
     if key_name in bad_keys:
         return finding(False, f"replace {key_name}", KEY_OR_SETTINGS)
     if error is None:
-        return finding(None, "not asked")
+        return finding(None, "not checked")
     if isinstance(error, KeyRefusedError):
-        is_for_any = resource.presets == PRICES.presets
-        told = str(error) if is_for_any else _remedy(resource, key_name)
-        return finding(False, told, error.exit_code)
+        any_key_may_read = resource.presets == PRICES.presets
+        sentence = str(error) if any_key_may_read else _remedy(resource, key_name)
+        return finding(False, sentence, error.exit_code)
     if problem := problem_of(settings, error):
         return finding(None, problem.sentence, problem.exit_code)
     if isinstance(error, ApiUnavailableError):
@@ -205,13 +207,13 @@ def _finding(
 
 
 def _remedy(resource: Resource, key_name: str) -> str:
-    """What to do where fal refuses a key that it accepts for other things."""
+    """Return what to do about a key that fal accepts, but not for this resource."""
     left_out = f"; until then {resource.name} is left out" if resource.is_optional else ""
     return f"{key_name} needs {resource.needs}; {MAKE_A_KEY}{left_out}"
 
 
 class _Probe:
-    """The questions of one check, as they are asked. Each is asked once."""
+    """The calls of one check. Each is made once."""
 
     def __init__(self, client: FalClient) -> None:
         self.account: str | None = None
@@ -220,11 +222,11 @@ class _Probe:
         self._hour = Window(end - HOUR, end)
         self._ids = [KNOWN_ENDPOINT]
         self._accepted: dict[bool, bool] = {}
-        self._refused_totals: dict[str, bool] = {}  # by path: they differ in what is compared only
-        self._say_nothing: set[str] = set()  # resources whose answer held no record
+        self._refused_totals: dict[str, bool] = {}  # by path, as resources may share a control total
+        self._empty_resources: set[str] = set()  # resources whose answer had no record
 
     def error_of(self, resource: Resource) -> FaletlError | None:
-        """Ask all questions of the resource, and for its control total; return why not, if so."""
+        """Make all calls of the resource and of its control total; return the error, if one failed."""
         try:
             body = self._ask(resource, metrics=resource.uses_metrics_key)
             if resource is MODELS:
@@ -232,21 +234,21 @@ class _Probe:
             if resource is CREDITS:
                 self.account = read_username(body)
             if resource.nothing_without and not has_value(body, resource, resource.nothing_without):
-                self._say_nothing.add(resource.name)
+                self._empty_resources.add(resource.name)
             self._ask_total(resource)
         except FaletlError as error:
             return error
         return None
 
     def note(self, resource: Resource) -> str:
-        """What to know of a resource that can be read; mostly empty."""
-        if resource.name in self._say_nothing:
-            return _SAYS_NOTHING.format(column=resource.nothing_without)
+        """Return a remark about a resource that can be read; usually empty."""
+        if resource.name in self._empty_resources:
+            return _SENDS_NOTHING.format(column=resource.nothing_without)
         is_refused = resource.proof is not None and self._refused_totals.get(resource.proof.path, False)
         return _TOTAL_REFUSED if is_refused else ""
 
     def is_accepted(self, metrics: bool) -> bool:
-        """Whether fal accepts the key at all: prices are shown to any key."""
+        """Whether fal accepts the key at all: any valid key may read prices."""
         if metrics not in self._accepted:
             try:
                 self._ask(PRICES, metrics=metrics)
@@ -256,27 +258,27 @@ class _Probe:
         return self._accepted[metrics]
 
     def _ask(self, resource: Resource, *, metrics: bool) -> bytes:
-        """Ask all questions of the resource; return the first answer."""
-        more = bounds(self._hour) if resource.window == "day" else {}
+        """Make all calls of the resource; return the first answer."""
+        extra = bounds(self._hour) if resource.window == "day" else {}
         if resource.ids_per_call is None:
-            return self._ask_all(resource, more, metrics)
+            return self._ask_all(resource, extra, metrics)
         for endpoint_id in self._ids[:-1]:
             try:
-                return self._ask_all(resource, {**more, "endpoint_id": (endpoint_id,)}, metrics)
+                return self._ask_all(resource, {**extra, "endpoint_id": (endpoint_id,)}, metrics)
             except NotFoundError:
-                continue  # fal may list what it has no price for
-        return self._ask_all(resource, {**more, "endpoint_id": (self._ids[-1],)}, metrics)
+                continue  # fal may list an endpoint without a price
+        return self._ask_all(resource, {**extra, "endpoint_id": (self._ids[-1],)}, metrics)
 
-    def _ask_all(self, resource: Resource, more: Params, metrics: bool) -> bytes:
+    def _ask_all(self, resource: Resource, extra: Params, metrics: bool) -> bytes:
         bodies: list[bytes] = []
-        is_older = False
+        is_older_form = False
 
         def ask(question: Question) -> None:
-            params = {**question, **more}
+            params = {**question, **extra}
             bodies.append(self._get(resource.path, params, resource.rows_path, metrics))
 
         for number in range(len(resource.params)):
-            is_older = ask_in_either_form(resource, number, ask, is_older=is_older)
+            is_older_form = ask_in_either_form(resource, number, ask, is_older=is_older_form)
         return bodies[0]
 
     def _ask_total(self, resource: Resource) -> None:

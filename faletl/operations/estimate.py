@@ -1,4 +1,4 @@
-"""Estimate: what fal says that units or calls would cost, beside what was really charged of late."""
+"""Estimate: fal's estimate of a planned use, next to the charges of the last 30 days."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from faletl.wire import UNREADABLE, MalformedBodyError, as_json
 
 PATH = "/models/pricing/estimate"
 DAYS = 30
-"""How many days of charges are looked at, up to the newest day of spend."""
+"""Number of days of charges to compare with, up to the newest day of spend."""
 
-LEAST_UNITS = Decimal("0.000001")
+MIN_UNITS = Decimal("0.000001")
 _EXACT = Context(prec=100)  # two amounts of 38 digits multiply to 76
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
-    """How many units, or calls, of an endpoint."""
+class PlannedUse:
+    """A planned number of units, or calls, of an endpoint."""
 
     endpoint_id: str
     quantity: Decimal
 
 
 @dataclass(frozen=True, slots=True)
-class Charged:
-    """What one unit as billed, or one call (`unit` is None), really cost, and so many at that price."""
+class PastCost:
+    """The past cost of one billed unit or call (`unit` is None), and the planned quantity at it."""
 
     unit: str | None
     cost_per_unit: Decimal
@@ -47,17 +47,17 @@ class Charged:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Fal's figure for one plan, 0 where fal knows nothing to go by; and a line per unit billed."""
+    """Fal's estimate for one plan, 0 if fal has no basis for one; and a past cost per billed unit."""
 
-    planned: Planned
+    planned: PlannedUse
     total_cost: Decimal
     currency: str
-    charged: Sequence[Charged]
+    charged: Sequence[PastCost]
 
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """Whose charges were looked at, and of which days, both inclusive."""
+    """The account and the days (both inclusive) that past charges are from."""
 
     account: str
     first_day: date
@@ -66,9 +66,9 @@ class History:
 
 @dataclass(frozen=True, slots=True)
 class Estimates:
-    """An estimate for each plan that fal knows the endpoint of, and the ids of the others.
+    """An estimate for each plan whose endpoint fal knows, and the unknown endpoint ids.
 
-    `history` is None where nothing is published.
+    `history` is None if no charges of the account are published.
     """
 
     found: Sequence[Estimate]
@@ -76,36 +76,38 @@ class Estimates:
     history: History | None
 
 
-def planned(text: str, *, by_calls: bool) -> Planned:
-    """Read ENDPOINT=QUANTITY; the endpoint's id may hold a = itself.
+def planned(text: str, *, by_calls: bool) -> PlannedUse:
+    """Parse ENDPOINT=QUANTITY; the endpoint id may contain = itself.
 
     Raises:
-        UsageError: there is no endpoint, or no quantity that fal could take.
+        UsageError: the endpoint is missing, or fal could not estimate the quantity.
     """
     endpoint_id, _, number = text.rpartition("=")
     if not endpoint_id.strip():
-        raise UsageError(f"{text!r} is not like fal-ai/flux/dev=100: an endpoint, =, how many")
+        raise UsageError(f"{text!r} is not ENDPOINT=QUANTITY, such as fal-ai/flux/dev=100")
     written, is_rounded = exact_text(number.strip())
     if is_rounded or not re.fullmatch(EXACT_TEXT, written, re.ASCII):
-        raise UsageError(f"{text!r}: {number!r} is no number like 100 or 2.5, of at most 12 decimals")
+        raise UsageError(
+            f"{text!r}: {number!r} must be a number such as 100 or 2.5, with at most 12 decimals"
+        )
     quantity = Decimal(written)
     if by_calls and (quantity < 1 or quantity != quantity.to_integral_value()):
-        raise UsageError(f"{text!r}: calls are a whole number from 1 on")
-    if quantity < LEAST_UNITS:
-        raise UsageError(f"{text!r}: fal estimates no less than {LEAST_UNITS} units")
-    return Planned(endpoint_id.strip(), quantity)
+        raise UsageError(f"{text!r}: the number of calls must be a whole number, at least 1")
+    if quantity < MIN_UNITS:
+        raise UsageError(f"{text!r}: fal estimates at least {MIN_UNITS} units")
+    return PlannedUse(endpoint_id.strip(), quantity)
 
 
-def estimate(settings: Settings, plans: Sequence[Planned], *, by_calls: bool) -> Estimates:
-    """Ask fal for each plan on its own, as it adds up all endpoints of a call; then the warehouse.
+def estimate(settings: Settings, plans: Sequence[PlannedUse], *, by_calls: bool) -> Estimates:
+    """Ask fal for each plan in a call of its own, as fal adds up a call; then query the warehouse.
 
     Raises:
-        UsageError: FAL_KEY is not set, or there is no such kind of warehouse.
+        UsageError: FAL_KEY is not set, or the kind of warehouse is unknown.
         KeyRefusedError, ApiUnavailableError, ContractError: see `FalClient`.
     """
     settings.require_key()
     warehouse = open_warehouse(settings)
-    figures: list[tuple[Planned, Decimal, str]] = []
+    figures: list[tuple[PlannedUse, Decimal, str]] = []
     unknown = []
     with FalClient(settings) as client:
         for plan in plans:
@@ -115,24 +117,24 @@ def estimate(settings: Settings, plans: Sequence[Planned], *, by_calls: bool) ->
                 unknown.append(plan.endpoint_id)
             except KeyRefusedError as error:
                 raise KeyRefusedError(
-                    f"{error.message}; check FAL_KEY: any key that fal accepts may ask for an estimate",
+                    f"{error.message}; check FAL_KEY: any valid key may ask for an estimate",
                     **error.facts,
                 ) from None
         with warehouse.published() as connection:
             history = _history(connection, client, settings) if connection is not None else None
-            found = [
-                Estimate(plan, cost, currency, _charged(connection, history, plan, by_calls=by_calls))
+            estimates = [
+                Estimate(plan, cost, currency, _past_costs(connection, history, plan, by_calls=by_calls))
                 for plan, cost, currency in figures
             ]
-    return Estimates(found, unknown, history)
+    return Estimates(estimates, unknown, history)
 
 
-def _ask(client: FalClient, plan: Planned, *, by_calls: bool) -> tuple[Decimal, str]:
-    """Fal's figure for one endpoint, and its currency."""
+def _ask(client: FalClient, plan: PlannedUse, *, by_calls: bool) -> tuple[Decimal, str]:
+    """Return fal's estimate for one endpoint, and its currency."""
     kind, name = (
         ("historical_api_price", "call_quantity") if by_calls else ("unit_price", "unit_quantity")
     )
-    quantity = msgspec.Raw(plain(plan.quantity).encode())  # every digit as it was typed
+    quantity = msgspec.Raw(plain(plan.quantity).encode())  # exactly the typed digits
     body = msgspec.json.encode(
         {"estimate_type": kind, "endpoints": {plan.endpoint_id: {name: quantity}}}
     )
@@ -149,18 +151,18 @@ def _read(body: bytes, kind: str) -> tuple[Decimal, str]:
     try:
         answer = msgspec.json.decode(as_json(body), type=_Answer)
     except msgspec.ValidationError as error:
-        raise ContractError(f"fal's estimate is not what was asked for: {error}") from None
+        raise ContractError(f"fal's estimate does not have the documented form: {error}") from None
     except UNREADABLE as error:
-        raise MalformedBodyError(f"the answer is no whole JSON document ({error})") from None
+        raise MalformedBodyError(f"the answer is not a complete JSON document ({error})") from None
     if answer.estimate_type != kind:
-        raise ContractError(f"fal made another estimate than {kind}, which was asked for")
+        raise ContractError(f"fal's estimate is not of the requested type {kind}")
     written, _ = exact_text(bytes(answer.total_cost).decode("utf-8", "replace"))
     if not re.fullmatch(EXACT_TEXT, written, re.ASCII):
         raise ContractError("fal's estimate must be an amount below 10^15")
     return Decimal(written), answer.currency
 
 
-# --- What was charged -----------------------------------------------------------------------------
+# --- Past charges -----------------------------------------------------------------------------
 
 _ACCOUNTS = "select account, max(usage_date) as newest from reports.rpt_spend_daily group by account"
 
@@ -175,7 +177,7 @@ group by unit, currency
 order by sum(cost_total) desc, unit, currency
 """
 
-# Days of which no calls are known are left out on both sides.
+# Days without known calls are left out of both charges and calls.
 _PER_CALL = """
 with calls as (
     select usage_date, sum(request_count) as request_count
@@ -202,7 +204,7 @@ order by sum(cost_total) desc, currency
 
 
 def _history(connection: sa.Connection, client: FalClient, settings: Settings) -> History | None:
-    """The account of the key, as far as the warehouse leaves a choice, and its last days of spend."""
+    """Return the account of the key, or the only one of the warehouse, and its last days of spend."""
     newest = {row.account: row.newest for row in connection.execute(sa.text(_ACCOUNTS))}
     if settings.account or len(newest) > 1:
         account = accounts.look_up(client, settings, accounts.known_to_readers(connection))
@@ -213,9 +215,9 @@ def _history(connection: sa.Connection, client: FalClient, settings: Settings) -
     return History(account, newest[account] - timedelta(DAYS - 1), newest[account])
 
 
-def _charged(
-    connection: sa.Connection | None, history: History | None, plan: Planned, *, by_calls: bool
-) -> list[Charged]:
+def _past_costs(
+    connection: sa.Connection | None, history: History | None, plan: PlannedUse, *, by_calls: bool
+) -> list[PastCost]:
     if connection is None or history is None:
         return []
     query = sa.text(_PER_CALL if by_calls else _PER_UNIT).bindparams(
@@ -225,7 +227,7 @@ def _charged(
         last_day=history.last_day,
     )
     return [
-        Charged(unit, cost_per_unit, _EXACT.multiply(cost_per_unit, plan.quantity), currency)
+        PastCost(unit, cost_per_unit, _EXACT.multiply(cost_per_unit, plan.quantity), currency)
         for unit, currency, cost_per_unit in connection.execute(query)
         if cost_per_unit is not None
     ]

@@ -1,12 +1,12 @@
-"""Handover: loaded days as typed Parquet files, for engines that take these from a folder.
+"""Handover: write loaded days as typed Parquet files, for engines that read a folder of them.
 
     <out>/<resource>/account=<account>/day=<UTC day>/rows.parquet
     <out>/manifest.json
 
-A file holds the rows of a day as the raw table has them. A day that was loaded again gets a new file in
-one step, so that whoever reads all files has each day once, at any moment. The manifest lists the files
-with their rows, cost and a digest of what they hold. Of a label that was renamed or forgotten, the files
-of these days are deleted: what they held is in others now, or nowhere.
+A file has the rows of a day exactly as the raw table has them. A day that was loaded again gets a new
+file in one step, so a reader of all files sees each day once, at any moment. The manifest lists the
+files with their rows, cost and a digest of their contents. Files of a renamed or forgotten label are
+deleted: their rows now have another label, or are deleted too.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ _OWN_FILE = re.compile(rf"{re.escape(FILE)}|\d{{8}}T\d{{12}}Z-[0-9a-f-]+\.parque
 
 
 @dataclass(slots=True)
-class Handed:
-    """The files that were written, how many were there already, and those that were deleted."""
+class HandoverReport:
+    """Files written, the number of files that were up to date, and files deleted."""
 
     written: list[Path] = field(default_factory=list)
     unchanged: int = 0
@@ -52,7 +52,7 @@ class Handed:
 
 
 class Day(msgspec.Struct, frozen=True):
-    """A file of the manifest; `cost_total` is exact, and null where rows have no cost."""
+    """A file in the manifest; `cost_total` is exact, and null if rows have no cost."""
 
     path: str
     resource: str
@@ -68,37 +68,37 @@ class _Manifest(msgspec.Struct):
 
 
 def hand_over(
-    settings: Settings, out: Path, asked: Asked = EVERYTHING_DUE, progress: Progress = no_progress
-) -> Handed:
-    """Make the folder hold the loaded days of the resources asked for (default: all).
+    settings: Settings, out: Path, selection: Asked = EVERYTHING_DUE, progress: Progress = no_progress
+) -> HandoverReport:
+    """Write the selected loaded days (default: all) to the folder, and delete outdated files.
 
     Raises:
         UsageError: there is no warehouse yet.
         StorageError: the folder cannot be written, or the landing folder cannot be read.
     """
-    warehouse, handed = open_warehouse(settings), Handed()
+    warehouse, report = open_warehouse(settings), HandoverReport()
     by_folder: dict[Path, list[sa.RowMapping]] = {}
-    for load in current_loads(warehouse, asked):
+    for load in current_loads(warehouse, selection):
         by_folder.setdefault(_folder(out, load), []).append(load)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        # On the same disk, so that a finished file is renamed into its place.
+        # On the same disk, so that a rename puts a finished file in place.
         with scratch_folder(out) as scratch:
-            listed = _listed(out)
+            listed = _read_manifest(out)
             try:
                 for done, (folder, loads) in enumerate(by_folder.items()):
                     progress("handing over", done, len(by_folder))
-                    _fill(warehouse, out, folder, loads, listed, handed, scratch, settings.memory)
+                    _fill(warehouse, out, folder, loads, listed, report, scratch, settings.memory)
                 for label in _ended_labels(settings):
-                    for folder in _folders_of(out, label, asked):
+                    for folder in _folders_of(out, label, selection):
                         if folder not in by_folder:
-                            _empty(out, folder, listed, handed)
+                            _delete_files(out, folder, listed, report)
             finally:
-                _list(out, listed, scratch)
+                _write_manifest(out, listed, scratch)
     except OSError as error:
         raise StorageError(f"cannot write {error.filename or out}: {error.strerror}") from None
     progress("handing over", len(by_folder), len(by_folder))
-    return handed
+    return report
 
 
 def _folder(out: Path, load: sa.RowMapping) -> Path:
@@ -116,17 +116,17 @@ def _fill(
     folder: Path,
     loads: Sequence[sa.RowMapping],
     listed: dict[str, Day],
-    handed: Handed,
+    report: HandoverReport,
     scratch: Path,
     memory: str,
 ) -> None:
-    """Write the day's file elsewhere and rename it into its place, unless it is there already."""
+    """Write the day's file to scratch and rename it into place, unless it is up to date."""
     path = folder / FILE
     name = path.relative_to(out).as_posix()
-    held = "\n".join(sorted(f"{load['load_id']} {load['digest']}" for load in loads))
-    digest = hashlib.sha256(held.encode()).hexdigest()
+    contents = "\n".join(sorted(f"{load['load_id']} {load['digest']}" for load in loads))
+    digest = hashlib.sha256(contents.encode()).hexdigest()
     if name in listed and listed[name].digest == digest and path.exists():
-        handed.unchanged += 1
+        report.unchanged += 1
         return
     resource, account = RESOURCES[loads[0]["resource"]], loads[0]["account"]
     windows = [Window(load["window_start"], load["window_end"]) for load in loads]
@@ -138,10 +138,10 @@ def _fill(
     rows, cost_total = _figures(part, memory)
     folder.mkdir(parents=True, exist_ok=True)
     for older in _own_files(folder):
-        if older != path:
+        if older != path:  # the name that an older faletl gave it
             older.replace(path)
     part.replace(path)
-    handed.written.append(path)
+    report.written.append(path)
     listed[name] = Day(name, resource.name, account, windows[0].day, rows, cost_total, digest)
 
 
@@ -149,60 +149,63 @@ def _figures(path: Path, memory: str) -> tuple[int, str | None]:
     with duck.room_to_spill() as scratch, duck.engine(memory, scratch) as engine:
         rows = engine.from_parquet(str(path))
         cost = "sum(cost_total)::varchar" if "cost_total" in rows.columns else "null"
-        found = rows.aggregate(f"count(*), {cost}").fetchone()
-    return (int(found[0]), found[1]) if found else (0, None)
+        row = rows.aggregate(f"count(*), {cost}").fetchone()
+    return (int(row[0]), row[1]) if row else (0, None)
 
 
-def _empty(out: Path, folder: Path, listed: dict[str, Day], handed: Handed) -> None:
-    for old in _own_files(folder):
-        old.unlink()
-        handed.deleted.append(old)
-        listed.pop(old.relative_to(out).as_posix(), None)
-    with suppress(OSError):  # somebody put something else there
+def _delete_files(out: Path, folder: Path, listed: dict[str, Day], report: HandoverReport) -> None:
+    for file in _own_files(folder):
+        file.unlink()
+        report.deleted.append(file)
+        listed.pop(file.relative_to(out).as_posix(), None)
+    with suppress(OSError):  # the folder has other files too
         folder.rmdir()
 
 
 def _own_files(folder: Path) -> Iterator[Path]:
-    """The files of a day that faletl wrote, this one or an older one; those of others stay."""
+    """Yield the files of a day that faletl wrote, this version or an older one."""
     yield from (path for path in folder.glob("*.parquet") if _OWN_FILE.fullmatch(path.name))
 
 
-def _folders_of(out: Path, label: str, asked: Asked) -> Iterator[Path]:
-    """The folders of the label's days that are asked for."""
+def _folders_of(out: Path, label: str, selection: Asked) -> Iterator[Path]:
+    """Yield the folders of the label's selected days."""
     for folder in sorted(out.glob(f"*/{_of_account(label)}/day=*")):
         try:
             window = Window.of_day(date.fromisoformat(folder.name.removeprefix("day=")))
         except ValueError:  # the folder of another program
             continue
-        if asked.includes(folder.parents[1].name, window):
+        if selection.includes(folder.parents[1].name, window):
             yield folder
 
 
 def _ended_labels(settings: Settings) -> set[str]:
-    """The labels that people renamed or forgot once; one may be that of another account now.
+    """Return the labels that people renamed or forgot; another account may have one of them now.
 
-    Folders of labels that nobody ever decided about stay: another warehouse may hand over to `out`, too.
+    Folders of other labels stay, because another warehouse may write to the same folder.
     """
     return {
-        one.account
-        for one in decisions.recorded(settings)
-        if isinstance(one, AccountRenamed | AccountForgotten)
+        decision.account
+        for decision in decisions.recorded(settings)
+        if isinstance(decision, AccountRenamed | AccountForgotten)
     }
 
 
 # --- The manifest ---------------------------------------------------------------------------------
 
 
-def _listed(out: Path) -> dict[str, Day]:
-    """What the manifest lists, by path. Without a readable one every file is written again."""
+def _read_manifest(out: Path) -> dict[str, Day]:
+    """Return the files that the manifest lists, by path; none if the manifest cannot be read.
+
+    Files that are not listed are written again.
+    """
     try:
         content = (out / MANIFEST).read_bytes()
-        return {one.path: one for one in msgspec.json.decode(content, type=_Manifest).files}
+        return {file.path: file for file in msgspec.json.decode(content, type=_Manifest).files}
     except (FileNotFoundError, *UNREADABLE):
         return {}
 
 
-def _list(out: Path, listed: dict[str, Day], scratch: Path) -> None:
+def _write_manifest(out: Path, listed: dict[str, Day], scratch: Path) -> None:
     files = _Manifest([listed[path] for path in sorted(listed)])
     part = scratch / MANIFEST
     part.write_bytes(msgspec.json.format(msgspec.json.encode(files), indent=1))

@@ -1,11 +1,11 @@
-"""Maintain: delete what has served its time, so that a warehouse of years stays small.
+"""Maintain: delete obsolete data, so that a warehouse of years stays small.
 
-Three things grow with the number of runs: extracts that later ones superseded, snapshots that say what
-the one before said, and rows of ops about runs that are long over. What `rebuild` needs for the same
-rows, ledger and restatements stays (docs/decisions.md, "Retention").
+Three things grow with the number of runs: superseded extracts, snapshots that equal the one before, and
+ops rows about past runs. Everything that `rebuild` needs for the same rows, ledger and restatements
+stays (docs/decisions.md, "Retention").
 
-Each kind of row goes in one transaction under the lease, before the landed pages that it came from. A
-kill at any point leaves a warehouse that can be read, rebuilt and maintained again.
+Each kind of row is deleted in one transaction under the lease, before the landed pages that it came
+from. A kill at any point leaves a warehouse that can be read, rebuilt and maintained again.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ from faletl.warehouse.tables import (
     WAREHOUSE,
 )
 
-_AT_ONCE = 500  # rows that a statement names
+MAX_IDS_PER_STATEMENT = 500
 
 
 @dataclass(frozen=True, slots=True)
 class Freed:
-    """What was deleted of one kind, or would be."""
+    """Rows, files and bytes of one kind that were deleted, or would be."""
 
     kind: str
     rows: int = 0
@@ -67,18 +67,18 @@ class Freed:
     bytes: int = 0
 
 
-_IN_ANY_CASE: sa.ColumnElement[bool] = sa.true()
+_ALWAYS: sa.ColumnElement[bool] = sa.true()
 
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """Rows that go FALETL_KEEP_OPS_DAYS after the instant in `since`; where it is null, they stay.
+    """Rows to delete FALETL_KEEP_OPS_DAYS after the instant in `since`; if it is null, they stay.
 
-    `only_if` names those of them that are over.
+    `only_if` is an additional condition on them.
     """
 
     since: sa.Column[Any]
-    only_if: sa.ColumnElement[bool] = _IN_ANY_CASE
+    only_if: sa.ColumnElement[bool] = _ALWAYS
 
     @property
     def table(self) -> sa.Table:
@@ -101,12 +101,12 @@ _IS_LOADED = sa.exists().where(
 RETENTIONS = (
     Retention(VALIDATIONS.c.validated_at),
     Retention(
-        BUILDS.c.finished_at,  # runs and readers compare with the newest one, and the newest shown
+        BUILDS.c.finished_at,  # runs and readers need the newest build, and the newest published one
         BUILDS.c.fencing_token.not_in(
-            [_newest_token(_IN_ANY_CASE), _newest_token(BUILDS.c.published_at.is_not(None))]
+            [_newest_token(_ALWAYS), _newest_token(BUILDS.c.published_at.is_not(None))]
         ),
     ),
-    # A window that was refused, or never loaded, is a hole for as long as it is in the table.
+    # The failure of a window that is not loaded, or was refused, stays: it marks missing data.
     Retention(FAILURES.c.failed_at, sa.and_(FAILURES.c.exit_code != REFUSED, _IS_LOADED)),
     Retention(QUARANTINE.c.resolved_at),
     Retention(ALERTS.c.resolved_at),
@@ -117,65 +117,65 @@ KEPT: Mapping[sa.Table, str] = {
     WAREHOUSE: "one row",
     OBJECTS: "one row per table or view",
     RESTATEMENTS: "data: what fal changed",
-    CONTRACT_DRIFT: "one row per field that changed; without it fal's change would be news again",
+    CONTRACT_DRIFT: "one row per field that changed; without it the change would be reported again",
     HORIZONS: "decided by people",
     ACCOUNTS: "decided by people",
     ACCEPTANCES: "decided by people",
     HOLDS: "open state",
-    LOADS: "the ledger; what is superseded goes with its landed pages",
+    LOADS: "the ledger; superseded loads are deleted with their landed pages",
 }
 """Tables of ops without a `Retention`, and why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Maintained:
-    """What was freed, kind by kind, and what was built and published afterwards."""
+    """What was deleted, kind by kind, and the report of the build and publication after it."""
 
     freed: Sequence[Freed]
     report: Report
 
 
 def maintain(settings: Settings, *, is_dry: bool = False) -> Maintained:
-    """Delete what is old enough and not needed; build and publish where that changes a table.
+    """Delete obsolete data that is old enough; build and publish if that changes a table.
 
     Raises:
-        UsageError: landed pages are there but no warehouse that knows which are needed, or it does not
-            follow a rename yet.
-        WarehouseBusyError: somebody else writes, deletes landed pages, or rebuilds from them.
-        CheckFailedError: a SQL check found rows; snapshots are gone, readers keep what they had.
-        StorageError, WarehouseError: a disk or the warehouse refuses; what is freed stays freed.
+        UsageError: there are landed pages but no warehouse that knows which are needed, or the warehouse
+            does not know of a rename yet.
+        WarehouseBusyError: another command writes, deletes landed pages, or rebuilds from them.
+        CheckFailedError: a SQL check found rows; snapshots are deleted, readers keep the last build.
+        StorageError, WarehouseError: a disk or the warehouse failed; earlier deletions stay.
     """
     now, report = datetime.now(UTC), Report(new_run_id())
-    found = _look(settings, now)
+    obsolete = _find_obsolete(settings, now)
     if is_dry:
-        return Maintained(_deleted(settings, found, now, is_dry=True), report)
+        return Maintained(_deleted(settings, obsolete, now, is_dry=True), report)
     with extracts.deleting(settings):
-        _mark_thinned(settings, found)
-        warehouse, thinned = open_warehouse(settings), found
-        if found.thinnable:
+        _mark_thinned(settings, obsolete)
+        warehouse, thinned_out = open_warehouse(settings), obsolete
+        if obsolete.thinnable:
             with warehouse.lease("faletl maintain") as lease:
-                thinned = _thin_out(lease, found, _Cuts.of(settings, now))
+                thinned_out = _thin_out(lease, obsolete, _Cuts.of(settings, now))
         build_and_publish(settings, report)
-        found = replace(_look(settings, now), thinnable=thinned.thinnable)
-        if found.superseded or any(found.ops.values()):
+        obsolete = replace(_find_obsolete(settings, now), thinnable=thinned_out.thinnable)
+        if obsolete.superseded or any(obsolete.ops.values()):
             with warehouse.lease("faletl maintain") as lease:
-                _delete_rows(lease, found, _Cuts.of(settings, now))
-        return Maintained(_deleted(settings, found, now, is_dry=False), report)
+                _delete_rows(lease, obsolete, _Cuts.of(settings, now))
+        return Maintained(_deleted(settings, obsolete, now, is_dry=False), report)
 
 
-def _deleted(settings: Settings, found: _Found, now: datetime, *, is_dry: bool) -> list[Freed]:
-    """Delete the files that nothing needs, unless it is dry; with the rows, all that is freed."""
-    thinned = frozenset(load.load_id for load in found.thinnable)
+def _deleted(settings: Settings, obsolete: _Obsolete, now: datetime, *, is_dry: bool) -> list[Freed]:
+    """Delete obsolete files, unless `is_dry`; return all deleted files and rows, kind by kind."""
+    thinned = frozenset(load.load_id for load in obsolete.thinnable)
     before = _Cuts.of(settings, now).pages
     pages = unneeded(settings, before=before, thinned=thinned, is_dry=is_dry)
     of_snapshots = [folder for folder in pages.superseded if folder.name in thinned]
     superseded = [folder for folder in pages.superseded if folder.name not in thinned]
     drop = None if is_dry else extracts.drop
     return [
-        _folders("snapshots like the one before", of_snapshots, drop, rows=found.thinned_rows),
-        _folders("superseded extracts", superseded, drop, rows=len(found.superseded)),
+        _folders("snapshots equal to the one before", of_snapshots, drop, rows=obsolete.thinned_rows),
+        _folders("superseded extracts", superseded, drop, rows=len(obsolete.superseded)),
         _folders("interrupted extracts", pages.interrupted, drop),
-        *(Freed(rule.table.fullname, rows=found.ops.get(rule.table, 0)) for rule in RETENTIONS),
+        *(Freed(rule.table.fullname, rows=obsolete.ops.get(rule.table, 0)) for rule in RETENTIONS),
         _files("plans", old_plans(settings, now), is_dry=is_dry),
         _files("unfinished files", extracts.unfinished_files(settings), is_dry=is_dry),
         _folders(
@@ -191,7 +191,7 @@ def _deleted(settings: Settings, found: _Found, now: datetime, *, is_dry: bool) 
 
 @dataclass(frozen=True, slots=True)
 class _Cuts:
-    """What is older may go: landed pages and the loads that they made; rows of ops."""
+    """The instants before which data may be deleted: landed pages with their loads; rows of ops."""
 
     pages: datetime
     ops: datetime
@@ -204,8 +204,8 @@ class _Cuts:
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
-    """What can go of the warehouse: loads of snapshots, superseded loads, and rows of ops by table."""
+class _Obsolete:
+    """Obsolete rows: loads of snapshots, superseded loads, and the number of ops rows by table."""
 
     thinnable: Sequence[sa.Row[Any]] = ()
     superseded: Sequence[str] = ()
@@ -214,19 +214,19 @@ class _Found:
 
     @property
     def thinned_rows(self) -> int:
-        """Rows of raw, and of ops.loads, that go with the snapshots."""
+        """The number of raw and ops.loads rows of the obsolete snapshots."""
         return sum(load.rows + 1 for load in self.thinnable)
 
 
-def _look(settings: Settings, now: datetime) -> _Found:
-    """What can go now; nothing where there is no warehouse."""
+def _find_obsolete(settings: Settings, now: datetime) -> _Obsolete:
+    """Return the rows that are obsolete now; none if there is no warehouse."""
     cuts = _Cuts.of(settings, now)
     with open_warehouse(settings).reading() as connection:
         if connection is None:
-            return _Found()
+            return _Obsolete()
         relabel.require_followed(connection, decisions.recorded(settings))
         thinnable = connection.execute(_thinnable_loads(cuts.pages)).all()
-        return _Found(
+        return _Obsolete(
             thinnable=thinnable,
             superseded=_superseded_loads(connection, cuts.pages),
             ops={
@@ -238,7 +238,7 @@ def _look(settings: Settings, now: datetime) -> _Found:
 
 
 def _count_over(connection: sa.Connection, rule: Retention, before: datetime, *, is_built: bool) -> int:
-    """How many rows go by the rule; where it `is_built` before they go, no build is the newest now."""
+    """Count the rows that the rule deletes; if a build comes first (`is_built`), also today's newest."""
     is_over = rule.since < before if is_built and rule.table is BUILDS else _is_over(rule, before)
     count = sa.select(sa.func.count()).select_from(rule.table).where(is_over)
     return int(connection.execute(count).scalar_one())
@@ -249,13 +249,13 @@ def _is_over(rule: Retention, before: datetime) -> sa.ColumnElement[bool]:
 
 
 def _thinnable_loads(before: datetime) -> sa.Select[Any]:
-    """Loads of snapshots that are neither the first nor the last of their UTC day, nor news.
+    """Select loads of snapshots that are neither first nor last of their UTC day, and changed nothing.
 
-    News is what differs from the snapshot before. Where snapshots list endpoints, the last one before
-    news stays as well: it shows until when an endpoint that is gone was listed.
+    A snapshot changed something if it differs from the one before. Where snapshots list endpoints, the
+    last one before a change stays as well: it shows until when a removed endpoint was listed.
     """
     loads = LOADS.c
-    snapshots = {name for name, one in RESOURCES.items() if one.window == "snapshot"}
+    snapshots = {name for name, resource in RESOURCES.items() if resource.window == "snapshot"}
     lists = {name for name in snapshots if "endpoint_id" in RAW[name].c}
     day = (loads.account, loads.resource, _utc_day(LOADS))
 
@@ -272,19 +272,19 @@ def _thinnable_loads(before: datetime) -> sa.Select[Any]:
         .where(loads.resource.in_(sorted(snapshots)), loads.is_current)
         .subquery()
     )  # fmt: skip
-    one = neighbours.c
+    neighbour = neighbours.c
     return sa.select(neighbours).where(
-        one.window_start < before,
-        one.digest == one.digest_before,
-        one.digest_after.is_not(None),
-        sa.or_(one.resource.not_in(sorted(lists)), one.digest == one.digest_after),
+        neighbour.window_start < before,
+        neighbour.digest == neighbour.digest_before,
+        neighbour.digest_after.is_not(None),
+        sa.or_(neighbour.resource.not_in(sorted(lists)), neighbour.digest == neighbour.digest_after),
     )
 
 
 def _superseded_loads(connection: sa.Connection, before: datetime) -> Sequence[str]:
-    """Loads that a rebuild does without: of days that were open still, and were loaded again since.
+    """Return loads that a rebuild does not need: of days that were open, and were loaded again since.
 
-    A snapshot that is not current was taken out as one of the future, which `load` has to remember.
+    A snapshot that is not current was removed because it was of the future; `load` must remember that.
     """
     old = sa.select(LOADS.c.load_id).where(
         LOADS.c.read_at < before,
@@ -294,33 +294,33 @@ def _superseded_loads(connection: sa.Connection, before: datetime) -> Sequence[s
     return sorted(set(connection.execute(old).scalars()) - read_ledger(connection).needed)
 
 
-def _mark_thinned(settings: Settings, found: _Found) -> None:
-    """Leave a note with the landed pages of snapshots: a rebuild is not to load them again.
+def _mark_thinned(settings: Settings, obsolete: _Obsolete) -> None:
+    """Mark the landed pages of obsolete snapshots, so that a rebuild does not load them again.
 
-    It is done first, and counts only once the ledger has forgotten the load: a kill in between changes
-    nothing. It takes no lease, as an object store may take minutes for it.
+    The mark comes first and counts only after the ledger has deleted the load, so a kill in between
+    changes nothing. It needs no lease, as an object store may take minutes for it.
     """
-    for load in found.thinnable:
+    for load in obsolete.thinnable:
         folder = extracts.root(settings) / load.landing_path
-        receipt = Receipt(load.fencing_token, load.loaded_at, "pruned", found.warehouse_id)
+        receipt = Receipt(load.fencing_token, load.loaded_at, "pruned", obsolete.warehouse_id)
         if extracts.is_complete(folder):
             extracts.leave_receipt(folder, receipt)
 
 
-def _thin_out(lease: Lease, marked: _Found, cuts: _Cuts) -> _Found:
-    """Delete the marked snapshots, in one transaction; the next build makes their days anew.
+def _thin_out(lease: Lease, marked: _Obsolete, cuts: _Cuts) -> _Obsolete:
+    """Delete the marked snapshots in one transaction; the next build builds their days again.
 
-    Returns those that were found once more, as a load may have come in between.
+    Return the deleted ones: a load in between may have made others needed again.
     """
     connection, gone = lease.connection, LOADS.alias("gone")
     may_go = {load.load_id for load in marked.thinnable}
     with lease.transaction():
-        found = connection.execute(_thinnable_loads(cuts.pages)).all()
-        loads = [load for load in found if load.load_id in may_go]
+        thinnable = connection.execute(_thinnable_loads(cuts.pages)).all()
+        loads = [load for load in thinnable if load.load_id in may_go]
         version = fence(lease, changes_data=bool(loads))
-        for some in _chunks([load.load_id for load in loads]):
+        for load_ids in _chunks([load.load_id for load in loads]):
             is_same_day = sa.exists().where(
-                gone.c.load_id.in_(some),
+                gone.c.load_id.in_(load_ids),
                 gone.c.account == LOADS.c.account,
                 gone.c.resource == LOADS.c.resource,
                 _utc_day(gone) == _utc_day(LOADS),
@@ -328,9 +328,9 @@ def _thin_out(lease: Lease, marked: _Found, cuts: _Cuts) -> _Found:
             connection.execute(sa.update(LOADS).where(is_same_day).values(data_version=version))
         for name in sorted({load.resource for load in loads}):
             table = RAW[name]
-            for some in _chunks([load.load_id for load in loads if load.resource == name]):
+            for load_ids in _chunks([load.load_id for load in loads if load.resource == name]):
                 is_gone = sa.exists().where(
-                    gone.c.load_id.in_(some),
+                    gone.c.load_id.in_(load_ids),
                     gone.c.account == table.c["_account"],
                     gone.c.window_start == table.c["_snapshot_at"],
                 )
@@ -339,11 +339,11 @@ def _thin_out(lease: Lease, marked: _Found, cuts: _Cuts) -> _Found:
     return replace(marked, thinnable=loads)
 
 
-def _delete_rows(lease: Lease, found: _Found, cuts: _Cuts) -> None:
-    """Delete superseded loads, then what is over of each table of ops: a transaction each."""
+def _delete_rows(lease: Lease, obsolete: _Obsolete, cuts: _Cuts) -> None:
+    """Delete superseded loads, then obsolete rows of each table of ops, each in a transaction."""
     with lease.transaction():
         fence(lease, changes_data=False)
-        _delete_loads(lease.connection, found.superseded)
+        _delete_loads(lease.connection, obsolete.superseded)
     for rule in RETENTIONS:
         with lease.transaction():
             fence(lease, changes_data=False)
@@ -351,12 +351,15 @@ def _delete_rows(lease: Lease, found: _Found, cuts: _Cuts) -> None:
 
 
 def _delete_loads(connection: sa.Connection, load_ids: Sequence[str]) -> None:
-    for some in _chunks(load_ids):
-        connection.execute(sa.delete(LOADS).where(LOADS.c.load_id.in_(some)))
+    for chunk in _chunks(load_ids):
+        connection.execute(sa.delete(LOADS).where(LOADS.c.load_id.in_(chunk)))
 
 
 def _chunks(values: Sequence[str]) -> Iterable[Sequence[str]]:
-    return (values[first : first + _AT_ONCE] for first in range(0, len(values), _AT_ONCE))
+    return (
+        values[first : first + MAX_IDS_PER_STATEMENT]
+        for first in range(0, len(values), MAX_IDS_PER_STATEMENT)
+    )
 
 
 def _utc_day(loads: sa.FromClause) -> sa.ColumnElement[date]:
@@ -369,7 +372,7 @@ def _utc_day(loads: sa.FromClause) -> sa.ColumnElement[date]:
 def _folders(
     kind: str, folders: Collection[Path], drop: Callable[[Path], object] | None, rows: int = 0
 ) -> Freed:
-    """Drop these folders, unless there is nothing that drops them; what that frees, with the rows."""
+    """Delete the folders with `drop`, unless it is None; return their files and bytes, and the rows."""
     files = size = 0
     for folder in folders:
         sizes = backend_for(folder).sizes(folder)

@@ -1,7 +1,7 @@
-"""Quarantine: look at rows that broke their contract, and replay them from the landed pages.
+"""Quarantine: list rows that violate fal's contract, and load them again from the landed pages.
 
-A row is set aside by staging, with its window (faletl/staging/window.py). When faletl has learned to
-read it, a retry takes its pages through the line once more; fal is not asked.
+Staging quarantines a row together with its window (faletl/staging/window.py). When a newer faletl can
+read it, a retry stages and loads its pages again; fal is not called.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from faletl.warehouse.tables import QUARANTINE
 from faletl.windows import DAY
 
 
-def rows_set_aside(
+def quarantined_rows(
     settings: Settings, load_id: str | None = None, *, is_open: bool = True
 ) -> Sequence[sa.RowMapping]:
-    """The rows in ops.quarantine, the newest reads first: of one read, or all, resolved ones or not.
+    """Return rows of ops.quarantine, newest extracts first: of one extract, the open ones, or all.
 
     Raises:
-        UsageError: nothing is there of that read.
+        UsageError: no row of that extract was ever quarantined.
     """
     table = QUARANTINE.c
     query = sa.select(QUARANTINE).order_by(table.seen_at.desc(), table.load_id, table.page, table.row)
@@ -37,44 +37,51 @@ def rows_set_aside(
     elif is_open:
         query = query.where(table.resolved_at.is_(None))
     with open_warehouse(settings).reading() as connection:
-        found = connection.execute(query).mappings().all() if connection is not None else []
-    if load_id is not None and not found:
-        raise UsageError(f"nothing is set aside of a read {load_id!a}; see faletl quarantine list --all")
-    return found
+        rows = connection.execute(query).mappings().all() if connection is not None else []
+    if load_id is not None and not rows:
+        raise UsageError(
+            f"no row of extract {load_id!a} is quarantined; see faletl quarantine list --all"
+        )
+    return rows
 
 
 def retry(settings: Settings, load_ids: Sequence[str] = (), progress: Progress = no_progress) -> Report:
-    """Take the pages of open rows through the line once more: all of them, or those of some reads.
+    """Stage and load the pages of open rows again: all of them, or those of the named extracts.
 
-    A window that was refused is loaded; one that was loaded without its rows is replaced by all of them,
-    if these pass as any read must. What still breaks its contract stays as it is, and is in the report.
+    A refused window is loaded. A window that was loaded without some rows is replaced by all its rows,
+    if they pass the same checks as any extract. Rows that still violate the contract stay quarantined,
+    and the report lists them as failures.
 
     Raises:
-        UsageError: nothing is open of one of the reads.
-        TamperedError: their landed pages are gone, or are not those that were landed.
+        UsageError: one of the extracts has no open row.
+        TamperedError: landed pages are gone or were changed.
     """
     report = Report(new_run_id())
-    found = rows_set_aside(settings)
-    if gone := sorted(set(load_ids) - {row["load_id"] for row in found}):
-        raise UsageError(f"nothing is open of a read {gone[0]!a}; see faletl quarantine list --all")
-    rows = {row["load_id"]: row for row in found if not load_ids or row["load_id"] in load_ids}
+    open_rows = quarantined_rows(settings)
+    if unknown := sorted(set(load_ids) - {row["load_id"] for row in open_rows}):
+        raise UsageError(
+            f"extract {unknown[0]!a} has no open row in quarantine; see faletl quarantine list --all"
+        )
+    rows = {row["load_id"]: row for row in open_rows if not load_ids or row["load_id"] in load_ids}
     folders = [extracts.root(settings) / row["landing_path"] for row in rows.values()]
     with open_warehouse(settings).reading() as connection:
         opened = [relabel.opener(settings, connection)(folder) for folder in folders]
     load_extracts(settings, [landed for landed in opened if landed], report, progress)
-    for one in report.outcomes:
-        if one.outcome != "loaded":
-            report.failures.append((None, _not_mended(one, rows[one.path.name])))
+    for outcome in report.outcomes:
+        if outcome.outcome != "loaded":
+            report.failures.append((None, _still_broken(outcome, rows[outcome.path.name])))
     if report.outcomes:
         build_and_publish(settings, report)
     return report
 
 
-def _not_mended(outcome: WindowResult, row: sa.RowMapping) -> DataRefusedError:
-    why = f"a row still cannot be right ({ascii(row['reason'])[1:-1]}); it stays set aside"
+def _still_broken(outcome: WindowResult, row: sa.RowMapping) -> DataRefusedError:
+    message = f"a row still violates fal's contract ({ascii(row['reason'])[1:-1]}); it stays quarantined"
     if outcome.outcome == "superseded":
         day = outcome.window.day
-        why = f"a newer read holds the window; read it again: faletl run --start {day} --end {day + DAY}"
+        message = (
+            f"a newer extract is loaded; fetch the day again: faletl run --start {day} --end {day + DAY}"
+        )
     return DataRefusedError(
-        why, resource=outcome.resource, window=str(outcome.window), page=row["page"], row=row["row"]
+        message, resource=outcome.resource, window=str(outcome.window), page=row["page"], row=row["row"]
     )

@@ -1,6 +1,6 @@
-"""Rename an account, or forget it: in every table of raw and ops, in one transaction.
+"""Rename or forget an account in every table of raw and ops, in one transaction.
 
-What landed before is taken care of by faletl/line/relabel.py.
+faletl/line/relabel.py applies the decision to pages that landed before.
 """
 
 from __future__ import annotations
@@ -36,14 +36,16 @@ from faletl.warehouse.tables import ALERTS, LOADS, METADATA, RAW
 def rename(settings: Settings, old: str, new: str) -> Report:
     """Rename an account in every table, then build and publish.
 
-    Fingerprints of charges hold the label, so they are computed again (CHANGELOG, "Data").
+    Fingerprints of charges contain the label, so they are computed again (CHANGELOG, "Data").
 
     Raises:
-        UsageError: there is no such account, or one with the new label; or another warehouse of the
-            landing folder has renamed or forgotten one. Nothing is changed.
+        UsageError: there is no such account, or the new label is in use, or this warehouse does not know
+            of a decision that another warehouse of the landing folder made. Nothing is changed.
     """
     if not is_label(new):
-        raise UsageError(f"{new[:80]!a} cannot be a label: it must be printable and of 200 characters")
+        raise UsageError(
+            f"{new[:80]!a} cannot be a label: it must be printable, with at most 200 characters"
+        )
     warehouse = _existing_warehouse(settings)
     with (
         scratch_folder() as scratch,
@@ -55,7 +57,7 @@ def rename(settings: Settings, old: str, new: str) -> Report:
         relabel.require_followed(lease.connection, decisions.recorded(settings))
         if new in known:
             raise UsageError(
-                f"there is an account {new!a} already, and two cannot become one; name another label"
+                f"there is already an account {new!a}, and two cannot be merged; choose another label"
             )
         version = fence(lease, changes_data=True)
         _rename_rows(settings, warehouse, lease, old, new, scratch)
@@ -73,12 +75,12 @@ def rename(settings: Settings, old: str, new: str) -> Report:
                 new_account=new,
             ),
         )
-    return _built(settings)
+    return _full_build(settings)
 
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """How much is loaded of an account: rows of raw, and the UTC days of its windows."""
+    """The loaded data of an account: rows in raw, and the UTC days of its windows."""
 
     rows: int
     days: int
@@ -87,9 +89,9 @@ class Extent:
 
 
 def extent(settings: Settings, label: str) -> Extent:
-    """Return how much `forget` would delete; raises UsageError where there is no such account."""
+    """Return what `forget` would delete; raises UsageError if there is no such account."""
     with _existing_warehouse(settings).reading() as connection:
-        assert connection is not None  # noqa: S101  # it was there just now
+        assert connection is not None  # noqa: S101  # checked in _existing_warehouse
         _require(known_accounts(connection), label)
         rows = sum(
             connection.execute(
@@ -105,7 +107,7 @@ def extent(settings: Settings, label: str) -> Extent:
 
 
 def forget(settings: Settings, label: str) -> Report:
-    """Delete all of an account from every table, then build and publish.
+    """Delete an account's rows from every table, then build and publish.
 
     Its landed pages stay until they are pruned, and are never loaded again. An account that was
     forgotten by mistake can be extracted again.
@@ -130,7 +132,7 @@ def forget(settings: Settings, label: str) -> Report:
                 account=label,
             ),
         )
-    return _built(settings)
+    return _full_build(settings)
 
 
 def _decide(
@@ -150,18 +152,18 @@ def _existing_warehouse(settings: Settings) -> Warehouse:
 
 def _require(known: Mapping[str, Account], label: str) -> None:
     if label not in known:
-        there = ", ".join(map(ascii, sorted(known))) or "none yet"
-        raise UsageError(f"there is no account {label!a}; there are: {there}")
+        labels = ", ".join(map(ascii, sorted(known))) or "none yet"
+        raise UsageError(f"there is no account {label!a}; the accounts are: {labels}")
 
 
-def _built(settings: Settings) -> Report:
+def _full_build(settings: Settings) -> Report:
     report = Report(new_run_id())
     build_and_publish(settings, report, builds="always")
     return report
 
 
 def _labels() -> Iterable[sa.Column[Any]]:
-    """The column of each table of raw and ops that holds the label of an account."""
+    """Yield the account column of each table of raw and ops that has one."""
     for table in METADATA.sorted_tables:
         for name in ("_account", "account"):
             if table.schema in ("raw", "ops") and name in table.c:
@@ -197,14 +199,14 @@ def _rehash(
     new: str,
     path: Path,
 ) -> None:
-    """Replace the rows of an account by those that staging would make for its new label.
+    """Replace the rows of an account with those that staging would make for its new label.
 
-    They go through DuckDB whichever database holds them: there is one place for the rule of a hash.
-    The digest of a load follows its rows, unless these were not those of the load before.
+    They go through DuckDB for either database, so that the rule of a hash is in one place. The digest
+    of a load is updated too, unless its rows did not match it before.
     """
     table = RAW[resource.name]
-    mine = table.c["_account"] == old
-    warehouse.export_rows(connection, sa.select(table).where(mine), path)
+    has_old_label = table.c["_account"] == old
+    warehouse.export_rows(connection, sa.select(table).where(has_old_label), path)
     renamed = (
         f"(select * replace ({quoted(new)} as _account, {hash_expression(new, resource)} as _hash) "
         f"from {quoted(path)})"
@@ -212,13 +214,15 @@ def _rehash(
     before, after = (
         _digests(settings, resource, source, path.parent) for source in (quoted(path), renamed)
     )
-    deleted = connection.execute(sa.delete(table).where(mine)).rowcount
+    deleted = connection.execute(sa.delete(table).where(has_old_label)).rowcount
     warehouse.load_rows(connection, table, renamed, path.parent)
-    held = connection.execute(
+    loaded_rows = connection.execute(
         sa.select(sa.func.count()).select_from(table).where(table.c["_account"] == new)
     ).scalar_one()
-    if held != deleted:
-        raise WarehouseError(f"{table.fullname} holds {held} rows of {deleted}; nothing was renamed")
+    if loaded_rows != deleted:
+        raise WarehouseError(
+            f"{table.fullname} has {loaded_rows} of {deleted} rows; nothing was renamed"
+        )
     for load_id, digest in after.items():
         connection.execute(
             sa.update(LOADS)
@@ -229,8 +233,8 @@ def _rehash(
 
 
 def _digests(settings: Settings, resource: Resource, source: str, scratch: Path) -> dict[str, str]:
-    """The digest of the rows of each load, as staging makes it."""
+    """Return the digest of the rows of each load, computed as in staging."""
     with duck.engine(settings.memory, scratch) as engine:
         sums = digest_sums(resource)
-        found = engine.execute(f"select _load_id, {sums} from {source} group by _load_id")
-        return {load_id: digest_of(sums) for load_id, *sums in found.fetchall()}
+        result = engine.execute(f"select _load_id, {sums} from {source} group by _load_id")
+        return {load_id: digest_of(sums) for load_id, *sums in result.fetchall()}

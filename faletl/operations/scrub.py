@@ -1,10 +1,10 @@
-"""Scrubbing: a landed page with stand-ins for whatever may be somebody's, to be published in an issue.
+"""Scrub a landed page: replace private values, so that it can be published in an issue.
 
-Nothing is copied from the page unless a rule allows it. A text stays when the catalogue says what its
-field holds, and it looks like that: an instant, a currency, a unit or an endpoint that anybody knows.
-Any other text becomes `text-1`, `text-2` and so on, the same text always the same. A number becomes
-another one of the same length. Structure, types and number formats stay, so that the contract finds in
-the scrubbed page what it finds in the page (faletl/staging/contract.py).
+Nothing is copied from the page unless a rule allows it. A text stays if the catalogue knows its field
+and it has the expected form: an instant, a currency, a known unit or a public endpoint. Any other text
+becomes `text-1`, `text-2` and so on; equal texts stay equal. A number becomes another number of the
+same length. Structure, types and number formats stay, so that the contract gives the same findings for
+the scrubbed page (faletl/staging/contract.py).
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from faletl.resources import RESOURCES, Column, Kind
 from faletl.wire import UNREADABLE, as_json
 
 READABLE = (
-    "names of fields, times, fal-ai/… endpoint ids, known units, currencies and the number of rows stay "
-    "readable, and of each number its length, sign and zeros"
+    "field names, times, fal-ai/… endpoint ids, known units, currencies and the number of rows stay "
+    "readable, as do the length, sign and zeros of each number"
 )
-"""What a reader of a scrubbed page still learns."""
+"""What a scrubbed page still shows."""
 
 KEEPS_LENGTH = 1000
-"""Bytes. A longer text keeps its length, as the catalogue limits texts to that and more."""
+"""Bytes. A longer text keeps its length, because the catalogue has limits on longer texts."""
 
 _ZSTD = b"\x28\xb5\x2f\xfd"  # the first bytes of a compressed file
 
@@ -40,7 +40,7 @@ _TOKEN = re.compile(
     rb"|-?(?:NaN|Infinity|\d[\d.eE+-]*+)",
     re.DOTALL,
 )
-_COPIED = frozenset(b" \t\n\rtfn:")  # first bytes of white space and of words that say nothing
+_COPIED = frozenset(b" \t\n\rtfn:")  # first bytes of white space, of true, false and null, and the colon
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?", re.ASCII)
 _NUMBERS = frozenset({Kind.AMOUNT, Kind.WHOLE, Kind.SECONDS})
 _NEW_FIELD = re.compile(r"[a-z][a-z0-9_]{0,39}", re.ASCII)
@@ -51,8 +51,8 @@ def read_page(name: str) -> bytes:
     """Return the JSON of a page: a file of the landing folder, or one that is not compressed.
 
     Raises:
-        UsageError: there is no such file, or it holds no JSON.
-        DamagedExtractError: the file is compressed, but not whole.
+        UsageError: there is no such file, or it is not JSON.
+        DamagedExtractError: the compressed file is damaged.
         StorageError: the object store does not answer.
     """
     path = parse_location(name)
@@ -64,24 +64,24 @@ def read_page(name: str) -> bytes:
     if content.startswith(_ZSTD):
         try:
             content = zstandard.ZstdDecompressor().decompress(content)
-        except (zstandard.ZstdError, MemoryError):  # a size that cannot be
+        except (zstandard.ZstdError, MemoryError):  # an impossible size
             raise DamagedExtractError(f"{name} is damaged; run faletl verify", file=name) from None
     try:
         msgspec.json.decode(as_json(content), type=msgspec.Raw)
     except UNREADABLE:
-        raise UsageError(f"{name} holds no JSON; name a page ….json.zst of the landing folder") from None
+        raise UsageError(f"{name} is not JSON; name a page ….json.zst of the landing folder") from None
     return content
 
 
 def write_page(scrubbed: bytes, path: Path) -> None:
-    """Write the page to a new file; raises UsageError where there is one already, or StorageError."""
+    """Write the page to a new file; raises UsageError if it exists, or StorageError."""
     if path.exists():
         raise UsageError(f"{path} exists; name a new file")
     write_durably(path, scrubbed + b"\n")
 
 
 def scrubbed(body: bytes, *, keep_amounts: bool = False) -> bytes:
-    """Return a page of JSON, in ASCII, with stand-ins for what may be somebody's.
+    """Return a page of JSON, in ASCII, with private values replaced.
 
     With `keep_amounts`, numbers stay in fields that the catalogue knows as numbers.
     """
@@ -89,21 +89,21 @@ def scrubbed(body: bytes, *, keep_amounts: bool = False) -> bytes:
 
 
 class _Scrubber:
-    """One page: where the scanner is in it, and the stand-ins given out so far."""
+    """The scanner of one page: its position, and the replacements so far."""
 
     def __init__(self, *, keep_amounts: bool) -> None:
         self._keep_amounts = keep_amounts
         self._fields: list[str | None] = []
-        """The field of each object and list that is open; None in a list and before the first field."""
+        """The current field of each open object; None for a list and before the first field."""
         self._opened: list[bytes] = []
         self._is_name_next = False
         self._texts: dict[str, str] = {}
         self._numbers: dict[str, dict[str, str]] = {}
 
     def tokens(self, body: bytes) -> Iterator[bytes]:
-        """Yield the tokens of the scrubbed page; what is no token of JSON is left out."""
-        for found in _TOKEN.finditer(body):
-            token = found[0]
+        """Yield the tokens of the scrubbed page; text that is not a JSON token is left out."""
+        for match in _TOKEN.finditer(body):
+            token = match[0]
             if token[0] in _COPIED:
                 yield token
             elif token[:1] == b'"':
@@ -127,10 +127,10 @@ class _Scrubber:
         return column_of(tuple(name for name in self._fields if name is not None))
 
     def _name(self, token: bytes) -> bytes:
-        """The name of a field: one of fal's, or a new one next to those, which drift is about."""
+        """Return a field name of the catalogue, or one that is new next to those; replace any other."""
         name = _decoded(token)
-        around = [known for known in self._fields[:-1] if known is not None]
-        is_next_to_fals = not around or around[-1] in _OBJECTS
+        outer_fields = [known for known in self._fields[:-1] if known is not None]
+        is_next_to_fals = not outer_fields or outer_fields[-1] in _OBJECTS
         self._fields[-1], self._is_name_next = name, False
         if name in _NAMES or (is_next_to_fals and _NEW_FIELD.fullmatch(name)):
             return b'"%b"' % name.encode()
@@ -149,10 +149,10 @@ class _Scrubber:
         return self._texts.setdefault(text, f"text-{len(self._texts) + 1}")
 
     def _number(self, number: str) -> str:
-        """The number itself, or another: each digit but zeros is replaced; an exponent stays.
+        """Return the number or its replacement: all digits but zeros are replaced; an exponent stays.
 
-        Numbers that differ stay different. One that is a limit of the catalogue, as 100 is for
-        percentages, stays as well, and any other keeps to its side of it.
+        Different numbers stay different. A limit of the catalogue, such as 100 for percentages, stays,
+        and other numbers stay on their side of it.
         """
         column = self._column()
         if self._keep_amounts and column is not None and column.kind in _NUMBERS:
@@ -164,31 +164,31 @@ class _Scrubber:
 
 
 def _nth_of(shape: str, number: int) -> str:
-    """The shape with the number, written in nine digits from 1 on, in place of its ones."""
+    """Replace the ones of the shape with the number, written in base nine with digits from 1."""
     filled = []
-    for sign in reversed(shape):
-        if sign == "1":
+    for character in reversed(shape):
+        if character == "1":
             number, digit = divmod(number, 9)
-            sign = str(digit + 1)
-        filled.append(sign)
+            character = str(digit + 1)
+        filled.append(character)
     return "".join(reversed(filled))
 
 
 def _decoded(token: bytes) -> str:
     try:
         return msgspec.json.decode(token, type=str)
-    except UNREADABLE:  # an escape that is none: still a text that differs from others
+    except UNREADABLE:  # an invalid escape: the raw text still differs from others
         return token.decode("utf-8", "replace")
 
 
-# --- What may stay --------------------------------------------------------------------------------
+# --- Public values --------------------------------------------------------------------------------
 
 
 @cache
 def column_of(path: tuple[str, ...]) -> Column | None:
-    """Return the column whose steps end the path of a field; None for a field that is not catalogued.
+    """Return the column whose steps end the path of a field; None if the catalogue has none.
 
-    A page does not say of which resource it is, and need not: all of them call the same thing the same.
+    A page does not name its resource, and need not: all resources use the same names.
     """
     for start in range(len(path)):
         if column := _COLUMNS.get(path[start:]):
@@ -205,7 +205,7 @@ def _is_public(column: Column, text: str) -> bool:
 
 @cache
 def public_texts() -> Mapping[str, str]:
-    """Return, by column of texts, a pattern for those that are fal's own words and tell nothing."""
+    """Return for each text column the pattern of values that are fal's own words, so not private."""
     with (sql_folder() / "seeds" / "unit.csv").open(encoding="utf-8", newline="") as file:
         units = "|".join(re.escape(row["unit"]) for row in csv.DictReader(file) if row["unit"])
     return {
@@ -235,9 +235,9 @@ _OBJECTS = {step for steps in _COLUMNS for step in steps[:-1]}.union(
     *(resource.rows_path for resource in RESOURCES.values()),
     *(resource.proof.rows_path for resource in RESOURCES.values() if resource.proof),
 )
-"""Fields that hold objects of which the catalogue knows fields."""
+"""Fields whose value is an object with catalogued fields."""
 _LIMIT = re.compile(rf"({'|'.join({str(c.at_most) for c in _COLUMNS.values() if c.at_most})})(\.0+)?")
 _NAMES = _OBJECTS.union(
     *_COLUMNS, *(field.split(".") for resource in RESOURCES.values() for field in resource.not_kept)
 )
-"""All names of fields that the catalogue has."""
+"""All field names in the catalogue."""

@@ -1,10 +1,10 @@
-"""What is loaded, due, held, refused and wrong, as data."""
+"""The state of the warehouse as data: loaded, held, quarantined, failed, restated."""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -17,14 +17,11 @@ from faletl.warehouse.alerts import open_alerts
 from faletl.warehouse.tables import BUILDS, FAILURES, HOLDS, LOADS, QUARANTINE, RESTATEMENTS
 from faletl.windows import instant
 
-if TYPE_CHECKING:  # the client, the model and what they need take a second to import, and status none
-    pass
-
 COVERAGE = "Model APIs only: serverless and compute are not in these sums."
 
 
 def status(settings: Settings) -> dict[str, Any]:
-    """The state of the warehouse; from the published copy while a run writes."""
+    """Return the state of the warehouse; while a run writes, that of the published copy."""
     warehouse = open_warehouse(settings)
     try:
         with warehouse.reading(wait=False) as connection:
@@ -59,12 +56,12 @@ def status_of(connection: sa.Connection | None, *, is_published_copy: bool) -> d
     )
     loaded = {(row.account, row.resource): row for row in loads}
     order = list(RESOURCES)
-    set_aside, held = _set_aside(connection), _held(connection)
+    quarantined, held = _quarantine_counts(connection), _held_counts(connection)
     keys = loaded.keys() | {(failure["account"], failure["resource"]) for failure in failures}
     lines = []
     for account, resource in sorted(keys, key=lambda key: (key[0], order.index(key[1]))):
         row = loaded.get((account, resource))
-        mine = [f for f in failures if (f["account"], f["resource"]) == (account, resource)]
+        open_failures = [f for f in failures if (f["account"], f["resource"]) == (account, resource)]
         lines.append(
             {
                 "account": account,
@@ -75,8 +72,8 @@ def status_of(connection: sa.Connection | None, *, is_published_copy: bool) -> d
                 "windows": row.windows if row else 0,
                 "rows": int(row.rows) if row else 0,
                 "held": held.get((account, resource), 0),
-                "quarantine": set_aside.get((account, resource), 0),
-                "open_failures": len(mine),
+                "quarantine": quarantined.get((account, resource), 0),
+                "open_failures": len(open_failures),
             }
         )
     newest = (
@@ -101,41 +98,41 @@ def status_of(connection: sa.Connection | None, *, is_published_copy: bool) -> d
     }
 
 
-def _set_aside(connection: sa.Connection) -> dict[tuple[str, str], int]:
-    """How many rows are set aside now, per account and resource."""
+def _quarantine_counts(connection: sa.Connection) -> dict[tuple[str, str], int]:
+    """Count the open quarantined rows per account and resource."""
     rows = QUARANTINE.c
-    found = connection.execute(
+    counts = connection.execute(
         sa.select(rows.account, rows.resource, sa.func.count())
         .where(rows.resolved_at.is_(None))
         .group_by(rows.account, rows.resource)
     )
-    return {(account, resource): count for account, resource, count in found}
+    return {(account, resource): count for account, resource, count in counts}
 
 
-def _held(connection: sa.Connection) -> dict[tuple[str, str], int]:
-    """How many windows are held now, per account and resource."""
+def _held_counts(connection: sa.Connection) -> dict[tuple[str, str], int]:
+    """Count the held windows per account and resource."""
     holds = HOLDS.c
-    found = connection.execute(
+    counts = connection.execute(
         sa.select(holds.account, holds.resource, sa.func.count()).group_by(holds.account, holds.resource)
     )
-    return {(account, resource): count for account, resource, count in found}
+    return {(account, resource): count for account, resource, count in counts}
 
 
 def _alerts(connection: sa.Connection) -> list[dict[str, Any]]:
-    """The alerts that are open."""
-    shown = ("kind", "account", "subject", "detail")
+    """Return the open alerts."""
+    fields = ("kind", "account", "subject", "detail")
     return [
-        {"first_seen_at": utc(alert["first_seen_at"]), **{name: alert[name] for name in shown}}
+        {"first_seen_at": utc(alert["first_seen_at"]), **{name: alert[name] for name in fields}}
         for alert in open_alerts(connection)
     ]
 
 
 def _restatements(connection: sa.Connection) -> list[dict[str, Any]]:
-    """What fal changed of closed days, per account, resource and currency."""
+    """Sum the changes that fal made to closed days, per account, resource and currency."""
     lines = RESTATEMENTS.c
     change = sa.func.sum(lines.cost_total_after - lines.cost_total_before)
     key = (lines.account, lines.resource, lines.currency)
-    found = connection.execute(
+    sums = connection.execute(
         sa.select(
             *key,
             sa.func.count(),
@@ -156,7 +153,7 @@ def _restatements(connection: sa.Connection) -> list[dict[str, Any]]:
             "cost_total_change": plain(Decimal(changed)),
             "last_seen_at": utc(seen_at),
         }
-        for account, resource, currency, count, windows, changed, seen_at in found
+        for account, resource, currency, count, windows, changed, seen_at in sums
     ]
 
 

@@ -1,4 +1,4 @@
-"""Validate: the gate once more, over windows that are loaded."""
+"""Validate: run the gate again over loaded windows."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from faletl.windows import Window, WindowKey
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
-    """A loaded window and what the gate found of it."""
+class JudgedWindow:
+    """A loaded window and the results of its expectations."""
 
     account: str
     resource: str
@@ -37,58 +37,62 @@ class Judged:
     validations: tuple[Validation, ...]
 
     def failures(self, severity: str) -> int:
-        """How many expectations of that severity failed."""
-        return sum(not one.success and one.severity == severity for one in self.validations)
+        """Count the failed expectations of that severity."""
+        return sum(
+            not validation.success and validation.severity == severity for validation in self.validations
+        )
 
 
 @dataclass(slots=True)
-class Verdict:
-    """What the gate found of all windows that were asked for."""
+class GateReport:
+    """The results of the gate for all selected windows."""
 
     run_id: str
-    judged: list[Judged] = field(default_factory=list)
+    judged: list[JudgedWindow] = field(default_factory=list)
 
     @property
     def exit_code(self) -> int:
-        """That of a refused window if one would be refused, else 0."""
-        critical = (v for one in self.judged for v in one.validations if v.severity == "critical")
+        """The code of a refused window if the gate would refuse one, else 0."""
+        critical = (v for window in self.judged for v in window.validations if v.severity == "critical")
         return 0 if all(v.success for v in critical) else DataRefusedError.exit_code
 
 
 def validate(
-    settings: Settings, asked: Asked = EVERYTHING_DUE, progress: Progress = no_progress
-) -> Verdict:
-    """Look at what is loaded of the days and resources asked for (default: all), window by window.
+    settings: Settings, selection: Asked = EVERYTHING_DUE, progress: Progress = no_progress
+) -> GateReport:
+    """Run the gate over the selected loaded windows (default: all), one by one.
 
-    Runs get their turn in between. What is found takes the place of what was found of these loads.
+    Runs may write in between. The results replace earlier results of the same loads.
 
     Raises:
         UsageError: there is no warehouse yet.
         SettingsError: the user's expectations, or table of units, cannot be read.
     """
-    warehouse, verdict = open_warehouse(settings), Verdict(new_run_id())
-    loads = current_loads(warehouse, asked)
+    warehouse, report = open_warehouse(settings), GateReport(new_run_id())
+    loads = current_loads(warehouse, selection)
     with scratch_folder() as scratch:
         gate = Gate(settings, scratch)
         for done, load in enumerate(loads):
             progress("validating", done, len(loads))
-            if judged := _judged(warehouse, gate, load, scratch):
+            if judged := _judge_window(warehouse, gate, load, scratch):
                 log_findings(judged.resource, judged.window, judged.validations)
-                verdict.judged.append(judged)
+                report.judged.append(judged)
         progress("validating", len(loads), len(loads))
-    if verdict.judged:
-        _keep(warehouse, verdict)
-    return verdict
+    if report.judged:
+        _record(warehouse, report)
+    return report
 
 
-def _judged(warehouse: Warehouse, gate: Gate, load: sa.RowMapping, scratch: Path) -> Judged | None:
-    """What the gate finds of the window; None if another load holds it by now."""
+def _judge_window(
+    warehouse: Warehouse, gate: Gate, load: sa.RowMapping, scratch: Path
+) -> JudgedWindow | None:
+    """Run the gate over one window; None if another load has replaced it since."""
     resource = RESOURCES[load["resource"]]
     window = Window(load["window_start"], load["window_end"])
     path = scratch / f"{load['load_id']}.parquet"
     with warehouse.reading() as connection:
-        held = sa.select(LOADS.c.is_current).where(LOADS.c.load_id == load["load_id"])
-        if connection is None or not connection.execute(held).scalar():
+        is_current = sa.select(LOADS.c.is_current).where(LOADS.c.load_id == load["load_id"])
+        if connection is None or not connection.execute(is_current).scalar():
             return None
         warehouse.export_rows(connection, rows_of_windows(resource, load["account"], [window]), path)
         is_accepted = holds.is_refused_window_accepted(connection, load)
@@ -103,12 +107,14 @@ def _judged(warehouse: Warehouse, gate: Gate, load: sa.RowMapping, scratch: Path
         )
         validations = gate.judge(connection, subject)
     path.unlink()
-    return Judged(load["account"], resource.name, window, load["load_id"], load["rows"], validations)
+    return JudgedWindow(
+        load["account"], resource.name, window, load["load_id"], load["rows"], validations
+    )
 
 
-def _keep(warehouse: Warehouse, verdict: Verdict) -> None:
-    with warehouse.lease(f"faletl validate, run {verdict.run_id}") as lease, lease.transaction():
+def _record(warehouse: Warehouse, report: GateReport) -> None:
+    with warehouse.lease(f"faletl validate, run {report.run_id}") as lease, lease.transaction():
         fence(lease, changes_data=False)
-        for one in verdict.judged:
-            key = WindowKey(one.account, one.resource, one.window)
-            record_validations(lease.connection, key, one.load_id, verdict.run_id, one.validations)
+        for judged in report.judged:
+            key = WindowKey(judged.account, judged.resource, judged.window)
+            record_validations(lease.connection, key, judged.load_id, report.run_id, judged.validations)

@@ -1,7 +1,7 @@
-"""What the gate found, as pages for a browser: one file each, nothing loaded from anywhere.
+"""Write the results of the gate as self-contained HTML pages.
 
-Great Expectations has Data Docs of its own. They take styles and scripts from a dozen hosts and put
-values into a page as they come, a script in an endpoint id as well; these do neither.
+Great Expectations has its own Data Docs. They load styles and scripts from a dozen hosts and insert
+values without escaping, even a script in an endpoint id; these pages do neither.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from faletl import __version__
 from faletl.errors import StorageError
 from faletl.findings import Validation
-from faletl.operations.validate import Judged, Verdict
+from faletl.operations.validate import GateReport, JudgedWindow
 from faletl.resources import RESOURCES
 
 _SEVERITIES = ("critical", "warning", "info")
@@ -38,16 +38,18 @@ code { font: 13px ui-monospace, monospace; } a { color: inherit; }
 """
 
 
-def write_docs(folder: Path, verdict: Verdict) -> Path:
-    """Write `index.html` and a page for each resource; returns the first.
+def write_docs(folder: Path, report: GateReport) -> Path:
+    """Write `index.html` and a page for each resource; return the path of `index.html`.
 
     Raises:
         StorageError: the folder cannot be written.
     """
     by_resource = {
-        name: mine for name in RESOURCES if (mine := [j for j in verdict.judged if j.resource == name])
+        name: windows
+        for name in RESOURCES
+        if (windows := [judged for judged in report.judged if judged.resource == name])
     }
-    pages = {"index.html": _index(verdict, by_resource)}
+    pages = {"index.html": _index(report, by_resource)}
     pages |= {f"{name}.html": _resource(name, judged) for name, judged in by_resource.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -58,48 +60,48 @@ def write_docs(folder: Path, verdict: Verdict) -> Path:
     return folder / "index.html"
 
 
-def _index(verdict: Verdict, by_resource: dict[str, list[Judged]]) -> str:
+def _index(report: GateReport, by_resource: dict[str, list[JudgedWindow]]) -> str:
     lines = [
         (
             f'<a href="{name}.html">{name}</a>',
             f"{len(judged):,}",
-            f"{sum(one.rows for one in judged):,}",
+            f"{sum(window.rows for window in judged):,}",
             *(_count(judged, severity) for severity in _SEVERITIES),
         )
         for name, judged in by_resource.items()
     ]
     return _page(
-        "What the gate found",
+        "Results of the gate",
         _table(("resource", "#windows", "#rows", *(f"#{name}" for name in _SEVERITIES)), lines),
         "<h2>Not as expected</h2>",
-        _failures(verdict.judged, with_info=False),
-        f'<p class="muted">Run {escape(verdict.run_id)}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC.</p>',
+        _failures(report.judged, with_info=False),
+        f'<p class="muted">Run {escape(report.run_id)}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC.</p>',
     )
 
 
-def _resource(name: str, judged: Sequence[Judged]) -> str:
-    known: dict[str, list[Validation]] = {}
-    for one in judged:
-        for validation in one.validations:
-            known.setdefault(validation.expectation, []).append(validation)
+def _resource(name: str, judged: Sequence[JudgedWindow]) -> str:
+    by_expectation: dict[str, list[Validation]] = {}
+    for window in judged:
+        for validation in window.validations:
+            by_expectation.setdefault(validation.expectation, []).append(validation)
     lines = [
         (
             escape(expectation),
-            f'<span class="{found[0].severity}">{found[0].severity}</span>',
-            f"{len(found):,}",
-            _mark(sum(not v.success for v in found), found[0].severity),
+            f'<span class="{validations[0].severity}">{validations[0].severity}</span>',
+            f"{len(validations):,}",
+            _mark(sum(not validation.success for validation in validations), validations[0].severity),
         )
-        for expectation, found in known.items()
+        for expectation, validations in by_expectation.items()
     ]
     windows = [
         (
-            escape(str(one.window)),
-            f"<code>{escape(one.load_id)}</code>",
-            f"{one.rows:,}",
-            f"{len(one.validations):,}",
-            _mark(len(_failed(one)), _worst(one)),
+            escape(str(window.window)),
+            f"<code>{escape(window.load_id)}</code>",
+            f"{window.rows:,}",
+            f"{len(window.validations):,}",
+            _mark(len(_failed(window)), _worst(window)),
         )
-        for one in reversed(judged)
+        for window in reversed(judged)
     ]
     return _page(
         name,
@@ -114,22 +116,24 @@ def _resource(name: str, judged: Sequence[Judged]) -> str:
     )
 
 
-def _failures(judged: Iterable[Judged], *, with_info: bool = True) -> str:
-    """What is not as expected, the worst first; `info` only where it is asked for."""
-    found = [(one, v) for one in judged for v in _failed(one) if with_info or v.severity != "info"]
-    if not found:
-        return '<p class="good">Nothing: all is as expected.</p>'
+def _failures(judged: Iterable[JudgedWindow], *, with_info: bool = True) -> str:
+    """Return the table of failed expectations, the worst first; `info` ones only `with_info`."""
+    failed = [
+        (window, v) for window in judged for v in _failed(window) if with_info or v.severity != "info"
+    ]
+    if not failed:
+        return '<p class="good">Nothing: every expectation is met.</p>'
     lines = [
         (
             f'<span class="{v.severity}">{v.severity}</span>',
-            one.resource,
-            escape(str(one.window)),
+            window.resource,
+            escape(str(window.window)),
             f"{escape(v.expectation)}, but {escape(v.observed)}",
             "<br>".join(f"<code>{escape(key)}</code>" for key in _keys(v)),
         )
-        for one, v in sorted(found, key=lambda each: _SEVERITIES.index(each[1].severity))
+        for window, v in sorted(failed, key=lambda each: _SEVERITIES.index(each[1].severity))
     ]
-    return _table(("severity", "resource", "window", "expected was that", "such as"), lines)
+    return _table(("severity", "resource", "window", "expected was that", "examples"), lines)
 
 
 def _keys(validation: Validation) -> Iterator[str]:
@@ -137,17 +141,17 @@ def _keys(validation: Validation) -> Iterator[str]:
         yield ", ".join(f"{name.lstrip('_')} {value}" for name, value in key.items())
 
 
-def _failed(judged: Judged) -> list[Validation]:
+def _failed(judged: JudgedWindow) -> list[Validation]:
     return [v for v in judged.validations if not v.success]
 
 
-def _worst(judged: Judged) -> str:
-    found = {v.severity for v in _failed(judged)}
-    return next((severity for severity in _SEVERITIES if severity in found), "good")
+def _worst(judged: JudgedWindow) -> str:
+    severities = {v.severity for v in _failed(judged)}
+    return next((severity for severity in _SEVERITIES if severity in severities), "good")
 
 
-def _count(judged: Sequence[Judged], severity: str) -> str:
-    return _mark(sum(one.failures(severity) for one in judged), severity)
+def _count(judged: Sequence[JudgedWindow], severity: str) -> str:
+    return _mark(sum(window.failures(severity) for window in judged), severity)
 
 
 def _mark(count: int, severity: str) -> str:
@@ -155,7 +159,7 @@ def _mark(count: int, severity: str) -> str:
 
 
 def _table(names: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A table; columns of numbers have a # before their names. Cells are HTML."""
+    """Return an HTML table. The name of a numeric column begins with #. Cells are HTML."""
 
     def row(tag: str, cells: Sequence[str]) -> Iterator[str]:
         for name, cell in zip(names, cells, strict=True):

@@ -1,8 +1,8 @@
-"""Verify: is the warehouse still what was loaded and built? Without an oracle, without the network.
+"""Verify that the warehouse still is what was loaded and built, without calling fal.
 
-Ledger and totals (every check of a build, over all days), digests (raw rows are those that were
-loaded), lineage (each raw row names a load, a landed page and a row of it, and the page is the one
-that fal sent), and models (every table is what its SQL makes of what it reads).
+Four things are verified: ledger and totals (every check of a build, over all days), digests (raw rows
+are those that were loaded), lineage (each raw row names a load and a row of a landed page, and the page
+is unchanged), and models (every table equals the result of its SQL).
 """
 
 from __future__ import annotations
@@ -39,53 +39,53 @@ from faletl.warehouse.tables import LAYERS, LOADS, RAW
 from faletl.windows import Window
 
 _TURN_SECONDS = 1.0
-"""After so long, once the part at hand is done, others get at the warehouse."""
+"""After this time, when the current part is done, verify releases the warehouse for other commands."""
 
 
 @dataclass(slots=True)
-class Verdict:
-    """A sentence for each thing that is not as it was left, and whether all was looked at.
+class Verification:
+    """A sentence for each change that was found, and whether everything was verified.
 
-    Sums and models are not, while something is loaded that is not built yet.
+    Sums and models are not verified while loaded rows are not built yet.
     """
 
     findings: list[str] = field(default_factory=list)
     is_complete: bool = True
 
 
-def verify(settings: Settings) -> Verdict:
-    """Look at everything, for `_TURN_SECONDS` at a time: runs get their turn in between.
+def verify(settings: Settings) -> Verification:
+    """Verify everything, for `_TURN_SECONDS` at a time: other commands may write in between.
 
     Raises:
         UsageError: there is no warehouse yet.
         WarehouseError, TamperedError: the warehouse cannot be read at all.
         SettingsError, StorageError: the landed pages cannot be read at all.
     """
-    warehouse, verdict = open_warehouse(settings), Verdict()
+    warehouse, verification = open_warehouse(settings), Verification()
     parts = deque([*_parts_of_raw(settings, warehouse), *_parts_of_models(warehouse)])
     while parts:
         with warehouse.reading() as connection:
             if connection is None:
                 raise UsageError("nothing is loaded yet; run faletl run first")
-            is_built: bool | None = None  # for as long as this connection sees what it sees
+            is_built: bool | None = None  # valid for the snapshot of this connection
             began = time.monotonic()
             while parts and time.monotonic() - began < _TURN_SECONDS:
                 part = parts.popleft()
                 if part.needs_build and is_built is None:
                     is_built = not has_unbuilt_rows(settings, connection)
                 if part.needs_build and not is_built:
-                    verdict.is_complete = False
-                    return verdict
-                found = list(part.look(connection))
-                verdict.findings += found
-                if found and part.is_shape:
-                    return verdict
-    return verdict
+                    verification.is_complete = False
+                    return verification
+                findings = list(part.look(connection))
+                verification.findings += findings
+                if findings and part.is_shape:
+                    return verification
+    return verification
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """What to look at; whether it must be built for that, and whether all else stands on it."""
+    """One thing to verify; whether it needs a build, and whether all later parts depend on it."""
 
     look: Callable[[sa.Connection], Iterable[str]]
     needs_build: bool = False
@@ -97,9 +97,9 @@ def _parts_of_raw(settings: Settings, warehouse: Warehouse) -> Iterator[_Part]:
     lost = list[DamagedExtractError]()
     for name in RESOURCES:
         yield _Part(partial(_changed_rows, settings=settings, warehouse=warehouse, resource=name))
-        yield _Part(partial(_lost_pages, settings=settings, resource=name, lost=lost))
+        yield _Part(partial(_missing_pages, settings=settings, resource=name, lost=lost))
         check = next(check for check in catalogue.checks() if check.name == f"loads of raw.{name}")
-        yield _Part(partial(_failed_check, dialect=warehouse.dialect, check=check))
+        yield _Part(partial(_check_violations, dialect=warehouse.dialect, check=check))
     yield _Part(lambda _: [str(DamagedExtractError.of_many(lost[0], len(lost)))] if lost else [])
 
 
@@ -109,71 +109,71 @@ def _parts_of_models(warehouse: Warehouse) -> Iterator[_Part]:
     yield _Part(partial(_retyped_models, warehouse=warehouse), needs_build=True, is_shape=True)
     for check in catalogue.checks():
         if not check.name.startswith("loads of raw."):
-            yield _Part(partial(_failed_check, dialect=dialect, check=check), needs_build=True)
+            yield _Part(partial(_check_violations, dialect=dialect, check=check), needs_build=True)
     for model in catalogue.models():
         if not model.is_view:
             yield _Part(partial(_changed_model, dialect=dialect, model=model), needs_build=True)
 
 
 def _altered_tables(connection: sa.Connection) -> Iterator[str]:
-    """What of raw and ops is not as it was made."""
+    """Yield differences in the tables of raw and ops: columns, types, keys."""
     for changed in schema.altered(connection):
-        yield f"{changed}; faletl rebuild makes all anew from the landed pages"
+        yield f"{changed}; run faletl rebuild to restore the tables from the landed pages"
 
 
 def _altered_models(connection: sa.Connection) -> Iterator[str]:
-    """Models whose table or view is gone, or has other columns."""
-    held = schema.existing_columns(connection, LAYERS)
-    for table, made in catalogue.column_comments().items():
-        if table.startswith(LAYERS) and list(made) != list(held.get(table, ())):
-            yield f"{table} has other columns than its SQL makes; faletl build --full makes it anew"
+    """Yield models whose table or view is missing or has other columns."""
+    existing = schema.existing_columns(connection, LAYERS)
+    for table, columns in catalogue.column_comments().items():
+        if table.startswith(LAYERS) and list(columns) != list(existing.get(table, ())):
+            yield f"{table} has other columns than its SQL; run faletl build --full"
 
 
 def _retyped_models(connection: sa.Connection, warehouse: Warehouse) -> Iterator[str]:
-    """The first table whose columns are of other types: amounts may be bent there, and compare equal."""
+    """Yield the first table with other column types: amounts may be rounded there, and compare equal."""
     for model in catalogue.models():
         select = f"select * from (\n{catalogue.translate(model.sql, warehouse.dialect)}\n) as model"
-        made = warehouse.column_types(connection, select)
-        held = warehouse.column_types(connection, f"select * from {model.table}")
-        for (name, kind), (_, other) in zip(made, held, strict=True):
-            if kind != other:
+        expected = warehouse.column_types(connection, select)
+        existing = warehouse.column_types(connection, f"select * from {model.table}")
+        for (name, kind), (_, actual_type) in zip(expected, existing, strict=True):
+            if kind != actual_type:
                 yield (
-                    f"{model.table}: the column {name} is of type {other.lower()}, not {kind.lower()}; "
-                    "faletl build --full makes it anew"
+                    f"{model.table}: the column {name} is of type {actual_type.lower()}, "
+                    f"not {kind.lower()}; run faletl build --full"
                 )
-        if made != held:
-            return  # what reads it has other types, too
+        if expected != existing:
+            return  # tables that read it have other types, too
 
 
 def _repair(day: date) -> str:
-    return f"faletl rebuild --window {day} makes it anew from the landed pages"
+    return f"run faletl rebuild --window {day} to restore it from the landed pages"
 
 
 def _changed_rows(
     connection: sa.Connection, settings: Settings, warehouse: Warehouse, resource: str
 ) -> Iterator[str]:
-    """Loads whose rows in raw are not those that were loaded."""
+    """Yield loads whose rows in raw are not those that were loaded."""
     table = RAW[resource].fullname
-    held = _held_digests(settings, warehouse, connection, resource)
+    digests = _digests_in_raw(settings, warehouse, connection, resource)
     loads = {
         load.load_id: load
         for load in connection.execute(sa.select(LOADS).where(LOADS.c.resource == resource))
     }
-    for load_id in sorted(held.keys() - loads.keys()):
-        yield f"{table}: rows of load {load_id!a}, which ops.loads does not know; faletl rebuild"
+    for load_id in sorted(digests.keys() - loads.keys()):
+        yield f"{table}: rows of load {load_id!a}, which is not in ops.loads; run faletl rebuild"
     for load_id, load in sorted(loads.items()):
         day = load.window_start.astimezone(UTC).date()
-        if not load.is_current and load_id not in held:
+        if not load.is_current and load_id not in digests:
             continue
-        digest = _digest_now(settings, connection, load)
+        digest = _expected_digest(settings, connection, load)
         if digest is None:
             yield (
-                f"{table}, window {day}: the rows of load {load_id} cannot be compared, as an older "
-                "faletl made its digest and its landed pages cannot be read"
+                f"{table}, window {day}: the rows of load {load_id} cannot be compared, because an "
+                "older faletl made its digest and its landed pages cannot be read"
             )
             continue
-        is_same = held.get(load_id, digest_of((0, None))) == digest
-        if not is_same and not load.is_current:  # a part of its rows, then
+        is_same = digests.get(load_id, digest_of((0, None))) == digest
+        if not is_same and not load.is_current:  # an earlier load: raw has only a part of its rows
             is_same = _are_landed(settings, connection, RESOURCES[resource], load.landing_path)
         if not is_same:
             yield (
@@ -182,23 +182,23 @@ def _changed_rows(
             )
 
 
-def _held_digests(
+def _digests_in_raw(
     settings: Settings, warehouse: Warehouse, connection: sa.Connection, resource: str
 ) -> Mapping[str, str]:
-    """The digest of the rows that raw holds of each load: as staging made it, by DuckDB."""
+    """Return the digest of the rows of each load in raw, computed in DuckDB as in staging."""
     with scratch_folder() as scratch:
         path = scratch / "rows.parquet"
         warehouse.export_rows(connection, sa.select(RAW[resource]), path)
         with duck.engine(settings.memory, scratch) as engine:
             sums = digest_sums(RESOURCES[resource])
-            found = engine.execute(f"select _load_id, {sums} from {quoted(path)} group by _load_id")
-            return {load_id: digest_of(sums) for load_id, *sums in found.fetchall()}
+            result = engine.execute(f"select _load_id, {sums} from {quoted(path)} group by _load_id")
+            return {load_id: digest_of(sums) for load_id, *sums in result.fetchall()}
 
 
-def _digest_now(settings: Settings, connection: sa.Connection, load: sa.Row[Any]) -> str | None:
-    """The digest of what was loaded; where another faletl made that of the ledger, of the landed pages.
+def _expected_digest(settings: Settings, connection: sa.Connection, load: sa.Row[Any]) -> str | None:
+    """Return the digest of the loaded rows; from landed pages if the ledger has one of an older form.
 
-    None where these cannot be staged any more.
+    None if these pages cannot be staged any more.
     """
     if load.digest.endswith(DIGEST_FORM):
         return str(load.digest)
@@ -210,14 +210,14 @@ def _digest_now(settings: Settings, connection: sa.Connection, load: sa.Row[Any]
 def _staged(
     settings: Settings, connection: sa.Connection, landing_path: str, scratch: Path
 ) -> Staged | None:
-    """The rows of a read, from its landed pages; None where these are not as they were loaded."""
+    """Stage an extract from its landed pages; None if they were changed."""
     try:
         landed = relabel.opener(settings)(extracts.root(settings) / landing_path)
         if landed is None:
             return None
         return stage_window(settings, landed, scratch, holds.accepted_rows(connection))
     except StorageError:
-        raise  # nobody knows what lies there
+        raise  # the storage failed, which says nothing about the pages
     except FaletlError:
         return None
 
@@ -225,7 +225,7 @@ def _staged(
 def _are_landed(
     settings: Settings, connection: sa.Connection, resource: Resource, landing_path: str
 ) -> bool:
-    """Whether all rows that raw holds of the load are among those that were landed."""
+    """Whether all rows of the load in raw are among its landed rows."""
     names = [column.name for column in resource.columns]
     table = RAW[resource.name]
     with scratch_folder() as scratch:
@@ -233,26 +233,26 @@ def _are_landed(
         if staged is None:
             return False
         with duck.engine(settings.memory, scratch) as engine:
-            ours = ", ".join(f'"{name}"' for name in ("_page", "_row", *names))
-            rows = set(engine.execute(f"select {ours} from {staged.source}").fetchall())
-    held = sa.select(table.c["_page"], table.c["_row"], *(table.c[name] for name in names)).where(
+            columns = ", ".join(f'"{name}"' for name in ("_page", "_row", *names))
+            rows = set(engine.execute(f"select {columns} from {staged.source}").fetchall())
+    loaded = sa.select(table.c["_page"], table.c["_row"], *(table.c[name] for name in names)).where(
         table.c["_load_id"] == staged.landed.manifest.load_id
     )
-    return all(tuple(row) in rows for row in connection.execute(held))
+    return all(tuple(row) in rows for row in connection.execute(loaded))
 
 
-def _lost_pages(
+def _missing_pages(
     connection: sa.Connection, settings: Settings, resource: str, lost: list[DamagedExtractError]
 ) -> Iterator[str]:
-    """Loads whose landed pages are too few for the rows in raw; `lost` gets those that are damaged."""
+    """Yield loads with rows in raw that no landed page has; append damaged extracts to `lost`."""
     table = RAW[resource]
     load_id_and_page, row = (table.c["_load_id"], table.c["_page"]), table.c["_row"]
     twins = sa.func.count() - sa.func.count(sa.distinct(row))
     last_rows: dict[str, dict[int, tuple[int, int]]] = {}
-    for load_id, page, *found in connection.execute(
+    for load_id, page, *figures in connection.execute(
         sa.select(*load_id_and_page, sa.func.max(row), twins).group_by(*load_id_and_page)
     ):
-        last_rows.setdefault(load_id, {})[page] = tuple(found)
+        last_rows.setdefault(load_id, {})[page] = tuple(figures)
     needed = read_ledger(connection).needed
     loads = sa.select(LOADS.c.load_id, LOADS.c.landing_path)
     for load in connection.execute(loads.where(LOADS.c.resource == resource)).all():
@@ -263,7 +263,7 @@ def _lost_pages(
             landed = extracts.open_read(folder)
             pages = _checked_pages(landed)
         except StorageError:
-            raise  # nobody knows what lies there
+            raise  # the storage failed, which says nothing about the pages
         except DamagedExtractError as error:
             lost.append(error)
             continue
@@ -279,43 +279,43 @@ def _lost_pages(
 
 
 def _checked_pages(landed: SealedExtract) -> list[int]:
-    """How many rows each landed page holds; raises TamperedError for one that was changed."""
+    """Return the row count of each landed page; raises TamperedError if a page was changed."""
     for call in landed.manifest.calls:
         for page in call.pages:
             landed.body(page)
     return [page.rows for page in landed.manifest.pages("rows")]
 
 
-def _failed_check(connection: sa.Connection, dialect: str, check: catalogue.Check) -> Iterator[str]:
+def _check_violations(connection: sa.Connection, dialect: str, check: catalogue.Check) -> Iterator[str]:
     for sql in statements(connection, check, dialect):
-        found = connection.exec_driver_sql(sql).mappings().fetchmany(3)
-        for row in found:
-            told = ", ".join(f"{key} {_plain(value)}" for key, value in row.items())
-            cure = check.cure or "faletl rebuild makes all anew"
-            yield f"the check '{check.name}' finds {told}; {cure}"
-        if found:
+        rows = connection.exec_driver_sql(sql).mappings().fetchmany(3)
+        for row in rows:
+            values = ", ".join(f"{key} {_printable(value)}" for key, value in row.items())
+            remedy = check.cure or "run faletl rebuild"
+            yield f"the check '{check.name}' finds {values}; {remedy}"
+        if rows:
             return
 
 
 def _changed_model(connection: sa.Connection, dialect: str, model: catalogue.Model) -> Iterator[str]:
-    """Where the table is not what its SQL makes of what it reads."""
+    """Yield spans of days where the table differs from the result of its SQL."""
     if is_by_day(model):
         without = f"select count(*) from {model.table} where {model.day} is null"
         if count := connection.exec_driver_sql(without).scalar_one():
-            yield f"{model.table}: {count} rows have no day; faletl build --full makes it anew"
+            yield f"{model.table}: {count} rows have no day; run faletl build --full"
     columns = ", ".join(f'"{name}"' for name in catalogue.column_comments()[model.table])
     for span in _spans(connection, model) if is_by_day(model) else [None]:
-        made, held = (
+        expected, existing = (
             restricted(sql, span, dialect) if span else catalogue.translate(sql, dialect)
             for sql in (model.sql, f"select * from {model.table}")
         )  # fmt: skip
-        # EXCEPT ALL in both directions would make each side twice.
+        # EXCEPT ALL in both directions would compute each side twice.
         differing = f"""
             select coalesce(sum(abs(surplus)), 0) from (
                 select sum(side) as surplus from (
-                    select *, 1 as side from ({made}) as made
+                    select *, 1 as side from ({expected}) as expected
                     union all
-                    select *, -1 as side from ({held}) as held
+                    select *, -1 as side from ({existing}) as existing
                 ) as both_sides
                 group by {columns}
                 having sum(side) <> 0
@@ -325,13 +325,13 @@ def _changed_model(connection: sa.Connection, dialect: str, model: catalogue.Mod
         if count:
             when = f", {span.first} to before {span.end}" if span else ""
             yield (
-                f"{model.table}{when}: {count} rows are not what {model.name}.sql makes; "
-                "faletl build --full makes it anew"
+                f"{model.table}{when}: {count} rows differ from the result of {model.name}.sql; "
+                "run faletl build --full"
             )
 
 
 def _spans(connection: sa.Connection, model: catalogue.Model) -> Iterator[Span]:
-    """The days of the model's table and of the windows it is made of, a few at a time."""
+    """Yield the days of the model's table and of its source windows, a few at a time."""
     days = {
         start.astimezone(UTC).date()
         for (start,) in connection.execute(
@@ -340,11 +340,11 @@ def _spans(connection: sa.Connection, model: catalogue.Model) -> Iterator[Span]:
             )
         )
     }
-    held = days_with_rows(connection, model)
-    yield from spans(days | held, min(model.longest_span, CHECKED_SPAN))
+    built_days = days_with_rows(connection, model)
+    yield from spans(days | built_days, min(model.longest_span, CHECKED_SPAN))
 
 
-def _plain(value: object) -> str:
+def _printable(value: object) -> str:
     if isinstance(value, datetime):
         return str(Window.snapshot(value.astimezone(UTC)))
     return ascii(value) if isinstance(value, str) else str(value)

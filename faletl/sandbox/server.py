@@ -1,7 +1,7 @@
 """The HTTP side of the sandbox: key check, parameters, pages, errors, and faults on demand.
 
-What a path takes, who may ask it and which fields come back is read from openapi.json, as it stands or
-as it stood on a day; what is in them, from a World.
+openapi.json, of today or of an earlier day, defines the parameters of a path, its permissions and the
+fields of its answers. A World supplies the data.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from faletl.sandbox.world import BillingEvent, Calls, Credential, UsageLine, Wor
 BASE_PATH = "/v1"
 LOOPBACK, EVERYWHERE = "127.0.0.1", "0.0.0.0"  # noqa: S104 only where --host asks for it
 MAX_VALUES = 50  # of a list parameter
-PAGE_SIZE = 1000  # where nobody says otherwise; also the ceiling where the document names none
+PAGE_SIZE = 1000  # default; also the maximum if the document has none
 
 ERROR_TYPES = {
     400: "validation_error",
@@ -49,7 +49,7 @@ ERROR_TYPES = {
     429: "rate_limited",
 }
 
-# Documented parameters that the sandbox has no data for: it refuses them rather than ignore them.
+# Documented parameters that the sandbox has no data for: it refuses them instead of ignoring them.
 NOT_OFFERED = {
     ("/models", "sort"),
     ("/models", "expand"),
@@ -57,27 +57,27 @@ NOT_OFFERED = {
     ("/models/billing-events", "tag"),
 }
 
-# What a filter compares, in any record of a world that the documented path gives out.
+# The value that each filter compares, in every record of a world that has the filter.
 FILTERS = {
     "endpoint_id": attrgetter("endpoint_id"),
     "request_id": attrgetter("request_id"),
     "api_key_id": attrgetter("credential.api_key_id"),
     "login_username": attrgetter("credential.login_username"),
 }
-# Lines that differ in one of these make rows of their own.
+# Lines that differ in one of these fields become different rows.
 USAGE_GRAIN = ("endpoint_id", "unit", "unit_price", "percent_discount", "currency")
-EXACT = Context(prec=200)  # whatever amounts a world makes up
-DOUBLE_DIGITS = 15  # with which any number is a double's text
+EXACT = Context(prec=200)  # enough digits for any invented amount
+DOUBLE_DIGITS = 15  # a double can represent any number with this many digits
 
-# The kinds of estimate: what a quantity is called, and the least one.
+# The kinds of estimate: the field of the quantity, and its minimum.
 ESTIMATES = {
     "unit_price": ("unit_quantity", Decimal("0.000001")),
     "historical_api_price": ("call_quantity", Decimal(1)),
 }
-MOST = 10**15  # of which the sandbox makes an estimate
+MAX_QUANTITY = 10**15  # of an estimate
 
-# Half as long again as a bucket: from its start this lands inside the next one, whatever daylight
-# saving or the calendar makes of its length.
+# One and a half times a bucket: its start plus this is always inside the next bucket, even when daylight
+# saving or the calendar changes its length.
 PAST_NEXT_BORDER = {
     "minute": timedelta(seconds=90),
     "hour": timedelta(minutes=90),
@@ -85,7 +85,7 @@ PAST_NEXT_BORDER = {
     "week": timedelta(days=10),
     "month": timedelta(days=45),
 }
-# Below each length of range, the timeframe that is picked where none was asked for; else months.
+# The default timeframe of a range shorter than each length; of longer ranges, months.
 TIMEFRAME_BELOW = (
     (timedelta(hours=2), "minute"),
     (timedelta(days=2), "hour"),
@@ -106,9 +106,9 @@ Hourly = TypeVar("Hourly", UsageLine, Calls)
 
 @dataclass
 class Request:
-    """One request as it came in. `path` is the one below /v1, header names are in lower case.
+    """One request as it arrived. `path` is relative to /v1, header names are in lower case.
 
-    `status` is what was answered: 0 until then, and for good where the answer was dropped.
+    `status` is that of the answer: 0 before it is sent, or if it was dropped.
     """
 
     method: str
@@ -122,12 +122,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Fault:
-    """How to break one answer, for real. What is not set stays as it would have been.
+    """How to break one answer on the wire. Parts that are not set stay as they are.
 
-    A `status` without a body takes fal's error body for it. `headers` add or replace; an empty
-    value leaves the header out, and without a length the body ends where the connection does.
-    `truncate_to` announces the whole body, sends so many bytes of it, and closes the connection;
-    `drop` closes it without a word. `delay_seconds` passes before anything else.
+    A `status` without a body gets fal's error body. `headers` add or replace; an empty value removes
+    the header, and without a length the body ends when the connection closes. `truncate_to` announces
+    the whole body, sends this many bytes of it, and closes the connection; `drop` closes it without an
+    answer. The answer starts after `delay_seconds`.
     """
 
     status: int | None = None
@@ -139,17 +139,17 @@ class Fault:
 
 
 Span = tuple[datetime, datetime]
-"""From an instant until another one, exclusive, on the clock of the world."""
+"""A half-open span of instants `[start, end)` on the clock of the world."""
 
 
 @dataclass(frozen=True)
 class Conduct:
-    """What fal may do to an account, as data; by the clock of the world. No answer tells of it.
+    """What fal may do to an account without announcing it, by the clock of the world.
 
-    Usage, charges and requests of days (UTC) that ended more than `retention_days` days ago are no
-    longer served, and in each of the `brown_outs` those of no day that has ended: empty, totals and
-    all. In each of the spans of `account_refused`, /account/billing answers 403. From each instant of
-    `renamed` on, the account bears that name.
+    Usage, charges and requests of UTC days that ended more than `retention_days` days ago are no longer
+    served. During `brown_outs` no day that has ended is served: rows and totals are empty. During
+    `account_refused`, /account/billing answers 403. From each instant in `renamed`, the account has that
+    name.
     """
 
     retention_days: int | None = None
@@ -158,7 +158,7 @@ class Conduct:
     renamed: Sequence[tuple[datetime, str]] = ()
 
     def first_served(self, now: datetime) -> datetime:
-        """The instant from which on usage, charges and requests are served."""
+        """The first instant whose usage, charges and requests are served."""
         today = now.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
         if _is_within(now, self.brown_outs):
             return today
@@ -177,7 +177,7 @@ def _is_within(instant: datetime, spans: Iterable[Span]) -> bool:
 
 
 class Refusal(Exception):  # noqa: N818 a proper answer, not a failure of the sandbox
-    """Answered as fal's error body with this status."""
+    """A refused request: answered with fal's error body and this status."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -185,16 +185,16 @@ class Refusal(Exception):  # noqa: N818 a proper answer, not a failure of the sa
 
 
 class Sandbox:
-    """A server on loopback, from construction on `port` (0: any free one), answering once entered.
+    """A server on loopback. Construction binds `port` (0: any free one); `with` starts the answers.
 
     `host` is another address of this machine to listen on, or 0.0.0.0 for all of them; `url` then
     names loopback. `keys` maps each key to its preset, or to its permissions, comma-separated. A page
-    holds at most `page_size` rows; `limit` may lower it. Without `page_size`, `limit` may also raise
-    it, as far as the document says. `fault` sees each request before it is answered and may say how to
-    break the answer. With `as_of`, the API is the one of that day: what was added later is unknown to
-    it, whatever the world holds. With `has_time_cursors`, a cursor of usage, analytics or billing events
-    is a bare instant, as in an example of fal's: rows of that second (or bucket) that did not fit on
-    the page before are lost. `conduct` is what else fal may do to an account.
+    has at most `page_size` rows; `limit` may lower it. Without `page_size`, `limit` may also raise it,
+    up to the documented maximum. `fault` sees each request before the answer and may return a Fault for
+    it. With `as_of`, the API is that of the day, without later additions, even if the world has data for
+    them. With `has_time_cursors`, a cursor of usage, analytics or billing events is a bare instant, as
+    in an example of fal's: rows of that second (or bucket) that did not fit on the page before are lost.
+    `conduct` is what else fal may do to an account.
     """
 
     def __init__(
@@ -224,7 +224,7 @@ class Sandbox:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
-        # The default poll of half a second is how long every test would take to stop.
+        # With the default poll of half a second, every test would take that long to stop.
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(0.02,), name="sandbox", daemon=True
         )
@@ -239,13 +239,13 @@ class Sandbox:
         self._server.server_close()
 
     def serve_forever(self) -> None:
-        """Answer until Ctrl-C (KeyboardInterrupt), which ends the wait without an error."""
+        """Serve until Ctrl-C (KeyboardInterrupt), then return."""
         with nullcontext() if self._thread else self, suppress(KeyboardInterrupt):
             threading.Event().wait()
 
 
 def answer(sandbox: Sandbox, request: Request) -> bytes:
-    """The JSON that answers a request.
+    """Return the JSON that answers a request.
 
     Raises:
         Refusal: the path, method, key or a parameter is not as documented.
@@ -257,22 +257,22 @@ def answer(sandbox: Sandbox, request: Request) -> bytes:
         raise Refusal(404, f"No such path: {request.path}")
     operation = document["paths"][request.path].get(request.method.lower())
     if operation is None:
-        raise Refusal(405, f"{request.method} is not offered here")
+        raise Refusal(405, f"{request.method} is not allowed on this path")
     check_key(sandbox.keys, request, operation)
     if "requestBody" in operation:
-        asked: Any = read_body(request)
+        parameters: Any = read_body(request)
     else:
-        asked = read_query(request, parameters_of(request.path, sandbox.as_of))
+        parameters = read_query(request, parameters_of(request.path, sandbox.as_of))
     try:
-        whole = ANSWERS[request.path](sandbox, asked)
+        content = ANSWERS[request.path](sandbox, parameters)
     except OverflowError:
-        raise Refusal(400, "start or end lies outside the calendar") from None
+        raise Refusal(400, "start or end is outside the calendar") from None
     schema = operation["responses"]["200"]["content"]["application/json"]["schema"]
-    return to_json(whole if sandbox.as_of is None else documented(whole, schema, document)).encode()
+    return to_json(content if sandbox.as_of is None else documented(content, schema, document)).encode()
 
 
 def check_key(keys: Mapping[str, str], request: Request, operation: Json) -> None:
-    """Refuse a request whose key is missing, unknown or lacks a permission, by itself or its preset."""
+    """Refuse a request whose key is missing, unknown or lacks a permission."""
     if {} in operation["security"]:
         return
     scheme, _, key = request.headers.get("authorization", "").partition(" ")
@@ -284,7 +284,7 @@ def check_key(keys: Mapping[str, str], request: Request, operation: Json) -> Non
 
 
 def read_query(request: Request, known: Mapping[str, Parameter]) -> Query:
-    """The parameters as lists of values, comma-separated ones split, those left out by default.
+    """Return the parameters as lists of values, comma-separated ones split, with defaults for others.
 
     Raises:
         Refusal: a name, number, choice or count of values that the document does not allow.
@@ -294,8 +294,8 @@ def read_query(request: Request, known: Mapping[str, Parameter]) -> Query:
         if name not in known:
             raise Refusal(400, f"Unknown parameter: {name}")
         if (request.path, name) in NOT_OFFERED:
-            raise Refusal(400, f"{name} is not offered by the sandbox")
-        # The catalogue documents the repeated form only; there a comma is part of the value.
+            raise Refusal(400, f"{name} is not supported by the sandbox")
+        # The catalogue documents only the repeated form: there a comma is part of the value.
         is_split = known[name].is_list and request.path != "/models"
         values = [value for text in sent for value in text.split(",")] if is_split else sent
         query[name] = known[name].check(values)
@@ -308,26 +308,26 @@ def read_query(request: Request, known: Mapping[str, Parameter]) -> Query:
 
 
 def read_body(request: Request) -> Json:
-    """The JSON object that was sent, its fractions as Decimals.
+    """Return the JSON object in the body, its fractions as Decimals.
 
     Raises:
-        Refusal: it is none.
+        Refusal: the body is not a JSON object.
     """
 
     def refuse(name: str) -> None:
-        raise ValueError(f"{name} is no number in JSON")
+        raise ValueError(f"{name} is not a number in JSON")
 
     try:
         body = json.loads(request.body, parse_float=Decimal, parse_constant=refuse)
     except (ValueError, ArithmeticError, RecursionError):
-        raise Refusal(400, "The body is no JSON document") from None
+        raise Refusal(400, "The body is not a JSON document") from None
     if not isinstance(body, dict):
-        raise Refusal(400, "The body is no JSON object")
+        raise Refusal(400, "The body is not a JSON object")
     return body
 
 
 class Parameter(NamedTuple):
-    """What the document says of one query parameter. No `choices` means any text."""
+    """One documented query parameter. No `choices` means any text."""
 
     name: str
     is_required: bool
@@ -337,26 +337,26 @@ class Parameter(NamedTuple):
     default: list[str]
 
     def check(self, values: list[str]) -> list[str]:
-        """The values, when they are allowed.
+        """Return the values if they are allowed.
 
         Raises:
-            Refusal: they are not.
+            Refusal: they are not allowed.
         """
-        most = MAX_VALUES if self.is_list else 1
-        if len(values) > most:
-            raise Refusal(400, f"{self.name} takes at most {most} values")
+        limit = MAX_VALUES if self.is_list else 1
+        if len(values) > limit:
+            raise Refusal(400, f"{self.name} takes at most {limit} values")
         for value in values:
             if self.is_list and not value:
                 raise Refusal(400, f"{self.name} has an empty value")
             if self.choices and value not in self.choices:
-                raise Refusal(400, f"{self.name} is one of {', '.join(sorted(self.choices))}")
+                raise Refusal(400, f"{self.name} must be one of {', '.join(sorted(self.choices))}")
             if self.is_integer and not re.fullmatch("0*[1-9][0-9]{0,8}", value):
-                raise Refusal(400, f"{self.name} is a whole number from 1 on")
+                raise Refusal(400, f"{self.name} must be a whole number, at least 1")
         return values
 
 
 def models(sandbox: Sandbox, query: Query) -> Json:
-    """A page of the catalogue. Ids that it does not hold are left out."""
+    """A page of the catalogue. Unknown ids are left out."""
     ids, words = query.get("endpoint_id"), query.get("q", [""])[0].lower()
     wanted = {name: query[name][0] for name in ("category", "status") if name in query}
 
@@ -369,30 +369,30 @@ def models(sandbox: Sandbox, query: Query) -> Json:
             and any(words in text.lower() for text in texts if text)
         )
 
-    found = [model for model in sandbox.world.models() if matches(model)]
-    page, cursor = cut_page(sandbox, "/models", found, query)
+    matching = [model for model in sandbox.world.models() if matches(model)]
+    page, cursor = cut_page(sandbox, "/models", matching, query)
     return {"models": page, **cursor}
 
 
 def pricing(sandbox: Sandbox, query: Query) -> Json:
-    """The prices of known ids; those without a price are left out, one unknown id refuses all."""
-    asked = list(dict.fromkeys(query["endpoint_id"]))
+    """The prices of known ids; ids without a price are left out, one unknown id refuses all."""
+    requested_ids = list(dict.fromkeys(query["endpoint_id"]))
     prices = sandbox.world.prices()
-    check_known(asked, listed_endpoints(sandbox.world))
-    listed = [prices[endpoint_id] for endpoint_id in asked if endpoint_id in prices]
+    check_known(requested_ids, listed_endpoints(sandbox.world))
+    listed = [prices[endpoint_id] for endpoint_id in requested_ids if endpoint_id in prices]
     return {"prices": listed, "next_cursor": None, "has_more": False}
 
 
 def estimate(sandbox: Sandbox, body: Json) -> Json:
-    """What so many units cost by list, or so many calls by what they cost of late; one sum over all."""
+    """The total cost of units at list prices, or of calls at their average cost in the last 30 days."""
     kind, endpoints = body.get("estimate_type"), body.get("endpoints")
     if not isinstance(kind, str) or kind not in ESTIMATES:
-        raise Refusal(400, f"estimate_type is one of {', '.join(ESTIMATES)}")
+        raise Refusal(400, f"estimate_type must be one of {', '.join(ESTIMATES)}")
     if not isinstance(endpoints, dict) or not endpoints:
-        raise Refusal(400, "endpoints names no endpoint")
-    name, least = ESTIMATES[kind]
+        raise Refusal(400, "endpoints must name at least one endpoint")
+    name, minimum = ESTIMATES[kind]
     quantities = {
-        endpoint_id: read_quantity(asked, name, least) for endpoint_id, asked in endpoints.items()
+        endpoint_id: read_quantity(fields, name, minimum) for endpoint_id, fields in endpoints.items()
     }
     world = sandbox.world
     if kind == "unit_price":
@@ -408,24 +408,24 @@ def estimate(sandbox: Sandbox, body: Json) -> Json:
     return {"estimate_type": kind, "total_cost": total(costs), "currency": "USD"}
 
 
-def read_quantity(asked: object, name: str, least: Decimal) -> Decimal:
-    """The quantity of one endpoint; a whole number where the least one is.
+def read_quantity(fields: object, name: str, minimum: Decimal) -> Decimal:
+    """Return the quantity of one endpoint; a whole number if the minimum is 1.
 
     Raises:
-        Refusal: it is missing, or no number in the bounds.
+        Refusal: it is missing, or not a number within the bounds.
     """
-    value = asked.get(name) if isinstance(asked, dict) else None
+    value = fields.get(name) if isinstance(fields, dict) else None
     if isinstance(value, (int, Decimal)) and not isinstance(value, bool):
         quantity = Decimal(value)
-        is_whole = quantity <= MOST and quantity == quantity.to_integral_value()
-        if least <= quantity <= MOST and (is_whole or least < 1):
+        is_whole = quantity <= MAX_QUANTITY and quantity == quantity.to_integral_value()
+        if minimum <= quantity <= MAX_QUANTITY and (is_whole or minimum < 1):
             return quantity
-    kind = "number" if least < 1 else "whole number"
-    raise Refusal(400, f"{name} is a {kind} from {least} to {MOST}")
+    kind = "number" if minimum < 1 else "whole number"
+    raise Refusal(400, f"{name} must be a {kind} from {minimum} to {MAX_QUANTITY}")
 
 
 def charges_per_call(world: World) -> dict[str, Decimal]:
-    """What a request of the last 30 days cost on average, in USD, to twelve decimals."""
+    """The average cost of a request in the last 30 days, in USD, to twelve decimals, by endpoint."""
     end = now_of(world)
     start = end - timedelta(days=30)
     costs: dict[str, Decimal] = {}
@@ -444,7 +444,7 @@ def charges_per_call(world: World) -> dict[str, Decimal]:
 
 
 def usage(sandbox: Sandbox, query: Query) -> Json:
-    """A page of the usage report. What the document does not show cannot keep rows apart."""
+    """A page of the usage report. Only documented fields are part of its grain."""
     fields = document_as_of(sandbox.as_of)["components"]["schemas"]["UsageRow"]["properties"]
     grain = [name for name in USAGE_GRAIN if name in fields]
     if not {"auth_method", "auth_method_structured"}.isdisjoint(query["expand"]):
@@ -460,20 +460,20 @@ def usage(sandbox: Sandbox, query: Query) -> Json:
 
 
 def analytics(sandbox: Sandbox, query: Query) -> Json:
-    """A page of the analytics report. Endpoints without requests have no row, unknown ones no report."""
+    """A page of the analytics report. Endpoints without requests have no row; unknown ones fail."""
     metrics = [name for name in query["expand"] if name not in ("time_series", "summary")]
     if not metrics:
         raise Refusal(400, "expand needs at least one metric")
     check_known(query["endpoint_id"], listed_endpoints(sandbox.world) | called_endpoints(sandbox.world))
 
-    def held(start: datetime, end: datetime) -> Iterable[Calls]:
+    def called_hours(start: datetime, end: datetime) -> Iterable[Calls]:
         return (calls for calls in sandbox.world.calls(start, end) if calls.request_count)
 
     return report(
         sandbox,
         "/models/analytics",
         query,
-        held,
+        called_hours,
         attrgetter("endpoint_id"),
         lambda calls: analytics_row(calls, metrics),
     )
@@ -483,14 +483,14 @@ def report(
     sandbox: Sandbox,
     path: str,
     query: Query,
-    held: Callable[[datetime, datetime], Iterable[Hourly]],
+    records_of: Callable[[datetime, datetime], Iterable[Hourly]],
     grain: Callable[[Hourly], object],
     row: Callable[[Sequence[Hourly]], Json],
 ) -> Json:
-    """A page of rows: those of the time series in bucket order, then those of the summary.
+    """A page of a report: rows of the time series in bucket order, then rows of the summary.
 
-    The records that the world has `held` in a range and that are of one bucket and `grain` make a
-    `row`. A bucket that does not fit goes on under the same name on the next page.
+    `records_of` returns the world's records of a range; those of one bucket and `grain` become a `row`.
+    A bucket that does not fit continues under the same name on the next page.
     """
     expand = query["expand"]
     if not {"time_series", "summary"} & set(expand):
@@ -503,7 +503,7 @@ def report(
         return bucket_of(hour, timeframe, zone).astimezone(zone).isoformat()
 
     start = max(start, first_served(sandbox))
-    records = [record for record in held(start, end) if is_asked(record, query)]
+    records = [record for record in records_of(start, end) if passes_filters(record, query)]
     records.sort(key=attrgetter("hour"))
     groups: dict[tuple[str | None, object], list[Hourly]] = {}  # None is the bucket of the summary
     if "time_series" in expand:
@@ -514,8 +514,8 @@ def report(
             groups.setdefault((None, grain(record)), []).append(record)
     page, cursor = cut_page(sandbox, path, list(groups.items()), query, lambda group: group[0][0])
     buckets: dict[str | None, list[Json]] = {}
-    for (bucket, _), together in page:
-        buckets.setdefault(bucket, []).append(row(together))
+    for (bucket, _), group_records in page:
+        buckets.setdefault(bucket, []).append(row(group_records))
     parts = {
         "summary": buckets.pop(None, []),
         "time_series": [{"bucket": name, "results": rows} for name, rows in buckets.items()],
@@ -527,11 +527,13 @@ def billing_events(sandbox: Sandbox, query: Query) -> Json:
     """A page of charges, newest first."""
     path = "/models/billing-events"
     start, end = read_range(sandbox.world, query)
-    longest = limits_of(path, sandbox.as_of).get("range_days_max")
-    if longest and end - start > timedelta(days=longest):
-        raise Refusal(400, f"start and end lie more than {longest} days apart")
+    max_days = limits_of(path, sandbox.as_of).get("range_days_max")
+    if max_days and end - start > timedelta(days=max_days):
+        raise Refusal(400, f"start and end are more than {max_days} days apart")
     start = max(start, first_served(sandbox))
-    events = [event for event in sandbox.world.billing_events(start, end) if is_asked(event, query)]
+    events = [
+        event for event in sandbox.world.billing_events(start, end) if passes_filters(event, query)
+    ]
     events.sort(key=attrgetter("timestamp", "request_id"), reverse=True)
     page, cursor = cut_page(
         sandbox, path, events, query, lambda event: event.timestamp.replace(microsecond=0).isoformat()
@@ -540,16 +542,16 @@ def billing_events(sandbox: Sandbox, query: Query) -> Json:
 
 
 def billing(sandbox: Sandbox, query: Query) -> Json:
-    """The account's name, and its credits when asked for."""
+    """The account's name, and its credits if requested."""
     now = now_of(sandbox.world)
     if _is_within(now, sandbox.conduct.account_refused):
         raise Refusal(403, "Access denied")
-    credits_asked = "credits" in query.get("expand", [])
-    extra = {"credits": sandbox.world.credits()} if credits_asked else {}
+    has_credits = "credits" in query.get("expand", [])
+    extra = {"credits": sandbox.world.credits()} if has_credits else {}
     return {"username": sandbox.conduct.name_at(now, sandbox.world.account), **extra}
 
 
-ANSWERS: Mapping[str, Callable[[Sandbox, Any], Json]] = {  # of a query, or of a body
+ANSWERS: Mapping[str, Callable[[Sandbox, Any], Json]] = {  # arguments: sandbox, and query or body
     "/models": models,
     "/models/pricing": pricing,
     "/models/pricing/estimate": estimate,
@@ -561,10 +563,10 @@ ANSWERS: Mapping[str, Callable[[Sandbox, Any], Json]] = {  # of a query, or of a
 
 
 def read_zone(name: str) -> tzinfo:
-    """The zone of that IANA name. UTC needs no zone files, which small images lack.
+    """Return the zone of an IANA name. UTC needs no zone files, which small images lack.
 
     Raises:
-        Refusal: there is none.
+        Refusal: there is no such zone.
     """
     if name == "UTC":
         return UTC
@@ -580,7 +582,7 @@ def listed_endpoints(world: World) -> set[str]:
 
 
 def called_endpoints(world: World) -> set[str]:
-    """The ids that were ever called. A world of any size may know them without going through all."""
+    """The ids that were ever called. A large world may have `endpoints_called` to return them fast."""
     known: Callable[[], set[str]] | None = getattr(world, "endpoints_called", None)
     if known:
         return known()
@@ -588,9 +590,9 @@ def called_endpoints(world: World) -> set[str]:
     return {calls.endpoint_id for calls in ever}
 
 
-def check_known(asked: Iterable[str], known: set[str]) -> None:
+def check_known(requested_ids: Iterable[str], known: set[str]) -> None:
     """Refuse all the ids if one is unknown."""
-    if not known.issuperset(asked):
+    if not known.issuperset(requested_ids):
         raise Refusal(404, "One or more endpoints were not found")
 
 
@@ -600,23 +602,23 @@ def read_range(world: World, query: Query) -> tuple[datetime, datetime]:
     start = read_instant(query["start"][0]) if "start" in query else now - timedelta(days=1)
     end = read_instant(query["end"][0]) if "end" in query else now
     if end < start:
-        raise Refusal(400, "end lies before start")
+        raise Refusal(400, "end is before start")
     return start, end
 
 
 def first_served(sandbox: Sandbox) -> datetime:
-    """The instant from which on the sandbox serves what was used."""
+    """The first instant whose usage the sandbox serves."""
     return sandbox.conduct.first_served(now_of(sandbox.world))
 
 
 def now_of(world: World) -> datetime:
-    """The present. An invented world has a clock of its own, which a test may have set."""
+    """The present time. An invented world has its own clock, which a test may set."""
     now: datetime = getattr(world, "now", lambda: datetime.now(UTC))()
     return now
 
 
 def widen(start: datetime, end: datetime, query: Query, zone: tzinfo) -> tuple[datetime, datetime, str]:
-    """The range, as it is or widened to whole buckets, and the timeframe."""
+    """Return the range, widened to whole buckets if requested, and the timeframe."""
     if "timeframe" in query:
         timeframe = query["timeframe"][0]
     else:
@@ -631,10 +633,10 @@ def widen(start: datetime, end: datetime, query: Query, zone: tzinfo) -> tuple[d
 
 
 def read_instant(text: str) -> datetime:
-    """An RFC 3339 instant or a plain date, in UTC.
+    """Parse an RFC 3339 instant or a plain date, in UTC.
 
     Raises:
-        Refusal: it is neither, or no such time exists.
+        Refusal: the text is neither, or there is no such time.
     """
     if RFC_3339.fullmatch(text):
         with suppress(ValueError):
@@ -644,7 +646,7 @@ def read_instant(text: str) -> datetime:
 
 
 def bucket_of(instant: datetime, timeframe: str, zone: tzinfo) -> datetime:
-    """The start of the bucket that holds `instant`, in UTC; its borders are those of the zone."""
+    """Return the start of the bucket that contains `instant`, in UTC; buckets follow the zone."""
     floor = instant.astimezone(zone).replace(second=0, microsecond=0)
     if timeframe != "minute":
         floor = floor.replace(minute=0)
@@ -657,13 +659,13 @@ def bucket_of(instant: datetime, timeframe: str, zone: tzinfo) -> datetime:
     return floor.astimezone(UTC)
 
 
-def is_asked(record: object, query: Query) -> bool:
+def passes_filters(record: object, query: Query) -> bool:
     """Whether the record passes every filter of the query."""
     return all(fact(record) in query[name] for name, fact in FILTERS.items() if name in query)
 
 
 def usage_row(lines: Sequence[UsageLine], expand: Sequence[str]) -> Json:
-    """One row of usage: what the lines have in common, and the sums of their amounts."""
+    """One row of usage: the common fields of the lines, and the sums of their amounts."""
     first = lines[0]
     cost_total = total(line.cost_total for line in lines)
     return {
@@ -682,7 +684,7 @@ def usage_row(lines: Sequence[UsageLine], expand: Sequence[str]) -> Json:
 
 
 def event_row(event: BillingEvent, expand: Sequence[str]) -> Json:
-    """One charge."""
+    """One row of billing events: a charge."""
     nano_usd = event.cost_total.scaleb(9, EXACT)
     at = event.timestamp.astimezone(UTC)
     return {
@@ -703,7 +705,7 @@ def event_row(event: BillingEvent, expand: Sequence[str]) -> Json:
 
 
 def caller(credential: Credential, expand: Sequence[str]) -> Json:
-    """Who called, in the forms asked for."""
+    """The caller, in the requested forms."""
     forms = {"auth_method": credential.detail, "auth_method_structured": _structured(credential)}
     return {name: form for name, form in forms.items() if name in expand}
 
@@ -712,17 +714,17 @@ def analytics_row(calls: Sequence[Calls], metrics: Sequence[str]) -> Json:
     """One row of analytics: sums over the hours, and percentiles over all requests in them."""
     row: Json = {"endpoint_id": calls[0].endpoint_id}
     for name in metrics:
-        if found := PERCENTILE.fullmatch(name):
-            durations = sorted(second for hour in calls for second in getattr(hour, f"{found[2]}s"))
-            if durations:  # the nearest rank: the first that so many percent do not exceed
-                row[name] = durations[-(-len(durations) * int(found[1]) // 100) - 1]
+        if match := PERCENTILE.fullmatch(name):
+            durations = sorted(second for hour in calls for second in getattr(hour, f"{match[2]}s"))
+            if durations:  # nearest rank: the first value that this percentage does not exceed
+                row[name] = durations[-(-len(durations) * int(match[1]) // 100) - 1]
         else:
-            row[name] = total(getattr(hour, name) for hour in calls)  # of counts a whole number
+            row[name] = total(getattr(hour, name) for hour in calls)  # whole if they are counts
     return row
 
 
 def total(amounts: Iterable[Decimal]) -> Decimal:
-    """The sum: the double that is nearest to it, or all its digits where an amount is no double."""
+    """Return the sum as the nearest double, or with all digits if an amount is not a double."""
     summands = list(amounts)
     whole = reduce(EXACT.add, summands, Decimal(0))
     if len(whole.as_tuple().digits) <= DOUBLE_DIGITS or not all(map(is_double, summands)):
@@ -731,7 +733,7 @@ def total(amounts: Iterable[Decimal]) -> Decimal:
 
 
 def is_double(amount: Decimal | int) -> bool:
-    """Whether the number is what a double is written as."""
+    """Whether the number is exactly the shortest text of a double."""
     return as_double(float(amount)) == amount
 
 
@@ -742,7 +744,7 @@ def cut_page(
     query: Query,
     instant_of: Callable[[T], str | None] | None = None,
 ) -> tuple[Sequence[T], Json]:
-    """The page that the query's cursor asks for, with the fields that lead to the next one.
+    """Return the page of the query's cursor, and the fields that lead to the next page.
 
     Raises:
         Refusal: the limit is above the documented one, or the cursor was not made for this path and
@@ -764,24 +766,24 @@ def cut_page(
 
 
 def page_size(sandbox: Sandbox, path: str, query: Query) -> int:
-    """How many rows a page may hold."""
-    most: int | None = limits_of(path, sandbox.as_of).get("page_max")
+    """Return the maximum number of rows of a page."""
+    page_max: int | None = limits_of(path, sandbox.as_of).get("page_max")
     default = sandbox.page_size or PAGE_SIZE
-    limit = int(query["limit"][0]) if "limit" in query else min(default, most or default)
-    if most and limit > most:
-        raise Refusal(400, f"limit is at most {most}")
-    return min(limit, sandbox.page_size or most or PAGE_SIZE)
+    limit = int(query["limit"][0]) if "limit" in query else min(default, page_max or default)
+    if page_max and limit > page_max:
+        raise Refusal(400, f"limit is at most {page_max}")
+    return min(limit, sandbox.page_size or page_max or PAGE_SIZE)
 
 
 def cursor_of(first: int, path: str, query: Query) -> str:
-    """A token for the rows from `first` on, bound to the path and all other parameters."""
+    """Return a token for the rows from `first`, bound to the path and all other parameters."""
     others = sorted((name, values) for name, values in query.items() if name != "cursor")
     digest = hashlib.sha256(json.dumps([path, others]).encode()).hexdigest()
     return base64.urlsafe_b64encode(f"{first}.{digest[:16]}".encode()).decode()
 
 
 def read_cursor(path: str, query: Query) -> int:
-    """The first row that the cursor asks for; 0 without a cursor.
+    """Return the position of the first row of the cursor; 0 without a cursor.
 
     Raises:
         Refusal: it was not made for this path and these parameters.
@@ -797,7 +799,7 @@ def read_cursor(path: str, query: Query) -> int:
 
 
 def to_json(value: object) -> str:
-    """JSON with every Decimal as a double is written; one that is no double, digit by digit."""
+    """Encode as JSON: a Decimal as the text of its double, or with all digits if it is not a double."""
     if isinstance(value, str):
         return encode_basestring_ascii(value)
     if isinstance(value, Decimal):
@@ -820,13 +822,13 @@ def error_body(status: int, message: str, request_id: str) -> bytes:
 
 @cache
 def document_as_of(day: date | None) -> Json:
-    """The document as it stood on a day; None: as it stands."""
+    """Return the document as of a day; None for the current one."""
     document: Json = json.loads(Path(__file__).with_name("openapi.json").read_bytes())
     return document if day is None else _as_of(document, day)
 
 
 def _as_of(node: Any, day: date) -> Any:
-    """The node without all that came after the day: fields, parameters, their values, limits."""
+    """Return the node without later additions: fields, parameters, their values, limits."""
 
     def has_come(part: Any) -> bool:
         return not isinstance(part, dict) or _first_day(part.get("x-since", "")) <= day
@@ -848,14 +850,14 @@ def _as_of(node: Any, day: date) -> Any:
 
 
 def _first_day(since: str) -> date:
-    """The day from which a thing is known, by its `x-since`: a day, "after" one, or nothing."""
+    """Return the first day of an `x-since`: a day, the day "after" one, or the first of all."""
     if not since:
         return date.min
     return date.fromisoformat(since.removeprefix("after ")) + timedelta(since.startswith("after "))
 
 
 def documented(value: Any, schema: Json, document: Json) -> Any:
-    """The value without fields that the schema does not hold."""
+    """Return the value without fields that are not in the schema."""
     if "$ref" in schema:
         schema = document["components"]["schemas"][schema["$ref"].rsplit("/", 1)[1]]
     if isinstance(value, dict) and "properties" in schema:
@@ -867,22 +869,22 @@ def documented(value: Any, schema: Json, document: Json) -> Any:
 
 
 def limits_of(path: str, day: date | None) -> Json:
-    """`page_max` and `range_days_max`, where the document names them."""
+    """Return `page_max` and `range_days_max` of a path, if the document has them."""
     limits: Json = document_as_of(day)["paths"][path]["get"].get("x-limits", {})
     return limits
 
 
 @cache
 def parameters_of(path: str, day: date | None) -> Mapping[str, Parameter]:
-    """What the document says of the query parameters of a path."""
+    """Return the documented query parameters of a path."""
     document = document_as_of(day)
     shared = document["components"]["parameters"]
-    found = {}
+    parameters = {}
     for entry in document["paths"][path]["get"]["parameters"]:
         spec = shared[entry["$ref"].rsplit("/", 1)[1]] if "$ref" in entry else entry
         schema = spec["schema"]
         default = schema.get("default", [])
-        found[spec["name"]] = Parameter(
+        parameters[spec["name"]] = Parameter(
             name=spec["name"],
             is_required=spec["required"],
             is_list=any(choice["type"] == "array" for choice in schema.get("anyOf", [])),
@@ -890,7 +892,7 @@ def parameters_of(path: str, day: date | None) -> Mapping[str, Parameter]:
             choices=frozenset(schema.get("enum") or spec.get("x-values", [])),
             default=[default] if isinstance(default, str) else default,
         )
-    return found
+    return parameters
 
 
 @cache
@@ -899,7 +901,7 @@ def _structured(credential: Credential) -> Json:
 
 
 class _Server(ThreadingHTTPServer):
-    """Remembers its connections, so that stopping also ends kept-alive ones."""
+    """A server that can also close kept-alive connections when it stops."""
 
     request_queue_size = 128
 
@@ -909,7 +911,7 @@ class _Server(ThreadingHTTPServer):
         super().__init__((host, port), _Handler)
 
     def server_bind(self) -> None:
-        # HTTPServer would look up the name of the host here: seconds, where there is no network.
+        # HTTPServer would look up the host name here, which takes seconds without a network.
         socketserver.TCPServer.server_bind(self)
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -927,7 +929,7 @@ class _Server(ThreadingHTTPServer):
                 connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exception(), ConnectionError):  # clients may leave when they like
+        if not isinstance(sys.exception(), ConnectionError):  # clients may disconnect at any time
             super().handle_error(request, client_address)
 
 
@@ -938,7 +940,7 @@ class _Handler(BaseHTTPRequestHandler):
     wbufsize = -1  # headers and body in one packet
 
     def respond(self) -> None:
-        """Log the request, answer it, and break the answer where the fault hook says so."""
+        """Log the request, answer it, and break the answer if the fault hook returns a Fault."""
         sandbox, url = self.server.sandbox, urlsplit(self.path)
         is_below_base = url.path.startswith(f"{BASE_PATH}/")
         request = Request(
@@ -963,7 +965,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault.body is not None:
             return fault.status or 200, fault.body
         if fault.status is not None:
-            message = "The sandbox was told to answer so"
+            message = "The sandbox was configured to answer like this"
             return fault.status, error_body(fault.status, message, request.request_id)
         try:
             return 200, answer(self.server.sandbox, request)
@@ -981,7 +983,7 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Encoding"] = "gzip"
             body = gzip.compress(body, compresslevel=1, mtime=0)
         headers["Content-Length"] = str(len(body))
-        if request.method not in ("GET", "HEAD"):  # their bodies may be of unknown length
+        if request.method not in ("GET", "HEAD"):  # their bodies may have an unknown length
             headers["Connection"] = "close"
         headers |= {name.title(): value for name, value in fault.headers.items()}
         request.status = status
@@ -998,9 +1000,9 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = respond  # noqa: N815
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 the name in the base class
-        """Keep the terminal for what matters; `Sandbox.requests` has the log."""
+        """Print nothing; `Sandbox.requests` has the log."""
 
 
 def accepts_gzip(header: str) -> bool:
-    """Whether an Accept-Encoding header names gzip without forbidding it."""
+    """Whether an Accept-Encoding header accepts gzip."""
     return bool(re.search(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))", header, re.IGNORECASE))

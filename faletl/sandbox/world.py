@@ -1,13 +1,13 @@
-"""What a sandbox answers from: the World protocol, and one invented world.
+"""The data of a sandbox: the World protocol, and one invented world.
 
-The invented one is a mid-size team that spends 100 to 600 USD a day, and once a month or so far more
-on a single call. Everything in it follows from the seed and the hour asked for: ask a day at once or
-hour by hour, today or next year, and the same lines come back. Prices change for every seed alike.
-Chance works on whole numbers only, and amounts are quotients, products and sums of doubles, as fal's
-seem to be: of both, every platform makes the same. So a quantity may have 17 digits, and a price, too.
-A charge is rounded to a nano-dollar, each by itself; usage is not (docs/fal-api.md, "Billing events").
+The invented world is a mid-size team that spends 100 to 600 USD a day, and about once a month far more
+on a single call. All data follows from the seed and the hour: a day at once or hour by hour, today or
+next year, gives the same lines. Prices change in the same way for every seed. Random numbers are whole
+numbers, and amounts are quotients, products and sums of doubles, as fal's seem to be; every platform
+computes both identically. So quantities and prices may have 17 digits. Each charge is rounded to a
+nano-dollar; usage is not rounded (docs/fal-api.md, "Billing events").
 
-Where things come late, what is shown of an hour follows from the clock as well, and from nothing else.
+If data comes late, the visible data of an hour follows from the clock as well, and from nothing else.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ HOUR = timedelta(hours=1)
 
 @dataclass(frozen=True)
 class Credential:
-    """Who called, as fal tells it: a label, and at most one of a key and a login."""
+    """The caller as fal describes it: a label, and at most one of a key and a login."""
 
     detail: str
     api_key_id: str | None = None
@@ -42,7 +42,7 @@ class Credential:
 
 @dataclass(frozen=True)
 class UsageLine:
-    """What one credential used of one endpoint and unit in one hour. `hour` is UTC, on the hour."""
+    """The usage of one credential, endpoint and unit in one hour. `hour` is UTC, on the hour."""
 
     hour: datetime
     endpoint_id: str
@@ -76,9 +76,9 @@ class BillingEvent:
 
 @dataclass(frozen=True)
 class Calls:
-    """What became of the requests to one endpoint in one hour (UTC, on the hour). Times in seconds.
+    """The outcomes of the requests to one endpoint in one hour (UTC, on the hour). Times in seconds.
 
-    A duration is there for each request that ran, or prepared, or waited for a cold boot.
+    There is a duration for each request that ran, prepared, or waited for a cold boot.
     """
 
     hour: datetime
@@ -97,7 +97,7 @@ class Calls:
 
     @property
     def error_count(self) -> int:
-        """The requests that failed through no fault of the caller."""
+        """The number of requests that failed, except errors of the caller."""
         return (
             self.startup_error_count
             + self.connection_error_count
@@ -107,12 +107,12 @@ class Calls:
 
     @property
     def request_count(self) -> int:
-        """All requests."""
+        """The number of all requests."""
         return self.success_count + self.user_error_count + self.error_count
 
 
 class World(Protocol):
-    """What a server answers from. It is asked anew for each request, so it may change."""
+    """The data source of a server. Each request reads it again, so it may change."""
 
     account: str
 
@@ -122,11 +122,11 @@ class World(Protocol):
     def prices(self) -> dict[str, dict[str, Any]]:
         """List prices by endpoint id, as /models/pricing returns them, `unit_price` a Decimal.
 
-        An endpoint is known when it is here or among the models; a known one may lack a price.
+        An endpoint is known if it has a price or is among the models; not every model has a price.
         """
 
     def usage(self, start: datetime, end: datetime) -> Iterable[UsageLine]:
-        """The lines of hours that begin in `[start, end)`, UTC. The server leaves none out."""
+        """The lines of hours that begin in `[start, end)`, UTC. The server serves all of them."""
 
     def billing_events(self, start: datetime, end: datetime) -> Iterable[BillingEvent]:
         """The charges with a timestamp in `[start, end)`, UTC, in any order."""
@@ -139,7 +139,7 @@ class World(Protocol):
 
 
 class Caller(NamedTuple):
-    """One credential's habits: calls per UTC hour in permille of a day, weekends in percent."""
+    """One credential's pattern: calls per UTC hour in permille of a day, weekends in percent."""
 
     credential: Credential
     permille: tuple[int, ...]
@@ -161,8 +161,8 @@ CALLERS = (
 
 COMPUTE_SECONDS = "compute seconds"
 
-# What one call takes of a unit: on average, and into how many steps the unit is cut. Seconds of video
-# are frames at 24 a second, and what is measured in sound is samples.
+# The average quantity of one call in each unit, and the number of steps that a unit is divided into:
+# seconds of video into 24 frames, seconds of sound into samples.
 CALL_OF_UNIT = {
     "images": ("1", 1),
     "videos": ("1", 1),
@@ -180,14 +180,14 @@ CALL_OF_UNIT = {
     "1000 tokens": ("108", 1000),
     "1m tokens": ("0.108", 10**6),
 }
-SAMPLES = 48_000  # a second of sound
+SAMPLES = 48_000  # per second of sound
 
 
 class Stream(NamedTuple):
-    """One endpoint in use. What is not said here is as in the price list.
+    """One endpoint in use. Empty fields are as in the price list.
 
-    `calls` are those of a working day at full size, one figure per caller. `steps` are those that a unit
-    is cut into. A stream flows in every `months`-th month only.
+    `calls` are the calls of a full working day, one figure per caller. `steps` is the number of steps in
+    a unit. A stream has calls only in every `months`-th month.
     """
 
     endpoint_id: str
@@ -211,12 +211,12 @@ STREAMS = (
     Stream("fal-ai/nano-banana-pro/edit", (110, 0, 20, 0)),
     Stream("fal-ai/bytedance/seedream/v4/text-to-image", (180, 320, 0, 0), is_discounted=True),
     Stream("fal-ai/qwen-image-2/pro/edit", (45, 0, 0, 0)),
-    # A price agreed on: the bill keeps to it whatever the list says.
+    # An agreed price: the bill uses it even when the list price changes.
     Stream("fal-ai/recraft-v3", (60, 0, 6, 0), unit_price="0.04"),
     Stream("fal-ai/ideogram/v3", (35, 0, 0, 0), months=2),
     Stream("openai/gpt-image-2", (55, 0, 10, 0), call="0.22"),
     Stream("fal-ai/birefnet/v2", (2400, 900, 0, 12)),
-    # What runs on several machines has several prices at once: here a price by the second of each.
+    # An endpoint on several machine types has several prices at once, per second of each type.
     Stream("fal-ai/birefnet/v2", (700, 200, 0, 0), unit_price="0.00111"),
     Stream("fal-ai/esrgan", (300, 600, 0, 0)),
     Stream("fal-ai/topaz/upscale/image", (70, 0, 0, 0), call="8.4"),
@@ -249,7 +249,7 @@ STREAMS = (
     Stream("fal-ai/pixverse/v5/image-to-video", (30, 0, 0, 0), months=3),
     Stream("moonvalley/marey/i2v", (2, 0, 1, 0), months=3),
     Stream("fal-ai/latentsync", (50, 0, 0, 0)),
-    # Seen on real bills: a unit with a blank behind it.
+    # Seen on real bills: a unit that ends in a space.
     Stream("fal-ai/elevenlabs/tts/turbo-v2.5", (420, 0, 0, 0), billed_unit="1000 characters "),
     Stream("fal-ai/kokoro", (0, 900, 0, 0)),
     Stream("fal-ai/minimax/speech-02-hd", (60, 0, 5, 0)),
@@ -275,11 +275,11 @@ STREAMS = (
 
 
 class PriceChange(NamedTuple):
-    """How the list price of an endpoint moves on from the one in prices.csv; the same for any seed.
+    """How the list price of an endpoint changes from the one in prices.csv; the same for any seed.
 
-    Twice a year, in `month` (1 to 6) and six months later, on `day` (at most 28) at `hour` UTC, it moves
-    to the next of `to`, after the last back to the one in prices.csv, and so on from 2025. Those of `to`
-    are in `unit`, if that is another. The bill follows `billed_days_later`.
+    From 2025, twice a year, in `month` (1 to 6) and six months later, on `day` (at most 28) at `hour`
+    UTC, it changes to the next price in `to`; after the last one, back to prices.csv. The prices in `to`
+    are per `unit`, if given. The bill follows `billed_days_later`.
     """
 
     month: int
@@ -299,7 +299,7 @@ PRICE_CHANGES = {
     "fal-ai/recraft-v3": PriceChange(3, 9, 0, ("0.05", "0.045")),
     "fal-ai/elevenlabs/tts/turbo-v2.5": PriceChange(3, 28, 17, ("0.04", "0.045")),
     "fal-ai/veo3.1/fast/image-to-video": PriceChange(4, 13, 18, ("0.12", "0.135")),
-    # As it was seen of this one: the unit changed, too, and with it what a call costs.
+    # As fal really did: the unit changed too, and with it the cost of a call.
     "fal-ai/flux-2": PriceChange(4, 28, 0, ("0.00167",), unit="compute seconds"),
     "fal-ai/kling-video/v3/pro/image-to-video": PriceChange(
         5, 4, 0, ("0.168", "0.154"), billed_days_later=9
@@ -309,9 +309,9 @@ PRICE_CHANGES = {
     "fal-ai/kokoro": PriceChange(6, 19, 3, ("0.018", "0.021")),
 }
 
-# Users of fal have told of single videos billed as hundreds. Here, once in each stretch of days, one
-# call of the first caller to one of the endpoints is charged as so many: some 400 to 2,000 USD. Between
-# two such charges lie two weeks at least, so that the week's credit outlasts them.
+# Users of fal have reported single videos billed as hundreds. Here, once in each RUNAWAY_STRETCH, one
+# call of the first caller to one of these endpoints is charged as RUNAWAY_CALLS: about 400 to 2,000 USD.
+# Two such charges are at least two weeks apart, so that the credit of a week covers them.
 RUNAWAY_ENDPOINTS = {
     "fal-ai/veo3.1",
     "fal-ai/kling-video/v3/pro/image-to-video",
@@ -345,12 +345,12 @@ DEPRECATED = {
     "fal-ai/stable-video",
 }
 
-# Endpoints that never answer well, and how: the first is in the catalogue, the second nowhere.
+# Endpoints whose requests always fail, and how: the first is in the catalogue, the second is not.
 FAILING = {
     "fal-ai/fast-svd-lcm": "startup_error_count",
     "acme/retired-endpoint": "user_error_count",
 }
-# For each thousand requests that go well. A boot is one of those requests, an error one more.
+# Per thousand successful requests. A boot is one of these requests; errors come on top.
 PERMILLE_OF_CALLS = {
     "user_error_count": 40,
     "startup_error_count": 3,
@@ -360,23 +360,23 @@ PERMILLE_OF_CALLS = {
     "cold_boot_count": 60,
 }
 
-FOUNDED = datetime(2025, 1, 1, tzinfo=UTC)  # nothing was used before
-CREDIT_LEVEL = 5000.0  # USD, what the balance is brought up to each Monday, 00:00 UTC
+FOUNDED = datetime(2025, 1, 1, tzinfo=UTC)  # no usage before
+CREDIT_LEVEL = 5000.0  # USD, the balance after the top-up each Monday, 00:00 UTC
 
 
 class Change(NamedTuple):
-    """A line and its charges are shown so many times over before the instant `at`, and from it on."""
+    """How many times a line and its charges appear before the instant `at`, and from then on."""
 
     at: datetime
     times_before: int
     times_after: int
 
 
-# In how many of a thousand lines; how often shown before and after; the hours in which it may happen.
+# Permille of lines; times shown before and after; hours after which the change may happen.
 CHANGES = (
     (10, 0, 1, range(2, 73)),  # comes late
     (5, 1, 2, range(48, 49)),  # is restated
-    (1, 1, 0, range(24, 73)),  # is taken back
+    (1, 1, 0, range(24, 73)),  # is withdrawn
 )
 
 Shown = TypeVar("Shown", UsageLine, BillingEvent)
@@ -386,7 +386,7 @@ Shown = TypeVar("Shown", UsageLine, BillingEvent)
 class InventedWorld:
     """A team and its bill. Lines and charges appear once their hour has ended by `now`.
 
-    When `is_late`, a few come later, and a few change after days: lines and charges as one.
+    With `is_late`, a few appear later, and a few change after days: lines with their charges.
     """
 
     account: str
@@ -401,7 +401,7 @@ class InventedWorld:
         return [_model(endpoint_id, categories[endpoint_id]) for endpoint_id in sorted(categories)]
 
     def prices(self) -> dict[str, dict[str, Any]]:
-        """The price list as it is by now."""
+        """The price list of now."""
         now = self.now().astimezone(UTC)
         prices = {}
         for endpoint_id, row in _price_list().items():
@@ -415,22 +415,22 @@ class InventedWorld:
         return prices
 
     def usage(self, start: datetime, end: datetime) -> Iterator[UsageLine]:
-        """The lines of the hours that begin in `[start, end)` and are over; in time order."""
+        """The lines of the ended hours that begin in `[start, end)`, in time order."""
         now = self.now()
         for hour in _hours(start, end, now):
             yield from self._shown(hour, now, zip(lines_of_hour(self.seed, hour)))
 
     def billing_events(self, start: datetime, end: datetime) -> Iterator[BillingEvent]:
-        """The charges of `[start, end)` whose hours are over: the usage, to half a nano for each."""
+        """The charges of ended hours in `[start, end)`: they equal usage, except for rounding."""
         now = self.now()
         first = max(start, FOUNDED).astimezone(UTC).replace(minute=0, second=0, microsecond=0)
         for hour in _hours(first, end, now):
             for event in self._shown(hour, now, events_of_hour(self.seed, hour)):
                 if start <= event.timestamp < end:
-                    yield _as_told(event)
+                    yield _as_served(event)
 
     def calls(self, start: datetime, end: datetime) -> Iterator[Calls]:
-        """The calls of the hours that begin in `[start, end)` and are over; never late."""
+        """The calls of the ended hours that begin in `[start, end)`; never late."""
         for hour in _hours(start, end, self.now()):
             yield from calls_of_hour(self.seed, hour)
 
@@ -439,7 +439,7 @@ class InventedWorld:
         return {stream.endpoint_id for stream in STREAMS} | FAILING.keys()
 
     def credits(self) -> dict[str, Any]:
-        """The level of Monday less what was charged since; it falls by the hour."""
+        """The level of Monday minus the charges since; it falls every hour."""
         now = self.now().astimezone(UTC)
         monday = now.replace(hour=0, minute=0, second=0, microsecond=0) - now.weekday() * 24 * HOUR
         spent = math.fsum(line.cost_total for line in self.usage(monday, now))
@@ -448,7 +448,7 @@ class InventedWorld:
     def _shown(
         self, hour: datetime, now: datetime, of_lines: Iterable[Iterable[Shown]]
     ) -> Iterator[Shown]:
-        """What is shown by now of the records that belong to each line of the hour."""
+        """Yield the records of each line of the hour that are visible now."""
         changes = changes_of_hour(self.seed, hour) if self.is_late else {}
         for number, records in enumerate(of_lines):
             change = changes.get(number, Change(hour, 1, 1))
@@ -474,7 +474,7 @@ def invented_world(
 
 
 def _hours(start: datetime, end: datetime, now: datetime) -> Iterator[datetime]:
-    """The hours (UTC) that begin in `[start, end)` and are over."""
+    """Yield the ended hours (UTC) that begin in `[start, end)`."""
     start = max(start, FOUNDED).astimezone(UTC)
     end = min(end, now - HOUR + timedelta.resolution)
     hour = start.replace(minute=0, second=0, microsecond=0)
@@ -485,9 +485,9 @@ def _hours(start: datetime, end: datetime, now: datetime) -> Iterator[datetime]:
         hour += HOUR
 
 
-@lru_cache(maxsize=100 * 24)  # a hundred days: each page of a walk asks for its range again
+@lru_cache(maxsize=100 * 24)  # a hundred days: each page of a walk reads its range again
 def lines_of_hour(seed: int, hour: datetime) -> tuple[UsageLine, ...]:
-    """The lines of the hour that begins at `hour` (UTC), whatever the clock says."""
+    """Return the lines of the hour that begins at `hour` (UTC), independent of the clock."""
     return (*_usual_lines(seed, hour), *runaways_of_hour(seed, hour))
 
 
@@ -503,7 +503,7 @@ def _usual_lines(seed: int, hour: datetime) -> Iterator[UsageLine]:
         for caller, calls_a_day in zip(CALLERS, stream.calls, strict=True):
             week = caller.weekend if hour.weekday() >= 5 else 100
             share = caller.permille[hour.hour] * week * growth * mood
-            # Permille × four percentages; the fraction of a call that is left happens by chance.
+            # Permille × four percentages; the remaining fraction of a call happens by chance.
             luck = chance.randrange(60, 141)
             calls = (calls_a_day * share * luck + chance.randrange(10**11)) // 10**11
             if calls:
@@ -512,7 +512,7 @@ def _usual_lines(seed: int, hour: datetime) -> Iterator[UsageLine]:
 
 @lru_cache(maxsize=100 * 24)
 def runaways_of_hour(seed: int, hour: datetime) -> tuple[UsageLine, ...]:
-    """The charge that ran away in the hour, as a line of its own; mostly there is none."""
+    """Return the runaway charge of the hour as a line; usually there is none."""
     stretch, passed = divmod(hour - FOUNDED, RUNAWAY_STRETCH)
     chance = Random(f"{seed} {stretch} runaway")  # noqa: S311
     if passed != chance.choice(RUNAWAY_HOURS) * HOUR:
@@ -523,25 +523,25 @@ def runaways_of_hour(seed: int, hour: datetime) -> tuple[UsageLine, ...]:
 
 
 def list_price(endpoint_id: str, at: datetime) -> Price:
-    """What the list says at an instant (UTC) of an endpoint that is in it."""
+    """Return the list price of a listed endpoint at an instant (UTC)."""
     turns = _prices_in_turn(endpoint_id)
     if endpoint_id not in PRICE_CHANGES:
         return turns[0]
     change = PRICE_CHANGES[endpoint_id]
-    # Moved back by so much, the instants from a change on are those of its month and later ones.
+    # Moved back by this much, the instants after a change are in its month or later ones.
     moved = at - timedelta(days=change.day - 1, hours=change.hour)
     changes_so_far = (_month(moved) + 1 - change.month) // 6 + 1
     return turns[changes_so_far % len(turns)]
 
 
 def _month(instant: datetime) -> int:
-    """How many months the one of the instant lies after the first of 2025."""
+    """Return the number of months from January 2025 to the month of the instant."""
     return (instant.year - 2025) * 12 + instant.month - 1
 
 
 @lru_cache(maxsize=100 * 24)
 def changes_of_hour(seed: int, hour: datetime) -> Mapping[int, Change]:
-    """What happens, later on, to lines of the hour: by the place of the line. Runaways stay."""
+    """Return later changes to lines of the hour, by position. Runaway charges do not change."""
     chance = Random(f"{seed} {hour.isoformat()} changes")  # noqa: S311
     changes = {}
     for number in range(len(lines_of_hour(seed, hour)) - len(runaways_of_hour(seed, hour))):
@@ -555,7 +555,7 @@ def changes_of_hour(seed: int, hour: datetime) -> Mapping[int, Change]:
 
 @lru_cache(maxsize=32 * 24)
 def events_of_hour(seed: int, hour: datetime) -> tuple[tuple[BillingEvent, ...], ...]:
-    """The charges behind each line of the hour, which add up to it but for half a nano for each."""
+    """Return the charges of each line of the hour; they add up to it, except for rounding to nanos."""
     chance = Random(f"{seed} {hour.isoformat()} events")  # noqa: S311
     runaways = runaways_of_hour(seed, hour)
     return tuple(
@@ -568,9 +568,9 @@ def events_of_hour(seed: int, hour: datetime) -> tuple[tuple[BillingEvent, ...],
 
 @lru_cache(maxsize=32 * 24)
 def calls_of_hour(seed: int, hour: datetime) -> tuple[Calls, ...]:
-    """The calls of the hour: those that were charged, and those that failed."""
+    """Return the calls of the hour: charged ones and failed ones."""
     chance = Random(f"{seed} {hour.isoformat()} calls")  # noqa: S311
-    requests: dict[str, dict[str, Decimal]] = {}  # and the seconds that each is charged for
+    requests: dict[str, dict[str, Decimal]] = {}  # request ids, with the charged seconds
     for line, events in zip(lines_of_hour(seed, hour), events_of_hour(seed, hour), strict=True):
         charged = requests.setdefault(line.endpoint_id, {})
         for event in events:
@@ -595,12 +595,12 @@ class Price(NamedTuple):
 
 
 class _Metered(NamedTuple):
-    """How the calls of a stream are billed at one time."""
+    """The billing of a stream's calls at one time."""
 
     endpoint_id: str
     unit: str
     unit_price: Decimal
-    steps: int  # of one unit
+    steps: int  # per unit
     steps_a_call: int
     is_discounted: bool
 
@@ -612,15 +612,15 @@ def _line(
     if metered.steps_a_call > 1:
         steps = max(steps * chance.randrange(80, 121) // 100, 1)
     percent = PERCENT_DISCOUNT if metered.is_discounted and credential.api_key_id else NO_DISCOUNT
-    # Where nothing is taken off, usage says so in two ways.
-    says_nothing = not percent and credential.api_key_id
+    # Without a discount, usage has null or zero.
+    omits_discount = not percent and credential.api_key_id
     return UsageLine(
         hour=hour,
         endpoint_id=metered.endpoint_id,
         unit=metered.unit,
         quantity=as_double(steps / metered.steps),
         unit_price=metered.unit_price,
-        percent_discount=None if says_nothing else percent,
+        percent_discount=None if omits_discount else percent,
         **_costs(steps / metered.steps, metered.unit_price, percent),
         currency="USD",
         credential=credential,
@@ -628,12 +628,12 @@ def _line(
 
 
 def as_double(number: float) -> Decimal:
-    """The number as an encoder of doubles writes it: with as few digits as tell it from all others."""
+    """Return the number as JSON encoders write doubles: the shortest text that is unique."""
     return Decimal(repr(number).removesuffix(".0"))
 
 
 def _costs(quantity: float, unit_price: Decimal, percent_discount: Decimal) -> dict[str, Any]:
-    """What usage tells of so much: computed in doubles and not rounded."""
+    """Return the amounts of usage for a quantity: computed in doubles and not rounded."""
     subtotal = quantity * float(unit_price)
     total = subtotal * (1 - float(percent_discount) / 100)
     return {
@@ -644,14 +644,14 @@ def _costs(quantity: float, unit_price: Decimal, percent_discount: Decimal) -> d
 
 
 def _charged(quantity: float, unit_price: Decimal, percent_discount: Decimal) -> dict[str, Any]:
-    """What a charge tells of so much: rounded to a nano-dollar by itself."""
+    """Return the amounts of a charge for a quantity: rounded to a nano-dollar."""
     costs = _costs(quantity, unit_price, percent_discount)
     subtotal, total = (costs[name].quantize(NANO) for name in ("cost_subtotal", "cost_total"))
     return {"cost_subtotal": subtotal, "cost_discount": subtotal - total, "cost_total": total}
 
 
 def _events(line: UsageLine, steps_a_unit: int, chance: Random) -> Iterator[BillingEvent]:
-    """One to four charges, as many as the line has smallest steps; a few share a request."""
+    """Yield one to four charges, at most one per step of the line; a few share a request."""
     steps = round(float(line.quantity) * steps_a_unit)
     cuts = chance.sample(range(1, steps), min(chance.randrange(4), steps - 1))
     request_id = ""
@@ -661,8 +661,8 @@ def _events(line: UsageLine, steps_a_unit: int, chance: Random) -> Iterator[Bill
         yield _event(line, (last - first) / steps_a_unit, request_id, timestamp)
 
 
-def _as_told(event: BillingEvent) -> BillingEvent:
-    """The charge as it is served: a few leave out the unit, or the quantity."""
+def _as_served(event: BillingEvent) -> BillingEvent:
+    """Return the charge as it is served: a few lack the unit or the quantity."""
     drawn = int(event.request_id[:8], 16)
     if not drawn % 50:
         event = replace(event, unit=None)
@@ -672,13 +672,13 @@ def _as_told(event: BillingEvent) -> BillingEvent:
 
 
 def _request(line: UsageLine, chance: Random) -> tuple[str, datetime]:
-    """Id and instant of a request within the hour of the line."""
+    """Return the id and instant of a random request within the hour of the line."""
     request_id = str(UUID(int=chance.getrandbits(128), version=4))
     return request_id, line.hour + timedelta(microseconds=chance.randrange(3600 * 10**6))
 
 
 def _event(line: UsageLine, quantity: float, request_id: str, timestamp: datetime) -> BillingEvent:
-    """The charge for so much of the line."""
+    """Return the charge for a part of the line."""
     percent = line.percent_discount or NO_DISCOUNT
     return BillingEvent(
         timestamp=timestamp,
@@ -694,7 +694,7 @@ def _event(line: UsageLine, quantity: float, request_id: str, timestamp: datetim
 
 
 def _times(record: Shown, times: int) -> Shown:
-    """The record of so many times the quantity."""
+    """Return the record with a multiple of its quantity."""
     quantity = float(record.quantity or 0) * times
     costs = _charged if isinstance(record, BillingEvent) else _costs
     percent = record.percent_discount or NO_DISCOUNT
@@ -706,24 +706,24 @@ def _times(record: Shown, times: int) -> Shown:
 
 
 def _calls(hour: datetime, endpoint_id: str, charged: tuple[Decimal, ...], chance: Random) -> Calls:
-    """The calls of the hour that went well, one for each of `charged`, and those that did not.
+    """Return the successful calls of the hour, one for each of `charged`, and the failed ones.
 
-    What is charged for seconds ran for so many.
+    A request that is charged by the second ran for that time.
     """
     successes = len(charged)
-    # The fraction of a request that is left happens by chance, as in lines.
+    # The remaining fraction of a request happens by chance, as in lines.
     counts: dict[str, Any] = {
         name: (successes * permille + chance.randrange(1000)) // 1000
         for name, permille in PERMILLE_OF_CALLS.items()
     }
     typical = _typical_milliseconds(endpoint_id)
 
-    def durations(many: int, shortest: int, longest: int) -> tuple[Decimal, ...]:
-        """So many of them, in seconds; the bounds are in milliseconds."""
-        return tuple(Decimal(chance.randrange(shortest, longest)).scaleb(-3) for _ in range(many))
+    def durations(number: int, shortest: int, longest: int) -> tuple[Decimal, ...]:
+        """Draw this many durations in seconds; the bounds are in milliseconds."""
+        return tuple(Decimal(chance.randrange(shortest, longest)).scaleb(-3) for _ in range(number))
 
-    drawn = durations(successes, typical * 2 // 3, typical * 2)
-    ran = tuple(seconds or any_time for seconds, any_time in zip(charged, drawn, strict=True))
+    random_durations = durations(successes, typical * 2 // 3, typical * 2)
+    ran = tuple(seconds or any_time for seconds, any_time in zip(charged, random_durations, strict=True))
     return Calls(
         hour,
         endpoint_id,
@@ -765,13 +765,13 @@ def _metered(stream: Stream, listed: Price) -> _Metered:
 
 
 def _call_of(endpoint_id: str, unit: str) -> tuple[str, int]:
-    """The entry of `CALL_OF_UNIT`; a unit that has none, as "second", counts as the one of the list."""
+    """Return the entry of `CALL_OF_UNIT`; a unit without one, as "second", uses the listed one."""
     return CALL_OF_UNIT.get(unit) or CALL_OF_UNIT[_price_list()[endpoint_id]["unit"]]
 
 
 @cache
 def _steps_of(endpoint_id: str, unit: str) -> int:
-    """Into how many steps the unit is cut where the endpoint is billed by it."""
+    """Return the number of steps in the unit, for this endpoint."""
     own = (stream.steps for stream in STREAMS if stream.endpoint_id == endpoint_id and stream.steps)
     return next(own, 0) or _call_of(endpoint_id, unit)[1]
 
@@ -788,7 +788,7 @@ def _prices_in_turn(endpoint_id: str) -> tuple[Price, ...]:
 
 @cache
 def _price_list() -> dict[str, dict[str, str]]:
-    """The rows of the price list, by endpoint."""
+    """Return the rows of the price list, by endpoint."""
     with Path(__file__).with_name("prices.csv").open(encoding="utf-8", newline="") as file:
         return {row["endpoint_id"]: row for row in csv.DictReader(file)}
 
@@ -798,8 +798,8 @@ def _model(endpoint_id: str, category: str) -> dict[str, Any]:
         return {"endpoint_id": endpoint_id}
     _, family, *_ = path = endpoint_id.split("/")
     name = " ".join(path[1:]).replace("-", " ").title()
-    made = datetime(2024, 1, 1, tzinfo=UTC) + timedelta(days=_below(800, endpoint_id, "made"))
-    changed = made + timedelta(days=_below(200, endpoint_id, "changed"))
+    created = datetime(2024, 1, 1, tzinfo=UTC) + timedelta(days=_below(800, endpoint_id, "made"))
+    updated = created + timedelta(days=_below(200, endpoint_id, "changed"))
     return {
         "endpoint_id": endpoint_id,
         "metadata": {
@@ -807,13 +807,13 @@ def _model(endpoint_id: str, category: str) -> dict[str, Any]:
             "category": category,
             "description": f"{name}, invented for the sandbox.",
             "status": "deprecated" if endpoint_id in DEPRECATED else "active",
-            "tags": ["new"] if made.year > 2025 else [],
-            "updated_at": _z(changed),
+            "tags": ["new"] if created.year > 2025 else [],
+            "updated_at": _z(updated),
             "is_favorited": None,
             "thumbnail_url": f"https://example.com/{endpoint_id}.png",
             "model_url": f"https://fal.run/{endpoint_id}",
             "license_type": "commercial" if _below(4, endpoint_id, "license") else "research",
-            "date": _z(made),
+            "date": _z(created),
             "group": {"key": family, "label": family.replace("-", " ").title()},
             "highlighted": False,
             "pinned": False,
@@ -823,7 +823,7 @@ def _model(endpoint_id: str, category: str) -> dict[str, Any]:
 
 
 def _below(limit: int, *words: str) -> int:
-    """A number in `[0, limit)` that the words alone decide."""
+    """Return a number in `[0, limit)` that depends on the words alone."""
     return int.from_bytes(hashlib.sha256(" ".join(words).encode()).digest()[:8]) % limit
 
 

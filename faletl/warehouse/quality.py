@@ -5,22 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import sqlalchemy as sa
 
 from faletl.errors import AccountLockedError, FaletlError
+from faletl.findings import Drift, Findings, Validation
 from faletl.landing.extracts import Manifest
 from faletl.warehouse import alerts
-from faletl.warehouse.ledger import of_window
+from faletl.warehouse.ledger import fence, of_window
 from faletl.warehouse.protocol import Lease
 from faletl.warehouse.tables import CONTRACT_DRIFT, FAILURES, LOADS, QUARANTINE, VALIDATIONS
 from faletl.windows import ExtractRef, Window, WindowKey
-
-if TYPE_CHECKING:
-    pass
-from faletl.findings import Drift, Findings, Validation
-from faletl.warehouse.ledger import fence
 
 log = logging.getLogger(__name__)
 

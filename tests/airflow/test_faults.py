@@ -19,7 +19,7 @@ import pytest
 import time_machine
 
 from faletl import pipeline
-from faletl.airflow.runs import asked
+from faletl.airflow.runs import selection_of
 from faletl.config import Settings
 from faletl.line import distributed
 from faletl.sandbox import Fault, Request, Sandbox
@@ -379,7 +379,11 @@ def test_catching_up_400_days_asks_for_each_once(
     first = truth.NOW.date() - timedelta(days=400)
     midnights = [datetime.combine(first, time(), UTC) + timedelta(days=n) for n in range(400)]
     meant = {
-        kind: [asked(settings, run_of(kind, at + hours), "usage") for at in midnights for hours in HOURS]
+        kind: [
+            selection_of(settings, run_of(kind, at + hours), "usage")
+            for at in midnights
+            for hours in HOURS
+        ]
         for kind in ("backfill", "scheduled")
     }
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import time_machine
 
-from faletl.airflow.runs import asked
+from faletl.airflow.runs import selection_of
 from faletl.sandbox import Sandbox
 from tests.airflow.conftest import Airflow
 from tests.conftest import settings_for
@@ -111,7 +111,7 @@ def test_each_form_of_a_connection_gives_the_key_and_hides_both_halves_of_it(air
     ("env", "connection", "expected"),
     [
         ({"FAL_KEY": "e:nvironment"}, "fal_default", "e:nvironment"),
-        ({}, "fal_acme", "there is no connection 'fal_acme'; make one of type fal"),
+        ({}, "fal_acme", "there is no connection 'fal_acme'; create one of type fal"),
         (
             {"AIRFLOW_CONN_FAL_ACME": '{"conn_type": "http"}'}, "fal_acme",
             "the connection 'fal_acme' is of type 'http', not fal",
@@ -348,14 +348,14 @@ def run_of(kind: str, start: datetime | None, hours: int = 1) -> Any:
 def fetched(folder: Path, runs: list[Any], resource: str = "usage") -> list[tuple[date, date] | None]:
     """The days that runs fetch anew, one after another; None for those that fetch none."""
     settings = settings_for("http://127.0.0.1:1", folder)
-    found = [asked(settings, run, resource) for run in runs]
+    found = [selection_of(settings, run, resource) for run in runs]
     return [(one.start, one.end) if one and one.start and one.end else None for one in found]
 
 
 def test_scheduled_and_asset_triggered_runs_do_what_is_due(tmp_path: Path) -> None:
     settings = settings_for("http://127.0.0.1:1", tmp_path)
     for run in (run_of("scheduled", NOON), run_of("asset_triggered", None), run_of("manual", None)):
-        due = asked(settings, run, "usage")
+        due = selection_of(settings, run, "usage")
         assert due is not None
         assert (due.start, list(due.resources)) == (None, ["usage"])
 

@@ -790,8 +790,8 @@ def test_a_day_of_a_renamed_account_is_made_again_from_its_older_pages(settings:
     ("old", "new", "said"),
     [
         ("nobody", "x", "there is no account 'nobody'"),
-        ("acme", "beta", "there is an account 'beta' already"),
-        ("acme", "acme", "there is an account 'acme' already"),
+        ("acme", "beta", "there is already an account 'beta'"),
+        ("acme", "acme", "there is already an account 'acme'"),
         ("acme", "a\nb", "cannot be a label"),
         ("acme", " ", "cannot be a label"),
         ("acme", "sha256$1$2", "cannot be a label"),

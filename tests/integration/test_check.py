@@ -19,7 +19,7 @@ from faletl.config import Settings
 from faletl.errors import SettingsError
 from faletl.fal.limiter import Patience
 from faletl.operations import check as check_module
-from faletl.operations.check import KNOWN_ENDPOINT, LIMITED, Checked, check
+from faletl.operations.check import KNOWN_ENDPOINT, LIMITED, CheckReport, check
 from faletl.resources import ANALYTICS, BILLING_EVENTS, CREDITS, KEY_COMMAND, RESOURCES, USAGE, Resource
 from faletl.sandbox import BILLING_KEY, FULL_KEY, READONLY_KEY, Fault, Request, Sandbox
 from faletl.sandbox.server import document_as_of
@@ -51,11 +51,11 @@ def on(path: str, fault: Fault) -> Hook:
     return lambda request: fault if request.path == path else None
 
 
-def readable(checked: Checked) -> dict[str, bool | None]:
+def readable(checked: CheckReport) -> dict[str, bool | None]:
     return {one.resource: one.is_readable for one in checked.findings}
 
 
-def sentences(checked: Checked) -> str:
+def sentences(checked: CheckReport) -> str:
     return "\n".join([f.sentence for f in checked.findings] + [p.sentence for p in checked.problems])
 
 
@@ -219,7 +219,7 @@ def test_a_summary_that_is_refused_to_a_key_that_reads_the_rows_is_no_fault() ->
         checked = check(settings)
         assert sum(request.query.get("expand") == ["summary"] for request in server.requests) == 1
     assert (readable(checked), checked.exit_code) == (ALL, 0)
-    told = {one.resource for one in checked.findings if "two equal walks stand in" in one.sentence}
+    told = {one.resource for one in checked.findings if "two identical fetches prove" in one.sentence}
     assert told == {"usage", "billing_events"}
 
 
@@ -278,8 +278,11 @@ def test_ids_come_from_the_catalogue_and_else_are_well_known() -> None:
         (Fault(status=404), "no catalogue of models (404)"),
         (Fault(status=404, body=HTML), "no catalogue of models (404)"),
         (Fault(status=200, body=HTML), "a web page"),
-        (Fault(status=301, headers={"location": "https://example.com/v1"}, body=b""), "sends elsewhere"),
-        (Fault(status=308, headers={"location": "/v2/models"}, body=b""), "sends elsewhere"),
+        (
+            Fault(status=301, headers={"location": "https://example.com/v1"}, body=b""),
+            "redirects to another host",
+        ),
+        (Fault(status=308, headers={"location": "/v2/models"}, body=b""), "redirects to another host"),
     ],
 )
 def test_a_host_that_is_not_fal_is_a_wrong_setting(fault: Fault, said: str) -> None:
@@ -333,7 +336,7 @@ def test_a_proxy_that_refuses_is_a_setting_and_one_that_is_down_is_named() -> No
         settings = settings_for("https://nowhere.invalid/v1", Path(), proxy=f"http://{proxy.address}")
         refused = check(settings)
     down = check(settings)
-    assert "set FALETL_PROXY right" in sentences(refused)
+    assert "correct FALETL_PROXY" in sentences(refused)
     assert "through the proxy of FALETL_PROXY" in sentences(down)
     assert (refused.exit_code, down.exit_code) == (2, 1)
 
@@ -397,7 +400,7 @@ def test_a_clock_that_is_wrong_is_a_warning(minutes: int, is_told: bool) -> None
     with served(lambda _: Fault(headers={"date": at})) as (settings, _):
         checked = check(settings)
     assert (readable(checked), checked.exit_code) == (ALL, 0)
-    assert (f"{abs(minutes)} minutes apart" in sentences(checked)) == is_told
+    assert (f"by {abs(minutes)} minutes" in sentences(checked)) == is_told
 
 
 # --- From a terminal ------------------------------------------------------------------------------

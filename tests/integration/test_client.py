@@ -313,7 +313,7 @@ def test_a_busy_or_broken_fal_is_tried_again_until_it_works(status: int) -> None
 @pytest.mark.parametrize("status", [429, 500, 502, 503, 504, 520])
 def test_a_fal_that_stays_busy_or_broken_is_given_up_with_its_own_words(status: int) -> None:
     with served(always(Fault(status=status))) as sandbox:
-        with pytest.raises(ApiUnavailableError, match="told to answer so") as caught:
+        with pytest.raises(ApiUnavailableError, match="configured to answer like this") as caught:
             ask(sandbox.url)
         assert len(sandbox.requests) == (MAX_FAILURES if status == 429 else client_module.TRIES)
         assert caught.value.facts["request_id"] == sandbox.requests[-1].request_id
@@ -364,7 +364,7 @@ def test_a_gateways_refusal_in_html_is_no_refusal_of_the_key() -> None:
 )
 def test_a_refusal_is_not_tried_again(status: int, error: type[FaletlError]) -> None:
     with served(always(Fault(status=status))) as sandbox:
-        with pytest.raises(error, match="told to answer so") as caught:
+        with pytest.raises(error, match="configured to answer like this") as caught:
             ask(sandbox.url)
         assert len(sandbox.requests) == 1
         assert caught.value.facts["request_id"] == sandbox.requests[0].request_id

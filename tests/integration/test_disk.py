@@ -250,7 +250,7 @@ def test_too_little_memory_is_said_and_spoils_nothing(sandbox: Sandbox, landed: 
     big = start(landed, partial(limit_memory, 40 * MIB), command=RUN, FALETL_PARALLEL="1")
     code, said = big.finish()
     assert code == 1, said
-    assert re.search("no memory left for this; raise its limit, or lower .* FALETL_MAX_BODY", said)
+    assert re.search("out of memory or threads; raise its limit, or lower .* FALETL_MAX_BODY", said)
     assert "Traceback" not in said
     sandbox.fault = None
     with time_machine.travel(truth.NOW, tick=True):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import time_machine
 
-from docs.__main__ import MADE
+from docs.__main__ import DOCUMENTS
 from docs.examples import warehouse
 from docs.star_schema import edges
 from faletl import pipeline
@@ -23,9 +23,9 @@ pytestmark = pytest.mark.xdist_group("demo")  # which takes long to make, and is
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("name", DOCUMENTS)
 def test_a_document_made_of_the_code_is_current(name: str) -> None:
-    is_current = (DOCS / name).read_text("utf-8") == MADE[name]()
+    is_current = (DOCS / name).read_text("utf-8") == DOCUMENTS[name]()
     assert is_current, f"docs/{name} is not what the code says now: run `make docs` and commit it"
 
 

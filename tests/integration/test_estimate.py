@@ -15,7 +15,7 @@ import time_machine
 from faletl import pipeline
 from faletl.config import Settings
 from faletl.errors import ContractError, KeyRefusedError, UsageError
-from faletl.operations.estimate import PATH, Charged, Estimates, Planned, estimate, planned
+from faletl.operations.estimate import PATH, Estimates, PastCost, PlannedUse, estimate, planned
 from faletl.sandbox import FULL_KEY, Calls, Fault, Request, Sandbox
 from faletl.selection import Asked
 from tests import truth
@@ -25,7 +25,7 @@ from tests.integration.test_cli import faletl
 CANARY = "canary-id:canary-secret-0123456789"
 
 
-def plans(*texts: str, by_calls: bool = False) -> list[Planned]:
+def plans(*texts: str, by_calls: bool = False) -> list[PlannedUse]:
     return [planned(text, by_calls=by_calls) for text in texts]
 
 
@@ -91,7 +91,7 @@ def test_calls_are_whole(tmp_path: Path) -> None:
     for text in ("a=1.5", "a=0.1"):
         with pytest.raises(UsageError, match="whole number"):
             planned(text, by_calls=True)
-    assert planned("a=3.0", by_calls=True) == Planned("a", Decimal(3))
+    assert planned("a=3.0", by_calls=True) == PlannedUse("a", Decimal(3))
     with Sandbox(truth.two_days(), fault=answering("1")) as server:
         estimates(settings_for(server.url, tmp_path), "a=3.0", "b=1", by_calls=True)
         bodies = [json.loads(request.body, parse_int=str) for request in server.requests]
@@ -128,7 +128,7 @@ def test_an_estimate_of_another_kind_breaks_the_contract() -> None:
     body = b'{"estimate_type": "historical_api_price", "total_cost": 1, "currency": "USD"}'
     with (
         Sandbox(truth.two_days(), fault=lambda _: Fault(body=body)) as server,
-        pytest.raises(ContractError, match="another estimate"),
+        pytest.raises(ContractError, match="not of the requested type"),
     ):
         estimates(settings_for(server.url, Path()), "a=1")
 
@@ -163,7 +163,7 @@ def test_each_unit_billed_has_a_line_of_its_own(tmp_path: Path) -> None:
     assert {(one.unit, one.currency): one.cost_per_unit for one in flux.charged} == per_unit
     assert all(one.cost == one.cost_per_unit * Decimal("2.5") for one in flux.charged)
     assert flux.total_cost == Decimal("0.0625")
-    assert voice.charged == [Charged("1000 characters ", Decimal("0.02"), Decimal("0.06"), "USD")]
+    assert voice.charged == [PastCost("1000 characters ", Decimal("0.02"), Decimal("0.06"), "USD")]
 
 
 @pytest.mark.usefixtures("clock")
@@ -181,7 +181,7 @@ def test_calls_are_counted_on_the_days_that_tell_them(tmp_path: Path) -> None:
     cost = sum((one.cost_total for one in mine), Decimal(0))
     per_call = truth.quotient(cost, Decimal(len(mine) + 4))
     assert per_call is not None
-    assert found.found[0].charged == [Charged(None, per_call, per_call * 1000, "USD")]
+    assert found.found[0].charged == [PastCost(None, per_call, per_call * 1000, "USD")]
     assert found.history is not None
     assert found.history.last_day == truth.day(22)
 
@@ -197,7 +197,7 @@ def test_history_is_thirty_days_up_to_the_newest_day_of_spend(tmp_path: Path) ->
         settings = settings_for(server.url, tmp_path)
         load(settings, *(one.hour.date() for one in account.lines), resources=("usage",))
         found = estimates(settings, f"{truth.FLUX}=1")
-    assert found.found[0].charged == [Charged("images", Decimal(3), Decimal(3), "USD")]
+    assert found.found[0].charged == [PastCost("images", Decimal(3), Decimal(3), "USD")]
     assert found.history is not None
     assert (found.history.first_day, found.history.last_day) == (date(2026, 10, 22), date(2026, 11, 20))
 
@@ -228,7 +228,7 @@ def test_before_the_first_run_there_is_fals_figure_alone(settings: Settings, tmp
     done = faletl("estimate", f"{truth.FLUX}=100", settings=settings, folder=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert re.search(r"^fal-ai/flux/dev +100 +2.5 +USD +no history *$", done.stdout, re.MULTILINE)
-    assert "Nothing charged to this account is published yet" in done.stdout
+    assert "No charges of this account are published yet" in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 

@@ -41,23 +41,23 @@ def test_a_load_that_dies_before_its_receipt_is_not_lost_to_a_rebuild_that_waite
     account.lines.append(line(account.lines[-1].hour, quantity="7"))
     clock.shift(60)
     pipeline.extract(settings, day)
-    refuse_gaps = rebuilding._refuse_gaps
+    require_pages = rebuilding._require_pages
 
     def dies(*_: object) -> None:
         raise Dies
 
-    def meanwhile(_: Settings, ledger: Ledger, past: Sequence[rebuilding.Loaded]) -> None:
+    def meanwhile(_: Settings, ledger: Ledger, past: Sequence[rebuilding.LoadedExtract]) -> None:
         """The rebuild has read the ledger, and waits for the warehouse: the load has it still."""
-        refuse_gaps(settings, ledger, past)
+        require_pages(settings, ledger, past)
         with monkeypatch.context() as patch:
             patch.setattr(extracts, "leave_receipt", dies)
             with pytest.raises(Dies):
                 pipeline.load(settings)
-        monkeypatch.setattr(rebuilding, "_refuse_gaps", refuse_gaps)
+        monkeypatch.setattr(rebuilding, "_require_pages", require_pages)
 
     loads = "select count(*) from ops.loads"
     ((before,),) = ask(settings, loads, opened)
-    monkeypatch.setattr(rebuilding, "_refuse_gaps", meanwhile)
+    monkeypatch.setattr(rebuilding, "_require_pages", meanwhile)
     rebuilding.rebuild(settings)
 
     assert ask(settings, loads, opened) == [(before + 1,)]

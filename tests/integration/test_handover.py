@@ -170,8 +170,8 @@ HAND_OVER = "stage --out handed --resource usage"
         Trap("faletl.operations.handover._figures", "after", 2),
         Trap("pathlib.Path.replace", "before", 2),
         Trap("pathlib.Path.replace", "after", 2),
-        Trap("faletl.operations.handover._list", "before"),
-        Trap("faletl.operations.handover._list"),
+        Trap("faletl.operations.handover._write_manifest", "before"),
+        Trap("faletl.operations.handover._write_manifest"),
     ],
     ids=lambda trap: f"{trap.when} {trap.function}",
 )

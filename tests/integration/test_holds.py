@@ -389,12 +389,12 @@ def test_a_refused_day_stays_refused_while_fal_is_down(
 
 
 def test_accept_refuses_what_is_not_held(account: Account, settings: Settings) -> None:
-    with pytest.raises(UsageError, match="nothing of usage 2026-11-21 is held"):
+    with pytest.raises(UsageError, match="usage 2026-11-21 is not held"):
         accept(settings, "usage", YOUNG, reason=REASON)
     extract(settings, YOUNG)
-    with pytest.raises(UsageError, match="nothing of usage 2026-11-21 is held"):
+    with pytest.raises(UsageError, match="usage 2026-11-21 is not held"):
         accept(settings, "usage", YOUNG, reason=REASON, is_kept=True)
-    with pytest.raises(UsageError, match="--reason needs a text"):
+    with pytest.raises(UsageError, match="--reason must be a text"):
         accept(settings, "usage", YOUNG, reason=" \n")
     assert ask(settings, "select count(*) from ops.acceptances", through=opened) == [(0,)]
 
@@ -465,7 +465,7 @@ def test_accept_loads_a_day_with_a_negative_line_and_later_ones_with_the_same_li
     account.lines.append(line(at_hour(YOUNG, 5), quantity="-1"))
     account.events = []
     assert extract(settings, YOUNG).exit_code == 3
-    with pytest.raises(UsageError, match="nothing of billing_events 2026-11-21 is held"):
+    with pytest.raises(UsageError, match="billing_events 2026-11-21 is not held"):
         accept(settings, "billing_events", YOUNG, reason=REASON)
     report = accept(settings, "usage", YOUNG, reason=REASON)
     assert [(one.outcome, one.rows) for one in report.outcomes] == [("loaded", 5)]

@@ -152,7 +152,7 @@ def test_readings_of_the_balance_thin_out_by_the_rule_and_reports_stay(
     ]  # fmt: skip
     assert readings(settings) == by_the_rule(shown, datetime(2026, 11, 25, 2, 30, tzinfo=UTC))
     assert without_readings(settings) == before
-    thinned = freed.pop("snapshots like the one before")
+    thinned = freed.pop("snapshots equal to the one before")
     assert (thinned.rows, thinned.files) == (2 * 4, 3 * 4)  # raw and ops.loads; page, manifest, receipt
     assert is_nothing(maintained(settings))
     check_is_stable(settings)
@@ -501,8 +501,8 @@ def test_a_page_that_another_warehouse_needs_stays_until_that_one_is_maintained(
 
     freed = maintained(settings)
 
-    assert freed["snapshots like the one before"].rows > 0
-    assert freed["snapshots like the one before"].files == 0
+    assert freed["snapshots equal to the one before"].rows > 0
+    assert freed["snapshots equal to the one before"].files == 0
     thin = all_tables(settings)
     assert thin != full
     for work in (show, rebuild):
@@ -512,7 +512,7 @@ def test_a_page_that_another_warehouse_needs_stays_until_that_one_is_maintained(
         assert all_tables(settings) == thin
     for one in (settings, other):
         assert verify(one).findings == []
-    assert maintained(other)["snapshots like the one before"].files > 0
+    assert maintained(other)["snapshots equal to the one before"].files > 0
     assert all_tables(other) == thin
     for one in (settings, other):
         check_is_stable(one)
@@ -528,7 +528,7 @@ def test_nothing_is_deleted_where_no_warehouse_tells_what_is_needed(
     landed = sorted((tmp_path / "landing").glob("*/**/*"))
     elsewhere = settings.model_copy(update={"warehouse": f"duckdb:///{tmp_path / 'typo.duckdb'}"})
     for is_dry in (True, False):
-        with pytest.raises(UsageError, match="is FALETL_WAREHOUSE right"):
+        with pytest.raises(UsageError, match="check FALETL_WAREHOUSE"):
             maintain(elsewhere, is_dry=is_dry)
     assert sorted((tmp_path / "landing").glob("*/**/*")) == landed
     assert not (tmp_path / "typo.duckdb").exists()

@@ -803,7 +803,7 @@ def test_raw_rows_that_were_edited_are_found_and_a_day_is_made_anew(
         ),
         ("update raw.analytics set success_count = 9 where {}", "analytics, window 2026-11-22"),
         ("update raw.usage set _row = 999 where {}", "row 999 was never landed"),
-        ("delete from ops.loads where resource = 'usage' and {}", "which ops.loads does not know"),
+        ("delete from ops.loads where resource = 'usage' and {}", "which is not in ops.loads"),
     ):
         table = damage.split()[1 if damage.startswith("update") else 2]
         time = {"raw.billing_events": "timestamp", "ops.loads": "window_start"}.get(table, "bucket")

@@ -21,7 +21,7 @@ import time_machine
 from moto.server import ThreadedMotoServer
 
 from faletl import pipeline
-from faletl.airflow.runs import asked
+from faletl.airflow.runs import selection_of
 from faletl.config import Settings
 from faletl.errors import SettingsError, StorageError, TamperedError
 from faletl.fal.pages import Page
@@ -231,9 +231,9 @@ def test_runs_of_a_backfill_find_out_among_themselves_who_fetches_a_day(
         )
         for name in ("first", "second")
     )  # fmt: skip
-    assert asked(stored, first, "usage") is not None
-    assert asked(stored, second, "usage") is None
-    assert asked(stored, first, "usage") is not None
+    assert selection_of(stored, first, "usage") is not None
+    assert selection_of(stored, second, "usage") is None
+    assert selection_of(stored, first, "usage") is not None
 
 
 def test_two_that_read_the_same_window_spoil_nothing_of_each_other(
@@ -324,7 +324,7 @@ def test_maintain_frees_there_what_it_frees_in_a_folder(
 
     freed = {one.kind: one for one in maintain(settings).freed}
 
-    assert freed["snapshots like the one before"].files == 2 * 3  # of four readings two
+    assert freed["snapshots equal to the one before"].files == 2 * 3  # of four readings two
     assert freed["superseded extracts"].files == 4 * 4  # of five of that day four
     assert len(objects(settings)) == landed - 2 * 3 - 4 * 4
     again = [one for one in maintain(settings).freed if one.kind != "abandoned temporary folders"]

@@ -1011,7 +1011,7 @@ def test_tables_that_somebody_altered_are_told_and_made_anew(
     assert "marts.fct_usage: the column quantity is of type double precision" in found
     in_another_session(on_server, "alter table marts.fct_usage drop column quantity")
     (found,) = verify(on_server).findings
-    assert "marts.fct_usage has other columns than its SQL makes" in found
+    assert "marts.fct_usage has other columns than its SQL" in found
     pipeline.build(on_server, full=True)
     assert all_tables(on_server) == before
 

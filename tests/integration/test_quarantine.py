@@ -152,7 +152,7 @@ def test_an_odd_price_is_quarantined_alone_until_a_newer_list_has_it(
         clock.shift(86_400)
         assert pipeline.run(settings).exit_code == 0
     assert held(settings, quarantined) == [(*why, False), (*why, False)]
-    assert quarantine.rows_set_aside(settings) == []
+    assert quarantine.quarantined_rows(settings) == []
 
 
 def test_a_good_read_resolves_what_was_set_aside(clock: time_machine.Traveller, tmp_path: Path) -> None:
@@ -171,8 +171,8 @@ def test_a_good_read_resolves_what_was_set_aside(clock: time_machine.Traveller, 
         is_broken[0] = False
         assert pipeline.run(settings, days).exit_code == 0
     assert held(settings, "select count(*), count(resolved_at) from ops.quarantine") == [(1, 1)]
-    assert quarantine.rows_set_aside(settings) == []
-    assert len(quarantine.rows_set_aside(settings, is_open=False)) == 1
+    assert quarantine.quarantined_rows(settings) == []
+    assert len(quarantine.quarantined_rows(settings, is_open=False)) == 1
 
 
 def test_a_cost_that_is_not_told_yet_is_set_aside_and_loaded_once_it_is(
@@ -230,15 +230,15 @@ def test_a_retry_after_a_fix_loads_the_rows_from_their_landed_pages(
     report, settings, server = run_broken(one_row(), tmp_path, fault)
     assert report.exit_code == (3 if was_refused else 0)
     asked = len(server.requests)
-    reasons = [row["reason"] for row in quarantine.rows_set_aside(settings)]
+    reasons = [row["reason"] for row in quarantine.quarantined_rows(settings)]
 
     assert quarantine.retry(settings).exit_code == 3  # nothing was fixed
-    assert [row["reason"] for row in quarantine.rows_set_aside(settings)] == reasons != []
+    assert [row["reason"] for row in quarantine.quarantined_rows(settings)] == reasons != []
 
     learn_to_take_any_discount(monkeypatch)
     done = quarantine.retry(settings)
     assert done.exit_code == 0
-    assert quarantine.rows_set_aside(settings) == []
+    assert quarantine.quarantined_rows(settings) == []
     assert total(settings) == Decimal("0.05" if was_refused else "0.025")
     assert ask(settings, "select count(*) from raw.usage") == [(2,)]
     assert len(server.requests) == asked
@@ -276,7 +276,7 @@ def test_a_retry_that_fails_leaves_what_is_loaded(
     assert report.exit_code == 3
     assert "do not add up" in str(report.failures[0][1])
     assert held(settings, "select count(*), sum(cost_total) from raw.usage") == [(1, Decimal("0.025"))]
-    assert len(quarantine.rows_set_aside(settings)) == 1
+    assert len(quarantine.quarantined_rows(settings)) == 1
     with pytest.raises(UnprovenError):
         rebuild(settings, truth.day(22))
     assert held(settings, "select count(*), sum(cost_total) from raw.usage") == [(1, Decimal("0.025"))]
@@ -285,7 +285,7 @@ def test_a_retry_that_fails_leaves_what_is_loaded(
 def test_the_commands_show_what_is_set_aside(clock: time_machine.Traveller, tmp_path: Path) -> None:
     fault = served_as(with_number("quantity", '"\\u001b[31m<script>"'), summary("1.5"))
     _, settings, _ = run_broken(one_row(), tmp_path, fault)
-    [row] = quarantine.rows_set_aside(settings)
+    [row] = quarantine.quarantined_rows(settings)
 
     def faletl(*arguments: str) -> subprocess.CompletedProcess[str]:
         given = {"FALETL_WAREHOUSE": settings.warehouse, "FALETL_LANDING": settings.landing}

@@ -198,7 +198,7 @@ def test_nothing_is_pruned_where_no_warehouse_tells_what_is_needed(
     pipeline.run(settings)
     landed = sorted((tmp_path / "landing").glob("*/**/*"))
     elsewhere = settings.model_copy(update={"warehouse": f"duckdb:///{tmp_path / 'typo.duckdb'}"})
-    with pytest.raises(UsageError, match="is FALETL_WAREHOUSE right"):
+    with pytest.raises(UsageError, match="check FALETL_WAREHOUSE"):
         prune(elsewhere)
     assert sorted((tmp_path / "landing").glob("*/**/*")) == landed
 

@@ -145,7 +145,7 @@ def test_scrub_writes_a_new_file_and_never_over_one_that_is_there(scrub: Any, tm
     ("content", "code", "sentence"),
     [
         (None, 2, "cannot read {}: No such file or directory; name a page of the landing folder"),
-        (b'{"usage": ', 2, "{} holds no JSON; name a page ….json.zst of the landing folder"),
+        (b'{"usage": ', 2, "{} is not JSON; name a page ….json.zst of the landing folder"),
         (b"\x28\xb5\x2f\xfd cut off", 4, "{} is damaged; run faletl verify"),
     ],
     ids=["nothing", "no JSON", "damaged"],

@@ -140,8 +140,8 @@ def test_release_notes_are_the_section_of_the_version_that_the_tag_names() -> No
         ("v1.2.0", "1.3.0", "tag v1.3.0"),
         ("1.2.0", "1.2.0", "tag v1.2.0"),
         ("", "1.2.0", "tag v1.2.0"),
-        ("v1.3.0", "1.3.0", "CHANGELOG.md says nothing"),
-        ("v1.2", "1.2", "CHANGELOG.md says nothing"),
+        ("v1.3.0", "1.3.0", "CHANGELOG.md needs a heading"),
+        ("v1.2", "1.2", "CHANGELOG.md needs a heading"),
     ],
 )
 def test_release_refuses_a_tag_of_another_version_and_one_that_the_changelog_lacks(
@@ -168,9 +168,9 @@ METADATA = "Metadata-Version: 2.4\nName: faletl\nVersion: {}\nRequires-Python: {
     ("metadata", "other", "said"),
     [
         (METADATA.format("1.2.0", ">=3.11"), None, None),
-        (METADATA.format("1.1.0", ">=3.11"), None, "says that it is faletl 1.1.0"),
+        (METADATA.format("1.1.0", ">=3.11"), None, "are of faletl 1.1.0"),
         (METADATA.format("1.2.0", "eleven"), None, "would refuse the metadata of faletl-1.2.0-py3"),
-        (METADATA.format("1.2.0", ">=3.11"), "notes.md", "holds"),
+        (METADATA.format("1.2.0", ">=3.11"), "notes.md", "has \\["),
     ],
     ids=["right", "another version", "no version of Python", "something else"],
 )
