@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import re
 import subprocess
 import sys
@@ -55,6 +56,21 @@ def test_api_stub_declares_the_same_names() -> None:
 def test_api_has_no_other_name() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'extraction'"):
         _ = faletl.extraction  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("former", "current"),
+    [
+        ("faletl.plan:Asked", "faletl:Asked"),
+        ("faletl.pieces:make_plan", "faletl.line.distributed:write_plan"),
+        ("faletl.pieces:load_plan", "faletl.line.distributed:load_plan"),
+    ],
+)
+def test_api_keeps_former_names_with_a_warning(former: str, current: str) -> None:
+    with pytest.warns(DeprecationWarning, match=current.replace(":", r"\.")):
+        assert pkgutil.resolve_name(former) is pkgutil.resolve_name(current)
+    with pytest.raises(AttributeError):
+        pkgutil.resolve_name(f"{former}s")
 
 
 def test_api_is_imported_without_what_its_functions_need() -> None:
