@@ -813,10 +813,10 @@ def _drop(connection: sa.Connection, name: str) -> None:
     except sa.exc.DBAPIError as error:
         if not isinstance(error.orig, psycopg.errors.DependentObjectsStillExist):
             raise
-        told = "; ".join((error.orig.diag.message_detail or "").splitlines())
+        dependents = "; ".join((error.orig.diag.message_detail or "").splitlines())
         raise SettingsError(
-            f"{real_name} gets other columns, and something of somebody else depends on it ({told}); "
-            "nothing was changed. Drop that, run faletl build, and make it again"
+            f"{real_name} gets other columns, but foreign objects depend on it: {dependents}; "
+            "nothing was changed. Drop these objects, run faletl build, and create them again"
         ) from None
 
 

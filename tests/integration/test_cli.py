@@ -398,7 +398,7 @@ def test_demo_answers_and_keeps_to_its_own_folder(tmp_path: Path) -> None:
         for key in ("", CANARY):
             done = faletl(*command, folder=inside, FAL_KEY=key, CLOCK=later)
             assert done.returncode == 2
-            assert "start its API with faletl sandbox" in done.stderr
+            assert "start faletl sandbox" in done.stderr
 
 
 class Interrupted(BaseException):

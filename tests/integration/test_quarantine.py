@@ -320,7 +320,7 @@ def test_a_new_field_is_kept_in_the_page_recorded_and_reported_once(
     report, settings, _ = run_broken(one_row(), tmp_path, fault)
     assert report.exit_code == 0
     assert total(settings) == Decimal("0.025")
-    assert "fal sends a field that is not known, region" in caplog.text
+    assert "fal sends an unknown field, region" in caplog.text
     assert ask(settings, DRIFTS) == [("region", "new", '"eu-west"')]
     [path] = ask(settings, "select landing_path from ops.contract_drift")[0]
     [landed] = (tmp_path / "landing" / path).glob("rows-*")

@@ -317,7 +317,7 @@ def test_another_landing_folder_is_not_taken_for_an_empty_history(
 ) -> None:
     pipeline.run(settings)
     elsewhere = settings.model_copy(update={"landing": str(tmp_path / "typo")})
-    with pytest.raises(TamperedError, match="is FALETL_LANDING right"):
+    with pytest.raises(TamperedError, match="check FALETL_LANDING"):
         rebuild(elsewhere)
 
 
