@@ -29,7 +29,6 @@ from faletl.money import plain
 from faletl.operations.status import COVERAGE, status, utc
 from faletl.resources import RESOURCES
 from faletl.warehouse import open_warehouse
-from faletl.warehouse.horizons import all_horizons
 from faletl.warehouse.names import AS_TYPED
 from faletl.warehouse.tables import LOADS
 
@@ -280,6 +279,7 @@ def print_accounts(settings: Settings) -> None:
 def print_horizons(settings: Settings, resources: Collection[str], account: str | None) -> None:
     """Print the first day that runs keep complete, of all accounts and resources or the named ones."""
     from faletl.config import FINGERPRINT
+    from faletl.warehouse.horizons import all_horizons
 
     with open_warehouse(settings).reading() as connection:
         horizons = list(all_horizons(connection)) if connection is not None else []

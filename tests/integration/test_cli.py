@@ -393,7 +393,7 @@ def test_demo_answers_and_keeps_to_its_own_folder(tmp_path: Path) -> None:
     for command in (["status"], ["sql", SUM], ["verify"], ["accounts"], ["landing", "du"]):
         done = faletl(*command, folder=inside, CLOCK=later)
         assert done.returncode == 0, done.stderr
-    assert faletl("verify", folder=inside).stdout.endswith("landed pages, sums and models\n")
+    assert faletl("verify", folder=inside).stdout.endswith("sums and models are unchanged\n")
     for command in (["run"], ["extract"], ["check"], ["estimate", "fal-ai/veo3.1=1"]):
         for key in ("", CANARY):
             done = faletl(*command, folder=inside, FAL_KEY=key, CLOCK=later)
@@ -483,7 +483,7 @@ def test_the_folder_of_an_older_demo_is_taken_over_and_a_real_warehouse_is_not(
                 assert not (folder / "warehouse.duckdb").exists()
                 assert (folder / "faletl.duckdb").exists()
             else:
-                with pytest.raises(UsageError, match="no demo made"):
+                with pytest.raises(UsageError, match="not of a demo"):
                     demo.run(folder, no_progress)
                 assert (folder / "warehouse.duckdb").read_bytes() == before
 
@@ -564,7 +564,7 @@ def test_commands_on_nothing_say_so(tmp_path: Path) -> None:
     for command, told in (
         (["verify"], "faletl: nothing is loaded yet; run faletl run first\n"),
         (["rebuild", "--window", "2026-11-21"],
-         "faletl: there is no warehouse yet; faletl rebuild makes all of it\n"),
+         "faletl: there is no warehouse yet; run faletl rebuild without --window\n"),
     ):  # fmt: skip
         done = faletl(*command, settings=settings)
         assert done.returncode == 2

@@ -71,7 +71,7 @@ def test_whoever_waits_for_a_rebuild_on_a_server_is_told_who_holds_it(
     with open_warehouse(settings).lease("the one before") as lease, lease.transaction():
         lease.connection.execute(sa.update(WAREHOUSE).values(holder="a load (process 1 on nowhere)"))
     # A rebuild is one transaction: what it tells of itself cannot be seen before it is over.
-    named = rf"held by .*process {os.getpid()} on .*, since 20"
+    named = rf"in use by .*process {os.getpid()} on .*, since 20"
     rebuilt = open_warehouse(settings).rebuilding("a rebuild", 0, lambda _: None)
     with rebuilt, pytest.raises(WarehouseBusyError, match=named):
         open_warehouse(impatient).lease("me").__enter__()

@@ -337,7 +337,7 @@ def test_who_lost_the_lease_writes_nothing_and_is_told_who_has_it(desk: Desk) ->
     ("said", "told"),
     [
         ({"rows": 2}, "has 1 rows with a sum of 0.1.* after loading 2 rows"),
-        ({"cost_total": "0.100000000001"}, "and 0.100000000001; the load was undone"),
+        ({"cost_total": "0.100000000001"}, "of 0.100000000001; the load was undone"),
         ({"source": "'gone.parquet'"}, "the warehouse refused the load: .*gone.parquet"),
     ],
 )

@@ -445,7 +445,7 @@ def test_two_that_delete_or_a_rebuild_exclude_each_other(
         assert maintain(hasty, is_dry=True)
     with (
         open_warehouse(settings).lease("a run"),
-        pytest.raises(WarehouseBusyError, match="held by a run"),
+        pytest.raises(WarehouseBusyError, match="in use by a run"),
     ):
         maintain(hasty)
     assert {*Path(settings.landing).rglob("*")} - {*landed} <= {Path(settings.landing, ".deleting")}

@@ -90,7 +90,7 @@ def test_two_warehouses_of_a_database_do_not_wait_for_each_other(
     with (
         open_warehouse(ours).lease("one"),
         open_warehouse(theirs).lease("another"),
-        pytest.raises(WarehouseBusyError, match="held by one"),
+        pytest.raises(WarehouseBusyError, match="in use by one"),
     ):
         open_warehouse(ours).lease("a third").__enter__()
 

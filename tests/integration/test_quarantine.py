@@ -214,7 +214,7 @@ def learn_to_take_any_discount(monkeypatch: pytest.MonkeyPatch) -> None:
     assert usage.proof is not None
     proof = replace(usage.proof, columns=taught(usage.proof.columns))
     fixed = replace(usage, columns=taught(usage.columns), proof=proof)
-    for module in ("faletl.staging.window", "faletl.pipeline"):
+    for module in ("faletl.staging.window", "faletl.line.load"):
         monkeypatch.setattr(sys.modules[module], "RESOURCES", {**RESOURCES, "usage": fixed})
 
 

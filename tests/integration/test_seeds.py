@@ -61,14 +61,14 @@ def test_lines_that_match_nothing_are_named_by_their_numbers_once(
     caplog.clear()
     assert pipeline.run(mine).exit_code == 0
     assert warnings(caplog, "FALETL_OWNERS")[-1] == (
-        "FALETL_OWNERS: 5 of 6 lines match no credential that is loaded: line 3, 'other user:alice'; "
+        "FALETL_OWNERS: 5 of 6 lines match no loaded credential: line 3, 'other user:alice'; "
         "line 4, 'key:gone-0'; line 5, 'key:gone-1'; and 2 more"
     )
     assert pipeline.run(mine).exit_code == 0
     assert warnings(caplog, "FALETL_OWNERS") == []  # nothing is new of it
     pipeline.build(mine, full=True)
     assert warnings(caplog, "FALETL_UNITS") == [
-        "FALETL_UNITS: 1 of 2 lines match no unit that is loaded: line 3, 'moon phases'"
+        "FALETL_UNITS: 1 of 2 lines match no loaded unit: line 3, 'moon phases'"
     ]
 
 
