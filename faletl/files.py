@@ -21,8 +21,8 @@ _CHUNK_BYTES = 256 * 2**20  # the most that is copied before a signal is noticed
 
 def sql_folder() -> Path:
     """Return the folder of the SQL: inside the installed package, or next to it in a checkout."""
-    inside = Path(__file__).parents[1] / "sql"
-    return inside if inside.is_dir() else Path(__file__).parents[2] / "sql"
+    inside = Path(__file__).parent / "sql"
+    return inside if inside.is_dir() else Path(__file__).parents[1] / "sql"
 
 
 def sync(path: Path) -> None:
