@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -334,7 +334,8 @@ def _load_rows(
     """Replace the rows of the `current` load by the staged rows; record restatements."""
     manifest, connection = staged.landed.manifest, lease.connection
     # A clock that was ahead may have taken an open day for a closed one: then it is not a restatement.
-    is_ahead = current is not None and current["last_read_at"] > manifest.started_at
+    ahead = current["last_read_at"] - manifest.started_at if current is not None else timedelta(0)
+    is_ahead = ahead > CLOCK_TOLERANCE
     is_restating = current is not None and not current["is_provisional"] and not is_ahead
     before = _line_totals(connection, staged) if is_restating else {}
     _delete_window(connection, staged)
