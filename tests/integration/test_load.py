@@ -261,6 +261,18 @@ def test_a_day_may_become_again_what_it_was(desk: Desk) -> None:
     assert sorted(one["is_current"] for one in loads) == [False, False, True]
 
 
+def test_a_restatement_counts_although_its_clock_is_a_little_behind(desk: Desk) -> None:
+    closed = DAY_22.end + timedelta(hours=30)
+    for at, quantity in ((closed, 1), (closed - timedelta(seconds=1), 5)):
+        with desk.lease() as lease:
+            read = desk.read(USAGE, usage({"quantity": quantity}), at=at, fencing_token=lease.token)
+            desk.load(lease, read)
+            newest = desk.loads(lease)[-1]
+            restated = desk.rows(lease, sa.select(RESTATEMENTS))
+    assert newest["changed_at"] == closed - timedelta(seconds=1)
+    assert restated
+
+
 def test_an_open_day_leaves_no_restatements_and_that_it_closed_is_news(desk: Desk) -> None:
     window = DAY_22
     open_day = Window(window.start, window.start + timedelta(hours=10))
