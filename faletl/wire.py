@@ -16,13 +16,10 @@ class MalformedBodyError(Exception):
 
 _BOM = b"\xef\xbb\xbf"
 
-
 # A text without an end matches up to the end of the body: a try at each of its quotes would be endless.
 TEXT = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?'
 
-
 _TEXT_OR_NO_NUMBER = re.compile(TEXT + rb"|-?(?:NaN|Infinity)", re.DOTALL)
-
 
 UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What msgspec raises for bytes of another form: also for what is far from JSON, or too deep."""
@@ -42,7 +39,6 @@ def as_json(body: bytes) -> bytes:
 
 
 OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])
-
 
 LIST = msgspec.json.Decoder(list[msgspec.Raw])
 """Decoders of one level; the values in it stay bytes."""

@@ -35,9 +35,6 @@ MAX_FIELDS = 10_000
 MAX_CURSOR_BYTES = 16_384
 """Bytes of a cursor as fal sent it: a longer one fits no URL."""
 
-_MAX_WORDS = 1_000_000
-"""Numbers of a page that JSON does not have (NaN, Infinity)."""
-
 _MAX_UNCOUNTED_COMMAS = 400_000
 """A page with more commas has its records counted before any becomes a Python object: this many objects
 take 28 MiB. A page of 10,000 charges has some 150,000 commas."""

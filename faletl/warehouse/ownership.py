@@ -44,13 +44,13 @@ _OBJECTS: Mapping[str, str] = {
         where database_name = current_database() and not internal
     """,
 }
-"""Schema and name of all that has a name, as each database tells it: whoever may use it, or not."""
+"""Queries for schema and name of every object in a database, also of those that our role may not use."""
 
 
 def objects(connection: sa.Connection, schemas: Collection[str]) -> set[str]:
-    """The names, with their schemas, of all objects in these schemas of the database."""
-    found = connection.exec_driver_sql(_OBJECTS[connection.dialect.name], execution_options=AS_TYPED)
-    return {f"{schema}.{name}" for schema, name in found if schema in schemas}
+    """Return the names, with their schemas, of all objects in these schemas of the database."""
+    rows = connection.exec_driver_sql(_OBJECTS[connection.dialect.name], execution_options=AS_TYPED)
+    return {f"{schema}.{name}" for schema, name in rows if schema in schemas}
 
 
 def planned() -> frozenset[str]:

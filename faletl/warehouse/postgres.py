@@ -106,7 +106,7 @@ _READERS = """
     group by grantee
     having count(distinct oid) = (select count(*) from objects)
 """
-"""The roles that may read all that faletl made for readers, as `faletl grant` lets them."""
+"""The roles that may read every table of ours in marts and reports, as after `faletl grant`."""
 
 _READERS_OF = """
     select case grantee when 0 then 'public' else quote_ident(pg_get_userbyid(grantee)) end
@@ -338,7 +338,7 @@ class PostgresWarehouse:
             for statement in (
                 f"grant usage on schema {inside} to {reader}",
                 f"grant select on {', '.join(objects)} to {reader}",
-                # An older faletl granted whatever its role would make there, for others as well.
+                # An older faletl also opened tables that others would create there with its role.
                 f"alter default privileges in schema {inside} revoke select on tables from {reader}",
             ):
                 connection.exec_driver_sql(statement, execution_options=AS_TYPED)
@@ -418,7 +418,7 @@ class PostgresWarehouse:
     def make_view(self, connection: sa.Connection, name: str, select: str) -> None:
         """Replace the view without dropping it, so that views of readers stay; see the protocol.
 
-        A view that is already the same is not replaced: that would wait for all who read it.
+        A view that is already the same is not replaced, because that would wait for its readers.
         """
         if _is_view_of(connection, name, select):
             return
@@ -525,7 +525,7 @@ class PostgresWarehouse:
             connect_args={
                 "application_name": f"{_OURS}{_this_process()}",
                 "connect_timeout": 10,
-                "client_encoding": "utf8",  # whatever the database says, or cannot do
+                "client_encoding": "utf8",  # whatever the database is set to
                 **_KEEPALIVES,
             },
         )
@@ -687,35 +687,35 @@ def _result_columns(result: sa.CursorResult[Any]) -> list[tuple[str, str, str]]:
 
 
 def _what_is_left(connection: sa.Connection, where: str) -> set[str]:
-    """The objects of a warehouse that lost its `ops`, in schemas that still have our comments.
+    """Return the objects of a warehouse that lost its ledger, in schemas that still have our comments.
 
     Raises:
-        SettingsError: others have what faletl would make.
+        SettingsError: objects of others have names that faletl needs.
     """
     schemas = in_database(connection, SCHEMAS)
     functions = re.findall(r"function (\w+)", "".join(FUNCTIONS))
     planned = {*ownership.planned(), *(f"{_FUNCTIONS_IN}.{name}" for name in functions)}
-    there = ownership.objects(connection, schemas).intersection(in_database(connection, planned))
+    existing = ownership.objects(connection, schemas).intersection(in_database(connection, planned))
     comments = connection.execute(sa.text(_COMMENTS), {"schemas": schemas})
     ours = set(zip(schemas, SCHEMAS.values(), strict=True)).intersection(map(tuple, comments))
     own_schemas = {name for name, _ in ours}
-    ownership.refuse((name for name in there if name.split(".")[0] not in own_schemas), where)
-    return there
+    ownership.refuse((name for name in existing if name.split(".")[0] not in own_schemas), where)
+    return existing
 
 
 def _make_schemas(connection: sa.Connection) -> list[str]:
-    """Create the schemas that are not there; return the names of all."""
-    held = connection.execute(sa.text("select nspname from pg_namespace")).scalars().all()
+    """Create the schemas that do not exist; return the names of all our schemas."""
+    existing = connection.execute(sa.text("select nspname from pg_namespace")).scalars().all()
     schemas = in_database(connection, SCHEMAS)
     for name, purpose in zip(schemas, SCHEMAS.values(), strict=True):
-        if name not in held:
+        if name not in existing:
             connection.execute(sa.schema.CreateSchema(name))
             connection.exec_driver_sql(f"comment on schema {name} is {quoted(purpose)}")
     return schemas
 
 
 def _is_view_of(connection: sa.Connection, name: str, select: str) -> bool:
-    """Whether the view is there and is made of that very select."""
+    """Return whether the view exists and has exactly this select."""
     (real_name,) = in_database(connection, [name])
     same = sa.text(
         "select exists (select from pg_class where oid = to_regclass(:name) and relkind = 'v' "
@@ -732,18 +732,17 @@ def _is_view_of(connection: sa.Connection, name: str, select: str) -> bool:
 
 
 def _readers(connection: sa.Connection, name: str) -> set[str]:
-    """The roles that may read the object, and those that may read all that faletl made for readers."""
+    """Return the roles that may read the object; for marts and reports, also those that may read all."""
     (real_name,) = in_database(connection, [name])
-    if name.split(".")[0] not in _READERS_SCHEMAS:
-        schemas = []
-    else:
+    roles = set(connection.execute(sa.text(_READERS_OF), {"name": real_name}).scalars())
+    if name.split(".")[0] in _READERS_SCHEMAS:
         schemas = in_database(connection, _READERS_SCHEMAS)
-    found = set(connection.execute(sa.text(_READERS), {"schemas": schemas}).scalars())
-    return found.union(connection.execute(sa.text(_READERS_OF), {"name": real_name}).scalars())
+        roles.update(connection.execute(sa.text(_READERS), {"schemas": schemas}).scalars())
+    return roles
 
 
 def _let_read(connection: sa.Connection, name: str, roles: Collection[str]) -> None:
-    """Grant the roles what they had."""
+    """Grant the roles the right to read the object."""
     if roles:
         connection.exec_driver_sql(f"grant select on {name} to {', '.join(sorted(roles))}")
 
@@ -768,7 +767,7 @@ def _columns(connection: sa.Connection, table: str) -> list[tuple[str, str]]:
 
 
 def _empty(connection: sa.Connection, token: int) -> None:
-    """Empty all of raw and ops, but for the names of what was made; create what is gone."""
+    """Empty all tables of raw and ops except `ops.objects`; create the missing ones."""
     for table in METADATA.sorted_tables:
         if table is not OBJECTS or not _columns(connection, table.fullname):
             _make_empty(connection, table)
