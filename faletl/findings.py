@@ -6,7 +6,6 @@ Tables of ops keep them, for extracts that were loaded and for extracts that wer
 from __future__ import annotations
 
 import hashlib
-import logging
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal, Self
@@ -15,8 +14,6 @@ import msgspec
 
 from faletl.windows import ExtractRef
 from faletl.wire import UNREADABLE
-
-log = logging.getLogger(__name__)
 
 Severity = Literal["critical", "warning", "info"]
 

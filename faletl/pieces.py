@@ -9,6 +9,9 @@ _RENAMED = {
     "make_plan": "write_plan",
     "pieces": "chunks",
     "extract_piece": "extract_chunk",
+    "Planned": "PlannedTask",
+    "MOST_PIECES": "MAX_CHUNKS",
+    "MOST_BATCHES": "MAX_BATCHES",
 }
 
 

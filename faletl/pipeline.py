@@ -1,4 +1,4 @@
-"""The steps of a run as functions: the command line and schedulers call only these.
+"""The steps of a run as functions: the public API for command line, schedulers and scripts.
 
     extract (fetch, land, stage, prove) → load → build → publish
 
@@ -8,7 +8,6 @@ others: all that can be done is done, and the report lists the failures.
 
 from __future__ import annotations
 
-import logging
 from datetime import UTC, datetime
 
 from faletl.config import Settings
@@ -23,8 +22,6 @@ from faletl.line.report import Progress, Report, new_run_id, no_progress, result
 from faletl.selection import EVERYTHING_DUE, Asked
 from faletl.staging.window import Staged
 from faletl.warehouse import open_warehouse
-
-log = logging.getLogger(__name__)
 
 
 def run(settings: Settings, asked: Asked = EVERYTHING_DUE, progress: Progress = no_progress) -> Report:

@@ -131,7 +131,7 @@ def load_resource(name: str, connection: str, after: Sequence[Any] = ()) -> Any:
         planned: Any = plan(name, connection)
         for earlier in after:
             earlier >> planned
-        extracting = extract.partial(connection=connection, name=name).expand(piece=planned)
+        extracting = extract.partial(connection=connection, name=name).expand(chunk=planned)
         if resource.ids_per_call is not None:
             asking = ask_ahead.partial(connection=connection, name=name)
             asking.expand(batch=id_batches(planned)) >> extracting
@@ -203,9 +203,9 @@ def ask_ahead(batch: Batch, connection: str, name: str) -> int:
     doc_md="Fetch windows, land their pages as fal sent them, prove them complete.",
     max_active_tis_per_dagrun=AT_ONCE,
     trigger_rule="none_failed",
-    map_index_template="{{ task.op_kwargs['piece']['windows'] }}",
+    map_index_template="{{ task.op_kwargs['chunk']['windows'] }}",
 )
-def extract(piece: Chunk, connection: str, name: str) -> list[str]:
+def extract(chunk: Chunk, connection: str, name: str) -> list[str]:
     """Fetch the windows of a chunk, land their pages as fal sent them, prove them complete.
 
     Returns the folders of the extracts. If a window fails, the task fails after the others are done; a
@@ -215,7 +215,7 @@ def extract(piece: Chunk, connection: str, name: str) -> list[str]:
     from faletl.line import distributed
 
     with _settings(connection, RESOURCES[name]) as settings:
-        report = distributed.extract_chunk(settings, piece)
+        report = distributed.extract_chunk(settings, chunk)
         for _, error in report.failures:
             log.error("%s", error)
         if report.failures:

@@ -73,8 +73,8 @@ def take_turn(size: int) -> float:
     if size <= LARGE_BODY or _state.has_turn or not _state.spans:
         return 0
     began = time.monotonic()
-    _turn.acquire()
     _map_large_blocks()
+    _turn.acquire()
     _state.has_turn = True
     return time.monotonic() - began
 

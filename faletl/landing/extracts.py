@@ -639,7 +639,7 @@ def open_read(folder: Path) -> SealedExtract:
     try:
         manifest = msgspec.json.decode(backend_for(path).read(path), type=Manifest)
     except (FileNotFoundError, IsADirectoryError, *UNREADABLE) as error:
-        reason = "it is gone" if isinstance(error, OSError) else str(error)
+        reason = "it is gone" if isinstance(error, FileNotFoundError) else str(error)
         raise DamagedExtractError(
             f"{path} cannot be read: {reason}; restore it, or fetch the window again with faletl run "
             "--start … --end …",

@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, date, datetime, timedelta
+from http import HTTPStatus
 from pathlib import Path
 from typing import Self, TypedDict
 
@@ -22,6 +23,7 @@ from faletl.errors import (
     ApiUnavailableError,
     ContractError,
     FaletlError,
+    KeyRefusedError,
     TamperedError,
 )
 from faletl.fal.client import FalClient
@@ -189,8 +191,15 @@ def _sign_in(settings: Settings, warehouse: Warehouse, selection: Asked, now: da
     with FalClient(settings) as client:
         signed_in = accounts.sign_in(client, settings, warehouse, selection, now)
         if signed_in.username is None:  # fal has not accepted the key for anything yet
-            with suppress(ApiUnavailableError, ContractError):
+            try:
                 accounts.ask_for_usage(client, settings, now)
+            except KeyRefusedError as error:
+                if (
+                    error.facts.get("status") != HTTPStatus.FORBIDDEN
+                ):  # the key may still have other permissions
+                    raise
+            except (ApiUnavailableError, ContractError):
+                pass  # each task that needs usage reports it
     return signed_in
 
 

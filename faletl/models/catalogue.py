@@ -12,7 +12,6 @@ A model that also looks up dimensions is rebuilt by day as long as these dimensi
 
 from __future__ import annotations
 
-import logging
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -25,8 +24,6 @@ from sqlglot import exp
 from faletl.files import sql_folder
 from faletl.resources import RESOURCES
 from faletl.warehouse.tables import LAYERS, RAW, SCHEMAS, SEEDS
-
-log = logging.getLogger(__name__)
 
 SOURCE_DIALECT = "duckdb"
 

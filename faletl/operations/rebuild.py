@@ -348,9 +348,9 @@ def _in_order_of_tokens(past: Sequence[LoadedExtract]) -> Iterator[LoadedExtract
     groups: dict[tuple[str, ...], list[LoadedExtract]] = {}
     for extract in past:
         manifest = extract.landed.manifest
-        window = _window_of(manifest) if manifest.fal_started_at else ()
-        groups.setdefault((extract.receipt.warehouse_id, *window), []).append(extract)
-    for (_, *has_clock), loads in groups.items():
+        key = _window_of(manifest) if manifest.fal_started_at else ()
+        groups.setdefault((extract.receipt.warehouse_id, *key), []).append(extract)
+    for (_, *window), loads in groups.items():
         in_time = sorted(
             loads, key=lambda extract: (extract.receipt.loaded_at, extract.receipt.fencing_token)
         )
@@ -358,7 +358,7 @@ def _in_order_of_tokens(past: Sequence[LoadedExtract]) -> Iterator[LoadedExtract
         if tokens != sorted(tokens):
             yield from loads
             continue
-        resolution = _SECOND if has_clock else timedelta.max
+        resolution = _SECOND if window else timedelta.max  # without fal's clock
         latest = _FOREVER
         for extract in reversed(in_time):
             is_odd = timedelta(0) < extract.began_at - latest < resolution

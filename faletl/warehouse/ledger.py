@@ -1,4 +1,4 @@
-"""Queries on the ops tables: the newest token, the loads of each window, the known endpoint ids."""
+"""The ledger: fence a lease; find the loads, rows and endpoint ids of windows."""
 
 from __future__ import annotations
 

@@ -53,11 +53,15 @@ def objects(connection: sa.Connection, schemas: Collection[str]) -> set[str]:
     return {f"{schema}.{name}" for schema, name in rows if schema in schemas}
 
 
+def models() -> frozenset[str]:
+    """Return the name of every table and view that a build makes, with its schema."""
+    paths = (path for layer in LAYERS for path in (sql_folder() / layer).glob("*.sql"))
+    return frozenset(f"{path.parent.name}.{path.stem}" for path in paths)
+
+
 def planned() -> frozenset[str]:
     """Return the name of every table and view that faletl makes, with its schema."""
-    models = (path for layer in LAYERS for path in (sql_folder() / layer).glob("*.sql"))
-    tables = (table.fullname for table in METADATA.sorted_tables)
-    return frozenset([*tables, *(f"{path.parent.name}.{path.stem}" for path in models)])
+    return models().union(table.fullname for table in METADATA.sorted_tables)
 
 
 def refuse(foreign_names: Iterable[str], where: str) -> None:
@@ -104,5 +108,11 @@ def claim(connection: sa.Connection, tables: Collection[str]) -> None:
     has_build = connection.execute(sa.select(BUILDS.c.build_id).limit(1)).first() is not None
     if known or not has_build:  # else an older faletl made them
         refuse(existing - known, "the warehouse")
-    if new := sorted(ours - known):
+    register(connection, ours)
+
+
+def register(connection: sa.Connection, names: Collection[str]) -> None:
+    """Inside a transaction: list these objects in `ops.objects`, each once."""
+    listed = connection.execute(sa.select(OBJECTS.c.name)).scalars()
+    if new := sorted(set(names).difference(listed)):
         connection.execute(sa.insert(OBJECTS), [{"name": name} for name in new])

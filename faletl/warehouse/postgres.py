@@ -601,7 +601,8 @@ class PostgresWarehouse:
                 held = _make_schemas(connection)
                 if existing:
                     _empty(connection, token)
-                    connection.execute(sa.insert(OBJECTS), [{"name": name} for name in sorted(existing)])
+                    built = existing.intersection(in_database(connection, ownership.models()))
+                    ownership.register(connection, built)
                 else:
                     schema.create(connection, token, held)
                 self.define_functions(connection)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from pydantic import SecretStr
 
 from faletl import pipeline
 from faletl.config import Settings
@@ -19,7 +20,7 @@ from faletl.line import distributed
 from faletl.line.release import build_and_publish
 from faletl.line.report import Report
 from faletl.resources import RESOURCES
-from faletl.sandbox import Fault, Request, Sandbox
+from faletl.sandbox import FULL_KEY, Fault, Request, Sandbox
 from faletl.selection import Asked
 from tests import truth
 from tests.conftest import all_tables, ask, opened, settings_for
@@ -228,6 +229,17 @@ def test_a_key_that_fal_accepts_for_nothing_is_told_when_it_plans(
     settings = settings_for(sandbox.url, tmp_path, key="unknown:0123456789abcdef")
     with pytest.raises(KeyRefusedError, match=r"fal refused the key .*check FAL_KEY"):
         distributed.write_plan(settings, Asked(resources=["usage"]))
+
+
+def test_a_plan_needs_no_permission_that_its_resources_do_not_need(tmp_path: Path) -> None:
+    metrics = "metrics-only:0123456789abcdef"
+    days = Asked(truth.day(21), truth.day(23), ["analytics"])
+    keys = {FULL_KEY: "FULL", metrics: "models:metrics:read"}
+    with Sandbox(truth.two_days(), keys=keys) as server:
+        settings = settings_for(server.url, tmp_path)
+        pipeline.run(settings)  # binds the account
+        label = settings.model_copy(update={"key": SecretStr(metrics), "account": "acme"})
+        assert distributed.write_plan(label, days) is not None
 
 
 def test_a_worker_that_does_not_see_the_landing_folder_says_so(settings: Settings) -> None:

@@ -644,6 +644,7 @@ def test_a_reader_in_an_open_transaction_keeps_no_build_waiting(
 @pytest.mark.parametrize(
     "lost",
     [
+        "drop table ops.warehouse",
         "alter schema raw rename to raw_old",
         "alter schema staging rename to staging_old",
         "drop schema ops cascade",
@@ -654,6 +655,7 @@ def test_a_rebuild_makes_a_schema_that_is_gone(
 ) -> None:
     pipeline.run(on_server)
     before = all_tables(on_server)
+    objects = ask(on_server, "select count(*), count(distinct name) from ops.objects")
     with psycopg.connect(on_server.warehouse, autocommit=True) as owner:
         owner.execute(lost.encode())
     if "ops" in lost:  # nothing tells a run what is loaded
@@ -663,6 +665,7 @@ def test_a_rebuild_makes_a_schema_that_is_gone(
     rebuild(on_server)
     assert all_tables(on_server) == before
     assert verify(on_server).findings == []
+    assert ask(on_server, "select count(*), count(distinct name) from ops.objects") == objects
 
 
 def test_a_newer_warehouse_is_refused_and_one_that_lacks_columns_is_upgraded(
