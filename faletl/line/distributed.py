@@ -194,9 +194,8 @@ def _sign_in(settings: Settings, warehouse: Warehouse, selection: Asked, now: da
             try:
                 accounts.ask_for_usage(client, settings, now)
             except KeyRefusedError as error:
-                if (
-                    error.facts.get("status") != HTTPStatus.FORBIDDEN
-                ):  # the key may still have other permissions
+                # With 403 the key may still have other permissions, and each task reports its own.
+                if error.facts.get("status") != HTTPStatus.FORBIDDEN:
                     raise
             except (ApiUnavailableError, ContractError):
                 pass  # each task that needs usage reports it
